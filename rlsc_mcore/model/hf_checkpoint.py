@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 from rlsc_mcore.config import ConfigError, ModelConfig
 from rlsc_mcore.model.shape import Architecture
-from rlsc_mcore.model.weight_map import BoundWeight, hf_shapes, read_shard
+from rlsc_mcore.model.weight_map import BoundWeight, hf_shapes, shard_pieces
 
 EMBEDDED = "embedded:"
 MAX_SHARD_BYTES = 5 * 10**9
@@ -148,13 +148,14 @@ def load_weights(
     """
     source = SafetensorsFolder(folder)
     for weight in progress(weights):
-        shard = read_shard(weight, architecture, source.read, tp_rank, tp_size)
-        if shard.shape != weight.parameter.shape:
-            raise ConfigError(
-                f"model.path: {folder}: {', '.join(weight.hf)}: this rank's part has shape {tuple(shard.shape)}, "
-                f"config.json asks for {tuple(weight.parameter.shape)}"
-            )
-        weight.parameter.copy_(shard)
+        for rows, piece in shard_pieces(weight, architecture, source.read, tp_rank, tp_size):
+            place = weight.parameter[rows]
+            if piece.shape != place.shape:
+                raise ConfigError(
+                    f"model.path: {folder}: {', '.join(weight.hf)}: rows {rows.start} to {rows.stop} of this rank's part have shape "
+                    f"{tuple(piece.shape)}, config.json asks for {tuple(place.shape)}"
+                )
+            place.copy_(piece)
 
 
 def write_hf_folder(tensors: Iterable[tuple[str, torch.Tensor]], source: Path, output: Path, *, dtype: str, write: bool) -> None:

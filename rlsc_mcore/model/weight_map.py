@@ -20,6 +20,7 @@ from rlsc_mcore.model.shape import Architecture
 Layout = Literal["plain", "gate_up", "qkv"]
 # Reads rows (or columns) [start, stop) of a named tensor along a dimension; None reads all of it.
 ReadSlice = Callable[[str, int | None, int, int], torch.Tensor]
+PIECE_BYTES = 16 << 20
 
 
 @dataclass(frozen=True)
@@ -127,12 +128,15 @@ def qkv_row_index(num_heads: int, num_kv_heads: int, head_dim: int) -> torch.Ten
     return torch.cat([rows[:, :per_group].reshape(-1), rows[:, per_group].reshape(-1), rows[:, per_group + 1].reshape(-1)])
 
 
-def read_shard(weight: BoundWeight, architecture: Architecture, read: ReadSlice, tp_rank: int, tp_size: int) -> torch.Tensor:
+def shard_pieces(
+    weight: BoundWeight, architecture: Architecture, read: ReadSlice, tp_rank: int, tp_size: int
+) -> Iterator[tuple[slice, torch.Tensor]]:
     """Read this rank's shard of a weight from Hugging Face tensors, touching only its own slices.
 
-    Returns a tensor of the parameter's shape; padded vocabulary rows are zero.
+    Yields rows of the parameter and what they hold, at most `PIECE_BYTES` of a vocabulary at a time; padded vocabulary rows are zero.
     """
     shape = weight.parameter.shape
+    everything = slice(0, shape[0])
     if weight.layout == "qkv":
         groups = architecture.num_kv_heads // tp_size
         per_group = architecture.num_heads // architecture.num_kv_heads
@@ -141,21 +145,26 @@ def read_shard(weight: BoundWeight, architecture: Architecture, read: ReadSlice,
             rows = heads * architecture.head_dim
             part = read(name, 0, tp_rank * rows, (tp_rank + 1) * rows)
             parts.append(part.reshape(groups, -1, *part.shape[1:]))
-        return torch.cat(parts, dim=1).reshape(shape)
-    if weight.layout == "gate_up":
+        joined = torch.cat(parts, dim=1)
+        yield everything, joined.reshape(-1, *joined.shape[2:])
+    elif weight.layout == "gate_up":
         rows = shape[0] // 2
-        return torch.cat([read(name, 0, tp_rank * rows, (tp_rank + 1) * rows) for name in weight.hf])
-    if weight.tp_dim is None:
-        return read(weight.hf[0], None, 0, 0)
-    size = shape[weight.tp_dim]
-    start, stop = tp_rank * size, (tp_rank + 1) * size
-    if not weight.is_vocabulary:
-        return read(weight.hf[0], weight.tp_dim, start, stop)
-    start, stop = min(start, architecture.vocab_size), min(stop, architecture.vocab_size)
-    shard = torch.zeros(shape, dtype=weight.parameter.dtype)
-    if stop > start:
-        shard[: stop - start] = read(weight.hf[0], 0, start, stop)
-    return shard
+        for half, name in enumerate(weight.hf):
+            yield slice(half * rows, (half + 1) * rows), read(name, 0, tp_rank * rows, (tp_rank + 1) * rows)
+    elif weight.tp_dim is None:
+        yield everything, read(weight.hf[0], None, 0, 0)
+    elif not weight.is_vocabulary:
+        size = shape[weight.tp_dim]
+        yield everything, read(weight.hf[0], weight.tp_dim, tp_rank * size, (tp_rank + 1) * size)
+    else:
+        first = tp_rank * shape[0]
+        real = min(shape[0], max(0, architecture.vocab_size - first))
+        step = max(1, PIECE_BYTES // (shape[1] * weight.parameter.element_size()))
+        for start in range(0, real, step):
+            stop = min(start + step, real)
+            yield slice(start, stop), read(weight.hf[0], 0, first + start, first + stop)
+        if real < shape[0]:
+            yield slice(real, shape[0]), torch.zeros(shape[0] - real, shape[1], dtype=weight.parameter.dtype)
 
 
 @torch.no_grad()
