@@ -1,0 +1,36 @@
+"""Checksums of rows that lie anywhere in memory: equal exactly when (but for collisions) the bits are, and additive over columns."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from rlsc_mcore.ops.triton_rows import why_not
+
+_BITS = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16, torch.float64: torch.int64}
+
+
+@torch.no_grad()
+def row_checksums(rows: Sequence[Tensor], first_columns: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """Return int64 [len(rows)]: sum over a row's elements of (bits of the element as `dtype`) * (column + 1), modulo 2**64.
+
+    `rows` are one-dimensional views of stride 1, of one type, on one device; row i is columns `first_columns[i]`, ... of a longer
+    one, so that the parts' sums add up to the whole's, and two rows that changed places are seen. With Triton on a CUDA device
+    all rows are one launch.
+    """
+    if not rows:
+        return torch.zeros(0, dtype=torch.int64)
+    device = rows[0].device
+    if why_not("row_checksums", device.type) is None and dtype in (torch.float32, torch.bfloat16):
+        from rlsc_mcore.ops import triton_copy
+
+        table = [(row.data_ptr(), row.numel(), first) for row, first in zip(rows, first_columns, strict=True)]
+        return triton_copy.row_checksums(torch.tensor(table, dtype=torch.int64).to(device), rows[0], dtype)
+    # All rows as one: a handful of operations, however many rows there are.
+    lengths = torch.tensor([row.numel() for row in rows], device=device)
+    ends = lengths.cumsum(0)
+    bits = torch.cat(list(rows)).to(dtype).view(_BITS[dtype]).to(torch.int64)
+    columns = torch.arange(1, len(bits) + 1, device=device)
+    columns += (torch.tensor(list(first_columns), device=device) - (ends - lengths)).repeat_interleave(lengths)
+    totals = torch.nn.functional.pad((bits * columns).cumsum(0), (1, 0))  # wraps like the sums themselves
+    return totals[ends] - totals[ends - lengths]
