@@ -1,9 +1,12 @@
 """Answer formats beside a single expression: multiple choice letters, lists, and numbers with a tolerance."""
 
 import re
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from itertools import permutations
 
 from rlsc_mcore.evaluation.grading import Grade, extract_boxed, grade, is_correct
+from rlsc_mcore.evaluation.symbolic import NUM_WORKERS
 from rlsc_mcore.types import Question
 
 MOST_PERMUTED = 6  # answers of a list that are matched in every order; longer lists in theirs
@@ -14,6 +17,15 @@ _STATED = re.compile(r"(?:answer|option|choice)(?:\s+is)?\s*:?\s*(?:option\s+|ch
 _LONE = re.compile(r"(?<![A-Za-z'])\(?([A-J])\)(?![A-Za-z])|^\s*([A-J])[.\s]*$", re.MULTILINE)
 _NUMBER = re.compile(r"[-+]?(?:[0-9][0-9,]*(?:\.[0-9]+)?|\.[0-9]+)(?:[eE][-+]?[0-9]{1,3})?")
 _POWER = re.compile(r"\s*(?:\\times|\\cdot|\*)\s*10\s*\^\s*\{?\s*([-+]?[0-9]{1,3})\s*\}?")
+
+
+def grade_answers(responses: Sequence[str], questions: Sequence[Question]) -> list[Grade]:
+    """Grade many responses, each by the question at its place: identical ones once, algebra in several worker processes."""
+    pairs = list(zip(responses, questions, strict=True))
+    distinct = list(dict.fromkeys(pairs))
+    with ThreadPoolExecutor(NUM_WORKERS) as threads:
+        grades = dict(zip(distinct, threads.map(lambda pair: grade_answer(*pair), distinct), strict=True))
+    return [grades[pair] for pair in pairs]
 
 
 def grade_answer(response: str, question: Question) -> Grade:

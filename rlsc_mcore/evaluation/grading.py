@@ -1,7 +1,9 @@
 """Grading: take the final answer out of a response and compare it with the gold answer."""
 
-import functools
+import os
 import re
+import threading
+from concurrent.futures import Future
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -43,6 +45,40 @@ class Grade:
     lenient: bool  # the same, or nothing is boxed and the last number anywhere is the gold answer
     boxed: bool  # a box with something in it was closed
     extracted: str | None  # what was compared: the last box, else the last number, else None
+
+
+class _Verdicts:
+    """Remembers symbolic comparisons; a pair that another thread is comparing already is waited for, not compared again."""
+
+    def __init__(self, most: int = 65536) -> None:
+        self._most = most
+        self._forget()
+        os.register_at_fork(after_in_child=self._forget)  # the lock may be held, and threads that owe a verdict do not fork
+
+    def _forget(self) -> None:
+        self._lock = threading.Lock()
+        self._known: dict[tuple[str, str], Future[bool]] = {}
+
+    def of(self, answer: str, gold: str) -> bool:
+        """Compare in a worker, once."""
+        with self._lock:
+            verdict = self._known.get((answer, gold))
+            is_new = verdict is None
+            if verdict is None:
+                if len(self._known) >= self._most:
+                    del self._known[next(iter(self._known))]
+                verdict = self._known[answer, gold] = Future()
+        if is_new:
+            try:
+                verdict.set_result(compare_symbolically(answer, gold))
+            except BaseException as error:
+                with self._lock:
+                    self._known.pop((answer, gold), None)
+                verdict.set_exception(error)
+        return verdict.result()
+
+
+_verdicts = _Verdicts()
 
 
 def grade(response_text: str, gold: str) -> Grade:
@@ -109,7 +145,7 @@ def is_correct(answer_text: str, gold: str) -> bool:
         return answer_words.casefold() == expected_words.casefold()
     if expected_number is not None and (with_unit := _NUMBER_WITH_UNIT.fullmatch(answer_words)):
         return not _NOT_UNITS.search(with_unit["unit"].lower()) and _to_number(with_unit["number"]) == expected_number
-    return _are_symbolically_equal(answer, expected)
+    return _verdicts.of(answer, expected)
 
 
 def answer_key(text: str) -> str:
@@ -117,11 +153,6 @@ def answer_key(text: str) -> str:
     normal = _normalize(text)
     number = _to_number(normal)
     return str(number) if number is not None else normal
-
-
-@functools.lru_cache(maxsize=65536)
-def _are_symbolically_equal(answer: str, gold: str) -> bool:
-    return compare_symbolically(answer, gold)
 
 
 def _normalize(text: str) -> str:

@@ -2,28 +2,27 @@
 
 An answer such as 10^{10^{10}} keeps Python inside one C call that neither a thread nor a signal handler can leave, and the
 timeouts of math-verify work in the main thread only. So a worker does the algebra: the kernel ends it when one comparison
-has used up its processor time, and the next comparison starts another. This file is the client and the worker's program.
+has used up its processor time, and the next comparison starts another. This is the client; symbolic_worker.py is the program.
 """
 
 import atexit
 import contextlib
 import json
 import os
-import resource
 import select
 import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
 
-MEMORY_LIMIT_BYTES = 2 << 30
+from rlsc_mcore.evaluation import symbolic_worker
+from rlsc_mcore.evaluation.symbolic_worker import EQUAL, READY
+
 NUM_WORKERS = min(8, os.cpu_count() or 1)
 
 _WALL_SECONDS_PER_COMPARISON = 60.0  # beyond it the worker is taken for hung, however busy the machine
 _WALL_SECONDS_TO_START = 300.0
-_READY, _EQUAL, _DIFFERENT = b"r", b"1", b"0"
 
 
 class SymbolicComparer:
@@ -45,7 +44,7 @@ class SymbolicComparer:
             for _ in range(2):
                 reply, ended_by = self._ask(request)
                 if reply or ended_by in (signal.SIGPROF, signal.SIGKILL):
-                    return reply == _EQUAL
+                    return reply == EQUAL
                 # Ended by something else, perhaps from outside: a fresh worker gets one more try.
             return False
 
@@ -53,6 +52,11 @@ class SymbolicComparer:
     def is_free(self) -> bool:
         """Whether a comparison would begin at once; another thread may be faster."""
         return not self._lock.locked()
+
+    @property
+    def worker_pid(self) -> int | None:
+        """Process id of the worker; None where none runs."""
+        return None if self._worker is None else self._worker.pid
 
     def close(self) -> None:
         """End the worker; the next comparison starts another."""
@@ -75,11 +79,11 @@ class SymbolicComparer:
         return (reply, 0) if reply else (b"", self._end_worker())
 
     def _start_worker(self) -> subprocess.Popen[bytes]:
-        # By path and with -P: neither the working directory nor this folder can shadow a module that the worker imports.
-        command = [sys.executable, "-P", __file__, str(self._cpu_seconds)]
+        # By path and with -P: neither the working directory nor the folder of this file can shadow a module that the worker imports.
+        command = [sys.executable, "-P", symbolic_worker.__file__, str(self._cpu_seconds)]
         environment = os.environ | {"PYTHONHASHSEED": "0"}
         self._worker = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment)
-        if _read_byte(self._worker, _WALL_SECONDS_TO_START) != _READY:
+        if _read_byte(self._worker, _WALL_SECONDS_TO_START) != READY:
             self._end_worker()
             raise RuntimeError("grading needs math-verify, which does not load: see `python -c 'import math_verify'`")
         return self._worker
@@ -97,15 +101,15 @@ class SymbolicComparer:
         return max(-status, 0)
 
 
-symbolic_comparer = SymbolicComparer()
-_spare_comparers = [SymbolicComparer() for _ in range(NUM_WORKERS - 1)]  # a worker starts at the first comparison that needs it
-for _comparer in (symbolic_comparer, *_spare_comparers):
+comparers = tuple(SymbolicComparer() for _ in range(NUM_WORKERS))  # a worker starts at the first comparison that needs it
+symbolic_comparer = comparers[0]
+for _comparer in comparers:
     atexit.register(_comparer.close)
 
 
 def compare_symbolically(answer: str, gold: str) -> bool:
     """Compare in the first worker that is free: called from several threads, several comparisons run at once."""
-    free = next((comparer for comparer in (symbolic_comparer, *_spare_comparers) if comparer.is_free), symbolic_comparer)
+    free = next((comparer for comparer in comparers if comparer.is_free), symbolic_comparer)
     return free.are_equal(answer, gold)
 
 
@@ -119,42 +123,3 @@ def _read_byte(worker: subprocess.Popen[bytes], timeout_s: float) -> bytes:
         if poll.poll(1000 * left_s):
             return os.read(file_descriptor, 1)
     return b""
-
-
-def _load_comparison() -> Callable[[str, str], bool]:
-    import logging
-
-    from math_verify import parse, verify  # type: ignore[import-untyped, unused-ignore]
-
-    logging.disable(logging.CRITICAL)
-
-    def are_equal(answer: str, gold: str) -> bool:
-        parsed_gold, parsed_answer = (parse(f"${text}$", parsing_timeout=0) for text in (gold, answer))
-        return bool(verify(parsed_gold, parsed_answer, timeout_seconds=None))
-
-    return are_equal
-
-
-def _serve(cpu_seconds: float) -> None:
-    replies = os.dup(1)
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # a library that prints must not answer
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the client's to act on; end of input ends the worker
-    signal.signal(signal.SIGPROF, signal.SIG_DFL)  # ends the process even inside a C call
-    resource.setrlimit(resource.RLIMIT_AS, (MEMORY_LIMIT_BYTES, MEMORY_LIMIT_BYTES))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    are_equal = _load_comparison()
-    are_equal("\\frac{1}{2}", "0.5")  # builds the parser's tables
-    os.write(replies, _READY)
-    for request in sys.stdin.buffer:
-        answer, gold = json.loads(request)
-        signal.setitimer(signal.ITIMER_PROF, cpu_seconds)
-        try:
-            equal = are_equal(answer, gold)
-        except Exception:  # whatever a hostile expression raises, it is not the gold answer
-            equal = False
-        signal.setitimer(signal.ITIMER_PROF, 0)
-        os.write(replies, _EQUAL if equal else _DIFFERENT)
-
-
-if __name__ == "__main__":
-    _serve(float(sys.argv[1]))

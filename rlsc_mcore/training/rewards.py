@@ -1,10 +1,12 @@
 """Rollouts -> advantages, for the objectives that have a reward."""
 
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 from rlsc_mcore.algorithm.objective import group_advantages
 from rlsc_mcore.config import ConfigError, Objective
 from rlsc_mcore.evaluation.rewards import label_rewards, majority_rewards
+from rlsc_mcore.evaluation.symbolic import NUM_WORKERS
 from rlsc_mcore.types import Question, Rollout
 
 
@@ -18,12 +20,16 @@ def advantages(objective: Objective, rollouts: Sequence[Rollout], questions: Seq
     groups: dict[int, list[int]] = {}
     for position, rollout in enumerate(rollouts):
         groups.setdefault(rollout.question_index, []).append(position)
+
+    def graded(index: int) -> list[float]:
+        texts = [rollouts[position].text for position in groups[index]]
+        return majority_rewards(texts) if objective == "ttrl" else label_rewards(texts, questions[index].answer or "")
+
     rewards = [0.0] * len(rollouts)
-    for index, positions in groups.items():
-        texts = [rollouts[position].text for position in positions]
-        graded = majority_rewards(texts) if objective == "ttrl" else label_rewards(texts, questions[index].answer or "")
-        for position, reward in zip(positions, graded, strict=True):
-            rewards[position] = reward
+    with ThreadPoolExecutor(NUM_WORKERS) as threads:
+        for positions, row in zip(groups.values(), threads.map(graded, groups), strict=True):
+            for position, reward in zip(positions, row, strict=True):
+                rewards[position] = reward
     return group_advantages(rewards, [rollout.question_index for rollout in rollouts])
 
 

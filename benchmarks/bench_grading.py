@@ -1,0 +1,278 @@
+"""What grading costs: `python -m benchmarks.bench_grading [--data FOLDER]`.
+
+Mixes of responses, in `numbers` and `algebra` 16 for each question, graded by the product (`grade_answers`: identical responses
+once, several workers, gold answers parsed once, cheaper parsing and disproof) and by math-verify as it comes (one answer after
+the other, nothing kept):
+
+- `numbers`: answers of gsm8k, amc23 and aime24 in sentences, boxed or not, right and wrong (needs `--data`);
+- `expressions`: the values in the worked solutions of aime24 (what follows the last `=` of a formula), each against its
+  solution's last one (needs `--data`);
+- `algebra`: fractions, roots, polynomials, intervals, sets, tuples, matrices, equations; most samples repeat an answer;
+- `algebra_distinct`: the same kinds, no pair twice: nothing to remember but the gold answer.
+
+Every mix runs in fresh processes, workers included, so that no repeat profits from an earlier one. A mix counts only if all
+verdicts agree. Processor time of all processes is what is compared; starting the workers is told apart.
+"""
+
+import argparse
+import json
+import os
+import random
+import re
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.harness import RESULTS, about
+from rlsc_mcore.evaluation import grading, symbolic
+from rlsc_mcore.evaluation.answer_formats import grade_answer, grade_answers
+from rlsc_mcore.evaluation.benchmarks import load_benchmark
+from rlsc_mcore.types import Question
+
+NUM_SAMPLES = 16
+GOAL_PER_S, CORES = 200, 2
+MOST_CHARACTERS = 80  # of a formula of `expressions`: an answer, not a derivation
+PLAIN_SECONDS = 2.0  # processor time per comparison, as the workers have
+PATHS = ("product", "plain")
+Sample = tuple[str, Question]
+
+
+def main() -> None:
+    """Measure every mix in processes of its own and write benchmarks/results/cpu/bench_grading.json."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", type=Path, help="folder with aime24.jsonl, amc23.jsonl and gsm8k_test.jsonl")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--out", type=Path, default=RESULTS / "cpu", help="folder of the result")
+    parser.add_argument("--one", nargs=2, metavar=("PATH", "MIX"), help="(internal) grade one mix in this process")
+    options = parser.parse_args()
+    if options.one:
+        print(json.dumps(measure(options.one[0], mixes(options.data)[options.one[1]]())))
+        return
+    rows = []
+    for mix in mixes(options.data):
+        runs: dict[str, list[dict[str, Any]]] = {path: [] for path in PATHS}
+        for _ in range(options.repeats):
+            for path in PATHS:
+                runs[path].append(in_fresh_process(path, mix, options.data))
+        rows.append(summary(mix, runs))
+        print(json.dumps(rows[-1]))
+    made_by = about(torch.device("cpu")) | {"command": "python -m benchmarks.bench_grading" + (" --data DATA" if options.data else "")}
+    result = {"about": made_by, "workers": symbolic.NUM_WORKERS, "repeats": options.repeats, "rows": rows}
+    options.out.mkdir(parents=True, exist_ok=True)
+    (options.out / "bench_grading.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+
+def in_fresh_process(path: str, mix: str, data: Path | None) -> dict[str, Any]:
+    """Grade one mix in a new interpreter."""
+    command = [sys.executable, "-m", "benchmarks.bench_grading", "--one", path, mix]
+    command += [] if data is None else ["--data", str(data)]
+    return dict(json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout))
+
+
+def summary(mix: str, runs: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
+    """Compare verdicts, then processor time; RuntimeError where a verdict differs."""
+    verdicts = [run["verdicts"] for path in PATHS for run in runs[path]]
+    differing = [i for i in range(len(verdicts[0])) if len({found[i] for found in verdicts}) > 1]
+    if differing:
+        texts = runs["product"][0]["texts"]
+        raise RuntimeError(f"{mix}: {len(differing)} verdicts differ, the first on {texts[differing[0]]}")
+    count = len(verdicts[0])
+    ms = {path: [1e3 * run["cpu_s"] / count for run in runs[path]] for path in PATHS}
+    middle = statistics.median(ms["product"])
+    return {
+        "mix": mix,
+        "answers": count,
+        "right_share": round(sum(verdict == "1" for verdict in verdicts[0]) / count, 3),
+        "compared_by_algebra": runs["plain"][0]["compared"],
+        "cpu_ms_per_answer": {path: round(statistics.median(values), 3) for path, values in ms.items()},
+        "cpu_ms_per_answer_runs": {path: [round(value, 3) for value in values] for path, values in ms.items()},
+        "times_cheaper": round(statistics.median(ms["plain"]) / middle, 2),
+        f"answers_per_s_on_{CORES}_cores_by_cpu": round(1e3 * CORES / middle),
+        "answers_per_s_by_the_clock": round(statistics.median(count / run["wall_s"] for run in runs["product"])),
+        "cpu_s_to_start_a_worker": round(statistics.median(run["start_cpu_s"] for run in runs["product"]), 2),
+        "reaches_goal": bool(1e3 * CORES / middle >= GOAL_PER_S),
+    }
+
+
+def measure(path: str, samples: list[Sample]) -> dict[str, Any]:
+    """Grade all samples; returns verdicts, seconds of all processes, and how many comparisons needed algebra."""
+    responses, questions = [text for text, _ in samples], [question for _, question in samples]
+    compared = [0]
+    if path == "plain":
+        compare = counted(plain_comparison(), compared)
+        start_cpu = 0.0
+        begin, begin_cpu = time.perf_counter(), time.process_time()
+        grades = []
+        for response, question in samples:
+            grading._verdicts = grading._Verdicts()
+            grading.compare_symbolically = compare
+            grades.append(grade_answer(response, question))
+    else:
+        for comparer in symbolic.comparers:
+            comparer.are_equal("1 + x", "x + 1")
+        start_cpu = workers_cpu_s()
+        begin, begin_cpu = time.perf_counter(), time.process_time() + start_cpu
+        grades = grade_answers(responses, questions)
+    cpu, wall = time.process_time() + workers_cpu_s() - begin_cpu, time.perf_counter() - begin
+    return {
+        "verdicts": "".join(str(int(found.lenient)) for found in grades),
+        "texts": [f"{response[-60:]!r} for {question.answer!r}" for response, question in samples],
+        "cpu_s": cpu,
+        "wall_s": wall,
+        "start_cpu_s": start_cpu / len(symbolic.comparers),
+        "compared": compared[0],
+    }
+
+
+def plain_comparison() -> Callable[[str, str], bool]:
+    """math-verify as it comes, in this process, with the workers' limit of processor time; a timer cannot leave one C call."""
+    import logging
+
+    from math_verify import parse, verify  # type: ignore[import-untyped, unused-ignore]
+
+    logging.disable(logging.CRITICAL)
+
+    def ended(*_: Any) -> None:
+        raise TimeoutError
+
+    signal.signal(signal.SIGPROF, ended)
+
+    def compare(answer: str, gold: str) -> bool:
+        signal.setitimer(signal.ITIMER_PROF, PLAIN_SECONDS)
+        try:
+            parsed = [parse(f"${text}$", parsing_timeout=0) for text in (gold, answer)]
+            return bool(verify(*parsed, timeout_seconds=None))
+        except Exception:
+            return False
+        finally:
+            signal.setitimer(signal.ITIMER_PROF, 0)
+
+    compare("\\frac{1}{2}", "0.5")
+    return compare
+
+
+def counted(compare: Callable[[str, str], bool], calls: list[int]) -> Callable[[str, str], bool]:
+    """Count the calls."""
+
+    def count(answer: str, gold: str) -> bool:
+        calls[0] += 1
+        return compare(answer, gold)
+
+    return count
+
+
+def workers_cpu_s() -> float:
+    """Processor time of the workers that run, user and system."""
+    ticks = 0
+    for comparer in symbolic.comparers:
+        if comparer.worker_pid is not None:
+            fields = Path(f"/proc/{comparer.worker_pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
+            ticks += int(fields[11]) + int(fields[12])
+    return ticks / os.sysconf("SC_CLK_TCK")
+
+
+def mixes(data: Path | None) -> dict[str, Callable[[], list[Sample]]]:
+    """Name every mix that can be made here."""
+    found = {"algebra": lambda: algebra(140, distinct=False), "algebra_distinct": lambda: algebra(280, distinct=True)}
+    if data is not None:
+        found |= {"numbers": lambda: numbers(data), "expressions": lambda: expressions(data)}
+    return found
+
+
+def numbers(data: Path) -> list[Sample]:
+    """Samples of real questions with numeric answers: boxed, with units, in sentences, near misses, cut."""
+    stream = random.Random(0)
+    samples = []
+    for name, most in (("gsm8k", 150), ("amc23", 40), ("aime24", 30)):
+        for question in load_benchmark(name, data)[:most]:
+            working = f"We are told that {question.text[:400]} So we compute step by step. "
+            gold = question.answer or ""
+            for _ in range(NUM_SAMPLES):
+                said = gold if stream.random() < 0.6 else str(int(float(gold)) + stream.choice((-10, -1, 1, 2, 7)))
+                form = stream.choice(
+                    (
+                        "\\boxed{%s}",
+                        "\\boxed{%s.0}",
+                        "\\boxed{%s\\text{ dollars}}",
+                        "The answer is $\\boxed{%s}$.",
+                        "the answer is %s.",
+                        "%s",
+                    )
+                )
+                samples.append((working + form % said, question))
+    return samples
+
+
+def expressions(data: Path) -> list[Sample]:
+    """The values of real worked solutions as answers, against the last one of each solution."""
+    samples = []
+    for index, line in enumerate((data / "aime24.jsonl").read_text(encoding="utf-8").splitlines()):
+        formulas = re.findall(r"\$([^$]+)\$", re.sub(r"\\boxed\{([^{}]*)\}", r"\1", json.loads(line)["solution"]))
+        texts = [formula.rpartition("=")[2].strip(" .,") for formula in formulas]
+        texts = list(dict.fromkeys(text for text in texts if 3 <= len(text) <= MOST_CHARACTERS and not text.isdigit()))
+        if len(texts) >= 2:
+            question = Question(index, f"expression {index}", texts[-1])
+            samples += [(f"so \\boxed{{{text}}}", question) for text in texts]
+    return samples
+
+
+def algebra(num_questions: int, *, distinct: bool) -> list[Sample]:
+    """Samples for generated gold answers: mostly the gold's own spelling, else an equal or a different expression."""
+    stream = random.Random(1)
+    samples = []
+    for index, (gold, equal, different) in zip(range(num_questions), families(stream), strict=False):
+        question = Question(index, f"expression {index}", gold)
+        if distinct:
+            answers = [*equal, *different]
+        else:
+            answers = [stream.choice([gold] * 4 + equal * 2 + different) for _ in range(NUM_SAMPLES)]
+        samples += [(f"Thus the answer is $\\boxed{{{answer}}}$.", question) for answer in answers]
+    return samples
+
+
+def families(stream: random.Random) -> Iterator[tuple[str, list[str], list[str]]]:
+    """Yield (gold, equal spellings, different answers) without end, of each kind in turn."""
+    while True:
+        a, b, c, d = (stream.randint(2, 19) for _ in range(4))
+        yield f"\\frac{{{a}x+{b}}}{{{c}}}", [f"\\frac{{{b}+{a}x}}{{{c}}}"], [f"\\frac{{{a}x-{b}}}{{{c}}}", f"{a}x+\\frac{{{b}}}{{{c}}}"]
+        yield f"{a}\\sqrt{{{b}}}", [f"\\sqrt{{{a * a * b}}}", f"\\sqrt{{{b}}}\\cdot {a}"], [f"{a + 1}\\sqrt{{{b}}}", f"\\sqrt{{{a + b}}}"]
+        yield f"x^2+{a + b}x+{a * b}", [f"(x+{a})(x+{b})", f"{a * b}+{a + b}x+x^2"], [f"(x-{a})(x+{b})", f"x^2+{a * b}x+{a + b}"]
+        yield f"[{a},{a + b})", [f"\\left[{a},{a + b}\\right)"], [f"({a},{a + b})", f"[{a},{a + b + 1})", f"[{a},{a + b}]"]
+        yield (
+            f"(-\\infty,{a})\\cup({a + b},\\infty)",
+            [f"({a + b},\\infty)\\cup(-\\infty,{a})"],
+            [f"(-\\infty,{a}]\\cup({a + b},\\infty)", f"({a},{a + b})"],
+        )
+        yield (
+            f"\\{{{a},{a + b},{a + b + c}\\}}",
+            [f"\\{{{a + b},{a + b + c},{a}\\}}"],
+            [f"\\{{{a},{a + b}\\}}", f"\\{{{a},{b},{d + 40}\\}}"],
+        )
+        yield (
+            f"({a},-{b},\\frac{{{c}}}{{{d}}})",
+            [f"\\left({a},-{b},\\frac{{{2 * c}}}{{{2 * d}}}\\right)"],
+            [f"({a},{b},\\frac{{{c}}}{{{d}}})"],
+        )
+        matrix = "\\begin{pmatrix}%s & %s\\\\ %s & %s\\end{pmatrix}"
+        yield matrix % (a, b, c, d), [matrix % (f"{2 * a}/2", b, c, d)], [matrix % (a, c, b, d + 1)]
+        yield f"y={a}x+{b}", [f"{a}x+{b}=y", f"y-{b}={a}x"], [f"y={a}x-{b}", f"x={a}y+{b}"]
+        yield f"{a}\\sin x+{b}\\cos x", [f"{b}\\cos x+{a}\\sin x"], [f"{a}\\cos x+{b}\\sin x", f"{a}\\sin x"]
+        yield f"{a}+{b}i", [f"{b}i+{a}"], [f"{a}-{b}i", f"{b}+{a}i" if a != b else f"{a}i"]
+        yield (
+            f"\\frac{{{a}\\pi}}{{{b}}}",
+            [f"\\frac{{{a}}}{{{b}}}\\pi", f"\\frac{{{2 * a}\\pi}}{{{2 * b}}}"],
+            [f"\\frac{{{b}\\pi}}{{{a + b}}}"],
+        )
+        yield f"{a}^{{{b}}}-1", [f"-1+{a}^{{{b}}}"], [f"{a}^{{{b}}}+1", f"{b}^{{{a + 1}}}-1"]
+        yield f"\\log_{{{a}}} {b}", [f"\\frac{{\\ln {b}}}{{\\ln {a}}}"], [f"\\log_{{{b + 30}}} {a}", f"\\ln {b}"]
+
+
+if __name__ == "__main__":
+    main()
