@@ -7,7 +7,7 @@ import json
 import math
 import random
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -161,7 +161,7 @@ def _read_hub(name: str, split: str, field: str, subset: str | None) -> Iterator
             f'{field}: there is no file {name!r}; to read a hub data set of that name run `pip install "rlsc_mcore[hub]"`, {instead}'
         ) from None
     try:
-        rows: Iterable[Any] = datasets.load_dataset(name, *([] if subset is None else [subset]), split=split)
+        rows = _load_hub(datasets.load_dataset, name, [] if subset is None else [subset], split)
     except Exception as error:  # its own, its transport's and its formats' errors
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ConfigError(
@@ -170,6 +170,26 @@ def _read_hub(name: str, split: str, field: str, subset: str | None) -> Iterator
         ) from None
     for number, row in enumerate(rows):
         yield f"{field}: {name}, split {split}, row {number}", row
+
+
+def _load_hub(load_dataset: Callable[..., Iterable[Any]], name: str, subset: Sequence[str], split: str) -> Iterable[Any]:
+    """Load from the hub, else from the hub's cache: what `hf download --repo-type dataset NAME` left is enough without network."""
+    try:
+        return load_dataset(name, *subset, split=split)
+    except Exception:
+        folder = _cached_snapshot(name)
+        if folder is None:
+            raise
+        return load_dataset(folder, *subset, split=split)
+
+
+def _cached_snapshot(name: str) -> str | None:
+    from huggingface_hub import snapshot_download
+
+    try:
+        return str(snapshot_download(name, repo_type="dataset", local_files_only=True))
+    except Exception:  # never downloaded, or no name of the hub's
+        return None
 
 
 def _to_question(index: int, record: Any, place: str) -> Question:

@@ -1,7 +1,10 @@
 """Benchmarks: every published record layout, every bad file named by line and field, and what to bring where there is nothing."""
 
+import ast
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +105,33 @@ def test_an_absent_benchmark_says_which_file_to_bring(tmp_path: Path, name: str)
     (message,) = missing_benchmarks([name], tmp_path)
     assert message.startswith(f"--benchmarks: {name}: bring {name}.jsonl (one JSON object per line with `")
     assert str(tmp_path) in message and BENCHMARKS[name].hub in message and "\n" not in message
+
+
+def cache_snapshot(home: Path, name: str, readme: str, **files: str) -> None:
+    """Lay a data set out as `hf download --repo-type dataset NAME` leaves it."""
+    repository, commit = home / "hub" / f"datasets--{name.replace('/', '--')}", "a" * 40
+    snapshot = repository / "snapshots" / commit
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text(commit, encoding="utf-8")
+    snapshot.mkdir(parents=True)
+    (snapshot / "README.md").write_text(f"---\n{readme}\n---\n", encoding="utf-8")
+    for stem, text in files.items():
+        (snapshot / f"{stem}.jsonl").write_text(text, encoding="utf-8")
+
+
+def test_a_downloaded_hub_set_is_read_without_network(tmp_path: Path) -> None:
+    pytest.importorskip("datasets")
+    rows = [json.dumps({"question": f"q{i}?", "answer": f"so\n#### {i},000"}) + "\n" for i in range(3)]
+    configs = [f"- config_name: {name}\n  data_files:\n  - split: test\n    path: {name}.jsonl" for name in ("main", "socratic")]
+    cache_snapshot(tmp_path, BENCHMARKS["gsm8k"].hub, "configs:\n" + "\n".join(configs), main="".join(rows), socratic=rows[0])
+    program = "from rlsc_mcore.evaluation import benchmarks as b; print([(q.text, q.answer) for q in b.load_benchmark('gsm8k')])"
+    environment = os.environ | {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": "", "HF_DATASETS_CACHE": ""}
+    environment = {name: value for name, value in environment.items() if value}
+    ended = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True, timeout=300)
+    assert ast.literal_eval(ended.stdout.splitlines()[-1]) == [("q0?", "0000"), ("q1?", "1000"), ("q2?", "2000")]
+    program = "from rlsc_mcore.evaluation import benchmarks as b; print(b.missing_benchmarks(['amc23'])[0])"
+    ended = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True, timeout=300)
+    assert ended.stdout.splitlines()[-1].startswith("--benchmarks: amc23: bring amc23.jsonl") and "did not load" in ended.stdout
 
 
 @pytest.mark.parametrize(
