@@ -1,4 +1,4 @@
-"""metrics.jsonl: one object per step, read back for alarms and on resume; the same numbers as TensorBoard events."""
+"""metrics.jsonl: one object per step, read back for alarms and on resume; the same numbers as TensorBoard events and in W&B."""
 
 import json
 import os
@@ -36,12 +36,16 @@ class PhaseTimer:
 class MetricsWriter:
     """Appends steps to metrics.jsonl (and TensorBoard) on the main rank; remembers the rows for the alarms."""
 
-    def __init__(self, run_dir: Path, *, first_step: int, enabled: bool, tensorboard: bool) -> None:
-        """Keep the rows of steps before `first_step`; rows at or after it (an interrupted step's) are dropped by one rename."""
+    def __init__(self, run_dir: Path, *, first_step: int, enabled: bool, tensorboard: bool, wandb_run: Any = None) -> None:
+        """Keep the rows of steps before `first_step`; rows at or after it (an interrupted step's) are dropped by one rename.
+
+        `wandb_run` (of `open_wandb`) gets the same numbers, and is finished by `close`.
+        """
         self.file = run_dir / FILE_NAME
         self.rows = [row for row in read_metrics(run_dir) if row["step"] < first_step]
         self._enabled = enabled
         self._events: Any = None
+        self._wandb_run = wandb_run
         if not enabled:
             return
         partial = self.file.with_suffix(".partial")
@@ -62,11 +66,15 @@ class MetricsWriter:
             out.write(json.dumps(row) + "\n")
         if self._events is not None:
             self._write_events(row)
+        if self._wandb_run is not None:
+            self._wandb_run.log({name: value for name, value in _flatten(row) if name != "step"}, step=row["step"])
 
     def close(self) -> None:
-        """Flush the TensorBoard events."""
+        """Flush the TensorBoard events and end the Weights & Biases run."""
         if self._events is not None:
             self._events.close()
+        if self._wandb_run is not None:
+            self._wandb_run.finish()
 
     def _write_events(self, row: Mapping[str, Any]) -> None:
         from tensorboard.compat.proto.summary_pb2 import Summary

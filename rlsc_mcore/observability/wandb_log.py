@@ -1,0 +1,46 @@
+"""The numbers of metrics.jsonl in Weights & Biases too, where a project is named; the package is the user's to install."""
+
+import importlib.util
+import secrets
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rlsc_mcore.config import ConfigError
+from rlsc_mcore.observability.files import write_atomically
+
+ID_FILE = "wandb_id"
+_FIELD = "observability.wandb_project"
+
+
+def check_wandb(project: str | None) -> None:
+    """Raise ConfigError where a project is named and the package is absent."""
+    if project is not None and importlib.util.find_spec("wandb") is None:
+        raise ConfigError(f"{_FIELD}: Weights & Biases is not installed: pip install wandb, or leave {_FIELD} out")
+
+
+def open_wandb(project: str | None, run_dir: Path, settings: Mapping[str, Any]) -> Any:
+    """Start the run's Weights & Biases run, or go on with it where `run_dir` knows its id; None without a project.
+
+    WANDB_MODE=offline and the package's other variables hold. Raises ConfigError where it cannot start (no login, no network).
+    """
+    if project is None:
+        return None
+    import wandb
+
+    file = run_dir / ID_FILE
+    if not file.is_file():
+        write_atomically(file, secrets.token_hex(4))
+    try:
+        return wandb.init(
+            project=project,
+            name=run_dir.resolve().name,
+            id=file.read_text(encoding="utf-8"),
+            resume="allow",
+            dir=run_dir,
+            config=dict(settings),
+            settings=wandb.Settings(console="off"),  # the terminal's output stays this program's
+        )
+    except wandb.Error as error:
+        said = " ".join(str(error).split())
+        raise ConfigError(f"{_FIELD}: cannot start: {said}; `wandb login`, or set WANDB_MODE=offline and `wandb sync` later") from None
