@@ -16,17 +16,20 @@ Only these functions are patched: replacing, say, `torch.cuda.Stream` breaks oth
 """
 
 import contextlib
+import ctypes
 import functools
 import importlib
 import importlib.util
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch.optim.adam import adam
 from torch.overrides import TorchFunctionMode
+
+from rlsc_mcore.observability.memory import Pools, device_pools, host_pools
 
 _CUDA_SPELLINGS = ("cuda", torch.device("cuda"))
 _TORCHVISION_FAMILY = ("torchvision", "torchaudio", "torchcodec")
@@ -151,9 +154,17 @@ class Backend:
             torch.cuda.synchronize()
 
     def release_cached_memory(self) -> None:
-        """Return the caching allocator's free blocks to the device, before the engine claims them."""
+        """Give back what the allocator keeps of freed memory: to the device, before the engine claims it, or to the system.
+
+        glibc keeps what was freed below a block in use: a process of the embedded model held 1.36 GiB after every step with this
+        (50 ms), 2.27 GiB after 14 steps without it, of which 0.9 were free. What still grows in the first four steps, 0.25 GiB, is
+        caches that then are full; more than half of it oneDNN's of primitives (ONEDNN_PRIMITIVE_CACHE_CAPACITY, 1024 shapes).
+        """
         if self.is_cuda:
             torch.cuda.empty_cache()
+        else:
+            with contextlib.suppress(AttributeError):  # not glibc
+                ctypes.CDLL(None).malloc_trim(0)
 
     def adam_source(self) -> str:
         """Name the fused Adam that Megatron-Core took: TransformerEngine's, else Apex's, else torch's."""
@@ -176,6 +187,17 @@ class Backend:
             memory["device_peak"] = torch.cuda.max_memory_allocated()
             memory["device_free"] = torch.cuda.mem_get_info()[0]
         return memory
+
+    def account_memory(self, owned: Mapping[str, Mapping[int, int]], graph_pool: tuple[int, int] | None) -> Pools:
+        """Tell who holds the memory now; see `observability.memory`. Waits for the device; a few ms of the host on a GPU."""
+        if not self.is_cuda:
+            with open("/proc/meminfo", encoding="ascii") as meminfo:
+                kib = next(int(line.split()[1]) for line in meminfo if line.startswith("MemAvailable:"))
+            return host_pools(owned, resident=self.memory_bytes()["host_resident"], available=kib << 10)
+        torch.cuda.synchronize()
+        free, total = torch.cuda.mem_get_info()
+        segments = [segment for segment in torch.cuda.memory_snapshot() if segment["device"] == self.device.index]
+        return device_pools(owned, segments, graph_pool, total=total, free=free)
 
     def _accommodate_megatron(self) -> None:
         torch.cuda.current_device = lambda: self.device  # type: ignore[assignment,return-value]

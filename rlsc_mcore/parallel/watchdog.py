@@ -77,7 +77,8 @@ class Watchdog:
     def _watch(self) -> None:
         neighbour = (self._rank + 1) % self._world_size
         count, last, seen = 0, "", time.monotonic()
-        while not self._closed.wait(self._interval_s):
+        # The first beat at once: a rank that stops before it would never be missed.
+        while not self._closed.wait(self._interval_s if count else 0.0):
             count += 1
             try:
                 self._store.set(f"beat/{self._rank}", json.dumps({"count": count, **self._beat()}))
@@ -93,6 +94,8 @@ class Watchdog:
                 silent = time.monotonic() - seen
                 if last and silent > self._dead_after_s:
                     self._judge(f"rank {neighbour} is gone: silent for {silent:.0f} s, last in phase {_place(json.loads(last))}")
+                if not last and silent > self._dead_after_s * SLOW_PHASES["start-up"]:
+                    self._judge(f"rank {neighbour} is gone: it has said nothing since rank {self._rank} started {silent:.0f} s ago")
             except Exception as error:
                 # The end of the run takes the store with it: see whether this rank's own end follows.
                 if self._closed.wait(2 * self._interval_s):

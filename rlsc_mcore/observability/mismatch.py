@@ -1,0 +1,62 @@
+"""The mismatch watch: engine and trainer score the same tokens at every step, and what they disagree about says what is wrong.
+
+Rounding is small and stays; an engine on other weights is not. Limits are in nats (natural logarithms), measured where they
+could be (docs/colocation.md has the numbers): an honest run stays well below every warning, wrong weights are far above.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+# Keys of metrics.jsonl: |trainer - engine| over tokens; |sum of trainer - engine| over answers.
+GAPS = ("log_prob_gap_mean", "log_prob_gap_p99", "log_prob_gap_max", "log_prob_gap_sequence_mean", "log_prob_gap_sequence_max")
+_NAMES = {"log_prob_gap_mean": "on average", "log_prob_gap_p99": "at the 99th percentile", "log_prob_gap_max": "at most"}
+
+
+@dataclass(frozen=True)
+class Limits:
+    """|trainer - engine| log-prob per token."""
+
+    mean: float  # a warning above it
+    p99: float
+    largest: float
+    stop: float  # mean that counts towards ending the run
+
+
+LIMITS = {
+    "float32": Limits(mean=3e-5, p99=3e-4, largest=1e-3, stop=1e-3),
+    "bfloat16": Limits(mean=0.1, p99=1.0, largest=5.0, stop=0.4),
+}
+
+
+def coarser(*dtypes: str) -> str:
+    """Return the type whose limits hold where trainer and engine compute with different ones."""
+    return "bfloat16" if "bfloat16" in dtypes else "float32"
+
+
+def mismatch_warnings(row: Mapping[str, Any], dtype: str) -> list[str]:
+    """Name what trainer and engine disagree about in a step, in one warning at most; nothing where they cannot be compared."""
+    limits = LIMITS[dtype]
+    expected = {"log_prob_gap_mean": limits.mean, "log_prob_gap_p99": limits.p99, "log_prob_gap_max": limits.largest}
+    found = [f"{row[key]:.2e} {_NAMES[key]} (expected below {limit:g})" for key, limit in expected.items() if _exceeds(row, key, limit)]
+    return [f"trainer and engine disagree on the log-probs of the sampled tokens: {', '.join(found)}"] if found else []
+
+
+def stop_limit(dtype: str, configured: float | None) -> float:
+    """Return the mean difference per token above which a step counts towards stopping."""
+    return LIMITS[dtype].stop if configured is None else configured
+
+
+def mismatched_steps(rows: Sequence[Mapping[str, Any]], limit: float) -> int:
+    """Count the last steps in a row whose mean difference per token is above `limit`, or not a number."""
+    count = 0
+    for row in reversed(rows):
+        if not _exceeds(row, "log_prob_gap_mean", limit):
+            break
+        count += 1
+    return count
+
+
+def _exceeds(row: Mapping[str, Any], key: str, limit: float) -> bool:
+    value = row.get(key)
+    return value is not None and not value <= limit  # NaN exceeds every limit
