@@ -8,7 +8,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 
-from rlsc_mcore.config import ConfigError, RunError
+from rlsc_mcore.config import CollectiveRunError, ConfigError, RunError
 
 USAGE = """usage: rlsc COMMAND [OPTIONS]
 
@@ -48,7 +48,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             print(f"rlsc {name}: {error}", file=sys.stderr)
         _leave(2)
     except RunError as error:
-        print(f"rlsc {name}: {error}", file=sys.stderr)
+        if not isinstance(error, CollectiveRunError) or int(os.environ.get("RANK", "0")) == 0:
+            print(f"rlsc {name}: {error}", file=sys.stderr)
         _leave(1)
     except Exception:
         traceback.print_exc()

@@ -7,6 +7,7 @@ file and the command line share one parser, one source of types and one style of
 import contextlib
 import dataclasses
 import io
+import itertools
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,6 +21,7 @@ import yaml
 LogProbTemperature = Literal["sampling", "1.0"]
 Confidence = Literal["sequence", "length_normalized", "token", "group_softmax"]
 Objective = Literal["rlsc", "self_sft", "ttrl", "entropy", "rlvr"]
+TTRL_NUM_SAMPLES = 64  # its authors' number of votes
 TEMPLATES = ("chat", "qwen25-math", "evalchemy", "none")
 
 
@@ -40,6 +42,10 @@ class ConfigError(Exception):
 
 class RunError(RuntimeError):
     """A run that cannot go on: one line that says what happened and what is safe. The command line exits with code 1."""
+
+
+class CollectiveRunError(RunError):
+    """A `RunError` that every rank raises, with the same line: rank 0 prints it."""
 
 
 def _check(condition: bool, name: str, expected: str, value: object) -> None:
@@ -112,14 +118,22 @@ class RolloutConfig:
     """Sequences that the engine decodes at once."""
     max_num_batched_tokens: int = 8192
     """Tokens per engine step; raised to `max_model_len` where that is longer."""
+    tp: int | None = None
+    """Tensor-parallel size of the engines; by default `parallel.tp`. Engines of fewer ranks than the trainer's groups sample
+    faster for small models, and hold a copy of their weights that every hot swap gathers."""
+    dtype: Literal["float32", "bfloat16"] | None = None
+    """Numbers the engine computes with; by default `model.dtype`. Another type keeps a converted copy of all weights."""
+    verify_swap: Literal["off", "checksum", "full"] = "checksum"
+    """What each hot swap compares between engine and trainer: nothing, that the shared storage is shared and checksums of sampled
+    rows, or every element of every parameter against what an export would write (slow; for debugging)."""
     kv_cache_gib: float | None = None
-    """KV cache in GiB. By default, on a GPU 40 % of what is free beside the trainer; on a CPU what `max_num_seqs` longest
-    sequences need, at most 4 GiB."""
+    """KV cache in GiB. By default what `max_num_seqs` longest sequences need, on a GPU at most 40 % of what is free beside the
+    trainer when the engine is built, on a CPU at most 4 GiB."""
     enforce_eager: bool = False
     """Run the engine without CUDA graphs (slower; for debugging). A CPU always runs eagerly."""
     sleep_level: Literal[0, 1, 2] = 2
     """What the engine frees while training (GPU): 0 nothing, 1 KV cache (weights move to the host), 2 KV cache and its own
-    weights. The default is 2: parameters alias the trainer's and the few others are rewritten at each swap."""
+    weights. The default is 2: parameters alias the trainer's and the few others are rewritten at each swap (docs/colocation.md)."""
 
     def __post_init__(self) -> None:
         _check(self.num_samples >= 1, "rollout.num_samples", "at least 1", self.num_samples)
@@ -129,6 +143,7 @@ class RolloutConfig:
         _check(self.max_model_len is None or self.max_model_len >= 2, "rollout.max_model_len", "at least 2", self.max_model_len)
         _check(self.max_num_seqs >= 1, "rollout.max_num_seqs", "at least 1", self.max_num_seqs)
         _check(self.max_num_batched_tokens >= 1, "rollout.max_num_batched_tokens", "at least 1", self.max_num_batched_tokens)
+        _check(self.tp is None or self.tp >= 1, "rollout.tp", "at least 1", self.tp)
         _check(self.kv_cache_gib is None or self.kv_cache_gib > 0, "rollout.kv_cache_gib", "more than 0", self.kv_cache_gib)
 
 
@@ -138,7 +153,8 @@ class AlgorithmConfig:
 
     objective: Objective = "rlsc"
     """`rlsc`: weight = confidence + alpha (alpha = 0 is the paper's L1, alpha > 0 its L2); `self_sft`: every sample weighs 1;
-    `ttrl`: reward 1 for the majority's boxed answer, minus the question's mean (its authors vote with 64 samples);
+    `ttrl`: reward 1 for the majority's boxed answer, minus the question's mean (votes with `rollout.num_samples` = 64, as its
+    authors do, where that is not given);
     `entropy`: minimise the token entropy along the samples; `rlvr`: reward 1 for the right boxed answer, minus the question's
     mean. `rlvr` alone reads `answer`."""
     alpha: float = 0.1
@@ -191,6 +207,9 @@ class OptimizerConfig:
     """Keep Adam's moments in bfloat16 beside fp32 master weights (TransformerEngine's FusedAdam: a GPU, `distributed`)."""
     cpu_offload: float = 0.0
     """Share of the parameters whose optimizer state lives in host memory and is updated there (a GPU); 0 is none, 1 all."""
+    offload_during_rollout: bool = False
+    """Move the optimizer's state (moments, fp32 master weights) to page-locked host memory while the engine samples, which leaves
+    its place to the KV cache (a GPU). Costs two copies per step; the update stays on the GPU."""
 
     def __post_init__(self) -> None:
         _check(self.lr > 0, "optimizer.lr", "more than 0", self.lr)
@@ -210,7 +229,8 @@ class ParallelConfig:
     """How the model is spread over ranks; data parallel size = world size / tp."""
 
     tp: int = 1
-    """Tensor-parallel size of the trainer and of the engine; sequence parallelism is on for tp > 1."""
+    """Tensor-parallel size of the trainer and, unless `rollout.tp` says otherwise, of the engines; sequence parallelism is on for
+    tp > 1."""
     overlap_grad_reduce: bool = False
     """Reduce gradients over the data-parallel ranks bucket by bucket, while the last micro-batch's backward pass still runs."""
     overlap_param_gather: bool = False
@@ -253,7 +273,7 @@ class TrainingConfig:
     """Checkpoints kept; older ones are deleted after the next is complete."""
     keep_best: Literal["none", "f_estimate", "boxed_share", "effective_samples"] = "none"
     """Keep also the checkpoint whose weights sampled best by this number of metrics.jsonl (none of them is accuracy). A checkpoint
-    is judged by the step after it; `checkpoints/best` names it."""
+    is judged by the step after it; `checkpoints/best` names it, and `rlsc export` and `rlsc eval` take it by `--checkpoint best`."""
     async_save: bool = False
     """Write checkpoints beside the training, from a copy in host memory; `latest` moves when every rank has written."""
 
@@ -300,14 +320,21 @@ class ObservabilityConfig:
 
     tensorboard: bool = True
     """Write the metrics of metrics.jsonl as TensorBoard events too."""
+    wandb_project: str | None = None
+    """Log the metrics of metrics.jsonl to this Weights & Biases project too (`pip install wandb`; WANDB_MODE=offline needs no
+    network). A resumed run goes on in the same one."""
     save_rollouts: bool = True
     """Write every sampled answer to rollouts/step_*.jsonl."""
     max_log_prob_gap: float | None = None
-    """Stop when the mean |trainer - engine| log-prob per token exceeds this; None only warns (0.001 in float32, 0.05 in bfloat16)."""
+    """Mean |trainer - engine| log-prob per token above which a step counts as mismatched; by default 0.001 in float32, 0.4 in
+    bfloat16. Warnings come earlier."""
+    max_mismatched_steps: int = 3
+    """Mismatched steps in a row after which the run stops, leaving the last checkpoint as it is; 0 only warns."""
 
     def __post_init__(self) -> None:
         gap = self.max_log_prob_gap
         _check(gap is None or gap > 0, "observability.max_log_prob_gap", "more than 0", gap)
+        _check(self.max_mismatched_steps >= 0, "observability.max_mismatched_steps", "at least 0", self.max_mismatched_steps)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -333,6 +360,10 @@ class Config:
         _check(self.optimizer.distributed or not gathers, "parallel.overlap_param_gather", "optimizer.distributed with it", True)
         bf16 = self.model.dtype == "bfloat16"
         _check(bf16 or not self.optimizer.precision_aware, "optimizer.precision_aware", "model.dtype bfloat16 with it", True)
+        tp, engine_tp = self.parallel.tp, self.rollout.tp or self.parallel.tp
+        if max(tp, engine_tp) % min(tp, engine_tp):
+            legal = ", ".join(str(size) for size in range(1, min(2 * tp, 64) + 1) if max(tp, size) % min(tp, size) == 0)
+            _check(False, "rollout.tp", f"a divisor or a multiple of parallel.tp = {tp} ({legal}, ...)", engine_tp)
 
 
 def parse_config(flags: Sequence[str], *, prog: str = "rlsc train", description: str | None = None) -> Config:
@@ -343,7 +374,13 @@ def parse_config(flags: Sequence[str], *, prog: str = "rlsc train", description:
     printed = io.StringIO()
     try:
         with contextlib.redirect_stderr(printed):
-            return tyro.cli(Config, args=list(flags), prog=prog, description=description, config=(tyro.conf.FlagConversionOff,))
+            return tyro.cli(
+                Config,
+                args=[*_objective_defaults(flags), *flags],
+                prog=prog,
+                description=description,
+                config=(tyro.conf.FlagConversionOff,),
+            )
     except SystemExit as exit_:
         if exit_.code in (0, None):  # --help
             raise
@@ -388,6 +425,17 @@ def changed_fields(old: Config, new: Config) -> list[str]:
                 yield f"{name}: {left!r} -> {right!r}"
 
     return list(walk(old, new, ""))
+
+
+def _objective_defaults(flags: Sequence[str]) -> list[str]:
+    """Return defaults that the objective changes, to stand before the flags, which win over them."""
+    values = [
+        after if separator else following
+        for flag, following in itertools.zip_longest(flags, flags[1:], fillvalue="")
+        for name, separator, after in (flag.partition("="),)
+        if name == "--algorithm.objective"
+    ]
+    return [f"--rollout.num-samples={TTRL_NUM_SAMPLES}"] if values[-1:] == ["ttrl"] else []
 
 
 def _one_line(box: str) -> str:

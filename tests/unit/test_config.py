@@ -35,6 +35,7 @@ OPTION_NAMES = Path(__file__).with_name("option_names.txt")
 RANGES: dict[str, st.SearchStrategy[Any]] = {
     "rollout.temperature": st.floats(1e-3, 10),
     "rollout.top_p": st.floats(0.01, 1),
+    "rollout.tp": st.none(),  # must fit parallel.tp: see the combinations below
     "rollout.kv_cache_gib": st.none() | st.floats(1e-3, 100),
     "algorithm.alpha": st.floats(0, 100),
     "optimizer.lr": st.floats(1e-12, 1),
@@ -75,7 +76,7 @@ def values_of(name: str, kind: Any) -> st.SearchStrategy[Any]:
         return RANGES[name]
     if typing.get_origin(kind) is typing.Literal:
         return st.sampled_from(typing.get_args(kind))
-    if isinstance(kind, types.UnionType):
+    if isinstance(kind, types.UnionType) or typing.get_origin(kind) is typing.Union:
         return st.none() | values_of(name, next(option for option in kind.__args__ if option is not type(None)))
     return {bool: st.booleans(), int: st.integers(1, 10**9), str: TEXT.filter(lambda text: text != "None")}[kind]
 
@@ -115,6 +116,10 @@ PRECISE = ["--optimizer.precision-aware", "True"]
         (PRECISE, None),
         ([*PRECISE, "--optimizer.distributed", "False"], "optimizer.precision_aware: expected optimizer.distributed with it"),
         ([*PRECISE, "--model.dtype", "float32"], "optimizer.precision_aware: expected model.dtype bfloat16 with it"),
+        (
+            ["--parallel.tp", "4", "--rollout.tp", "3"],
+            "rollout.tp: expected a divisor or a multiple of parallel.tp = 4 (1, 2, 4, 8, ...), got 3",
+        ),
     ],
 )
 def test_options_that_want_another_with_them(flags: list[str], refused: str | None) -> None:
@@ -123,6 +128,23 @@ def test_options_that_want_another_with_them(flags: list[str], refused: str | No
         return
     with pytest.raises(ConfigError, match="^" + re.escape(refused)):
         parse_config([*REQUIRED, *flags])
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        (["--algorithm.objective", "ttrl"], 64),
+        (["--algorithm.objective=ttrl"], 64),
+        (["--algorithm.objective", "ttrl", "--rollout.num-samples", "8"], 8),
+        (["--rollout.num-samples", "8", "--algorithm.objective", "ttrl"], 8),
+        (["--algorithm.objective", "ttrl", "--algorithm.objective", "rlsc"], 16),
+        ([], 16),
+    ],
+)
+def test_ttrl_votes_with_its_authors_number_unless_told_otherwise(flags: list[str], expected: int) -> None:
+    config = parse_config([*REQUIRED, *flags])
+    assert config.rollout.num_samples == expected
+    assert parse_config([*REQUIRED, *flags]) == config
 
 
 def test_option_names_are_frozen() -> None:
@@ -197,6 +219,7 @@ def test_every_option_has_a_flag_and_a_text(capsys: pytest.CaptureFixture[str]) 
         ("evaluation.temperatures", "0"),
         ("evaluation.max_questions", "0"),
         ("observability.max_log_prob_gap", "-1"),
+        ("observability.max_mismatched_steps", "-1"),
     ],
 )
 def test_a_value_out_of_range_names_its_field(field: str, value: str) -> None:
