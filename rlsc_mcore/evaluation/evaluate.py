@@ -1,15 +1,14 @@
 """Evaluate the engine's current weights: sample at each temperature, decode greedily, grade, score."""
 
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
 from rlsc_mcore.config import Config
-from rlsc_mcore.evaluation.answer_formats import grade_answer
+from rlsc_mcore.evaluation.answer_formats import grade_answers
+from rlsc_mcore.evaluation.grading import Grade
 from rlsc_mcore.evaluation.records import AnswerRecord, QuestionRecord
 from rlsc_mcore.evaluation.scores import SampleOutcome, score
-from rlsc_mcore.evaluation.symbolic import NUM_WORKERS
 from rlsc_mcore.observability.console import Reporter
 from rlsc_mcore.parallel.groups import Groups
 from rlsc_mcore.rollout.engine import Completion, GenerationInterrupted, RolloutEngine, SamplingRequest
@@ -38,9 +37,9 @@ def evaluate(
     `greedy`, `accuracy_t05` (strict: the last box), `lenient_t05` (else the last number), per temperature; `boxed_share`,
     `mean_length`, `truncated_share`, `distinct_share` and `confidence_f` (F) at the highest temperature. The same seeds for
     every `label`, so that before and after are paired. Raises `GenerationInterrupted` soon after `should_stop` answers True.
-    Collective: questions are spread over the data-parallel group, results are the same on every rank.
+    Collective over the world: questions are spread over the engines, results are the same on every rank.
     """
-    local = range(groups.dp_rank, len(questions), groups.dp_size)
+    local = range(groups.engine_index, len(questions), groups.num_engines)
     outcomes: dict[float, dict[int, list[SampleOutcome]]] = {}
     answers: list[AnswerRecord] = []
     temperatures = [GREEDY, *config.evaluation.temperatures]
@@ -70,9 +69,11 @@ def evaluate(
                 break
         numbers = [sample for group in completions for sample in range(len(group))]
         asked_of = [questions[i] for i, group in zip(local, completions, strict=True) for _ in group]
-        grade_one = partial(_graded, tokenizer, temperature, engine.tempered)
-        with ThreadPoolExecutor(NUM_WORKERS) as threads:  # algebra runs in worker processes, several at once
-            records = threads.map(grade_one, asked_of, numbers, (completion for group in completions for completion in group))
+        sampled = [completion for group in completions for completion in group]
+        texts = [tokenizer.decode(list(completion.token_ids), skip_special_tokens=True) for completion in sampled]
+        grades = grade_answers(texts, asked_of)
+        record = partial(_record, temperature, engine.tempered)
+        records = map(record, asked_of, numbers, sampled, texts, grades)
         graded = [[next(records) for _ in group] for group in completions]
         outcomes[temperature] = {i: [_outcome(record) for record in group] for i, group in zip(local, graded, strict=True)}
         answers += [record for group in graded for record in group]
@@ -80,7 +81,7 @@ def evaluate(
         raise GenerationInterrupted
     merged: dict[float, dict[int, list[SampleOutcome]]] = {temperature: {} for temperature in temperatures}
     rows: list[AnswerRecord] = []
-    for part, part_answers in groups.gather_objects_over_dp((outcomes, answers)):
+    for part, part_answers in groups.gather_objects_over_engines((outcomes, answers)):
         for temperature in temperatures:
             merged[temperature].update(part[temperature])
         rows += part_answers
@@ -107,9 +108,9 @@ def _scores(outcomes: dict[float, dict[int, list[SampleOutcome]]], temperatures:
     return scores
 
 
-def _graded(tokenizer: Any, temperature: float, tempered: bool, question: Question, sample: int, completion: Completion) -> AnswerRecord:
-    text = tokenizer.decode(list(completion.token_ids), skip_special_tokens=True)
-    result = grade_answer(text, question)
+def _record(
+    temperature: float, tempered: bool, question: Question, sample: int, completion: Completion, text: str, result: Grade
+) -> AnswerRecord:
     # The engine's log-probs are of the softmax that was sampled where it scores the tempered one, or where nothing tempers it.
     scored = temperature == UNTEMPERED or (tempered and temperature != GREEDY)
     return AnswerRecord(

@@ -108,15 +108,15 @@ def read_architecture(folder: Path, file: Path | None = None) -> Architecture:
         raise ConfigError(f"{file}: a field has a wrong value: {error}") from None
 
 
-def check_parallel(architecture: Architecture, tp: int, source: Path) -> None:
-    """Raise `ConfigError` unless attention heads, KV heads and MLP width split evenly over `tp` ranks."""
+def check_parallel(architecture: Architecture, tp: int, source: Path, option: str = "parallel.tp") -> None:
+    """Raise `ConfigError` naming `option` unless attention heads, KV heads and MLP width split evenly over `tp` ranks."""
     for field, size in (
         ("num_attention_heads", architecture.num_heads),
         ("num_key_value_heads", architecture.num_kv_heads),
         ("intermediate_size", architecture.ffn_hidden_size),
     ):
         if size % tp:
-            raise ConfigError(f"parallel.tp: {tp} does not divide {field} = {size} of {source}")
+            raise ConfigError(f"{option}: {tp} does not divide {field} = {size} of {source}")
 
 
 def _llama3_factor(rope: dict[str, Any], file: Path) -> float | None:

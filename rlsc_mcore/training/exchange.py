@@ -2,13 +2,15 @@
 
 import hashlib
 from array import array
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from rlsc_mcore.data.balance import CostModel, assign, imbalance, loads
 from rlsc_mcore.data.packing import UniqueSequence
 from rlsc_mcore.parallel.groups import Groups
+from rlsc_mcore.types import Rollout
 
+Asked = tuple[int, int]  # question index, how often it was asked before within the step
 _Key = tuple[int, bytes]  # question, digest of the answer's tokens
 
 
@@ -31,6 +33,22 @@ class _Header:
     num_tokens: int
     num_trained: int
     multiplicity: int
+
+
+def hand_to_trainers(
+    rollouts: Sequence[Rollout], positions: Mapping[Asked, int], num_samples: int, groups: Groups
+) -> tuple[list[Rollout], float]:
+    """Turn what this rank's engine sampled into what its trainer group holds; collective over the ranks of one place per engine.
+
+    `positions` gives the place in the step of every (question, how often it was asked before within the step). Every trainer
+    group gets all samples of every so manieth place, in the order that was asked. Returns them with the engines' imbalance:
+    the tokens of the engine that sampled most / mean - 1.
+    """
+    parts = groups.gather_objects_over_engines(list(rollouts))
+    tokens = [float(sum(len(rollout.response_ids) for rollout in part)) for part in parts]
+    placed = [(positions[r.question_index, r.sample_index // num_samples], r.sample_index, r) for part in parts for r in part]
+    mine = sorted((item for item in placed if item[0] % groups.dp_size == groups.dp_rank), key=lambda item: item[:2])
+    return [rollout for _, _, rollout in mine], imbalance(tokens)
 
 
 def exchange_sequences(sequences: Sequence[UniqueSequence], cost: CostModel, groups: Groups) -> Exchange:

@@ -17,7 +17,8 @@ from rlsc_mcore.training.status import write_end
 # What to lower, by the phase that asked for too much.
 REMEDIES = {
     "start-up": "lower rollout.kv_cache_gib or rollout.max_num_seqs, or raise parallel.tp",
-    "rollout": "lower rollout.max_num_seqs, rollout.max_num_batched_tokens or rollout.kv_cache_gib",
+    "rollout": "lower rollout.max_num_seqs, rollout.max_num_batched_tokens or rollout.kv_cache_gib, or turn on "
+    "optimizer.offload_during_rollout",
     "training": "lower training.tokens_per_micro_batch, set training.recompute to full, or raise parallel.tp or optimizer.cpu_offload",
     "swap": "lower rollout.kv_cache_gib",
     "saving": "set training.async_save to False",
@@ -52,7 +53,11 @@ def reported() -> Iterator[None]:
     """
     try:
         yield
-    except (ConfigError, GenerationInterrupted):
+    except GenerationInterrupted:
+        raise
+    except ConfigError as error:  # found on one rank only, the others would wait for it
+        if _current:
+            _current[0].fail(_first_line(error))
         raise
     except Exception as error:
         if not _current:

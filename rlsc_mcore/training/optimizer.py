@@ -56,6 +56,10 @@ def check_optimizer(config: Config, backend: Backend) -> None:
     options = config.optimizer
     if options.cpu_offload and not backend.is_cuda:
         raise ConfigError("optimizer.cpu_offload: there is no GPU whose memory it would spare; set it to 0")
+    if options.offload_during_rollout and not backend.is_cuda:
+        raise ConfigError("optimizer.offload_during_rollout: there is no GPU whose memory it would spare; turn it off")
+    if options.offload_during_rollout and options.cpu_offload:
+        raise ConfigError("optimizer.offload_during_rollout, optimizer.cpu_offload: choose one of the two")
     if options.precision_aware and not (backend.is_cuda and has_transformer_engine()):
         reason = "TransformerEngine does not import" if backend.is_cuda else "there is no GPU"
         raise ConfigError(f"optimizer.precision_aware: it needs TransformerEngine's FusedAdam, and {reason}; turn it off")

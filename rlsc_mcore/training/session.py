@@ -1,5 +1,6 @@
 """Everything a run holds, and the stages that the loop calls; options live in here, not in the loop."""
 
+import dataclasses
 import importlib.metadata
 import json
 import os
@@ -9,39 +10,36 @@ from pathlib import Path
 from typing import Any
 
 import rlsc_mcore
-from rlsc_mcore.config import Config, ConfigError, RunError, changed_fields, dump_config, load_config
+from rlsc_mcore.config import CollectiveRunError, Config, ConfigError
 from rlsc_mcore.data.packing import merge_identical, pack
-from rlsc_mcore.data.questions import QuestionSampler, questions_fingerprint, read_questions
-from rlsc_mcore.data.templates import check_prompt_lengths, render_prompt
 from rlsc_mcore.evaluation.evaluate import evaluate
 from rlsc_mcore.evaluation.records import write_records
-from rlsc_mcore.model.architecture import DTYPES, check_fp8, check_head_dim, layers_reason, uses_transformer_engine
-from rlsc_mcore.model.hf_checkpoint import check_vocabulary, check_weights, load_tokenizer, resolve_model_folder, write_hf_folder
-from rlsc_mcore.model.shape import check_parallel, read_architecture
+from rlsc_mcore.model.architecture import DTYPES, layers_reason
+from rlsc_mcore.model.hf_checkpoint import write_hf_folder
 from rlsc_mcore.model.weight_map import export_weights
 from rlsc_mcore.observability.console import ProgressBar, Reporter
-from rlsc_mcore.observability.files import write_atomically
 from rlsc_mcore.observability.metrics import MetricsWriter, PhaseTimer, alarms
+from rlsc_mcore.observability.mismatch import coarser, mismatch_warnings, mismatched_steps, stop_limit
 from rlsc_mcore.observability.nvml import GpuSampler, open_device
+from rlsc_mcore.observability.wandb_log import open_wandb
 from rlsc_mcore.parallel.backend import get_backend
 from rlsc_mcore.parallel.groups import initialize_groups
 from rlsc_mcore.rollout.engine import GenerationInterrupted, RolloutEngine
-from rlsc_mcore.rollout.sampling import sample_rollouts
+from rlsc_mcore.rollout.sampling import sample_rollouts, spread_samples
 from rlsc_mcore.training import checkpoint
-from rlsc_mcore.training.exchange import exchange_sequences
+from rlsc_mcore.training.exchange import exchange_sequences, hand_to_trainers
 from rlsc_mcore.training.faults import SKIPPED_FOLDER, dump_batch, start_watchdog
-from rlsc_mcore.training.optimizer import check_optimizer
-from rlsc_mcore.training.rewards import advantages, check_labels
+from rlsc_mcore.training.inputs import read_inputs
+from rlsc_mcore.training.memory import MemoryLedger
+from rlsc_mcore.training.rewards import advantages
+from rlsc_mcore.training.run_folder import claim_run_folder, write_rollouts
 from rlsc_mcore.training.signals import AbortPoll, StopRequest
 from rlsc_mcore.training.status import RunStatus
 from rlsc_mcore.training.step import StepOutcome, Trainer
 from rlsc_mcore.training.summary import step_row
-from rlsc_mcore.types import Question, Rollout
+from rlsc_mcore.types import Rollout
 from rlsc_mcore.weight_sync.swap import HotSwap
 from rlsc_mcore.weight_sync.verify import compare_with_export
-
-CONFIG_FILE = "config.yaml"
-LOG_PROB_GAP_WARNING = {"float32": 1e-3, "bfloat16": 0.05}  # mean per token; peers report 0.010-0.011 in bfloat16
 
 
 class Session:
@@ -55,22 +53,11 @@ class Session:
         """
         self.config, self.stop = config, stop
         self.run_dir = Path(config.run_dir)
-        self.model_folder = resolve_model_folder(config.model.path)
-        architecture = read_architecture(self.model_folder)
-        self.tokenizer = load_tokenizer(self.model_folder, config.model)
-        check_vocabulary(self.tokenizer, architecture, self.model_folder)
-        check_weights(self.model_folder, architecture)
-        check_parallel(architecture, config.parallel.tp, self.model_folder)
-        self.cost_model = architecture.cost_model()
         self.backend = get_backend()
-        check_head_dim(architecture, self.backend, self.model_folder)
-        # Refuse what cannot be had.
-        uses_transformer_engine(config.model, self.backend)
-        check_fp8(config.model, self.backend)
-        check_optimizer(config, self.backend)
-        self._read_data(architecture.max_position_embeddings)
-
-        self.groups = initialize_groups(self.backend, config.parallel.tp)
+        self.inputs = read_inputs(config, self.backend)
+        architecture = self.inputs.architecture
+        engine_tp = config.rollout.tp or config.parallel.tp
+        self.groups = initialize_groups(self.backend, config.parallel.tp, engine_tp)
         self.watchdog = start_watchdog(config, self.groups)
         self.report = Reporter(self.groups.is_main)
         if config.data.questions_per_step < self.groups.dp_size:
@@ -78,73 +65,88 @@ class Session:
                 f"data.questions_per_step: {config.data.questions_per_step} leaves data-parallel ranks without a question; "
                 f"expected at least {self.groups.dp_size}"
             )
-        self._claim_run_dir(resume_from)
+        claim_run_folder(self.run_dir, config, self.groups, resuming=resume_from is not None)
+        wandb_project = config.observability.wandb_project if self.groups.is_main else None
+        wandb_run = open_wandb(wandb_project, self.run_dir, dataclasses.asdict(config))
         self.status = RunStatus(self.run_dir, config.training.num_steps, enabled=self.groups.is_main, on_phase=self.watchdog.phase)
-        self._should_abort = AbortPoll(stop, self.groups)
         self.check_stop()
-        self.trainer = Trainer(config, self.model_folder, self.backend, self.groups, load=resume_from is None)
+        self.trainer = Trainer(config, self.inputs.model_folder, self.backend, self.groups, load=resume_from is None)
         self.start_step = 0
         if resume_from is not None:
             self._load(resume_from)
-        self.swap = HotSwap(self.trainer.policy, self.groups.tp_size)
+        self.swap = HotSwap(self.trainer.policy, self.groups)
         self.swap.policy_version = self.start_step
         self.saver = checkpoint.CheckpointSaver(
             self.run_dir,
             self.trainer,
-            self.questions_fingerprint,
+            self.inputs.fingerprint,
             keep_last=config.training.keep_last,
             asynchronous=config.training.async_save,
             keep_best=config.training.keep_best != "none",
         )
         self.check_stop()
+        self.trainer.release_memory()  # the engine takes its share of what is free now
         self.engine = RolloutEngine(
             config,
-            self.model_folder,
+            self.inputs.model_folder,
             self.backend,
             self.groups,
             self.swap.bind,
-            max_model_len=self.max_model_len,
-            kv_bytes_per_token=architecture.kv_bytes_per_token(DTYPES[config.model.dtype], self.groups.tp_size),
-            stop_token_ids=self.stop_token_ids,
+            max_model_len=self.inputs.max_model_len,
+            kv_bytes_per_token=architecture.kv_bytes_per_token(DTYPES[config.rollout.dtype or config.model.dtype], engine_tp),
+            stop_token_ids=self.inputs.stop_token_ids,
             tempered=config.algorithm.log_prob_temperature == "sampling",
         )
+        self.swap.fill()
         self.metrics = MetricsWriter(
-            self.run_dir, first_step=self.start_step, enabled=self.groups.is_main, tensorboard=config.observability.tensorboard
+            self.run_dir,
+            first_step=self.start_step,
+            enabled=self.groups.is_main,
+            tensorboard=config.observability.tensorboard,
+            wandb_run=wandb_run,
         )
         self.gpu = GpuSampler(open_device(int(os.environ.get("LOCAL_RANK", "0"))) if self.backend.is_cuda else None)
         self.timer = PhaseTimer(self.backend.synchronize, self.gpu.enter)
+        self.memory = MemoryLedger(self.trainer, self.engine, self.backend)
         self._warned: set[str] = set()
 
     # ------------------------------------------------------------------ stages of one step
 
     def sample(self, step: int) -> list[Rollout]:
-        """Sample this rank's share of the step's questions; raises `GenerationInterrupted` on a stop signal, on every rank."""
+        """Sample the step's questions, spread over the engines, and return those that this rank's trainer group trains first.
+
+        Collective over the world. Raises `GenerationInterrupted` on a stop signal, on every rank.
+        """
         self.timer = PhaseTimer(self.backend.synchronize, self.gpu.enter)
         self.status.phase("rollout", step)
-        asked = self.sampler.step_indices(step)
+        asked = self.inputs.sampler.step_indices(step)
         repeats = [asked[:position].count(index) for position, index in enumerate(asked)]
-        mine = slice(self.groups.dp_rank, None, self.groups.dp_size)
-        indices = asked[mine]
-        questions = [self.questions[i] for i in indices]
-        total = len(questions) * self.config.rollout.num_samples * self.config.rollout.max_new_tokens
+        num_samples = self.config.rollout.num_samples
+        shares = spread_samples(len(asked), num_samples, self.groups.num_engines, self.groups.engine_index)
+        positions, samples = [position for position, _ in shares], [share for _, share in shares]
+        total = sum(map(len, samples)) * self.config.rollout.max_new_tokens
         with self.timer.phase("rollout"), self.report.progress(f"step {step + 1}: sampling, tokens", total) as bar:
             try:
                 rollouts = sample_rollouts(
                     self.engine,
-                    self.tokenizer,
-                    questions,
-                    [self.prompts[i] for i in indices],
+                    self.inputs.tokenizer,
+                    [self.inputs.questions[asked[i]] for i in positions],
+                    [self.inputs.prompts[asked[i]] for i in positions],
                     self.config.rollout,
                     run_seed=self.config.training.seed,
                     step=step,
                     policy_version=self.swap.policy_version,
-                    repeats=repeats[mine],
+                    repeats=[repeats[i] for i in positions],
+                    samples=samples,
                     on_tokens=self.status.counting(self._progress(bar)),
-                    should_stop=self._should_abort,
+                    should_stop=AbortPoll(self.stop, self.groups),
                 )
             except GenerationInterrupted:  # the other ranks may still be sampling: all of them meet below
                 rollouts = []
         self.check_stop()
+        self.memory.measure("rollout")
+        places = {question: place for place, question in enumerate(zip(asked, repeats, strict=True))}
+        rollouts, self.engine_imbalance = hand_to_trainers(rollouts, places, num_samples, self.groups)
         return rollouts
 
     def train(self, step: int, rollouts: Sequence[Rollout]) -> StepOutcome:
@@ -158,17 +160,20 @@ class Session:
                 rollouts,
                 train_end_token=algorithm.train_end_token,
                 train_truncated=algorithm.train_truncated,
-                stop_token_ids=frozenset(self.stop_token_ids),
-                advantages=advantages(algorithm.objective, rollouts, self.questions),
+                stop_token_ids=frozenset(self.inputs.stop_token_ids),
+                advantages=advantages(algorithm.objective, rollouts, self.inputs.questions),
             )
-            self.exchange = exchange_sequences(sequences, self.cost_model, self.groups)
+            self.exchange = exchange_sequences(sequences, self.inputs.architecture.cost_model(), self.groups)
             batches = pack(self.exchange.sequences, self.config.training.tokens_per_micro_batch, multiple_of=self.trainer.token_multiple)
         self.engine.sleep()
+        self.memory.measure("sleep")
         num_samples = self.config.data.questions_per_step * self.config.rollout.num_samples
         passes = len(batches) * self.config.training.updates_per_rollout
         with self.timer.phase("train"), self.report.progress(f"step {step + 1}: training, micro-batches", passes) as bar:
             advance = self._progress(bar)
-            return self.trainer.step(batches, step, num_samples, on_batch=lambda: advance(1))
+            outcome = self.trainer.step(batches, step, num_samples, on_batch=lambda: advance(1))
+        self.memory.measure("train")
+        return outcome
 
     def _progress(self, bar: ProgressBar) -> Callable[[int], None]:
         def advance(amount: int) -> None:
@@ -181,7 +186,11 @@ class Session:
         """Bring the engine to the new weights."""
         self.status.phase("swap")
         with self.timer.phase("swap"):
-            self.swap.swap(self.engine)
+            self.trainer.release_memory()
+        self.memory.measure("release")
+        with self.timer.phase("swap"):
+            self.swap.swap(self.engine, verify=self.config.rollout.verify_swap)
+        self.memory.measure("swap")
 
     def record(self, step: int, rollouts: Sequence[Rollout], outcome: StepOutcome) -> None:
         """Write the step's metrics and answers, and raise its alarms; collective over the data-parallel group."""
@@ -197,7 +206,9 @@ class Session:
             self.backend.memory_bytes(),
         )
         first = self.metrics.rows[0] if self.metrics.rows else row
-        row["warnings"] = alarms(row, first) + self._gap_alarm(row["log_prob_gap_mean"])
+        row["engine_imbalance"] = self.engine_imbalance
+        row["memory"], grown = self.memory.close_step(self.groups)
+        row["warnings"] = alarms(row, first) + mismatch_warnings(row, self._compared_dtype()) + grown
         # A rank stands for the ranks of its tensor-parallel group, whose tokens are the same.
         gpu = self.gpu.take(sum(len(rollout.response_ids) for rollout in rollouts) // self.groups.tp_size)
         if gpu is not None:
@@ -207,7 +218,7 @@ class Session:
             row["warnings"].append(f"loss {row['loss']} or gradient norm {row['grad_norm']} is not finite: step skipped, batch in {dumped}")
         self.metrics.write(row)
         if self.config.observability.save_rollouts:
-            self._write_rollouts(step, rollouts)
+            write_rollouts(self.run_dir, step, rollouts, self.groups)
         self.report.line(
             f"step {step + 1}/{self.config.training.num_steps}  loss {row['loss']:.4f}  F {row['f_estimate']:.4f}  "
             f"length {row['mean_length']:.1f}  boxed {row['boxed_share']:.0%}  distinct {row['distinct_share']:.0%}  "
@@ -219,12 +230,16 @@ class Session:
                 self._warned.add(warning.split(":")[0])
         self.saver.poll()
         self._stop_when_skipping(step + 1)
-        gap, limit = row["log_prob_gap_mean"], self.config.observability.max_log_prob_gap
-        if limit is not None and gap is not None and gap > limit:
-            raise RunError(f"trainer and engine disagree by {gap:.2e} per token, more than observability.max_log_prob_gap = {limit}")
+        self._stop_when_mismatched()
 
     def save(self, step: int) -> None:
-        """Checkpoint after `step` optimizer steps, unless that is saved already; collective over the world."""
+        """Checkpoint after `step` optimizer steps, unless that is saved already; collective over the world.
+
+        Mismatched steps are not: the checkpoint before them stays the last, until agreement returns or the run's last step is done.
+        """
+        if self._mismatched_steps() and step < self.config.training.num_steps:
+            self.report.warn(f"step {step} is not saved: its answers were sampled by other weights than the trainer's")
+            return
         self.status.phase("saving", step)
         best = self.config.training.keep_best
         scores = {} if best == "none" else {row["step"]: row[best] for row in self.metrics.rows}
@@ -243,14 +258,14 @@ class Session:
         self.status.phase(f"evaluating {name}")
         result = evaluate(
             self.engine,
-            self.tokenizer,
-            self.evaluation_questions,
-            self.evaluation_prompts,
+            self.inputs.tokenizer,
+            self.inputs.evaluation_questions,
+            self.inputs.evaluation_prompts,
             self.config,
             self.groups,
             self.report,
             label=name,
-            should_stop=self._should_abort,
+            should_stop=AbortPoll(self.stop, self.groups),
         )
         if self.groups.is_main:
             write_records(file.parent, name, result)
@@ -264,11 +279,9 @@ class Session:
         self.status.phase("export")
         policy = self.trainer.policy
         tensors = export_weights(policy.weights, policy.architecture, self.groups.tp_group, self.groups.tp_size)
-        write_hf_folder(tensors, self.model_folder, output, dtype=self.config.model.dtype, write=self.groups.is_main)
+        write_hf_folder(tensors, self.inputs.model_folder, output, dtype=self.config.model.dtype, write=self.groups.is_main)
         self.groups.barrier()
-        return compare_with_export(
-            self.engine.module, policy.weights, policy.architecture, output, self.groups.tp_rank, self.groups.tp_size
-        )
+        return compare_with_export(self.engine.module, policy.weights, output, self.swap.place, self.groups.rank)
 
     def announce(self, resume_from: Path | None) -> None:
         """Print what runs, in a few lines."""
@@ -281,12 +294,11 @@ class Session:
         )
         self.report.line(f"optimizer: {self.backend.adam_source()}; {layers} because {layers_reason(config.model, self.backend)}")
         self.report.line(
-            f"engine: vLLM in this process, {self.swap.num_aliased()} parameters shared with the trainer, "
-            f"{self.swap.num_permuted()} permuted at each swap, context {self.max_model_len}"
+            f"engine: vLLM in this process, tp {groups.engine_tp_size}, {self.swap.describe()}, context {self.inputs.max_model_len}"
         )
         self.report.line(
-            f"data {config.data.path}: {len(self.questions)} questions, {config.data.questions_per_step} x {config.rollout.num_samples} "
-            f"answers per step, template {config.data.template}"
+            f"data {config.data.path}: {len(self.inputs.questions)} questions, {config.data.questions_per_step} x "
+            f"{config.rollout.num_samples} answers per step, template {config.data.template}"
         )
         if resume_from is not None:
             self.report.line(f"resuming {resume_from} at step {self.start_step}")
@@ -312,55 +324,13 @@ class Session:
 
     # ------------------------------------------------------------------ setting up
 
-    def _read_data(self, context: int) -> None:
-        data, rollout, evaluation = self.config.data, self.config.rollout, self.config.evaluation
-        self.questions = read_questions(data.path, split=data.split)
-        self.questions_fingerprint = questions_fingerprint(self.questions)
-        check_labels(self.config.algorithm.objective, self.questions, data.path)
-        self.prompts = [render_prompt(data.template, question.text, self.tokenizer) for question in self.questions]
-        self.evaluation_questions: list[Question] = []
-        if evaluation.path is not None:
-            questions = read_questions(evaluation.path, split=data.split, field="evaluation.path")[: evaluation.max_questions]
-            ungraded = next((q for q in questions if q.answer is None), None)
-            if ungraded is not None:
-                raise ConfigError(f"evaluation.path: {evaluation.path}: question {ungraded.index} has no answer to grade against")
-            self.evaluation_questions = questions
-        self.evaluation_prompts = [render_prompt(data.template, question.text, self.tokenizer) for question in self.evaluation_questions]
-        limit = rollout.max_model_len or context
-        if limit > context:
-            raise ConfigError(f"rollout.max_model_len: {limit} is more than the model's context of {context} tokens")
-        check_prompt_lengths(self.prompts, limit - 1, self.questions, data.path)
-        check_prompt_lengths(self.evaluation_prompts, limit - 1, self.evaluation_questions, str(evaluation.path))
-        longest = max(len(prompt) for prompt in [*self.prompts, *self.evaluation_prompts])
-        self.max_model_len = min(limit, longest + rollout.max_new_tokens)
-        self.sampler = QuestionSampler(len(self.questions), data.questions_per_step, data.shuffle, self.config.training.seed)
-        self.stop_token_ids = _stop_token_ids(self.model_folder, self.tokenizer)
-
-    def _claim_run_dir(self, resume_from: Path | None) -> None:
-        """Refuse a folder of another run, create ours and write the resolved configuration."""
-        file = self.run_dir / CONFIG_FILE
-        if file.is_file() and resume_from is None:
-            changes = changed_fields(load_config(file), self.config)
-            if changes:
-                raise ConfigError(
-                    f"run_dir: {self.run_dir} holds a run with another configuration ({'; '.join(changes)}); choose another folder"
-                )
-        self.groups.barrier()
-        if not self.groups.is_main:
-            return
-        try:
-            self.run_dir.mkdir(parents=True, exist_ok=True)
-            write_atomically(file, dump_config(self.config))
-        except OSError as error:
-            raise ConfigError(f"run_dir: {self.run_dir} is not writable: {error.strerror}") from None
-
     def _load(self, resume_from: Path) -> None:
         # A run goes on from an earlier checkpoint where the last is damaged; elsewhere that would be other weights than asked for.
         if resume_from.is_relative_to(self.run_dir):
             state = checkpoint.resume(resume_from, self.trainer, self.report.warn)
         else:
             state = checkpoint.load_checkpoint(resume_from, self.trainer)
-        if state.questions != self.questions_fingerprint:
+        if state.questions != self.inputs.fingerprint:
             raise ConfigError(f"data.path: {self.config.data.path} has changed since the run was started; resume needs the same questions")
         self.start_step = state.step
 
@@ -371,45 +341,31 @@ class Session:
         if len(last) == limit and all(row["skipped"] for row in last):
             self.save(done)
             self.saver.finish()
-            raise RunError(
+            raise CollectiveRunError(
                 f"{limit} steps in a row were not finite and were skipped (training.max_skipped_steps); the weights of before them are "
                 f"saved, the batches are in {self.run_dir / SKIPPED_FOLDER}: lower optimizer.lr, or look for the answers that break it"
             )
 
-    def _gap_alarm(self, gap: float | None) -> list[str]:
-        limit = LOG_PROB_GAP_WARNING[self.config.model.dtype]
-        return [f"trainer and engine disagree by {gap:.2e} per token (expected below {limit:g})"] if gap is not None and gap > limit else []
+    def _compared_dtype(self) -> str:
+        return coarser(self.config.model.dtype, self.config.rollout.dtype or self.config.model.dtype)
 
-    def _write_rollouts(self, step: int, rollouts: Sequence[Rollout]) -> None:
-        if self.groups.tp_rank:
+    def _mismatched_steps(self) -> int:
+        """The last steps in a row whose answers other weights sampled; 0 where they only warn."""
+        options = self.config.observability
+        limit = stop_limit(self._compared_dtype(), options.max_log_prob_gap)
+        return mismatched_steps(self.metrics.rows, limit) if options.max_mismatched_steps else 0
+
+    def _stop_when_mismatched(self) -> None:
+        count = self._mismatched_steps()
+        if not count or count < self.config.observability.max_mismatched_steps:
             return
-        folder = self.run_dir / "rollouts"
-        folder.mkdir(exist_ok=True)
-        rows = (
-            {
-                "question": rollout.question_index,
-                "sample": rollout.sample_index,
-                "policy_version": rollout.policy_version,
-                "finish_reason": rollout.finish_reason,
-                "response_ids": list(rollout.response_ids),
-                "text": rollout.text,
-                "engine_log_prob": sum(rollout.engine_log_probs),
-            }
-            for rollout in rollouts
+        self.saver.finish()
+        gap = self.metrics.rows[-1]["log_prob_gap_mean"]
+        raise CollectiveRunError(
+            f"trainer and engine disagreed on the sampled tokens in {count} steps in a row, by {gap:.2e} per token in the last "
+            f"(observability.max_log_prob_gap): the engine does not sample the policy that is trained; these steps are not saved, "
+            f"the last checkpoint is whole: go on from it with --resume, which builds a new engine"
         )
-        suffix = f".rank{self.groups.dp_rank}" if self.groups.dp_size > 1 else ""
-        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        write_atomically(folder / f"step_{step:06d}{suffix}.jsonl", text)
-
-
-def _stop_token_ids(folder: Path, tokenizer: Any) -> list[int]:
-    """The ids that end an answer: the tokenizer's, and those of generation_config.json."""
-    ids = [] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]
-    file = folder / "generation_config.json"
-    if file.is_file():
-        extra = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id")
-        ids += [extra] if isinstance(extra, int) else list(extra or [])
-    return sorted(set(ids))
 
 
 def _version(name: str) -> str | None:

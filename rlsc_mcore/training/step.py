@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 
@@ -15,10 +16,12 @@ from rlsc_mcore.algorithm.objective import WeightedObjective, entropy_loss
 from rlsc_mcore.config import Config
 from rlsc_mcore.data.packing import padding_batch
 from rlsc_mcore.model.build import Policy, build_policy
+from rlsc_mcore.observability.memory import storages
 from rlsc_mcore.ops import linear_token_log_probs, linear_weighted_loss, sequence_sums
 from rlsc_mcore.ops.chunks import live_tokens
 from rlsc_mcore.parallel.backend import Backend
 from rlsc_mcore.parallel.groups import Groups
+from rlsc_mcore.training.offload import StateOffload, state_tensors
 from rlsc_mcore.training.optimizer import build_optimizer, learning_rate, set_learning_rate, wrap_data_parallel
 from rlsc_mcore.types import PackedBatch
 
@@ -34,8 +37,13 @@ class SequenceScores:
     log_probs: torch.Tensor  # float64 [S], log p_old at the trained temperature
     weights: torch.Tensor  # float64 [S], confidence + alpha of one sample
     num_tokens: torch.Tensor  # float64 [S], trained tokens
-    gap_sums: torch.Tensor  # float64 [S], sum over tokens of |trainer - engine| log-prob
-    gap_max: float
+    gap_sums: torch.Tensor  # float64 [S], sum over tokens of trainer - engine log-prob, signed
+    token_gaps: torch.Tensor  # float32 [trained tokens], |trainer - engine| log-prob of each
+
+    @property
+    def gap_max(self) -> float:
+        """The largest difference of a token's log-prob; 0 without tokens."""
+        return float(self.token_gaps.max()) if len(self.token_gaps) else 0.0
 
 
 @dataclass(frozen=True)
@@ -89,6 +97,9 @@ class Trainer:
         self.policy: Policy = build_policy(config, folder, backend, groups, load=load)
         self.ddp: DistributedDataParallel = wrap_data_parallel(self.policy, config, backend)
         self.optimizer = build_optimizer(config, self.ddp, backend)
+        self.offload: StateOffload | None = None
+        if config.optimizer.offload_during_rollout:
+            self.offload = StateOffload(self.optimizer, self.memory()["weights"].keys(), pin=backend.is_cuda)
         # Every batch has a multiple of so many tokens: equal shares for sequence parallelism, of 16 rows for fp8 products.
         self.token_multiple = groups.tp_size * (1 if config.model.fp8 == "none" else FP8_ROWS)
         trained = config.algorithm.log_prob_temperature
@@ -102,6 +113,8 @@ class Trainer:
         rollouts are spread over ranks nor on the micro-batch size. Stops at an update that is skipped. Mutates parameters and
         optimizer; collective over the world.
         """
+        if self.offload is not None:
+            self.offload.back()
         objective = WeightedObjective(self.config.algorithm, num_samples)
         if not batches and self.config.parallel.overlap_grad_reduce:
             batches = [padding_batch(self.token_multiple)]  # the peers' reductions begin in the backward pass: have one
@@ -127,6 +140,28 @@ class Trainer:
             scores=_collect(batches, first, objective),
             num_tokens=len(updates) * sum(len(batch.token_ids) for batch in batches),
         )
+
+    def release_memory(self) -> None:
+        """Let go of what only training needs, before the engine wakes: cached workspaces, and the optimizer's state if so configured.
+
+        cuBLAS keeps its own workspaces: the engine's captured graphs use them.
+        """
+        if self.offload is not None:
+            self.offload.out()
+        parallel_state.get_global_memory_buffer().buffer.clear()  # Megatron's gathered activations
+        self.backend.release_cached_memory()
+
+    def memory(self) -> dict[str, dict[int, int]]:
+        """Return the storages of weights, gradients and optimizer on this rank's device, address -> bytes; each has one owner."""
+        model, device = self.policy.model, self.backend.device
+        weights = storages([*model.parameters(), *model.buffers()])
+        buffers = [*self.ddp.buffers, *self.ddp.expert_parallel_buffers]
+        gradients = storages(buffer.grad_data for buffer in buffers)
+        return {
+            "weights": weights,
+            "gradients": gradients,
+            "optimizer": storages(tensor for tensor in state_tensors(self.optimizer, weights.keys()) if tensor.device == device),
+        }
 
     def accumulate_gradients(
         self, batches: Sequence[PackedBatch], objective: WeightedObjective, on_batch: Callable[[], None] = lambda: None
@@ -278,21 +313,21 @@ def _untrained(batch: PackedBatch) -> torch.Tensor:
 def _collect(batches: Sequence[PackedBatch], first: _FirstPass, objective: WeightedObjective) -> SequenceScores:
     """Reduce the step's token log-probs to per-sequence numbers and bring them to the host in one go."""
     rows: list[torch.Tensor] = []
-    largest = [torch.zeros(())]
+    gaps = [torch.zeros(0)]
     for batch, token_log_probs, normalizer in zip(batches, first.log_probs, first.normalizers, strict=True):
         mask, cu_seqlens = batch.response_mask, batch.cu_seqlens
-        gap = torch.where(mask, (token_log_probs - batch.engine_log_probs).abs(), 0.0)
+        difference = torch.where(mask, token_log_probs - batch.engine_log_probs, 0.0)
         columns = [
             batch.sequence_ids.double(),
             batch.multiplicity,
             sequence_sums(token_log_probs, mask, cu_seqlens),
             objective.weights(token_log_probs, mask, cu_seqlens, normalizer, batch.advantages),
             sequence_sums(torch.ones_like(token_log_probs), mask, cu_seqlens),
-            sequence_sums(gap, mask, cu_seqlens),
+            sequence_sums(difference, mask, cu_seqlens),
         ]
         rows.append(torch.stack(columns, dim=1))
-        largest.append(gap.max().cpu() if len(gap) else largest[0])
+        gaps.append(difference[live_tokens(mask, None, batch.trained_lengths).positions].abs().float().cpu())
     table = torch.cat(rows).cpu() if rows else torch.zeros(0, 6, dtype=torch.float64)
     table = table[(table[:, 0] >= 0) & (table[:, 4] > 0)]
-    ids, multiplicity, sums, weights, tokens, gaps = table.unbind(dim=1)
-    return SequenceScores(ids.long(), multiplicity, sums, weights, tokens, gaps, float(torch.stack(largest).max()))
+    ids, multiplicity, sums, weights, tokens, gap_sums = table.unbind(dim=1)
+    return SequenceScores(ids.long(), multiplicity, sums, weights, tokens, gap_sums, torch.cat(gaps))

@@ -1,6 +1,8 @@
 """A step's row of metrics.jsonl, from its rollouts and scores."""
 
+import math
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -8,6 +10,7 @@ import torch
 from rlsc_mcore.algorithm.objective import WeightedObjective
 from rlsc_mcore.config import Config
 from rlsc_mcore.evaluation.grading import extract_boxed
+from rlsc_mcore.observability.mismatch import GAPS
 from rlsc_mcore.parallel.groups import Groups
 from rlsc_mcore.training.exchange import Exchange
 from rlsc_mcore.training.step import SequenceScores, StepOutcome
@@ -39,7 +42,6 @@ def step_row(
     num_samples = len(all_rollouts)
     response_tokens = sum(len(rollout.response_ids) for rollout in all_rollouts)
     distinct = len({(rollout.question_index, rollout.response_ids) for rollout in all_rollouts})
-    trained_tokens = float(scores.num_tokens.sum())
     trained_samples = float(scores.multiplicity.sum())
     comparable = config.rollout.top_p == 1.0 or config.algorithm.log_prob_temperature == "1.0"
     probabilities = scores.log_probs.exp()
@@ -56,8 +58,7 @@ def step_row(
         "truncated_share": sum(rollout.finish_reason == "length" for rollout in all_rollouts) / num_samples,
         "distinct_share": distinct / num_samples,
         "boxed_share": sum(extract_boxed(rollout.text) is not None for rollout in all_rollouts) / num_samples,
-        "log_prob_gap_mean": float(scores.gap_sums.sum()) / max(1.0, trained_tokens) if comparable else None,
-        "log_prob_gap_max": scores.gap_max if comparable else None,
+        **(_gaps(scores) if comparable else dict.fromkeys(GAPS)),
         "grad_norm": outcome.grad_norm,
         "lr": outcome.lr,
         "skipped": not outcome.updated,
@@ -83,9 +84,17 @@ def step_row(
 def _concatenate(parts: Sequence[SequenceScores]) -> SequenceScores:
     if len(parts) == 1:
         return parts[0]
-    names = ("sequence_ids", "multiplicity", "log_probs", "weights", "num_tokens", "gap_sums")
-    tensors = {name: torch.cat([getattr(part, name) for part in parts]) for name in names}
-    return SequenceScores(**tensors, gap_max=max(part.gap_max for part in parts))
+    return SequenceScores(**{entry.name: torch.cat([getattr(part, entry.name) for part in parts]) for entry in fields(SequenceScores)})
+
+
+def _gaps(scores: SequenceScores) -> dict[str, float]:
+    """|trainer - engine| log-prob: mean, 99th percentile (nearest rank) and largest over tokens; of answers' signed sums likewise."""
+    tokens, sequences = scores.token_gaps, scores.gap_sums.abs()
+    if not len(tokens):
+        return dict.fromkeys(GAPS, 0.0)
+    rank = math.ceil(0.99 * len(tokens))
+    values = (tokens.double().mean(), tokens.kthvalue(rank).values, tokens.max(), sequences.mean(), sequences.max())
+    return dict(zip(GAPS, map(float, values), strict=True))
 
 
 def _quantiles(values: torch.Tensor, multiplicity: torch.Tensor) -> dict[str, float]:

@@ -1,12 +1,51 @@
-"""The static plan of a hot swap: per engine parameter, the trainer's bytes themselves or a row permutation of them."""
+"""The static plan of a hot swap: for every parameter of this rank's engine, which bytes of which trainer rank it is made of.
 
-from collections.abc import Mapping
+Both sides cut the same logical tensors: Megatron's rank t of T and vLLM's rank e of E each hold intervals of the query, key and
+value rows, of the gate and up rows, or of one tensor's rows or columns. Where two intervals meet, a block is copied.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from rlsc_mcore.model.shape import Architecture
-from rlsc_mcore.model.weight_map import BoundWeight, qkv_row_index
+from rlsc_mcore.model.weight_map import BoundWeight
+
+
+@dataclass(frozen=True)
+class Place:
+    """This rank's place in its trainer group of size T, and the engine rank (of E) of every rank of that group."""
+
+    tp_rank: int
+    tp_size: int
+    engine_size: int
+    engine_ranks: tuple[int, ...]  # [T]
+
+    @property
+    def engine_rank(self) -> int:
+        """This rank's own place inside its engine."""
+        return self.engine_ranks[self.tp_rank]
+
+
+@dataclass(frozen=True)
+class Interval:
+    """Indices [start, stop) of a logical section (0, 1, 2: q, k, v or gate, up), found at `local` in a rank's shard."""
+
+    section: int
+    start: int
+    stop: int
+    local: int
+
+
+@dataclass(frozen=True)
+class Block:
+    """`length` indices of a shard's sharded dimension: from `source_start` on trainer rank `source_rank` to `target_start`."""
+
+    source_rank: int
+    source_start: int
+    target_start: int
+    length: int
 
 
 @dataclass(frozen=True)
@@ -14,54 +53,149 @@ class AliasWeight:
     """Engine and trainer share one storage; an optimizer step is a swap."""
 
     engine_name: str
-    source: torch.Tensor
+    source: torch.Tensor  # the trainer's parameter, or a view of its rows
 
 
 @dataclass(frozen=True)
-class PermuteWeight:
-    """The engine's tensor is ``source[row_index]``, rewritten at each swap."""
+class CopiedWeight:
+    """The engine keeps its own tensor; each swap rewrites it from `blocks`, of this rank's shard and, if need be, of others'."""
 
     engine_name: str
-    source: torch.Tensor
-    row_index: torch.Tensor  # int64 [rows], on the source's device
+    source: torch.Tensor  # this rank's shard
+    axis: int
+    blocks: tuple[Block, ...]
+
+
+@dataclass(frozen=True)
+class MovedWeight:
+    """A parameter of which some rank of the trainer group needs another one's bytes, whatever becomes of it on this rank."""
+
+    engine_name: str
+    source: torch.Tensor  # this rank's shard
+    axis: int
+    wanted: tuple[tuple[Block, ...], ...]  # [T]: what the engine of each rank of the trainer group needs
 
 
 @dataclass(frozen=True)
 class SwapPlan:
-    """What becomes of every engine parameter."""
+    """What becomes of every engine parameter of this rank."""
 
+    place: Place
+    dtype: torch.dtype  # of the engine's parameters
     aliases: tuple[AliasWeight, ...]
-    permutations: tuple[PermuteWeight, ...]
+    copies: tuple[CopiedWeight, ...]
+    moved: tuple[MovedWeight, ...]  # the same parameters, in the same order, on every rank of the trainer group
 
 
 def build_plan(
-    weights: list[BoundWeight], architecture: Architecture, engine_shapes: Mapping[str, tuple[torch.Size, torch.dtype]], tp_size: int
+    weights: Sequence[BoundWeight],
+    architecture: Architecture,
+    engine_shapes: Mapping[str, tuple[torch.Size, torch.dtype]],
+    place: Place,
 ) -> SwapPlan:
-    """Plan the swap between a trainer and an engine of the same tensor-parallel size.
+    """Plan the swap for one rank; pure arithmetic, no collective.
 
-    `engine_shapes` gives shape and type of every parameter of the engine on this rank. `linear_qkv` is permuted (unless one
-    query group makes both layouts equal), everything else is aliased. Raises `ValueError` naming the parameter when one is
-    missing on either side or differs in shape or type.
+    `engine_shapes` gives shape and type of every parameter of the engine on this rank. A parameter whose bytes lie in one piece
+    of this rank's shard and in the same type is aliased, every other one copied. Raises `ValueError` naming the parameter
+    when one is missing on either side, has another shape than its rule says, or the engine mixes types.
     """
-    aliases, permutations = [], []
+    aliases: list[AliasWeight] = []
+    copies: list[CopiedWeight] = []
+    moved: list[MovedWeight] = []
     remaining = dict(engine_shapes)
-    groups = architecture.num_kv_heads // tp_size
-    # Allocated here and not while the engine loads: what is allocated there lies in vLLM's sleep pool and dies with it.
-    row_index = qkv_row_index(architecture.num_heads // tp_size, groups, architecture.head_dim)
+    dtypes = {dtype for _, dtype in engine_shapes.values()}
+    if len(dtypes) > 1:
+        raise ValueError(f"hot swap: the engine's parameters are of several types: {', '.join(sorted(map(str, dtypes)))}")
     for weight in weights:
         source = weight.parameter.detach()
         if weight.engine not in remaining:
             raise ValueError(f"hot swap: the engine has no parameter {weight.engine} for the trainer's {weight.name}")
         shape, dtype = remaining.pop(weight.engine)
-        if shape != source.shape or dtype != source.dtype:
+        axis = weight.tp_dim or 0
+        expected = list(source.shape)
+        if weight.tp_dim is not None:
+            total = source.shape[axis] * place.tp_size
+            expected[axis] = total // place.engine_size
+            if total % place.engine_size:
+                raise ValueError(f"hot swap: {weight.name}: {total} rows or columns do not split over {place.engine_size} engine ranks")
+        if list(shape) != expected:
             raise ValueError(
-                f"hot swap: {weight.engine} is {tuple(shape)} {dtype} in the engine, "
-                f"but {weight.name} is {tuple(source.shape)} {source.dtype} in the trainer"
+                f"hot swap: {weight.engine} is {tuple(shape)} in the engine, expected {tuple(expected)}: "
+                f"{weight.name} is {tuple(source.shape)} on each of {place.tp_size} trainer ranks"
             )
-        if weight.layout == "qkv" and groups > 1:
-            permutations.append(PermuteWeight(weight.engine, source, row_index.to(source.device)))
+        wanted = tuple(_blocks(weight, architecture, place, rank) for rank in range(place.tp_size))
+        blocks = wanted[place.tp_rank]
+        in_one_piece = len(blocks) == 1 and blocks[0].source_rank == place.tp_rank and (axis == 0 or list(source.shape) == expected)
+        if in_one_piece and dtype == source.dtype:
+            aliases.append(AliasWeight(weight.engine, source.narrow(axis, blocks[0].source_start, blocks[0].length)))
         else:
-            aliases.append(AliasWeight(weight.engine, source))
+            copies.append(CopiedWeight(weight.engine, source, axis, blocks))
+        if any(block.source_rank != rank for rank, needed in enumerate(wanted) for block in needed):
+            moved.append(MovedWeight(weight.engine, source, axis, wanted))
     if remaining:
         raise ValueError(f"hot swap: the trainer has nothing for the engine's {', '.join(sorted(remaining))}")
-    return SwapPlan(tuple(aliases), tuple(permutations))
+    return SwapPlan(place, next(iter(dtypes)), tuple(aliases), tuple(copies), tuple(moved))
+
+
+def _blocks(weight: BoundWeight, architecture: Architecture, place: Place, rank: int) -> tuple[Block, ...]:
+    """What the engine of trainer rank `rank` needs of one weight, by source rank and then by place in the source."""
+    if weight.tp_dim is None:
+        return (Block(rank, 0, 0, weight.parameter.shape[0]),)
+    total = weight.parameter.shape[weight.tp_dim] * place.tp_size
+    needed = _engine_intervals(weight, architecture, total, place.engine_size, place.engine_ranks[rank])
+    blocks: list[Block] = []
+    for source_rank in range(place.tp_size):
+        for held in _trainer_intervals(weight, architecture, total, place.tp_size, source_rank):
+            for interval in needed:
+                start, stop = max(held.start, interval.start), min(held.stop, interval.stop)
+                if held.section == interval.section and start < stop:
+                    source_start, target_start = held.local + start - held.start, interval.local + start - interval.start
+                    _append(blocks, Block(source_rank, source_start, target_start, stop - start))
+    return tuple(blocks)
+
+
+def _append(blocks: list[Block], block: Block) -> None:
+    """Append, or lengthen the last block where this one follows it on both sides."""
+    last = blocks[-1] if blocks else None
+    if (
+        last is not None
+        and last.source_rank == block.source_rank
+        and last.source_start + last.length == block.source_start
+        and last.target_start + last.length == block.target_start
+    ):
+        blocks[-1] = Block(last.source_rank, last.source_start, last.target_start, last.length + block.length)
+    else:
+        blocks.append(block)
+
+
+def _sections(weight: BoundWeight, architecture: Architecture, total: int) -> tuple[int, ...]:
+    """Sizes of the logical sections along the sharded dimension."""
+    if weight.layout == "qkv":
+        keys = architecture.num_kv_heads * architecture.head_dim
+        return architecture.num_heads * architecture.head_dim, keys, keys
+    return (total // 2, total // 2) if weight.layout == "gate_up" else (total,)
+
+
+def _engine_intervals(weight: BoundWeight, architecture: Architecture, total: int, size: int, rank: int) -> list[Interval]:
+    """vLLM's shard: its part of every section, one after another."""
+    intervals, local = [], 0
+    for section, rows in enumerate(_sections(weight, architecture, total)):
+        share = rows // size
+        intervals.append(Interval(section, rank * share, (rank + 1) * share, local))
+        local += share
+    return intervals
+
+
+def _trainer_intervals(weight: BoundWeight, architecture: Architecture, total: int, size: int, rank: int) -> Iterator[Interval]:
+    """Megatron's shard: per query group its queries, key and value; other layouts are vLLM's."""
+    if weight.layout != "qkv":
+        yield from _engine_intervals(weight, architecture, total, size, rank)
+        return
+    head_dim = architecture.head_dim
+    queries = architecture.num_heads // architecture.num_kv_heads * head_dim  # of one group
+    groups = architecture.num_kv_heads // size
+    for number in range(groups):
+        group, local = rank * groups + number, number * (queries + 2 * head_dim)
+        yield Interval(0, group * queries, (group + 1) * queries, local)
+        yield Interval(1, group * head_dim, (group + 1) * head_dim, local + queries)
+        yield Interval(2, group * head_dim, (group + 1) * head_dim, local + queries + head_dim)

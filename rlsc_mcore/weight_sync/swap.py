@@ -1,103 +1,152 @@
-"""Execute the plan: bind the engine to the trainer once, rewrite what is permuted at each swap, verify, bump the version."""
+"""Execute the plan: bind the engine to the trainer once, rewrite what it copies at each swap, verify, bump the version."""
 
 from collections.abc import Mapping
+from typing import Literal
 
 import torch
 from torch import nn
 
-from rlsc_mcore.config import RunError
 from rlsc_mcore.model.build import Policy
+from rlsc_mcore.model.weight_map import export_weights
+from rlsc_mcore.ops.block_copy import BlockCopy
+from rlsc_mcore.parallel.groups import Groups
 from rlsc_mcore.rollout.engine import RolloutEngine
-from rlsc_mcore.weight_sync.plan import SwapPlan, build_plan
+from rlsc_mcore.weight_sync.exchange import WeightExchange
+from rlsc_mcore.weight_sync.plan import Place, SwapPlan, build_plan
+from rlsc_mcore.weight_sync.verify import RowSampler, SwapMismatch, compare_checksums, compare_with_tensors
 
-NUM_CHECKED_ROWS = 4  # rows per permuted tensor that every swap compares
-
-
-class SwapMismatch(RunError):
-    """The engine does not hold the trainer's weights; names tensor and first differing element."""
+Verify = Literal["off", "checksum", "full"]
 
 
 class HotSwap:
     """Keeps one engine on the trainer's current weights."""
 
-    def __init__(self, policy: Policy, tp_size: int) -> None:
+    def __init__(self, policy: Policy, groups: Groups) -> None:
         self.policy_version = 0
         self._policy = policy
-        self._tp_size = tp_size
+        self._groups = groups
+        first = groups.rank - groups.tp_rank
+        engine_ranks = tuple(rank % groups.engine_tp_size for rank in range(first, first + groups.tp_size))
+        self.place = Place(groups.tp_rank, groups.tp_size, groups.engine_tp_size, engine_ranks)
         self._plan: SwapPlan | None = None
         self._engine_parameters: Mapping[str, nn.Parameter] = {}
+        self._tensors: dict[str, torch.Tensor] = {}  # the engine's, as they were bound
+        self._sampler: RowSampler | None = None
+        self._local: BlockCopy | None = None
+        self._exchange: WeightExchange | None = None
+        self._num_swaps = 0
 
     @torch.no_grad()
     def bind(self, module: nn.Module) -> None:
-        """Point the engine's parameters at the trainer's and fill the permuted ones; called while vLLM loads.
+        """Point the engine's parameters at the trainer's where both agree; called while vLLM loads, before `fill`.
 
-        Mutates `module`. Later re-pointing would be invisible to captured CUDA graphs, so this happens exactly once.
+        Mutates `module`. Later re-pointing would be invisible to captured CUDA graphs, so this happens exactly once. What the
+        engine keeps for itself is zero until `fill`: buffers and index tables that were allocated here would lie in vLLM's sleep
+        pool and die with it.
         """
         assert self._plan is None, "an engine is bound once"
         self._engine_parameters = dict(module.named_parameters())
         shapes = {name: (parameter.shape, parameter.dtype) for name, parameter in self._engine_parameters.items()}
-        self._plan = build_plan(self._policy.weights, self._policy.architecture, shapes, self._tp_size)
+        self._plan = build_plan(self._policy.weights, self._policy.architecture, shapes, self.place)
         for alias in self._plan.aliases:
             self._engine_parameters[alias.engine_name].data = alias.source
-        self._rewrite_permuted()
+        for copied in self._plan.copies:
+            self._engine_parameters[copied.engine_name].data.zero_()
+        self._tensors = {name: parameter.data for name, parameter in self._engine_parameters.items()}
 
     @torch.no_grad()
-    def swap(self, engine: RolloutEngine, *, verify: bool = True) -> None:
-        """Bring the engine to the trainer's weights and bump `policy_version`.
+    def fill(self) -> None:
+        """Write the engine's own tensors for the first time, after it was built; collective over the trainer's TP group.
 
-        Wakes a sleeping engine around it and resets its prefix cache. `verify` compares storage addresses and a few rows of
-        every tensor; raises `SwapMismatch` on the first difference.
+        Allocates the exchange's buffers (none where no bytes cross ranks).
+        """
+        plan = self._bound_plan()
+        targets, sources = [], []
+        for copied in plan.copies:
+            for block in copied.blocks:
+                if block.source_rank == self.place.tp_rank:
+                    targets.append(self._tensors[copied.engine_name].narrow(copied.axis, block.target_start, block.length))
+                    sources.append(copied.source.narrow(copied.axis, block.source_start, block.length))
+        self._local = BlockCopy(targets, sources)
+        if plan.moved:
+            self._exchange = WeightExchange(plan, self._tensors, self._groups.tp_group)
+        # With unequal sizes the ranks of a group copy different tensors, but must sample the same ones.
+        copied_names = {copied.engine_name for copied in plan.copies}
+        equal_tp = self.place.tp_size == self.place.engine_size
+        weights = [weight for weight in self._policy.weights if weight.engine in copied_names or not equal_tp]
+        self._sampler = RowSampler(weights, self._policy.architecture, self.place)
+        self._refresh()
+
+    @torch.no_grad()
+    def swap(self, engine: RolloutEngine, *, verify: Verify = "checksum") -> None:
+        """Bring the engine to the trainer's weights and bump `policy_version`; collective over the trainer's TP group.
+
+        Wakes a sleeping engine around it and resets its prefix cache. The trainer's parameters must be whole: an overlapped
+        parameter gather has been waited for. `verify`: see `rollout.verify_swap`; raises `SwapMismatch` on every rank of the
+        group once one of them sees a difference.
         """
         with engine.waking():
-            self._rewrite_permuted()
-            if verify:
-                self.verify_sampled()
+            self._refresh()
+            if verify == "checksum":
+                self.verify_checksums()
+            elif verify == "full":
+                self.verify_full()
         engine.reset_prefix_cache()
         self.policy_version += 1
 
     def num_aliased(self) -> int:
         """Return how many engine parameters share the trainer's storage."""
-        return sum(self._engine_parameters[alias.engine_name].data_ptr() == alias.source.data_ptr() for alias in self._bound_plan().aliases)
+        return sum(self._is_shared(alias.engine_name, alias.source) for alias in self._bound_plan().aliases)
 
-    def num_permuted(self) -> int:
+    def num_copied(self) -> int:
         """Return how many engine parameters are rewritten at each swap."""
-        return len(self._bound_plan().permutations)
+        return len(self._bound_plan().copies)
+
+    def own_bytes(self) -> int:
+        """Return the bytes of the engine's own tensors and of the exchange's buffers on this rank."""
+        own = sum(self._engine_parameters[copied.engine_name].nbytes for copied in self._bound_plan().copies)
+        return own + (self._exchange.buffer_bytes if self._exchange is not None else 0)
+
+    def describe(self) -> str:
+        """Say in a few words how the engine gets its weights."""
+        how = "gathered" if self._bound_plan().moved else "rewritten"
+        return f"{self.num_aliased()} parameters shared with the trainer, {self.num_copied()} {how} at each swap"
 
     @torch.no_grad()
-    def verify_sampled(self) -> None:
-        """Check that aliases still share storage and that a few rows of every permuted tensor are right."""
+    def verify_checksums(self) -> None:
+        """Check that shared parameters still are, and the checksums of sampled rows; collective over the trainer's TP group."""
         plan = self._bound_plan()
-        for alias in plan.aliases:
-            if self._engine_parameters[alias.engine_name].data_ptr() != alias.source.data_ptr():
-                raise SwapMismatch(f"hot swap: {alias.engine_name} no longer shares the trainer's storage")
-        if not plan.permutations:
+        lost = [alias.engine_name for alias in plan.aliases if not self._is_shared(alias.engine_name, alias.source)]
+        assert self._sampler is not None, "fill() comes first"
+        sampled = self._sampler.rows(self._num_swaps)
+        differing = compare_checksums(sampled, self._tensors, self.place, self._groups.tp_group, plan.dtype) if sampled else []
+        if not self._groups.any_in_tp(bool(lost or differing)):
             return
-        same = []
-        for item in plan.permutations:
-            rows = torch.linspace(0, len(item.row_index) - 1, NUM_CHECKED_ROWS, device=item.row_index.device).long()
-            same.append((self._engine_parameters[item.engine_name][rows] == item.source[item.row_index[rows]]).all())
-        if not torch.stack(same).all():  # one host synchronisation for all tensors
-            self.verify_full()
-            raise SwapMismatch("hot swap: a sampled row differs")
+        for tp_rank, names_lost in enumerate(self._groups.gather_objects_over_tp(lost)):
+            if names_lost:
+                rank = self._groups.rank - self.place.tp_rank + tp_rank
+                raise SwapMismatch(f"hot swap: rank {rank}: {names_lost[0]} no longer shares the trainer's storage")
+        self.verify_full()
+        which = f"{differing[0].name}, row {differing[0].row}" if differing else "a row of another rank"
+        raise SwapMismatch(f"hot swap: rank {self._groups.rank}: the checksum of {which} differs")
 
     @torch.no_grad()
     def verify_full(self) -> None:
-        """Compare every element of every engine parameter with the trainer's; raises `SwapMismatch`."""
-        plan = self._bound_plan()
-        expected = {alias.engine_name: alias.source for alias in plan.aliases}
-        expected.update({item.engine_name: item.source[item.row_index] for item in plan.permutations})
-        for name, tensor in expected.items():
-            difference = (self._engine_parameters[name] != tensor).nonzero()
-            if len(difference):
-                index = tuple(difference[0].tolist())
-                raise SwapMismatch(
-                    f"hot swap: {name}{list(index)} is {self._engine_parameters[name][index].item()!r} in the engine, "
-                    f"{tensor[index].item()!r} in the trainer ({len(difference)} of {tensor.numel()} elements differ)"
-                )
+        """Compare every engine parameter with what an export would write; collective over the trainer's TP group."""
+        policy, groups = self._policy, self._groups
+        exported = export_weights(policy.weights, policy.architecture, groups.tp_group, groups.tp_size)
+        parameters = {name: parameter.data for name, parameter in self._engine_parameters.items()}
+        compare_with_tensors(parameters, policy.weights, exported, self.place, groups.rank)
 
-    def _rewrite_permuted(self) -> None:
-        for item in self._bound_plan().permutations:
-            torch.index_select(item.source, 0, item.row_index, out=self._engine_parameters[item.engine_name].data)
+    def _refresh(self) -> None:
+        assert self._local is not None, "fill() comes first"
+        self._local.run()
+        if self._exchange is not None:
+            self._exchange.run()
+        self._num_swaps += 1
+
+    def _is_shared(self, name: str, source: torch.Tensor) -> bool:
+        return self._engine_parameters[name].data_ptr() == source.data_ptr()
 
     def _bound_plan(self) -> SwapPlan:
         assert self._plan is not None, "no engine is bound yet"

@@ -1,54 +1,239 @@
-"""The full check of a hot swap: every parameter of the engine against the exported Hugging Face folder."""
+"""What a hot swap is checked against: storage addresses, checksums of sampled rows, and the export, element by element.
 
+None of it reads the swap's plan: rows are found by the two layouts' own rules, so that a wrong plan cannot hide.
+"""
+
+import random
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
+from rlsc_mcore.config import RunError
 from rlsc_mcore.model.hf_checkpoint import SafetensorsFolder
 from rlsc_mcore.model.shape import Architecture
-from rlsc_mcore.model.weight_map import BoundWeight
-from rlsc_mcore.weight_sync.swap import SwapMismatch
+from rlsc_mcore.model.weight_map import BoundWeight, ReadSlice
+from rlsc_mcore.ops.row_checksums import row_checksums
+from rlsc_mcore.weight_sync.plan import Place
+
+NUM_SAMPLED_ROWS = 32  # per swap; successive swaps take other rows, of all copied tensors in turn
+
+
+class SwapMismatch(RunError):
+    """The engine does not hold the trainer's weights; names tensor, rank and first differing element."""
+
+
+@dataclass(frozen=True)
+class SampledRow:
+    """One row of a Hugging Face tensor, at its places in the two shards of a rank (None: another rank's)."""
+
+    weight: BoundWeight
+    name: str  # Hugging Face's
+    row: int  # of the Hugging Face tensor
+    trainer_row: int | None
+    engine_row: int | None
+
+
+class RowSampler:
+    """Chooses the rows that each swap compares: the same, in the same order, on every rank of a trainer group."""
+
+    def __init__(self, weights: Sequence[BoundWeight], architecture: Architecture, place: Place) -> None:
+        self._tensors = [(weight, section) for weight in weights for section in range(len(weight.hf))]
+        self._num_rows = [_num_rows(weight, section, architecture, place) for weight, section in self._tensors]
+        self._architecture, self._place = architecture, place
+
+    def rows(self, swap_number: int) -> list[SampledRow]:
+        """Return `NUM_SAMPLED_ROWS` rows; successive swaps go on through the tensors."""
+        generator = random.Random(swap_number)
+        first = swap_number * NUM_SAMPLED_ROWS
+        sampled = []
+        for number in range(first, first + NUM_SAMPLED_ROWS) if self._tensors else ():
+            weight, section = self._tensors[number % len(self._tensors)]
+            row = int(generator.random() * self._num_rows[number % len(self._tensors)])
+            trainer_row = _trainer_row(weight, section, row, self._architecture, self._place)
+            engine_row = _engine_row(weight, section, row, self._architecture, self._place)
+            sampled.append(SampledRow(weight, weight.hf[section], row, trainer_row, engine_row))
+        return sampled
 
 
 @torch.no_grad()
-def compare_with_export(
-    module: nn.Module, weights: list[BoundWeight], architecture: Architecture, folder: Path, tp_rank: int, tp_size: int
-) -> int:
-    """Compare vLLM's parameters on this rank with `folder`, laid out by vLLM's own rule: the ranks' rows of each tensor, stacked.
+def compare_checksums(
+    sampled: Sequence[SampledRow], parameters: Mapping[str, torch.Tensor], place: Place, group: dist.ProcessGroup, dtype: torch.dtype
+) -> list[SampledRow]:
+    """Return the sampled rows that differ between engine and trainer on this rank.
 
-    Does not go through Megatron's layout, so that a wrong permutation cannot cancel out. Returns the number of parameters
-    compared; raises `SwapMismatch` naming tensor, rank and first differing index.
+    With equal sizes a rank holds what its engine needs: no communication. Else one sum of int64 checksums over the trainer's
+    tensor-parallel group; a row whose columns are sharded is compared in as many parts as the larger of the two sizes.
+    """
+    held, needed = _parts(sampled, parameters, place)
+    parts = max(place.tp_size, place.engine_size)
+    if place.tp_size == place.engine_size:
+        sides = [row_checksums([row for _, row, _ in slices], [first for _, _, first in slices], dtype) for slices in (held, needed)]
+        return [sampled[needed[number][0] // parts] for number in (sides[0] != sides[1]).nonzero().flatten().tolist()]
+    device = next(iter(parameters.values())).device
+    trainer = torch.zeros(len(sampled) * parts, dtype=torch.int64, device=device)
+    engine = torch.zeros_like(trainer)
+    for checksums, slices in ((trainer, held), (engine, needed)):
+        positions = torch.tensor([position for position, _, _ in slices], device=device, dtype=torch.int64)
+        rows, firsts = [row for _, row, _ in slices], [first for _, _, first in slices]
+        if rows:
+            checksums[positions] = row_checksums(rows, firsts, dtype)
+    if place.tp_size > 1:
+        dist.all_reduce(trainer, group=group)
+    mine = torch.zeros_like(trainer, dtype=torch.bool)
+    mine[torch.tensor([position for position, _, _ in needed], device=device, dtype=torch.int64)] = True
+    differing = ((trainer != engine) & mine).nonzero().flatten().tolist()
+    return [sampled[number] for number in sorted({position // parts for position in differing})]
+
+
+def compare_with_tensors(
+    parameters: Mapping[str, torch.Tensor],
+    weights: Sequence[BoundWeight],
+    exported: Iterable[tuple[str, torch.Tensor]],
+    place: Place,
+    rank: int,
+) -> int:
+    """Compare every engine parameter of this rank with exported whole tensors, one at a time; returns how many were compared.
+
+    `exported` must be consumed by every rank of the trainer group (it gathers). Raises `SwapMismatch` at the end, for the first
+    tensor that differs, so that no rank leaves a gather early.
+    """
+    stream = iter(exported)
+    found: SwapMismatch | None = None
+    for weight in weights:
+        tensors = dict(next(stream) for _ in weight.hf)
+
+        def read(name: str, axis: int | None, start: int, stop: int, tensors: dict[str, torch.Tensor] = tensors) -> torch.Tensor:
+            return tensors[name] if axis is None else tensors[name].narrow(axis, start, stop - start)
+
+        def shape(name: str, tensors: dict[str, torch.Tensor] = tensors) -> Sequence[int]:
+            return tensors[name].shape
+
+        try:
+            _compare(parameters[weight.engine], weight, read, shape, place, rank, "the trainer")
+        except SwapMismatch as mismatch:
+            found = found or mismatch
+    if found is not None:
+        raise found
+    return len(weights)
+
+
+@torch.no_grad()
+def compare_with_export(module: nn.Module, weights: Sequence[BoundWeight], folder: Path, place: Place, rank: int) -> int:
+    """Compare every engine parameter of this rank with an exported folder; returns how many were compared.
+
+    Raises `SwapMismatch` naming tensor, rank and first differing index, or a parameter that was not exported.
     """
     source = SafetensorsFolder(folder)
     engine = dict(module.named_parameters())
     for weight in weights:
-        actual = engine.pop(weight.engine)
-        expected = torch.cat([_shard(source, name, weight, tp_rank, tp_size) for name in weight.hf]).to(actual)
-        compared: torch.Tensor = actual
-        if weight.is_vocabulary:  # rows at or beyond the vocabulary are padding
-            compared = actual[: len(expected)]
-        if compared.shape != expected.shape:
-            raise SwapMismatch(
-                f"hot swap: {weight.engine} has shape {tuple(compared.shape)} in the engine, {tuple(expected.shape)} exported"
-            )
-        difference = (compared != expected).nonzero()
-        if len(difference):
-            index = tuple(difference[0].tolist())
-            raise SwapMismatch(
-                f"hot swap: rank {tp_rank}: {weight.engine}{list(index)} is {compared[index].item()!r} in the engine, "
-                f"{expected[index].item()!r} in {folder} ({len(difference)} of {expected.numel()} elements differ)"
-            )
+        _compare(engine.pop(weight.engine), weight, source.read, source.shape, place, rank, str(folder))
     if engine:
         raise SwapMismatch(f"hot swap: the engine has parameters that are not exported: {', '.join(sorted(engine))}")
     return len(weights)
 
 
-def _shard(source: SafetensorsFolder, name: str, weight: BoundWeight, tp_rank: int, tp_size: int) -> torch.Tensor:
+def _compare(
+    actual: torch.Tensor,
+    weight: BoundWeight,
+    read: ReadSlice,
+    shape: Callable[[str], Sequence[int]],
+    place: Place,
+    rank: int,
+    source: str,
+) -> None:
+    """Compare one parameter, laid out by vLLM's own rule: the engine rank's share of each Hugging Face tensor, stacked."""
+    shares = [_engine_share(weight, name, read, shape(name), actual, place) for name in weight.hf]
+    expected = torch.cat(shares).to(actual)
+    compared = actual[: len(expected)] if weight.is_vocabulary else actual  # rows at or beyond the vocabulary are padding
+    if compared.shape != expected.shape:
+        raise SwapMismatch(f"hot swap: {weight.engine} has shape {tuple(compared.shape)} in the engine, {tuple(expected.shape)} exported")
+    difference = (compared != expected).nonzero()
+    if len(difference):
+        index = tuple(difference[0].tolist())
+        raise SwapMismatch(
+            f"hot swap: rank {rank}: {weight.engine}{list(index)} is {compared[index].item()!r} in the engine, "
+            f"{expected[index].item()!r} in {source} ({len(difference)} of {expected.numel()} elements differ)"
+        )
+
+
+def _engine_share(
+    weight: BoundWeight, name: str, read: ReadSlice, shape: Sequence[int], actual: torch.Tensor, place: Place
+) -> torch.Tensor:
     if weight.tp_dim is None:
-        return source.read(name, None, 0, 0)
-    size = source.shape(name)[weight.tp_dim]
+        return read(name, None, 0, 0)
+    size, rank, ranks = shape[weight.tp_dim], place.engine_rank, place.engine_size
     if not weight.is_vocabulary:
-        return source.read(name, weight.tp_dim, tp_rank * size // tp_size, (tp_rank + 1) * size // tp_size)
-    per_rank = weight.parameter.shape[0]
-    return source.read(name, 0, min(tp_rank * per_rank, size), min((tp_rank + 1) * per_rank, size))
+        return read(name, weight.tp_dim, rank * size // ranks, (rank + 1) * size // ranks)
+    per_rank = actual.shape[0]
+    return read(name, 0, min(rank * per_rank, size), min((rank + 1) * per_rank, size))
+
+
+def _num_rows(weight: BoundWeight, section: int, architecture: Architecture, place: Place) -> int:
+    """Rows of the section's Hugging Face tensor."""
+    if weight.layout == "qkv":
+        return (architecture.num_kv_heads if section else architecture.num_heads) * architecture.head_dim
+    if weight.is_vocabulary:
+        return architecture.vocab_size
+    rows = weight.parameter.shape[0] * (place.tp_size if weight.tp_dim == 0 else 1)
+    return rows // 2 if weight.layout == "gate_up" else rows
+
+
+def _trainer_row(weight: BoundWeight, section: int, row: int, architecture: Architecture, place: Place) -> int | None:
+    """Where Megatron's shard of this rank has a row of the Hugging Face tensor."""
+    if weight.tp_dim != 0:
+        return row
+    if weight.layout == "qkv":
+        dim, per_group = architecture.head_dim, architecture.num_heads // architecture.num_kv_heads
+        head, within = divmod(row, dim)
+        group, place_in_group = divmod(head, per_group) if section == 0 else (head, per_group + section - 1)
+        group -= place.tp_rank * (architecture.num_kv_heads // place.tp_size)
+        if not 0 <= group < architecture.num_kv_heads // place.tp_size:
+            return None
+        return (group * (per_group + 2) + place_in_group) * dim + within
+    share = weight.parameter.shape[0] // len(weight.hf)
+    local = row - place.tp_rank * share
+    return section * share + local if 0 <= local < share else None
+
+
+def _engine_row(weight: BoundWeight, section: int, row: int, architecture: Architecture, place: Place) -> int | None:
+    """Where vLLM's shard of this rank has it: the shares of q, k and v (gate and up) one after another."""
+    if weight.tp_dim != 0:
+        return row
+    sizes = [_num_rows(weight, number, architecture, place) for number in range(len(weight.hf))]
+    if weight.is_vocabulary:
+        sizes = [weight.parameter.shape[0] * place.tp_size]
+    share = sizes[section] // place.engine_size
+    local = row - place.engine_rank * share
+    return sum(sizes[:section]) // place.engine_size + local if 0 <= local < share else None
+
+
+def _parts(
+    sampled: Sequence[SampledRow], parameters: Mapping[str, torch.Tensor], place: Place
+) -> tuple[list[tuple[int, torch.Tensor, int]], list[tuple[int, torch.Tensor, int]]]:
+    """(position in the list of checksums, row or part of it, its first column) of what the trainer's and the engine's shard hold."""
+    parts = max(place.tp_size, place.engine_size)
+    held: list[tuple[int, torch.Tensor, int]] = []
+    needed: list[tuple[int, torch.Tensor, int]] = []
+    for number, sample in enumerate(sampled):
+        # In a sum over the group, a row that every rank holds counts once.
+        replicated_elsewhere = sample.weight.tp_dim is None and place.tp_rank > 0 and place.tp_size != place.engine_size
+        sides = (
+            (held, sample.trainer_row, sample.weight.parameter.detach(), place.tp_rank, place.tp_size),
+            (needed, sample.engine_row, parameters[sample.weight.engine], place.engine_rank, place.engine_size),
+        )
+        for slices, row, tensor, rank, size in sides:
+            if row is None or (replicated_elsewhere and slices is held):
+                continue
+            line = tensor[row : row + 1] if tensor.dim() == 1 else tensor[row]
+            if sample.weight.tp_dim != 1:
+                slices.append((number * parts, line, 0))
+                continue
+            width, count = len(line) * size // parts, parts // size
+            for part in range(count):
+                place_of_part = rank * count + part
+                slices.append((number * parts + place_of_part, line[part * width : (part + 1) * width], place_of_part * width))
+    return held, needed

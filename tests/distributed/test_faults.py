@@ -18,6 +18,8 @@ from tests.helpers.ranks import run_ranks
 from tests.helpers.tiny import make_model_folder, make_rollouts, tiny_config
 
 DEAD_AFTER_S, HANG_AFTER_S = 3.0, 4.0
+PATIENT_S = 12.0
+LONG_S = 60.0  # where silence must be noticed, not the wait of the ranks that it holds up
 CULPRIT = 1
 
 
@@ -27,7 +29,8 @@ def train_until_the_fault(rank: int, world: int, port: int, folder: str, scratch
 
     environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     os.environ.update({name: str(value) for name, value in environment.items()})
-    os.environ["RLSC_DEAD_AFTER_S"] = str(DEAD_AFTER_S)
+    # A busy machine may keep a healthy rank silent for seconds: only where silence is the fault is it judged soon.
+    os.environ["RLSC_DEAD_AFTER_S"] = str(PATIENT_S if fault == "sleeps" else DEAD_AFTER_S)
     errors = os.open(f"{scratch}/rank{rank}.err", os.O_WRONLY | os.O_CREAT)
     os.dup2(errors, 2)
     sys.stderr = os.fdopen(errors, "w")
@@ -38,7 +41,8 @@ def train_until_the_fault(rank: int, world: int, port: int, folder: str, scratch
     from rlsc_mcore.training.faults import reported, start_watchdog
     from rlsc_mcore.training.step import Trainer
 
-    config = tiny_config(folder, ["--parallel.hang-timeout-s", str(HANG_AFTER_S)], run_dir=scratch)
+    hang_after_s = LONG_S if fault in ("killed", "stopped") else HANG_AFTER_S
+    config = tiny_config(folder, ["--parallel.hang-timeout-s", str(hang_after_s)], run_dir=scratch)
     backend = get_backend()
     groups = initialize_groups(backend, 1)
     watchdog = start_watchdog(config, groups)

@@ -1,5 +1,6 @@
 """A stop signal on one rank takes its whole tensor-parallel group out of the engine, and all ranks to the save."""
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,36 @@ def test_both_ranks_leave_at_the_same_step(signalled_rank: int, at_step: int) ->
 
 def test_nobody_leaves_without_a_signal() -> None:
     assert run_ranks(2, steps_until_abort, -1, 1) == [0, 0]
+
+
+def seconds_until_abort(signalled_rank: int) -> tuple[float, int]:
+    """Two engines of one rank each, which never meet: one rank's signal after half a second, in the second phase of a run."""
+    import torch.distributed as dist
+
+    groups = initialize_groups(get_backend(), 1)
+    stop = StopRequest()
+    earlier, poll = AbortPoll(stop, groups), AbortPoll(stop, groups)
+    assert not earlier()
+    dist.barrier()
+    start, calls = time.monotonic(), 0
+    while time.monotonic() - start < 20:
+        calls += 1
+        if groups.rank == signalled_rank and time.monotonic() - start > 0.5:
+            stop.signal_name = "SIGTERM"
+        if poll():
+            break
+        time.sleep(0.01)
+    took = time.monotonic() - start
+    dist.barrier()
+    assert groups.rank == signalled_rank or not earlier()  # what was said in one phase is not heard in another
+    dist.barrier()
+    return took, calls
+
+
+@pytest.mark.parametrize("signalled_rank", [0, 1])
+def test_engines_of_other_ranks_hear_of_it_too(signalled_rank: int) -> None:
+    for took, calls in run_ranks(2, seconds_until_abort, signalled_rank):
+        assert 0.5 <= took < 5 and calls > 1
 
 
 def stop_on_the_second_rank(run_dir: str, tp: int) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from typing import Any
 from safetensors.torch import load_file
 
 EMBEDDED = "embedded:tiny_qwen2"
-TIMES = ("seconds", "rollout_tokens_per_s", "train_tokens_per_s", "memory_bytes")
+TIMES = ("seconds", "rollout_tokens_per_s", "train_tokens_per_s", "memory_bytes", "memory")
 FLAGS = [
     "--model.path", EMBEDDED, "--model.dtype", "float32", "--data.path", "embedded:train", "--data.questions-per-step", "4",
     "--rollout.num-samples", "4", "--rollout.max-new-tokens", "40", "--rollout.max-num-seqs", "64", "--optimizer.lr", "1e-3",

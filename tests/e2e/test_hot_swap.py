@@ -30,7 +30,7 @@ def make_session(run_dir: Path, model: str, *flags: str) -> Any:
 def answers(session: Any, positions: Any = range(6), *, temperature: float = 0.0, samples: int = 1, prompts: Any = None) -> list[Any]:
     from rlsc_mcore.rollout.engine import SamplingRequest
 
-    prompts = session.prompts if prompts is None else prompts
+    prompts = session.inputs.prompts if prompts is None else prompts
     requests = [SamplingRequest(prompts[i], samples, temperature, 40, 1000 * i) for i in positions]
     return [[(c.token_ids, c.log_probs) for c in group] for group in session.engine.generate(requests)]
 
@@ -59,7 +59,7 @@ def step(session: Any, number: int) -> Any:
 def observe_swaps(run: str) -> dict[str, Any]:
     """Everything that one engine can show about sampling and swapping."""
     from rlsc_mcore.rollout.engine import GenerationInterrupted, SamplingRequest
-    from rlsc_mcore.weight_sync.plan import PermuteWeight, SwapPlan
+    from rlsc_mcore.weight_sync.plan import CopiedWeight
 
     run_dir = Path(run)
     session = make_session(run_dir, EMBEDDED)
@@ -79,7 +79,7 @@ def observe_swaps(run: str) -> dict[str, Any]:
     seen["alone"] = ([[tokens for tokens, _ in group] for group in alone], [[tokens for tokens, _ in whole[4]]])
     seen["distinct"] = len({tokens for group in answers(session, temperature=1.0, samples=4) for tokens, _ in group})
     calls = iter([False] * 5)
-    requests = [SamplingRequest(prompt, 4, 0.5, 40, 0) for prompt in session.prompts[:6]]
+    requests = [SamplingRequest(prompt, 4, 0.5, 40, 0) for prompt in session.inputs.prompts[:6]]
     try:
         session.engine.generate(requests, should_stop=lambda: next(calls, True))
         seen["interrupted"] = False
@@ -117,18 +117,18 @@ def observe_swaps(run: str) -> dict[str, Any]:
     seen["versions"].append(session.swap.policy_version)
 
     # --- the engine's own tensors scrambled, then swapped: equal to the export in every element
-    permuted = [session.engine.module.get_parameter(item.engine_name) for item in session.swap._plan.permutations]
+    permuted = [session.engine.module.get_parameter(item.engine_name) for item in session.swap._plan.copies]
     with torch.no_grad():
         for parameter in permuted:
             parameter.data.normal_()
-    seen["scrambled"] = message(session.swap.verify_sampled)
+    seen["scrambled"] = message(session.swap.verify_checksums)
     seen["scrambled export"] = message(session.export, run_dir / "scrambled")
     session.hot_swap()
     seen["counts"] = (session.export(run_dir / "export"), len(list(session.engine.module.named_parameters())), session.swap.num_aliased())
     seen["greedy"] = answers(session)
 
     # --- a prefix cache of older weights
-    long_prompts = [[token for k in range(3) for token in session.prompts[i + k]][:120] for i in range(4)]
+    long_prompts = [[token for k in range(3) for token in session.inputs.prompts[i + k]][:120] for i in range(4)]
     answers(session, range(4), prompts=long_prompts)
     hidden = session.trainer.policy.weights[0].parameter
     old = hidden.detach().clone()
@@ -146,20 +146,23 @@ def observe_swaps(run: str) -> dict[str, Any]:
 
     # --- swaps that go wrong
     right = session.swap._plan
-    first = right.permutations[0]
-    wrong = PermuteWeight(first.engine_name, first.source, first.row_index.flip(0))
-    session.swap._plan = SwapPlan(right.aliases, (wrong, *right.permutations[1:]))
-    session.hot_swap()
-    seen["wrong permutation"] = message(session.export, run_dir / "wrong")
+    first = right.copies[0]
+    query, key, value = first.blocks[:3]
+    swapped = replace(key, target_start=value.target_start), replace(value, target_start=key.target_start)
+    wrong = CopiedWeight(first.engine_name, first.source, first.axis, (query, *swapped, *first.blocks[3:]))
+    session.swap._plan = replace(right, copies=(wrong, *right.copies[1:]))
+    session.swap.fill()
+    seen["wrong permutation"] = (message(session.hot_swap), message(session.export, run_dir / "wrong"))
     session.swap._plan = right
+    session.swap.fill()
     session.hot_swap()
     with torch.no_grad():
-        permuted[-1].data[-1] += 1
-    seen["one row"] = message(session.swap.verify_sampled)
-    session.hot_swap()
-    with torch.no_grad():
-        permuted[-1].data[1] += 1
-    seen["one hidden row"] = (message(session.swap.verify_sampled), message(session.swap.verify_full))
+        permuted[-1].data[0] += 1  # of 128 rows one: found by the comparison of all, and by the checksums in one of many swaps
+    seen["one row"] = message(session.swap.verify_full)
+    seen["one row, sampled"] = []
+    for _ in range(400):
+        session.swap._num_swaps += 1
+        seen["one row, sampled"].append(message(session.swap.verify_checksums))
     session.hot_swap()
     aliased = session.engine.module.get_parameter(right.aliases[3].engine_name)
     shared = aliased.data
@@ -239,7 +242,7 @@ def test_trainer_and_engine_agree(seen: dict[str, Any]) -> None:
 
 
 def test_a_swap_restores_what_was_scrambled(seen: dict[str, Any]) -> None:
-    assert seen["scrambled"].startswith("SwapMismatch: hot swap: model.layers.0.self_attn.qkv_proj")
+    assert seen["scrambled"].startswith("SwapMismatch: hot swap: rank 0: model.layers.0.self_attn.qkv_proj")
     assert seen["scrambled export"].startswith("SwapMismatch: hot swap: rank 0: model.layers.0.self_attn.qkv_proj")
     compared, parameters, aliased = seen["counts"]
     assert compared == parameters and aliased == parameters - 8  # weight and bias of four qkv projections are permuted
@@ -273,12 +276,23 @@ def test_a_stale_prefix_cache_would_be_wrong_and_a_swap_resets_it(seen: dict[str
 
 
 def test_a_wrong_permutation_is_found(seen: dict[str, Any]) -> None:
-    assert seen["wrong permutation"].startswith("SwapMismatch: hot swap: rank 0: model.layers.0.self_attn.qkv_proj.")
-    assert "SwapMismatch: hot swap: model.layers.3.self_attn.qkv_proj." in seen["one row"]
-    sampled, full = seen["one hidden row"]
-    assert sampled == "" and full.startswith("SwapMismatch: hot swap: model.layers.3.self_attn.qkv_proj.")
+    by_checksum, by_export = seen["wrong permutation"]
+    start = "SwapMismatch: hot swap: rank 0: model.layers.0.self_attn.qkv_proj.weight[128, 0] is "  # the first key's first element
+    assert by_checksum.startswith(start) and "in the trainer" in by_checksum
+    assert by_export.startswith(start) and "/wrong (" in by_export
+
+
+def test_one_row_is_found_by_the_full_comparison_at_once_and_by_checksums_in_the_end(seen: dict[str, Any]) -> None:
+    start = "SwapMismatch: hot swap: rank 0: model.layers.3.self_attn.qkv_proj."
+    assert seen["one row"].startswith(start)
+    found = [message for message in seen["one row, sampled"] if message]
+    assert found and all(message == seen["one row"] for message in found)
+    assert len(found) < len(seen["one row, sampled"])
+
+
+def test_a_parameter_that_is_no_longer_shared_is_named(seen: dict[str, Any]) -> None:
     name, found = seen["no longer shared"]
-    assert found == f"SwapMismatch: hot swap: {name} no longer shares the trainer's storage"
+    assert found == f"SwapMismatch: hot swap: rank 0: {name} no longer shares the trainer's storage"
     assert seen["mended"] == ""
 
 

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -68,6 +69,32 @@ def test_the_same_command_again_finishes_and_changes_nothing(whole: Path, tmp_pa
     (run_dir / "config.yaml").write_text(config, encoding="utf-8")
     results = run_ranks(1, train, [flags(run_dir), ["--resume", str(run_dir)]])[0]
     assert [code for code, _ in results] == [0, 0]
+    assert_same_run(run_dir, whole)
+
+
+def train_with_the_optimizer_on_the_host(runs: list[list[str]], signal_at: tuple[str, int]) -> list[tuple[int, list[str]]]:
+    """What optimizer.offload_during_rollout does on a GPU, between two places of the host's memory."""
+    from rlsc_mcore.training.offload import StateOffload
+    from rlsc_mcore.training.step import Trainer
+
+    build = Trainer.__init__
+
+    def build_with_offload(self: Any, *arguments: Any, **options: Any) -> None:
+        build(self, *arguments, **options)
+        self.offload = StateOffload(self.optimizer, self.memory()["weights"].keys(), pin=False)
+
+    Trainer.__init__ = build_with_offload  # type: ignore[method-assign]
+    return train(runs, signal_at)
+
+
+def test_the_optimizer_may_leave_while_the_engine_samples(whole: Path, tmp_path: Path) -> None:
+    """Saved from the host while it is out, stopped, resumed: nothing differs."""
+    run_dir = tmp_path / "run"
+    asynchronous = flags(run_dir, "--training.async-save", "True")
+    ((code, _),) = run_ranks(1, train_with_the_optimizer_on_the_host, [asynchronous], ("sample", 2))[0]
+    assert code == 0 and read_state(find_resumable(run_dir)).step == 2
+    ((code, _),) = run_ranks(1, train_with_the_optimizer_on_the_host, [["--resume", str(run_dir)]], ("sample", 99))[0]
+    assert code == 0
     assert_same_run(run_dir, whole)
 
 

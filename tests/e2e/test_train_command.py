@@ -34,6 +34,9 @@ def variants(tmp_path_factory: pytest.TempPathFactory) -> Path:
     runs = [["--run-dir", str(folder / name), *FLAGS, *ONE_STEP, *flags] for name, flags in VARIANTS.items()]
     results = run_ranks(1, train, runs)[0]
     assert [code for code, _ in results] == [0] * len(runs)
+    for _, lines in results:  # whose layers and whose Adam, and why
+        (line,) = [line for line in lines if line.startswith("optimizer: ")]
+        assert "Adam" in line and " layers because " in line
     return folder
 
 

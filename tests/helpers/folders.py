@@ -13,8 +13,8 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jin
 
 
 def make_runnable_folder(folder: Path, **options: Any) -> Path:
-    """Write a random model with the embedded tokenizer (512 ids) to `folder`."""
-    make_model_folder(folder, vocab_size=512, **options)
+    """Write a random model with the embedded tokenizer (512 ids, unless `vocab_size` has more) to `folder`."""
+    make_model_folder(folder, **{"vocab_size": 512, **options})
     add_tokenizer(folder)
     return folder
 

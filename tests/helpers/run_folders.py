@@ -7,6 +7,7 @@ from typing import Any
 
 from rlsc_mcore.config import dump_config, load_config
 from rlsc_mcore.evaluation.records import AnswerRecord, QuestionRecord, write_records
+from rlsc_mcore.observability.memory import BORDERS, POOLS
 
 CONFIG = Path(__file__).parents[2] / "configs" / "tiny_cpu.yaml"
 
@@ -29,6 +30,16 @@ def make_answer(question: int, text: str, *, right: bool, temperature: float = 1
     )
 
 
+def make_memory() -> dict[str, dict[str, int | None]]:
+    """A step's table on a GPU of 140 GiB: the KV cache gives way to activations, which are gone before it comes back."""
+    held = {"weights": 15, "gradients": 8, "optimizer": 12, "engine_weights": 1, "cuda_graphs": 1, "workspace": 1, "other": 2}
+    pools: dict[str, dict[str, int | None]] = {}
+    for border in BORDERS:
+        sizes = held | {"kv_cache": 40 if border in ("rollout", "swap") else 0, "activations_cached": 30 if border == "train" else 0}
+        pools[border] = {pool: sizes.get(pool, 140 - sum(sizes.values())) << 30 for pool in POOLS}
+    return pools
+
+
 def make_metrics(step: int, **changes: Any) -> dict[str, Any]:
     """A row of metrics.jsonl."""
     row = {
@@ -44,12 +55,17 @@ def make_metrics(step: int, **changes: Any) -> dict[str, Any]:
         "distinct_share": 0.3,
         "boxed_share": 0.7,
         "log_prob_gap_mean": 1e-7,
+        "log_prob_gap_p99": 2e-6,
+        "log_prob_gap_max": 3e-6 + 1e-7 * step,
+        "log_prob_gap_sequence_mean": 1e-6,
+        "log_prob_gap_sequence_max": 4e-6,
         "grad_norm": 4.0,
         "lr": 1e-4,
         "seconds": {"rollout": 2.0, "pack": 0.01, "train": 2.5, "swap": 0.001},
         "rollout_tokens_per_s": 11000.0,
         "train_tokens_per_s": 7000.0,
         "memory_bytes": {"host_resident": 2 << 30},
+        "memory": make_memory(),
         "warnings": [],
     }
     return row | changes

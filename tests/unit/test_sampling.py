@@ -4,9 +4,12 @@ import hashlib
 from collections.abc import Sequence
 from itertools import pairwise
 
+from hypothesis import given
+from hypothesis import strategies as st
+
 from rlsc_mcore.config import RolloutConfig
 from rlsc_mcore.rollout.engine import Completion, SamplingRequest
-from rlsc_mcore.rollout.sampling import sample_rollouts, sample_seed
+from rlsc_mcore.rollout.sampling import sample_rollouts, sample_seed, spread_samples
 from rlsc_mcore.types import Question
 
 
@@ -62,3 +65,36 @@ def test_a_question_asked_again_in_a_step_goes_on_with_new_seeds() -> None:
     assert [rollout.response_ids for rollout in once] == [(first + i,) for i in range(4)]
     assert [rollout.response_ids for rollout in twice] == [(first + i,) for i in range(8)]
     assert [rollout.sample_index for rollout in twice] == list(range(8))
+
+
+@given(questions=st.integers(1, 20), samples=st.integers(1, 20), engines=st.integers(1, 24))
+def test_every_engine_draws_an_equal_part_of_every_question(questions: int, samples: int, engines: int) -> None:
+    shares = [spread_samples(questions, samples, engines, engine) for engine in range(engines)]
+    drawn = [(position, sample) for share in shares for position, block in share for sample in block]
+    assert sorted(drawn) == [(q, s) for q in range(questions) for s in range(samples)]  # each once
+    sizes = [sum(len(block) for _, block in share) for share in shares]
+    assert max(sizes) - min(sizes) <= 1
+    if engines <= samples:  # and every engine some of each
+        assert all([position for position, _ in share] == list(range(questions)) for share in shares)
+        assert {len(block) for share in shares for _, block in share} <= {samples // engines, -(-samples // engines)}
+
+
+def test_spread_answers_have_the_seeds_of_answers_that_are_not_spread() -> None:
+    config = RolloutConfig(num_samples=5, max_new_tokens=8)
+    questions = [Question(index=index, text="", answer=None) for index in (3, 7)]
+    prompts, repeats = [[1, 2], [3]], [0, 1]
+
+    def ids(positions: list[int], samples: list[range]) -> dict[tuple[int, int], tuple[int, ...]]:
+        found = sample_rollouts(
+            SeedEcho(), SeedEcho(), [questions[i] for i in positions], [prompts[i] for i in positions], config,  # type: ignore[arg-type]
+            run_seed=0, step=4, policy_version=0, repeats=[repeats[i] for i in positions], samples=samples,
+        )  # fmt: skip
+        return {(rollout.question_index, rollout.sample_index): rollout.response_ids for rollout in found}
+
+    whole = ids([0, 1], [range(5), range(5)])
+    assert set(whole) == {(3, sample) for sample in range(5)} | {(7, 5 + sample) for sample in range(5)}
+    spread: dict[tuple[int, int], tuple[int, ...]] = {}
+    for engine in range(3):
+        shares = spread_samples(2, 5, 3, engine)
+        spread |= ids([position for position, _ in shares], [share for _, share in shares])
+    assert spread == whole

@@ -1,0 +1,78 @@
+"""Optimizer state on the host while the engine samples: moments and fp32 masters out, and back, bit for bit.
+
+Megatron-Core 0.16.1 has `offload_to_cpu` for it, which also moves the parameters of a float32 model: they are views of the
+buffer that the engine aliases, and come back as tensors of their own, so that no later update reaches the model.
+"""
+
+from collections.abc import Collection, Iterator
+from typing import Any
+
+import torch
+
+
+def state_tensors(optimizer: Any, kept: Collection[int]) -> list[torch.Tensor]:
+    """List the tensors of Megatron's (chained) optimizer in a fixed order: masters, then moments, none in a storage of `kept`.
+
+    `kept` are addresses of the parameter buffers' storages.
+    """
+    found: dict[int, torch.Tensor] = {}
+    for tensor in _all_tensors(optimizer):
+        if tensor.numel() and tensor.untyped_storage().data_ptr() not in kept:
+            found.setdefault(id(tensor), tensor)
+    return list(found.values())
+
+
+class StateOffload:
+    """Moves the state between its device and the host. The tensors stay the same objects: what holds them sees them move.
+
+    On the host they can be read (a checkpoint is written from there), not stepped.
+    """
+
+    def __init__(self, optimizer: Any, kept: Collection[int], *, pin: bool) -> None:
+        """`pin` page-locks the host's copy, which is allocated once: several times the speed to and from a GPU."""
+        self._optimizer, self._kept, self._pin = optimizer, kept, pin
+        self._host: list[torch.Tensor] = []
+        self._moved: list[tuple[torch.Tensor, torch.device]] = []
+
+    @property
+    def is_out(self) -> bool:
+        """Whether the state lies on the host."""
+        return bool(self._moved)
+
+    @torch.no_grad()
+    def out(self) -> None:
+        """Copy the state to the host and free it on its device."""
+        if self.is_out:
+            return
+        tensors = state_tensors(self._optimizer, self._kept)
+        if [(h.shape, h.dtype) for h in self._host] != [(t.shape, t.dtype) for t in tensors]:
+            self._host = [torch.empty(t.shape, dtype=t.dtype, pin_memory=self._pin) for t in tensors]
+        for tensor, host in zip(tensors, self._host, strict=True):
+            host.copy_(tensor, non_blocking=True)
+        _wait(tensors)
+        self._moved = [(tensor, tensor.device) for tensor in tensors]
+        for tensor, host in zip(tensors, self._host, strict=True):
+            tensor.data = host
+
+    @torch.no_grad()
+    def back(self) -> None:
+        """Copy the state to memory of its device, newly allocated."""
+        moved, self._moved = self._moved, []
+        for tensor, device in moved:
+            home = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
+            home.copy_(tensor, non_blocking=True)
+            tensor.data = home
+        _wait([tensor for tensor, _ in moved])
+
+
+def _all_tensors(optimizer: Any) -> Iterator[torch.Tensor]:
+    for chained in getattr(optimizer, "chained_optimizers", [optimizer]):
+        for group in chained.optimizer.param_groups:
+            yield from group["params"]
+        for state in chained.optimizer.state.values():
+            yield from (value for value in state.values() if isinstance(value, torch.Tensor))
+
+
+def _wait(tensors: list[torch.Tensor]) -> None:
+    if any(tensor.is_cuda for tensor in tensors):
+        torch.cuda.synchronize()

@@ -1,0 +1,181 @@
+"""The part of a hot swap that crosses ranks: static buckets, gathered in one buffer while the other is unpacked."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from rlsc_mcore.ops.block_copy import BlockCopy
+from rlsc_mcore.weight_sync.plan import Block, MovedWeight, SwapPlan
+
+BUCKET_BYTES = 32 << 20  # per sending rank; two buffers of (1 + T) buckets stay allocated
+ALIGNED_ELEMENTS = 8  # 16 bytes of the shortest type
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """A block, or part of one, and where in its bucket it begins."""
+
+    weight: MovedWeight
+    block: Block
+    offset: int  # elements
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        shape = list(self.weight.source.shape)
+        shape[self.weight.axis] = self.block.length
+        return tuple(shape)
+
+
+@dataclass(frozen=True)
+class _Bucket:
+    """Everything that happens between one send and its unpacking; bound to one of the two buffers."""
+
+    pack: BlockCopy
+    unpack: BlockCopy
+    num_elements: int  # of the largest part of the bucket, over the ranks of the group
+    sends: tuple[tuple[int, torch.Tensor], ...]  # (rank of the world, part)
+    receives: tuple[tuple[int, torch.Tensor], ...]
+
+
+class WeightExchange:
+    """Moves what this rank's engine needs from the other ranks of its trainer group; built once, holds its two buffers.
+
+    With engines of one rank each, every rank needs all of every other's shard: one all-gather per bucket. With larger engines
+    ranks need different parts: one batch of sends and receives per bucket. No sizes or names travel.
+    """
+
+    def __init__(
+        self, plan: SwapPlan, parameters: Mapping[str, torch.Tensor], group: dist.ProcessGroup, bucket_bytes: int = BUCKET_BYTES
+    ) -> None:
+        """Build buckets and buffers; `parameters` are the engine's own tensors. Allocates on their device, no collective."""
+        self._group, self._plan = group, plan
+        self._tensors = parameters
+        place = plan.place
+        self._all_gather = place.engine_size == 1
+        self._others = [rank for rank in range(place.tp_size) if rank != place.tp_rank]
+        capacity = max(1, bucket_bytes // plan.dtype.itemsize)
+        # streams[s][d]: what rank s sends to rank d, cut into buckets; every rank of the group computes the same lists.
+        ranks = range(place.tp_size)
+        streams = [[list(_buckets(plan.moved, s, d, capacity)) for d in ranks] for s in ranks]
+        count = max(len(buckets) for row in streams for buckets in row)
+        sizes = [max(_size(_at(buckets, number)) for row in streams for buckets in row) for number in range(count)]
+        # Ranks whose engines want the same are sent the same part of the buffer.
+        self._part_of = {rank: 0 if self._all_gather else place.engine_ranks[rank] for rank in self._others}
+        num_parts = 1 if self._all_gather else place.engine_size
+        device = next(iter(parameters.values())).device
+        self._send = [torch.empty(num_parts * max(sizes), dtype=plan.dtype, device=device) for _ in range(2)]
+        self._receive = [torch.empty(place.tp_size * max(sizes), dtype=plan.dtype, device=device) for _ in range(2)]
+        outgoing, incoming = streams[place.tp_rank], [streams[s][place.tp_rank] for s in ranks]
+        self._buckets = [
+            self._make(
+                number % 2, size, {d: _at(outgoing[d], number) for d in self._others}, {s: _at(incoming[s], number) for s in self._others}
+            )
+            for number, size in enumerate(sizes)
+        ]
+
+    def _make(self, slot: int, size: int, outgoing: dict[int, list[_Piece]], incoming: dict[int, list[_Piece]]) -> _Bucket:
+        """Bind one bucket, whose largest part has `size` elements, to buffer `slot`."""
+        unique = {self._part_of[rank]: pieces for rank, pieces in outgoing.items()}
+        packed, shards, unpacked, received = [], [], [], []
+        for part, pieces in unique.items():
+            for piece in pieces:
+                packed.append(_view(self._send[slot][part * size :], piece))
+                shards.append(piece.weight.source.narrow(piece.weight.axis, piece.block.source_start, piece.block.length))
+        for rank, pieces in incoming.items():
+            for piece in pieces:
+                tensor = self._tensors[piece.weight.engine_name]
+                unpacked.append(tensor.narrow(piece.weight.axis, piece.block.target_start, piece.block.length))
+                received.append(_view(self._receive[slot][rank * size :], piece))
+        world = dist.get_process_group_ranks(self._group)
+        sends = [
+            (world[rank], self._send[slot][self._part_of[rank] * size :][: _size(pieces)]) for rank, pieces in outgoing.items() if pieces
+        ]
+        receives = [(world[rank], self._receive[slot][rank * size :][: _size(pieces)]) for rank, pieces in incoming.items() if pieces]
+        return _Bucket(BlockCopy(packed, shards), BlockCopy(unpacked, received), size, tuple(sends), tuple(receives))
+
+    @property
+    def num_buckets(self) -> int:
+        """Collectives per swap."""
+        return len(self._buckets)
+
+    @property
+    def buffer_bytes(self) -> int:
+        """Bytes that both buffers hold as long as the exchange lives."""
+        return sum(buffer.numel() * buffer.element_size() for buffer in (*self._send, *self._receive))
+
+    @torch.no_grad()
+    def run(self) -> None:
+        """Send this rank's shards and rewrite the engine's tensors; collective over the trainer's tensor-parallel group."""
+        pending: tuple[_Bucket, list[Any]] | None = None
+        for number, bucket in enumerate(self._buckets):
+            bucket.pack.run()
+            works = self._start(bucket, number % 2)
+            if pending is not None:
+                _finish(*pending)  # unpacked while the next bucket travels
+            pending = bucket, works
+        if pending is not None:
+            _finish(*pending)
+
+    def _start(self, bucket: _Bucket, slot: int) -> list[Any]:
+        if self._all_gather:
+            size = bucket.num_elements
+            output = self._receive[slot][: size * self._plan.place.tp_size]
+            return [dist.all_gather_into_tensor(output, self._send[slot][:size], group=self._group, async_op=True)]
+        operations = [dist.P2POp(dist.isend, part, rank, group=self._group, tag=slot) for rank, part in bucket.sends]
+        operations += [dist.P2POp(dist.irecv, part, rank, group=self._group, tag=slot) for rank, part in bucket.receives]
+        return dist.batch_isend_irecv(operations) if operations else []
+
+
+def _finish(bucket: _Bucket, works: Sequence[Any]) -> None:
+    for work in works:
+        work.wait()
+    bucket.unpack.run()
+
+
+def _buckets(moved: Sequence[MovedWeight], source_rank: int, target_rank: int, capacity: int) -> Iterator[list[_Piece]]:
+    """Cut what `source_rank` sends to `target_rank` into buckets of at most `capacity` elements (one index may be more)."""
+    pieces: list[_Piece] = []
+    filled = 0
+    for weight in moved if source_rank != target_rank else ():
+        per_index = weight.source.numel() // weight.source.shape[weight.axis]
+        for block in weight.wanted[target_rank]:
+            if block.source_rank != source_rank:
+                continue
+            done = 0
+            while done < block.length:
+                room = (capacity - filled) // per_index
+                if room <= 0 and pieces:
+                    yield pieces
+                    pieces, filled = [], 0
+                    continue
+                length = min(block.length - done, max(room, 1))
+                part = replace(block, source_start=block.source_start + done, target_start=block.target_start + done, length=length)
+                pieces.append(_Piece(weight, part, filled))
+                filled += _aligned(length * per_index)
+                done += length
+    if pieces:
+        yield pieces
+
+
+def _at(buckets: list[list[_Piece]], number: int) -> list[_Piece]:
+    return buckets[number] if number < len(buckets) else []
+
+
+def _size(pieces: list[_Piece]) -> int:
+    return pieces[-1].offset + _aligned(_numel(pieces[-1])) if pieces else 0
+
+
+def _aligned(num_elements: int) -> int:
+    """Where the next piece may begin: at an address that vector loads can read."""
+    return -(-num_elements // ALIGNED_ELEMENTS) * ALIGNED_ELEMENTS
+
+
+def _numel(piece: _Piece) -> int:
+    return piece.weight.source.numel() // piece.weight.source.shape[piece.weight.axis] * piece.block.length
+
+
+def _view(part: torch.Tensor, piece: _Piece) -> torch.Tensor:
+    return part[piece.offset : piece.offset + _numel(piece)].view(piece.shape)
