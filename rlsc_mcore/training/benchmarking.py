@@ -17,9 +17,10 @@ from rlsc_mcore.evaluation.sampling_scores import sampling_scores
 from rlsc_mcore.evaluation.table import print_comparison
 from rlsc_mcore.model.hf_checkpoint import load_tokenizer, resolve_model_folder
 from rlsc_mcore.model.shape import read_architecture
+from rlsc_mcore.training.run_folder import CHECKPOINT_HELP, LATEST, find_checkpoint
 from rlsc_mcore.types import Question
 
-DESCRIPTION = """Evaluate a model folder or a run's last weights.
+DESCRIPTION = """Evaluate a model folder or a run's weights.
 
   rlsc eval --model DIR_OR_RUN --benchmarks aime24,math500,questions.jsonl --k 16 --templates all
 
@@ -46,6 +47,7 @@ def run_eval(arguments: Sequence[str]) -> int:
         "rlsc eval", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("--model", required=True, help="model folder, hub name, embedded:tiny_qwen2, or the folder of a run")
+    parser.add_argument("--checkpoint", help=f"of a run: {CHECKPOINT_HELP}")
     parser.add_argument("--benchmarks", help=f"some of {', '.join(BENCHMARKS)}, and question files, separated by commas")
     parser.add_argument("--data", help="one question file, or embedded:validation|test (the default)")
     parser.add_argument("--benchmark-dir", type=Path, help="folder of the benchmarks' files, NAME.jsonl; without it the hub is asked")
@@ -59,7 +61,9 @@ def run_eval(arguments: Sequence[str]) -> int:
     names = _split(known.benchmarks) if known.benchmarks is not None else [known.data or "embedded:test"]
     settings = ["--evaluation.num-samples", known.num_samples, "--evaluation.temperatures", *known.temperatures, *flags]
     templates = None if known.templates is None else list(TEMPLATES) if known.templates == "all" else _split(known.templates)
-    results = evaluate_model(known.model, names, templates, settings, folder=known.benchmark_dir, output=known.output)
+    results = evaluate_model(
+        known.model, names, templates, settings, folder=known.benchmark_dir, output=known.output, checkpoint=known.checkpoint
+    )
     if results is not None:
         for benchmark in dict.fromkeys(job.benchmark for job in results):
             columns = {
@@ -72,18 +76,28 @@ def run_eval(arguments: Sequence[str]) -> int:
 
 
 def evaluate_model(
-    model: str, names: Sequence[str], templates: Sequence[str] | None, flags: Sequence[str], *, folder: Path | None, output: Path | None
+    model: str,
+    names: Sequence[str],
+    templates: Sequence[str] | None,
+    flags: Sequence[str],
+    *,
+    folder: Path | None,
+    output: Path | None,
+    checkpoint: str | None = None,
 ) -> dict[Job, dict[str, Any]] | None:
-    """Evaluate `model`, or a run's last checkpoint, on every benchmark under every template; None on ranks other than the main one.
+    """Evaluate `model`, or a run's checkpoint, on every benchmark under every template; None on ranks other than the main one.
 
-    Every benchmark is read and every prompt rendered before the engine is built. Collective over the world.
+    `checkpoint` as in `find_checkpoint`, the last by default. Every benchmark is read and every prompt rendered before the engine
+    is built. Collective over the world.
     """
-    from rlsc_mcore.training.run_folder import find_resumable
     from rlsc_mcore.training.session import Session
     from rlsc_mcore.training.signals import StopRequest
 
     run_file = Path(model) / "config.yaml"
     is_run = run_file.is_file()
+    if checkpoint is not None and not is_run:
+        raise ConfigError(f"--checkpoint {checkpoint}: --model {model} is no run")
+    resume_from = find_checkpoint(Path(model), checkpoint or LATEST) if is_run else None
     with tempfile.TemporaryDirectory() as scratch:
         file = Path(scratch) / "questions.jsonl"
         base = read_flags(run_file) if is_run else ["--model.path", model, "--data.path", str(file)]
@@ -103,7 +117,7 @@ def evaluate_model(
             config = parse_config(
                 [*base, *flags, "--run-dir", scratch, "--evaluation.path", str(file), "--data.template", longest.template]
             )
-        session = Session(config, StopRequest(), resume_from=find_resumable(Path(model)) if is_run else None)
+        session = Session(config, StopRequest(), resume_from=resume_from)
         results = {}
         for job in jobs:
             result = evaluate(

@@ -15,7 +15,8 @@ import os
 import queue
 import shutil
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,10 +24,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.dist_checkpointing import serialization
 from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.dist_checkpointing.strategies.common import TorchCommonSaveStrategy
 from torch.distributed.checkpoint.api import CheckpointException
 
 from rlsc_mcore.training.checkpoint_files import (
+    ELSEWHERE,
     STATE,
     CheckpointError,
     RunState,
@@ -42,10 +46,9 @@ from rlsc_mcore.training.checkpoint_files import (
     write_json,
     write_manifest,
 )
-from rlsc_mcore.training.run_folder import FOLDER, LATEST, latest_checkpoint
+from rlsc_mcore.training.run_folder import BEST, FOLDER, LATEST, latest_checkpoint
 from rlsc_mcore.training.step import Trainer
 
-BEST = "best"
 _EXTRA_STATE = "_extra_state"
 # The layout that reshards. With several padded buckets Megatron-Core 0.16.1 corrupts it silently: the trainer refuses those.
 OPTIMIZER_FORMAT = "fully_reshardable"
@@ -115,7 +118,9 @@ class CheckpointSaver:
             return final
         rng = base64.b64encode(torch.random.get_rng_state().numpy().tobytes()).decode("ascii")
         state = RunState(step, policy_version, self._questions, rng)
+        self._together(step, lambda: self._make_folder(step))
         self._together(step, lambda: self._begin(state, scores or {}))
+        self._write()
         if not self._asynchronous:
             self.finish()
         return final
@@ -135,37 +140,46 @@ class CheckpointSaver:
             return
         if save.thread is not None:
             save.thread.join()
+        self._together(save.state.step, lambda: self._finalize(save))
         self._together(save.state.step, lambda: self._complete(save))
 
+    def _make_folder(self, step: int) -> None:
+        if self._trainer.groups.is_main:
+            shutil.rmtree(self._partial(step), ignore_errors=True)
+            self._partial(step).mkdir(parents=True)
+
     def _begin(self, state: RunState, scores: Mapping[int, float]) -> None:
-        partial, trainer = self._partial(state.step), self._trainer
-        if trainer.groups.is_main:
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
-        trainer.groups.barrier()
+        trainer = self._trainer
         # The results never leave this process; Megatron would start a multiprocessing manager by spawn for them, which imports
         # the entry script again.
         filesystem_async._results_queue = queue.Queue()
-        with trainer.backend.megatron():
-            request = dist_checkpointing.save(_sharded_state(trainer, is_loading=False), str(partial), async_sharded_save=True)
-            save = _Save(state, request, scores)
-            if request.preload_fn is not None:
-                save.buckets = request.preload_fn()
-        self._save = save
+        with trainer.backend.megatron(), _failing_late():
+            sharded = _sharded_state(trainer, is_loading=False)
+            request = dist_checkpointing.save(sharded, str(self._partial(state.step)), async_sharded_save=True)
+        self._save = _Save(state, request, scores)
+        if request.preload_fn is not None:
+            self._save.buckets = request.preload_fn()
+
+    def _write(self) -> None:
+        save, trainer = self._save, self._trainer
+        assert save is not None
         if not self._asynchronous:
             save.write()
             return
-        if not trainer.backend.is_cuda:  # "moved" to the host they are the trainer's own, which the next step overwrites
+        # Tensors that lie on the host already are the trainer's own, which its next step overwrites.
+        if not trainer.backend.is_cuda or trainer.offload is not None:
             save.buckets = [(file, key, (data, [(i, t.clone()) for i, t in tensors])) for file, key, (data, tensors) in save.buckets]
-        save.thread = threading.Thread(target=save.write, name=f"checkpoint of step {state.step}", daemon=True)
+        save.thread = threading.Thread(target=save.write, name=f"checkpoint of step {save.state.step}", daemon=True)
         save.thread.start()
+
+    def _finalize(self, save: _Save) -> None:
+        with self._trainer.backend.megatron(), _failing_late():
+            for finalize in save.request.finalize_fns:
+                finalize()
 
     def _complete(self, save: _Save) -> None:
         groups = self._trainer.groups
         partial, final = self._partial(save.state.step), self._final(save.state.step)
-        with self._trainer.backend.megatron():
-            for finalize in save.request.finalize_fns:
-                finalize()
         known = {name: entry for part in _gather(save.digests, groups.world_size) for name, entry in part.items()}
         if not groups.is_main:
             return
@@ -180,19 +194,24 @@ class CheckpointSaver:
         delete_older(self.folder, keep=self._keep_last, newest=final, best=best)
 
     def _together(self, step: int, act: Callable[[], None]) -> None:
-        """Run one part of a save; where it fails on a rank, all give up and the half-written folder goes."""
+        """Run one part of a save; where it fails on a rank, all give up with its reason and the half-written folder goes."""
         failure: BaseException | None = None
         try:
             act()
         except (Exception, CheckpointException) as error:
             failure = error
-        if self._trainer.groups.any(failure is not None):
-            self._save = None
-            if self._trainer.groups.is_main:
-                shutil.rmtree(self._partial(step), ignore_errors=True)
-            reason = "another rank failed" if failure is None else write_failure(failure, self.folder)
-            whole = "the previous checkpoint is whole"
-            raise CheckpointError(f"checkpoint of step {step} not saved to {self.folder}: {reason}; {whole}") from failure
+        groups = self._trainer.groups
+        reason = None if failure is None else write_failure(failure, self.folder, groups.rank)
+        reasons = [each for each in _gather(reason, groups.world_size) if each is not None]
+        if not reasons:
+            return
+        self._save = None
+        if groups.is_main:
+            shutil.rmtree(self._partial(step), ignore_errors=True)
+        rank, text = next((each for each in reasons if each[1] != ELSEWHERE), reasons[0])
+        where = f"rank {rank}: " if groups.world_size > 1 else ""
+        whole = "the previous checkpoint is whole"
+        raise CheckpointError(f"checkpoint of step {step} not saved to {self.folder}: {where}{text}; {whole}") from failure
 
     def _final(self, step: int) -> Path:
         return self.folder / f"step_{step:06d}"
@@ -257,6 +276,42 @@ def _gather(value: Any, world_size: int) -> list[Any]:
     values: list[Any] = [None] * world_size
     dist.all_gather_object(values, value)
     return values
+
+
+@contextmanager
+def _failing_late() -> Iterator[None]:
+    """Hold back what Megatron's writing of small files raises on this rank until the end of the block.
+
+    Between those writes all ranks meet in collectives: a rank that left at once would keep the others waiting.
+    """
+    failures: list[Exception] = []
+    writers = [
+        (TorchCommonSaveStrategy, "save_common"),
+        (filesystem_async.FileSystemWriterAsync, "prepare_local_plan"),
+        (filesystem_async.FileSystemWriterAsync, "finish"),
+        (serialization, "save_config"),
+    ]
+
+    def held(write: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any) -> Any:
+            try:
+                return write(*arguments)
+            except Exception as error:
+                failures.append(error)
+            return arguments[-1]  # a plan goes on as it came; the others return nothing
+
+        return call
+
+    originals = [getattr(owner, name) for owner, name in writers]
+    for (owner, name), write in zip(writers, originals, strict=True):
+        setattr(owner, name, held(write))
+    try:
+        yield
+    finally:
+        for (owner, name), write in zip(writers, originals, strict=True):
+            setattr(owner, name, write)
+    if failures:
+        raise failures[0]
 
 
 def _sharded_state(trainer: Trainer, *, is_loading: bool) -> dict[str, Any]:

@@ -16,10 +16,11 @@ import torch
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
-from rlsc_mcore.config import RunError
+from rlsc_mcore.config import CollectiveRunError
 
 STATE, MANIFEST = "state.json", "manifest.json"
 DAMAGED = ".damaged"
+ELSEWHERE = "another rank failed"
 # The only globals that a checkpoint's .metadata may name; anything else is refused before it is unpickled.
 _METADATA_MODULES = (
     "torch.distributed.checkpoint.filesystem",
@@ -29,7 +30,7 @@ _METADATA_MODULES = (
 _METADATA_GLOBALS = {("torch", "Size"), ("torch.serialization", "_get_layout"), ("collections", "OrderedDict")}
 
 
-class CheckpointError(RunError):
+class CheckpointError(CollectiveRunError):
     """A checkpoint that could not be written or is damaged; the message names the file."""
 
 
@@ -132,16 +133,19 @@ def set_aside(checkpoint: Path) -> Path | None:
     return earlier[-1]
 
 
-def write_failure(error: BaseException, folder: Path) -> str:
-    """Say in one line why a checkpoint could not be written; torch's writer reports a full disk in its own words."""
+def write_failure(error: BaseException, folder: Path, rank: int) -> tuple[int, str]:
+    """Say in one line why a checkpoint could not be written, and on which rank (`rank` unless the error knows better).
+
+    torch's writer reports a full disk in its own words.
+    """
     if isinstance(error, CheckpointException):
         if not error.failures:  # only the rank that coordinates the save learns them
-            return "another rank failed"
-        error = next(iter(error.failures.values()))[0]
+            return rank, ELSEWHERE
+        rank, (error, _) = next(iter(error.failures.items()))
     free_mib = shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.exists())).free / 2**20
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-        return "the disk is full; free space and resume"
-    return f"{type(error).__name__}: {' '.join(str(error).split())} (free on that disk: {free_mib:.0f} MiB)"
+        return rank, "the disk is full; free space and resume"
+    return rank, f"{type(error).__name__}: {' '.join(str(error).split())} (free on that disk: {free_mib:.0f} MiB)"
 
 
 class _MetadataUnpickler(pickle.Unpickler):

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import rlsc_mcore
 from rlsc_mcore.config import Config, ConfigError, changed_fields, load_config, parse_config, read_flags
 from rlsc_mcore.observability.files import write_atomically
-from rlsc_mcore.training.run_folder import find_resumable, latest_checkpoint
+from rlsc_mcore.training.run_folder import CHECKPOINT_HELP, LATEST, find_resumable, latest_checkpoint
 from rlsc_mcore.training.signals import StopRequest
 from rlsc_mcore.training.status import recorded_end, write_end
 
@@ -33,6 +33,7 @@ RESUMABLE_FIELDS = (
     "training.async_save",
     "training.recompute",
     "training.tokens_per_micro_batch",
+    "optimizer.offload_during_rollout",
     "parallel.",
     "observability.",
     "ops.",
@@ -116,18 +117,19 @@ def run_quickstart(arguments: Sequence[str]) -> int:
 
 
 def run_export(arguments: Sequence[str]) -> int:
-    """`rlsc export`: write the weights of a run's last checkpoint as a Hugging Face folder."""
+    """`rlsc export`: write the weights of one of a run's checkpoints as a Hugging Face folder."""
     parser = argparse.ArgumentParser("rlsc export", description="Write a run's weights as a Hugging Face folder.")
     parser.add_argument("run", type=Path, help="folder of the run")
     parser.add_argument("--output", type=Path, help="folder to write (default: RUN/export)")
+    parser.add_argument("--checkpoint", default=LATEST, help=CHECKPOINT_HELP)
     known = parser.parse_args(arguments)
     from rlsc_mcore.training.evaluation import export_run
 
     output = known.output or known.run / "export"
     if output.exists() and not (output / "config.json").is_file():
         raise ConfigError(f"--output {output}: exists and is no model folder; choose another")
-    export_run(known.run, output)
-    print(f"wrote {output}")
+    checkpoint = export_run(known.run, output, known.checkpoint)
+    print(f"wrote {output} ({checkpoint.name})")
     return 0
 
 

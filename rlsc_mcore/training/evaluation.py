@@ -8,21 +8,26 @@ from rlsc_mcore.model.weight_map import export_weights
 from rlsc_mcore.parallel.backend import get_backend
 from rlsc_mcore.parallel.groups import initialize_groups
 from rlsc_mcore.training.checkpoint import load_checkpoint
-from rlsc_mcore.training.run_folder import find_resumable
+from rlsc_mcore.training.run_folder import LATEST, find_checkpoint
 from rlsc_mcore.training.step import Trainer
 
 
-def export_run(run_dir: Path, output: Path) -> None:
-    """Write the weights of a run's last checkpoint to `output`; needs no engine. Collective over the world."""
+def export_run(run_dir: Path, output: Path, checkpoint: str = LATEST) -> Path:
+    """Write the weights of a run's checkpoint to `output` and return the checkpoint; needs no engine. Collective over the world.
+
+    `checkpoint` as in `find_checkpoint`.
+    """
     file = run_dir / "config.yaml"
     if not file.is_file():
         raise ConfigError(f"{run_dir}: no run there; expected {file}")
+    chosen = find_checkpoint(run_dir, checkpoint)
     config: Config = load_config(file)
     backend = get_backend()
     groups = initialize_groups(backend, config.parallel.tp)
     folder = resolve_model_folder(config.model.path)
     trainer = Trainer(config, folder, backend, groups, load=False)
-    load_checkpoint(find_resumable(run_dir), trainer)
+    load_checkpoint(chosen, trainer)
     policy = trainer.policy
     tensors = export_weights(policy.weights, policy.architecture, groups.tp_group, groups.tp_size)
     write_hf_folder(tensors, folder, output, dtype=config.model.dtype, write=groups.is_main)
+    return chosen

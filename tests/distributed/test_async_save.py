@@ -146,11 +146,66 @@ def disk_full_on_one_rank(folder: str, run_dir: str, asynchronous: bool) -> tupl
 @pytest.mark.parametrize("asynchronous", [True, False], ids=["beside", "waiting"])
 def test_a_rank_that_cannot_write_stops_all_and_the_old_checkpoint_stays(tmp_path: Path, asynchronous: bool) -> None:
     folder = str(make_model_folder(tmp_path / "model"))
-    for message, left in run_ranks(2, disk_full_on_one_rank, folder, str(tmp_path), asynchronous):
+    ranks = run_ranks(2, disk_full_on_one_rank, folder, str(tmp_path), asynchronous)
+    assert ranks[0][0] == ranks[1][0]
+    for message, left in ranks:
         assert message.startswith("checkpoint of step 2 not saved to") and message.endswith("the previous checkpoint is whole")
-        assert "\n" not in message
+        assert ": rank 1: " in message and "\n" not in message
         assert left == ["latest", "step_000001"]
     assert _latest(str(tmp_path)) == "step_000002"
+    verify_files(find_resumable(tmp_path))
+
+
+def main_rank_cannot_write(folder: str, run_dir: str, where: str) -> tuple[str, float, list[str]]:
+    """What a rank hears, and after how many seconds, when rank 0 alone fails at one of the files that it alone writes."""
+    trainer = make_trainer(folder, tp=2)
+    saver = make_saver(run_dir, trainer, asynchronous=where == "metadata")
+    checkpoints, is_main = Path(run_dir) / "checkpoints", trainer.groups.is_main
+    if where != "folder":
+        saver.save(1, 1)
+        saver.finish()
+        train(trainer, 0)
+    no_files = (0, resource.RLIM_INFINITY)
+    if is_main and where == "folder":
+        checkpoints.write_text("no folder", encoding="utf-8")
+    if is_main and where == "common":
+        resource.setrlimit(resource.RLIMIT_FSIZE, no_files)
+    if is_main and where == "pointer":
+        (checkpoints / "latest.partial").mkdir()
+    trainer.groups.barrier()
+    message, begin = "", time.monotonic()
+    try:
+        saver.save(2, 2)
+        if where == "metadata":
+            saver._save.thread.join()
+            if is_main:
+                resource.setrlimit(resource.RLIMIT_FSIZE, no_files)
+            saver.finish()
+    except CheckpointError as error:
+        message = str(error)
+    seconds = time.monotonic() - begin
+    resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    if is_main and where == "folder":
+        checkpoints.unlink()
+    if is_main and where == "pointer":
+        (checkpoints / "latest.partial").rmdir()
+    trainer.groups.barrier()
+    left = sorted(path.name for path in checkpoints.glob("*.partial"))
+    trainer.groups.barrier()
+    saver.save(3, 3)
+    saver.finish()
+    return message, seconds, left
+
+
+@pytest.mark.parametrize("where", ["folder", "common", "metadata", "pointer"])
+def test_what_only_the_main_rank_writes_fails_on_all_at_once(tmp_path: Path, where: str) -> None:
+    folder = str(make_model_folder(tmp_path / "model"))
+    (main, *_), (other, *_) = ranks = run_ranks(2, main_rank_cannot_write, folder, str(tmp_path), where)
+    assert main == other and main.startswith(f"checkpoint of step 2 not saved to {tmp_path}/checkpoints: rank 0: "), main
+    assert "\n" not in main
+    assert [left for _, _, left in ranks] == [[], []]
+    assert max(seconds for _, seconds, _ in ranks) < 30
+    assert _latest(str(tmp_path)) == "step_000003"
     verify_files(find_resumable(tmp_path))
 
 
@@ -211,6 +266,42 @@ def save_with_scores(folder: str, run_dir: str) -> dict[int, list[str]]:
         saver.save(step, step, {s: score for s, score in measured.items() if s < step})
         kept[step] = sorted(path.name for path in (Path(run_dir) / "checkpoints").iterdir())
     return kept
+
+
+def save_and_tell(folder: str, run_dir: str) -> dict[int, dict[str, torch.Tensor]]:
+    """Save three steps, of which the second scores best; returns the weights of each."""
+    from rlsc_mcore.config import dump_config
+    from rlsc_mcore.model.weight_map import export_weights
+
+    trainer = make_trainer(folder)
+    Path(run_dir, "config.yaml").write_text(dump_config(trainer.config), encoding="utf-8")
+    saver = make_saver(run_dir, trainer, keep_last=2, keep_best=True, asynchronous=False)
+    weights = {}
+    for step in (1, 2, 3):
+        train(trainer, step)
+        policy = trainer.policy
+        exported = export_weights(policy.weights, policy.architecture, trainer.groups.tp_group, 1)
+        weights[step] = {name: tensor.clone() for name, tensor in exported}
+        saver.save(step, step, {s: score for s, score in {1: 0.1, 2: 0.7}.items() if s < step})
+    return weights
+
+
+def export(run_dir: str, output: str, checkpoint: str) -> str:
+    from rlsc_mcore.training.evaluation import export_run
+
+    return export_run(Path(run_dir), Path(output), checkpoint).name
+
+
+@pytest.mark.parametrize(("checkpoint", "step"), [("best", 2), ("latest", 3), ("2", 2)])
+def test_any_checkpoint_that_is_kept_is_exported(tmp_path: Path, checkpoint: str, step: int) -> None:
+    from safetensors.torch import load_file
+
+    folder = str(make_model_folder(tmp_path / "model"))
+    (weights,) = run_ranks(1, save_and_tell, folder, str(tmp_path))
+    assert run_ranks(1, export, str(tmp_path), str(tmp_path / "out"), checkpoint) == [f"step_{step:06d}"]
+    exported = load_file(tmp_path / "out" / "model.safetensors")
+    assert exported.keys() == weights[step].keys()
+    assert all(torch.equal(exported[name], tensor) for name, tensor in weights[step].items())
 
 
 def go_on(folder: str, run_dir: str) -> tuple[int | str, list[str]]:

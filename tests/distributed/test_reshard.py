@@ -45,25 +45,34 @@ def run_steps(folder: str, run_dir: str, tp: int, first: int, steps: int, save: 
     return {"begin": begin, "end": exported(), "losses": losses}
 
 
+# (ranks, tensor-parallel size)
+LAYOUTS = {"tp1": (1, 1), "tp2": (2, 2), "tp4": (4, 4), "dp2": (2, 1), "dp4": (4, 1), "tp2dp2": (4, 2)}
+QUICK = {"tp1": ["tp2", "dp2"], "tp2": ["tp1", "tp4"], "tp4": ["tp2dp2"], "dp2": ["tp1"], "tp2dp2": ["tp1", "tp4"]}
+
+
 @pytest.mark.parametrize(
-    ("wrote", "reads"),
-    [((2, 2), (1, 1)), ((1, 1), (2, 2)), ((2, 1), (1, 1)), ((1, 1), (2, 1)), ((2, 2), (2, 1))],
-    ids=["tp2_tp1", "tp1_tp2", "dp2_tp1", "tp1_dp2", "tp2_dp2"],
+    ("wrote", "readers"),
+    list(QUICK.items()) + [pytest.param(wrote, [name for name in LAYOUTS if name != wrote], marks=pytest.mark.slow) for wrote in LAYOUTS],
+    ids=[*QUICK, *(f"{wrote} to all" for wrote in LAYOUTS)],
 )
-def test_another_layout_goes_on(tmp_path: Path, wrote: tuple[int, int], reads: tuple[int, int]) -> None:
-    folder, run_dir = str(make_model_folder(tmp_path / "model")), str(tmp_path / "run")
-    written = run_ranks(wrote[0], run_steps, folder, run_dir, wrote[1], 0, 3, True, "float32", True)
-    stayed = run_ranks(wrote[0], run_steps, folder, run_dir, wrote[1], 3, 3, False, "float32", True)
-    moved = run_ranks(reads[0], run_steps, folder, run_dir, reads[1], 3, 3, False, "float32", True)
+def test_another_layout_goes_on(tmp_path: Path, wrote: str, readers: list[str]) -> None:
+    folder, run_dir = str(make_model_folder(tmp_path / "model", num_kv_heads=4)), str(tmp_path / "run")
+    ranks, tp = LAYOUTS[wrote]
+    written = run_ranks(ranks, run_steps, folder, run_dir, tp, 0, 3, True, "float32", True)
+    stayed = run_ranks(ranks, run_steps, folder, run_dir, tp, 3, 3, False, "float32", True)
     for name, tensor in written[0]["end"].items():
         assert torch.equal(stayed[0]["begin"][name], tensor), name
-        for rank in moved:
-            assert torch.equal(rank["begin"][name], tensor), name
-    # Three steps on: the moments and their step count came along, or the losses would part.
-    for rank in moved:
-        assert rank["losses"] == pytest.approx(stayed[0]["losses"], rel=1e-6, abs=1e-6)
-    for name, tensor in stayed[0]["end"].items():
-        torch.testing.assert_close(moved[0]["end"][name], tensor, rtol=0, atol=2e-6, msg=lambda text, n=name: f"{n}: {text}")
+    for reader in readers:
+        ranks, tp = LAYOUTS[reader]
+        for rank in run_ranks(ranks, run_steps, folder, run_dir, tp, 3, 3, False, "float32", True):
+            for name, tensor in written[0]["end"].items():
+                assert torch.equal(rank["begin"][name], tensor), (reader, name)
+            # Three steps on: the moments and their step count came along, or the losses would part.
+            assert rank["losses"] == pytest.approx(stayed[0]["losses"], rel=1e-6), reader
+            for name, tensor in stayed[0]["end"].items():
+                torch.testing.assert_close(
+                    rank["end"][name], tensor, rtol=0, atol=1e-6, msg=lambda text, n=name, to=reader: f"{to}: {n}: {text}"
+                )
 
 
 @pytest.mark.parametrize(("dtype", "distributed"), [("bfloat16", True), ("float32", False), ("bfloat16", False)])

@@ -65,3 +65,5 @@ def test_a_runs_last_weights(tmp_path: Path) -> None:
     rlsc("train", "--config", str(config), "--run-dir", str(run), "--training.num-steps", "1", "--data.questions-per-step", "4", *few)
     rlsc("eval", "--model", str(run), "--output", str(tmp_path / "again.json"), *few)
     assert read_answers(tmp_path, "again") == read_answers(run / "evaluation", "after")
+    rlsc("eval", "--model", str(run), "--checkpoint", "1", "--output", str(tmp_path / "named.json"), *few)
+    assert read_answers(tmp_path, "named") == read_answers(tmp_path, "again")

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from rlsc_mcore import cli
-from rlsc_mcore.config import dump_config, parse_config
+from rlsc_mcore.config import CollectiveRunError, RunError, dump_config, parse_config
 from rlsc_mcore.model.hf_checkpoint import resolve_model_folder
 from rlsc_mcore.training import commands
 from tests.helpers.folders import EMBEDDED, copy_embedded, edit_config, make_runnable_folder
@@ -225,11 +225,55 @@ def test_export_does_not_replace_a_folder_that_is_no_model(tmp_path: Path, run_c
     assert (output / "letter.txt").read_text(encoding="utf-8") == "dear"
 
 
+@pytest.mark.parametrize("command", ["export", "eval"])
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("best", "--checkpoint best: no such checkpoint in {run}/checkpoints (training.keep_best names none); there is latest, 2, 4"),
+        ("3", "--checkpoint 3: no such checkpoint in {run}/checkpoints; there is latest, 2, 4"),
+        ("../4", "--checkpoint ../4: no such checkpoint in {run}/checkpoints; there is latest, 2, 4"),
+    ],
+)
+def test_a_checkpoint_that_is_not_there(
+    tmp_path: Path, run_cli: Callable[..., tuple[int, list[str]]], command: str, name: str, said: str
+) -> None:
+    run_dir = existing_run(tmp_path / "run")
+    for step in (2, 4):
+        (run_dir / "checkpoints" / f"step_{step:06d}").mkdir(parents=True)
+    (run_dir / "checkpoints" / "latest").write_text("step_000004\n", encoding="utf-8")
+    code, lines = run_cli(command, *(["--model"] if command == "eval" else []), run_dir, "--checkpoint", name)
+    assert (code, len(lines)) == (2, 1) and lines[0].endswith(said.format(run=run_dir)), lines
+
+
+def test_a_model_folder_has_no_checkpoints(run_cli: Callable[..., tuple[int, list[str]]]) -> None:
+    code, lines = run_cli("eval", "--model", EMBEDDED, "--checkpoint", "best")
+    assert (code, len(lines)) == (2, 1) and lines[0].endswith(f"--checkpoint best: --model {EMBEDDED} is no run")
+
+
 def test_quickstart_replaces_nothing_but_a_quickstart(tmp_path: Path, run_cli: Callable[..., tuple[int, list[str]]]) -> None:
     (tmp_path / "letter.txt").write_text("dear", encoding="utf-8")
     code, lines = run_cli("quickstart", "--run-dir", tmp_path)
     assert (code, len(lines)) == (2, 1) and "exists and is no earlier quickstart" in lines[0]
     assert (tmp_path / "letter.txt").exists()
+
+
+@pytest.mark.parametrize(
+    ("error", "rank", "printed"),
+    [
+        (RunError("alone"), "3", ["rlsc train: alone"]),
+        (CollectiveRunError("together"), "0", ["rlsc train: together"]),
+        (CollectiveRunError("together"), "3", []),
+    ],
+)
+def test_what_all_ranks_raise_is_printed_once(
+    run_cli: Callable[..., tuple[int, list[str]]], monkeypatch: pytest.MonkeyPatch, error: RunError, rank: str, printed: list[str]
+) -> None:
+    def fail(arguments: object) -> int:
+        raise error
+
+    monkeypatch.setattr("rlsc_mcore.training.commands.run_train", fail)
+    monkeypatch.setenv("RANK", rank)
+    assert run_cli("train") == (1, printed)
 
 
 def test_usage_and_version(run_cli: Callable[..., tuple[int, list[str]]], capfd: pytest.CaptureFixture[str]) -> None:
