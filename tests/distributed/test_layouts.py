@@ -1,4 +1,4 @@
-"""Sharded equals unsharded: the same rollouts on one rank, TP = 2 with sequence parallelism, and DP = 2."""
+"""Sharded equals unsharded: the same rollouts on one rank, TP 2 with sequence parallelism, DP 2, and both."""
 
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,20 @@ from tests.helpers.ranks import run_ranks
 from tests.helpers.tiny import make_model_folder, make_rollouts, tiny_config
 
 pytestmark = pytest.mark.distributed
+
+
+def all_logits(trainer: Any, batch: Any) -> torch.Tensor:
+    """Logits of a packed batch over the whole vocabulary, from Megatron's own output layer: float32 [T, V]."""
+    import torch.distributed as dist
+
+    from rlsc_mcore.model.build import packed_seq_params
+
+    ids = batch.token_ids[None]
+    with torch.no_grad(), trainer.backend.megatron():
+        mine = trainer.policy.model(ids, torch.zeros_like(ids), None, packed_seq_params=packed_seq_params(batch))[0].float()
+    shards = [torch.empty_like(mine) for _ in range(trainer.groups.tp_size)]
+    dist.all_gather(shards, mine.contiguous(), group=trainer.groups.tp_group)
+    return torch.cat(shards, dim=1)[:, : trainer.policy.architecture.vocab_size]
 
 
 def train_steps(folder: str, world_tp: int, steps: int, confidence: str, dtype: str) -> dict[str, Any]:
@@ -31,26 +45,34 @@ def train_steps(folder: str, world_tp: int, steps: int, confidence: str, dtype: 
     sequences = merge_identical(rollouts, train_end_token=True, train_truncated=True, stop_token_ids=frozenset({0}))
     # Sequence by sequence, so that a question's answers lie on several ranks.
     batches = pack(sequences[groups.dp_rank :: groups.dp_size], 64, multiple_of=groups.tp_size)
+    logits = all_logits(trainer, pack(sequences, 4096, multiple_of=groups.tp_size)[0])
     outcomes = [trainer.step(batches, step, len(rollouts)) for step in range(steps)]
     exported = {
         name: tensor.clone()
         for name, tensor in export_weights(trainer.policy.weights, trainer.policy.architecture, groups.tp_group, groups.tp_size)
     }
     return {
+        "logits": logits[: sum(len(s.rollout.prompt_ids) + len(s.rollout.response_ids) for s in sequences)],
         "losses": [outcome.loss for outcome in outcomes],
         "grad_norms": [outcome.grad_norm for outcome in outcomes],
         "exported": exported if groups.rank == 0 else None,
     }
 
 
-@pytest.mark.parametrize("confidence", ["sequence", "group_softmax"])
-@pytest.mark.parametrize(("world", "tp"), [(2, 2), (2, 1)], ids=["tp2_sp", "dp2"])
-@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
-def test_two_ranks_equal_one(tmp_path: Path, world: int, tp: int, confidence: str, tied: bool) -> None:
+@pytest.mark.parametrize(
+    ("world", "tp", "tied", "confidence"),
+    [
+        *((2, tp, tied, confidence) for tp in (2, 1) for tied in (True, False) for confidence in ("sequence", "group_softmax")),
+        (4, 2, True, "sequence"),
+        (4, 2, False, "group_softmax"),
+    ],
+)
+def test_several_ranks_equal_one(tmp_path: Path, world: int, tp: int, tied: bool, confidence: str) -> None:
     folder = str(make_model_folder(tmp_path / "model", tied=tied))
-    (alone,) = run_ranks(1, train_steps, folder, 1, 3, confidence, "float32")
-    ranks = run_ranks(world, train_steps, folder, tp, 3, confidence, "float32")
+    (alone,) = run_ranks(1, train_steps, folder, 1, 5, confidence, "float32")
+    ranks = run_ranks(world, train_steps, folder, tp, 5, confidence, "float32")
     for rank in ranks:
+        torch.testing.assert_close(rank["logits"], alone["logits"], rtol=0, atol=2e-5)
         assert rank["losses"] == pytest.approx(alone["losses"], rel=2e-6)
         assert rank["grad_norms"] == pytest.approx(alone["grad_norms"], rel=2e-5)
     for name, tensor in alone["exported"].items():

@@ -1,4 +1,4 @@
-"""A step depends on the rollouts alone: not on micro-batch size, not on their order, not on the merging of equal answers."""
+"""A step depends on the rollouts alone: not on micro-batch size, their order, the merging of equal answers, nor on who trains which."""
 
 import random
 from pathlib import Path
@@ -83,3 +83,42 @@ def test_gradients_do_not_depend_on_packing(tmp_path: Path, confidence: str) -> 
             torch.testing.assert_close(
                 other_gradients[parameter], gradient, rtol=0, atol=1e-6 * largest, msg=lambda text, n=name, p=parameter: f"{n}: {p}: {text}"
             )
+
+
+def gradients_of_random_shares(folder: str, confidence: str, seeds: list[int]) -> list[tuple[float, dict[str, Any]]]:
+    """Loss and summed fp32 gradients of the same sequences, given to the data-parallel ranks at random; one may get none."""
+    from rlsc_mcore.algorithm.objective import WeightedObjective
+    from rlsc_mcore.parallel.backend import get_backend
+    from rlsc_mcore.parallel.groups import initialize_groups
+    from rlsc_mcore.training.step import Trainer
+
+    backend = get_backend()
+    groups = initialize_groups(backend, 1)
+    # Without the distributed optimizer every rank holds the whole sum.
+    config = tiny_config(folder, ["--algorithm.confidence", confidence, "--optimizer.distributed", "False"])
+    trainer = Trainer(config, Path(folder), backend, groups)
+    rollouts = with_repeats()
+    sequences = merge_identical(rollouts, train_end_token=True, train_truncated=True, stop_token_ids=STOP)
+    found = []
+    for seed in seeds:
+        stream = random.Random(seed)
+        mine = [sequence for sequence in sequences if stream.randrange(groups.dp_size) == groups.dp_rank]
+        batches = pack(mine, stream.choice([1, 64, 4096]))
+        loss, _ = trainer.accumulate_gradients(batches, WeightedObjective(config.algorithm, len(rollouts)))
+        gradients = {weight.name: weight.parameter.main_grad.clone() for weight in trainer.policy.weights}
+        found.append((float(groups.sum_over_dp(loss)), gradients))
+    return found
+
+
+@pytest.mark.parametrize("confidence", ["sequence", "group_softmax"])
+def test_gradients_do_not_depend_on_who_trains_which(tmp_path: Path, confidence: str) -> None:
+    folder = str(make_model_folder(tmp_path / "model"))
+    (((loss, gradients),),) = run_ranks(1, gradients_of_random_shares, folder, confidence, [0])
+    largest = max(float(gradient.abs().max()) for gradient in gradients.values())
+    for rank in run_ranks(4, gradients_of_random_shares, folder, confidence, list(range(6))):
+        for other_loss, other_gradients in rank:
+            assert other_loss == pytest.approx(loss, rel=1e-6)
+            for name, gradient in gradients.items():
+                torch.testing.assert_close(
+                    other_gradients[name], gradient, rtol=0, atol=1e-6 * largest, msg=lambda text, n=name: f"{n}: {text}"
+                )
