@@ -7,11 +7,19 @@ from pathlib import Path
 import pytest
 
 from rlsc_mcore.config import ConfigError
-from rlsc_mcore.training.plan.choose import candidates
+from rlsc_mcore.training.plan.choose import Candidate, candidates
 from rlsc_mcore.training.plan.command import dry_run_config, run_plan
-from rlsc_mcore.training.plan.memory import Layout, activation_bytes, kv_bytes_per_token, static_bytes, train_bytes
+from rlsc_mcore.training.plan.memory import (
+    Layout,
+    activation_bytes,
+    engine_weight_bytes,
+    kv_bytes_per_token,
+    rollout_bytes,
+    static_bytes,
+    train_bytes,
+)
 from rlsc_mcore.training.plan.models import MODELS
-from rlsc_mcore.training.plan.timing import GPUS, Work
+from rlsc_mcore.training.plan.timing import GPUS, Work, seconds, swapped_bytes
 from tests.helpers.tiny import tiny_config
 
 WORK = Work(1024, 256, 1024, 3072)
@@ -33,6 +41,11 @@ def test_one_gpu_s_bytes_written_out() -> None:
     assert static_bytes(shape, Layout(1, 4))["optimizer"] == 3 * 7_615_616_512
     assert static_bytes(shape, Layout(1, 4, distributed=False))["optimizer"] == 12 * 7_615_616_512
     assert static_bytes(shape, Layout(1, 1, dtype="float32"))["optimizer"] == 8 * 7_615_616_512
+    assert static_bytes(shape, Layout(1, 4, precision_aware=True))["optimizer"] == 2 * 7_615_616_512
+    assert static_bytes(shape, Layout(1, 1, cpu_offload=0.75))["optimizer"] == 3 * 7_615_616_512
+    kept, moved = (rollout_bytes(shape, Layout(1, 4, offload_during_rollout=out), 0) for out in (False, True))
+    assert sum(kept.values()) - sum(moved.values()) == 3 * 7_615_616_512  # and training needs what it needs
+    assert train_bytes(shape, Layout(1, 4, offload_during_rollout=True)) == train_bytes(shape, Layout(1, 4))
     # Keys and values of 28 layers, 4 KV heads of 128, in bfloat16.
     assert kv_bytes_per_token(shape, Layout(1, 1)) == 2 * 28 * 4 * 128 * 2
     assert kv_bytes_per_token(shape, Layout(4, 1)) == 2 * 28 * 1 * 128 * 2
@@ -44,6 +57,37 @@ def test_what_is_spread_shrinks_and_what_is_recomputed_is_not_kept() -> None:
     assert sizes[0] > sizes[1] > sizes[2]
     assert activation_bytes(shape, Layout(4, 1)) < activation_bytes(shape, Layout(1, 1)) / 3
     assert activation_bytes(shape, Layout(1, 1, tokens_per_micro_batch=32768)) == 2 * sizes[0]
+
+
+def test_an_engine_of_another_size() -> None:
+    """Written out for 7B, bfloat16: what its ranks hold, receive and sample."""
+    shape = MODELS["qwen2.5-7b"]
+    numel = 7_615_616_512
+    equal, single, wide = Layout(4, 2), Layout(4, 2, engine_tp=1), Layout(1, 8, engine_tp=4)
+    assert engine_weight_bytes(shape, equal) == 2 * 28 * 3584 * (28 + 8) * 128 // 4  # the permuted projections alone
+    assert engine_weight_bytes(shape, single) == 2 * numel + 2 * 5 * (32 << 20)  # a copy, and the exchange's buffers
+    assert engine_weight_bytes(shape, wide) < 2 * numel / 3.9  # a slice, without any exchange
+    assert [layout.num_engines for layout in (equal, single, wide)] == [2, 8, 2]
+    assert swapped_bytes(shape, single) == 2 * numel * 3 // 4 and swapped_bytes(shape, equal) == swapped_bytes(shape, wide) == 0
+    assert kv_bytes_per_token(shape, single) == 4 * kv_bytes_per_token(shape, equal)
+    gpu = GPUS["h200"]
+    assert seconds(shape, single, WORK, gpu, 8)["swap"] == pytest.approx(2 * numel * 0.75 / 450e9)
+    many = Work(65536, 256, 1024, 3072)  # so many answers that weights are read for full batches only
+    assert seconds(shape, single, many, gpu, 8)["rollout"] < seconds(shape, equal, many, gpu, 8)["rollout"]
+    few = Work(64, 256, 1024, 3072)  # the longest answer decides: more GPUs read the weights of each token faster
+    assert seconds(shape, single, few, gpu, 8)["rollout"] > seconds(shape, equal, few, gpu, 8)["rollout"]
+
+
+def test_the_engines_size_is_chosen_or_given() -> None:
+    def best(**options: object) -> list[Candidate]:
+        return candidates(
+            MODELS["qwen2.5-7b"], Layout(1, 1, **options), Work(65536, 256, 1024, 3072), GPUS["h200"],  # type: ignore[arg-type]
+            num_gpus=8, gpu_bytes=141 << 30, gpus_per_node=8, num_questions=4096,
+        )  # fmt: skip
+
+    fits = [c for c in best() if not c.why_not]
+    assert {c.layout.engine_ranks for c in fits} == {1}  # a full batch per GPU is fastest
+    assert {c.layout.engine_ranks for c in best(engine_tp=2)} == {2}
 
 
 def test_candidates_are_sound() -> None:
@@ -73,6 +117,14 @@ def test_a_configuration_is_planned_as_it_is(capsys: pytest.CaptureFixture[str])
         dry_run_config(config, "12", "80")
     with pytest.raises(ConfigError, match="--gpus: expected a number, more than 0, got 'many'"):
         dry_run_config(config, "many", "80")
+
+
+def test_a_configuration_s_engines_are_planned(capsys: pytest.CaptureFixture[str]) -> None:
+    config = tiny_config("qwen2.5-7b", ["--parallel.tp", "4", "--rollout.tp", "1", "--training.recompute", "full"])
+    assert dry_run_config(config, "8", "141") == 0
+    out = capsys.readouterr().out
+    assert "this configuration: parallel.tp 4, rollout.tp 1, training.recompute full" in out
+    assert "hot swap 21.28" in out  # three quarters of 28.4 GiB
 
 
 @pytest.mark.parametrize("flag", ["--gpus", "--gpu-memory-gib", "--num-samples"])

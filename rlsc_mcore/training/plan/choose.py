@@ -22,7 +22,7 @@ class Candidate:
 
     @property
     def step_seconds(self) -> float:
-        return self.seconds["rollout"] + self.seconds["training"] + self.seconds["reduce and gather"]
+        return self.seconds["rollout"] + self.seconds["training"] + self.seconds["reduce and gather"] + self.seconds["swap"]
 
     @property
     def peak_bytes(self) -> int:
@@ -32,35 +32,46 @@ class Candidate:
 def candidates(
     shape: Architecture, base: Layout, work: Work, gpu: Gpu, *, num_gpus: int, gpu_bytes: int, gpus_per_node: int, num_questions: int
 ) -> list[Candidate]:
-    """Return every layout that the shape allows, the fastest that fits first, then those that do not fit by what they lack."""
+    """Return every layout that the shape allows, the fastest that fits first, then those that do not fit by what they lack.
+
+    Each with the engine size that is best for it: `base.engine_tp`, or where that is None the fastest that fits.
+    """
     usable = int(gpu_bytes * USABLE_SHARE)
+    sizes = [tp for tp in (1, 2, 4, 8, 16) if tp <= min(num_gpus, gpus_per_node) and num_gpus % tp == 0]
     found = []
-    for tp in (1, 2, 4, 8, 16):
-        if tp > min(num_gpus, gpus_per_node) or num_gpus % tp:
-            continue
+    for tp in sizes:
         for recompute in ("none", "selective", "full"):
-            layout = replace(base, tp=tp, dp=num_gpus // tp, recompute=recompute)
-            found.append(_consider(shape, layout, work, gpu, usable, gpus_per_node, num_questions))
+            trainer = replace(base, tp=tp, dp=num_gpus // tp, recompute=recompute)
+            layouts = [replace(trainer, engine_tp=size) for size in ([base.engine_tp] if base.engine_tp else sizes)]
+            options = [_consider(shape, layout, work, gpu, usable, gpus_per_node, num_questions) for layout in layouts]
+            found.append(min(options, key=_preference))
     fits = sorted((c for c in found if not c.why_not), key=lambda c: (c.step_seconds, c.peak_bytes))
     return fits + sorted((c for c in found if c.why_not), key=lambda c: c.peak_bytes)
+
+
+def _preference(candidate: Candidate) -> tuple[bool, bool, float, bool]:
+    """What fits first, then what is fast; of equals the trainer's own size, which needs no second copy of the weights."""
+    layout = candidate.layout
+    other_size = layout.engine_ranks != layout.tp
+    return bool(candidate.why_not), bool(candidate.why_not) and other_size, candidate.step_seconds, other_size
 
 
 def _consider(shape: Architecture, layout: Layout, work: Work, gpu: Gpu, usable: int, gpus_per_node: int, num_questions: int) -> Candidate:
     indivisible = [
         f"{field} {size}"
         for field, size in (("heads", shape.num_heads), ("KV heads", shape.num_kv_heads), ("MLP width", shape.ffn_hidden_size))
-        if size % layout.tp
+        if size % max(layout.tp, layout.engine_ranks)
     ]
     training = train_bytes(shape, layout)
     without_cache = rollout_bytes(shape, layout, 0)
     per_token = max(1, kv_bytes_per_token(shape, layout))
     longest = per_token * (work.prompt_tokens + work.longest_response)
-    wanted = longest * min(work.max_num_seqs, -(-work.num_rollouts // layout.dp))
+    wanted = longest * min(work.max_num_seqs, -(-work.num_rollouts // layout.num_engines))
     room = usable - sum(without_cache.values())
     rollout = {**without_cache, "KV cache": max(0, min(wanted, room))}
     why_not = ""
     if indivisible:
-        why_not = f"tp {layout.tp} does not divide {', '.join(indivisible)}"
+        why_not = f"tp {max(layout.tp, layout.engine_ranks)} does not divide {', '.join(indivisible)}"
     elif num_questions < layout.dp:
         why_not = f"{num_questions} questions per step for {layout.dp} data-parallel ranks"
     elif sum(training.values()) > usable:

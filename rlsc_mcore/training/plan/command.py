@@ -3,7 +3,7 @@
 import argparse
 import contextlib
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import resources
 
 from rlsc_mcore.config import Config, ConfigError
@@ -70,6 +70,29 @@ def dry_run_config(config: Config, gpus: str | None, gpu_memory_gib: str | None)
     return _plan_config(config, find_model(_local(config.model.path)), int(num_gpus), memory_gib)
 
 
+def config_layout(config: Config, tp: int, dp: int) -> Layout:
+    """Return what a configuration's memory follows from, spread over tp x dp GPUs."""
+    return Layout(
+        tp,
+        dp,
+        recompute=config.training.recompute,
+        dtype=config.model.dtype,
+        distributed=config.optimizer.distributed,
+        tokens_per_micro_batch=config.training.tokens_per_micro_batch,
+        max_num_batched_tokens=config.rollout.max_num_batched_tokens,
+        precision_aware=config.optimizer.precision_aware,
+        cpu_offload=config.optimizer.cpu_offload,
+        engine_tp=config.rollout.tp or tp,
+        offload_during_rollout=config.optimizer.offload_during_rollout,
+    )
+
+
+def describe_bytes(parts: Mapping[str, int]) -> str:
+    """Say the sum and the parts, in GiB per GPU."""
+    told = ", ".join(f"{part} {size / GIB:.2f}" for part, size in parts.items())
+    return f"{sum(parts.values()) / GIB:.1f} GiB per GPU: {told}"
+
+
 def _positive(name: str, text: str | None, default: float) -> float:
     try:
         value = default if text is None else float(text)
@@ -99,14 +122,7 @@ def _plan_config(config: Config, shape: Architecture, num_gpus: int, gpu_memory_
     rollout, training = config.rollout, config.training
     num_rollouts = config.data.questions_per_step * rollout.num_samples
     work = Work(num_rollouts, 256, max(1, rollout.max_new_tokens // 3), rollout.max_new_tokens, rollout.max_num_seqs)
-    layout = Layout(
-        1,
-        1,
-        dtype=config.model.dtype,
-        distributed=config.optimizer.distributed,
-        tokens_per_micro_batch=training.tokens_per_micro_batch,
-        max_num_batched_tokens=rollout.max_num_batched_tokens,
-    )
+    layout = config_layout(config, config.parallel.tp, num_gpus // config.parallel.tp)
     chosen = (config.parallel.tp, training.recompute)
     return _print_plan(
         shape, config.model.path, layout, work, None, num_gpus, gpu_memory_gib, 8, config.data.questions_per_step, chosen=chosen
@@ -139,9 +155,9 @@ def _print_plan(
     print(f"{name}: {num_parameters(shape) / 1e9:.2f} B parameters, {layout.dtype}; {num_gpus} x {gpu.name} with {memory_gib:g} GiB")
     print(
         f"{work.num_rollouts} answers per step, prompt {work.prompt_tokens}, answers {work.response_tokens} on average and at most "
-        f"{work.longest_response} tokens; {layout.tokens_per_micro_batch} tokens per micro-batch; engine tp = trainer tp"
+        f"{work.longest_response} tokens; {layout.tokens_per_micro_batch} tokens per micro-batch"
     )
-    print(f"\n{'tp':>3} {'dp':>4} {'recompute':>10} {'training':>9} {'rollout':>8} {'s/step':>7}")
+    print(f"\n{'tp':>3} {'dp':>4} {'engine tp':>9} {'recompute':>10} {'training':>9} {'rollout':>8} {'s/step':>7}")
     for candidate in found:
         print(_row(candidate))
     fits = [c for c in found if not c.why_not]
@@ -149,12 +165,13 @@ def _print_plan(
     if shown is None:
         print("\nnothing fits: use more GPUs, lower --tokens-per-micro-batch or --max-new-tokens")
         return 1
-    print(f"\n{'this configuration' if chosen else 'best'}: parallel.tp {shown.layout.tp}, training.recompute {shown.layout.recompute}")
+    engine = "" if shown.layout.engine_ranks == shown.layout.tp else f"rollout.tp {shown.layout.engine_ranks}, "
+    title = "this configuration" if chosen else "best"
+    print(f"\n{title}: parallel.tp {shown.layout.tp}, {engine}training.recompute {shown.layout.recompute}")
     for phase, parts in (("training", shown.training), ("rollout", shown.rollout)):
-        told = ", ".join(f"{part} {size / GIB:.2f}" for part, size in parts.items())
-        print(f"  {phase}: {sum(parts.values()) / GIB:.1f} GiB per GPU: {told}")
-    sent = ", ".join(f"{group} {size / GIB:.2f}" for group, size in communication_bytes(shape, shown.layout, work).items())
-    print(f"  sent per GPU and step, GiB: {sent}")
+        print(f"  {phase}: {describe_bytes(parts)}")
+    moved = ", ".join(f"{group} {size / GIB:.2f}" for group, size in communication_bytes(shape, shown.layout, work).items())
+    print(f"  moved per GPU and step, GiB: {moved}")
     print("  estimated seconds: " + ", ".join(f"{phase} {value:.1f}" for phase, value in shown.seconds.items()))
     print("Memory is counted from shapes (within 10 % of the measured peak on a CPU); seconds are estimates for comparing layouts.")
     if shown.why_not:
@@ -166,4 +183,4 @@ def _row(candidate: Candidate) -> str:
     layout = candidate.layout
     sizes = f"{sum(candidate.training.values()) / GIB:9.1f} {sum(candidate.rollout.values()) / GIB:8.1f}"
     end = f"  does not fit: {candidate.why_not}" if candidate.why_not else ""
-    return f"{layout.tp:3} {layout.dp:4} {layout.recompute:>10} {sizes} {candidate.step_seconds:7.1f}{end}"
+    return f"{layout.tp:3} {layout.dp:4} {layout.engine_ranks:9} {layout.recompute:>10} {sizes} {candidate.step_seconds:7.1f}{end}"

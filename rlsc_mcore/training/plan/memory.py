@@ -13,7 +13,9 @@ from rlsc_mcore.training.plan.models import num_parameters
 HEAD_WORKSPACE_BYTES = 1 << 30  # logits alive at once, as in ops/chunks.py on a GPU
 CONTEXT_BYTES = int(1.5 * 2**30)  # CUDA and NCCL contexts of a process; not allocated by torch
 ENGINE_RESIDENT_BYTES = 1 << 30  # CUDA graphs and workspaces that a sleeping engine keeps
+EXCHANGE_BUCKET_BYTES = 32 << 20  # weight_sync/exchange.py
 MASTER_BYTES = {"bfloat16": 12, "float32": 8}  # fp32 master (for bfloat16) and two fp32 moments
+PRECISION_AWARE_BYTES = 8  # fp32 master and two bfloat16 moments
 WIDTH = {"bfloat16": 2, "float32": 4}
 
 
@@ -28,16 +30,31 @@ class Layout:
     distributed: bool = True
     tokens_per_micro_batch: int = 16384
     max_num_batched_tokens: int = 8192
+    precision_aware: bool = False
+    cpu_offload: float = 0.0  # share of the optimizer's states that is not on the GPU
+    engine_tp: int | None = None  # of the engines; None: the trainer's
+    offload_during_rollout: bool = False  # no optimizer state is on the GPU while sampling
+
+    @property
+    def engine_ranks(self) -> int:
+        """GPUs of one engine."""
+        return self.engine_tp or self.tp
+
+    @property
+    def num_engines(self) -> int:
+        """Engines that sample at the same time."""
+        return self.tp * self.dp // self.engine_ranks
 
 
 def static_bytes(shape: Architecture, layout: Layout) -> dict[str, int]:
     """Return weights, gradients and optimizer states of one rank: resident in every phase."""
     numel = num_parameters(shape, layout.tp, padded=True)
     shards = layout.dp if layout.distributed else 1
+    states = PRECISION_AWARE_BYTES if layout.precision_aware else MASTER_BYTES[layout.dtype]
     return {
         "weights": WIDTH[layout.dtype] * numel,
         "gradients": 4 * numel,
-        "optimizer": MASTER_BYTES[layout.dtype] * numel // shards,
+        "optimizer": int(states * numel // shards * (1 - layout.cpu_offload)),
     }
 
 
@@ -76,18 +93,34 @@ def train_bytes(shape: Architecture, layout: Layout) -> dict[str, int]:
 
 def kv_bytes_per_token(shape: Architecture, layout: Layout) -> int:
     """Return the bytes of keys and values of one token on one rank."""
-    return 2 * shape.num_layers * (shape.num_kv_heads // layout.tp) * shape.head_dim * WIDTH[layout.dtype]
+    return 2 * shape.num_layers * (shape.num_kv_heads // layout.engine_ranks) * shape.head_dim * WIDTH[layout.dtype]
+
+
+def engine_weight_bytes(shape: Architecture, layout: Layout) -> int:
+    """Return the bytes of the engine's own weights on one GPU.
+
+    Only `linear_qkv` where trainer and engine are of one size, as its rows lie otherwise; else all of them, and the two buffers
+    that they are gathered through.
+    """
+    width, ranks = WIDTH[layout.dtype], layout.engine_ranks
+    if ranks == layout.tp:
+        rows = (shape.num_heads + 2 * shape.num_kv_heads) * shape.head_dim
+        return shape.num_layers * shape.hidden_size * rows // ranks * width
+    buffers = 2 * (1 + layout.tp) * EXCHANGE_BUCKET_BYTES if layout.tp > 1 else 0
+    return num_parameters(shape, ranks, padded=True) * width + buffers
 
 
 def rollout_bytes(shape: Architecture, layout: Layout, kv_cache: int) -> dict[str, int]:
-    """Return what one GPU holds while sampling, by part; the engine's weights are the trainer's but `linear_qkv`."""
-    hidden, queries = shape.hidden_size, shape.num_heads * shape.head_dim
-    keys = shape.num_kv_heads * shape.head_dim
-    permuted = shape.num_layers * hidden * (queries + 2 * keys) // layout.tp * WIDTH[layout.dtype]
-    prefill = layout.max_num_batched_tokens * WIDTH[layout.dtype] * (4 * hidden + 3 * shape.ffn_hidden_size // layout.tp)
+    """Return what one GPU holds while sampling, by part."""
+    prefill = (
+        layout.max_num_batched_tokens * WIDTH[layout.dtype] * (4 * shape.hidden_size + 3 * shape.ffn_hidden_size // layout.engine_ranks)
+    )
+    resident = static_bytes(shape, layout)
+    if layout.offload_during_rollout:
+        resident["optimizer"] = 0
     return {
-        **static_bytes(shape, layout),
+        **resident,
         "KV cache": kv_cache,
-        "engine": permuted + prefill + ENGINE_RESIDENT_BYTES,
+        "engine": engine_weight_bytes(shape, layout) + prefill + ENGINE_RESIDENT_BYTES,
         "contexts": CONTEXT_BYTES,
     }
