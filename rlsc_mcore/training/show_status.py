@@ -59,6 +59,7 @@ def describe(run_dir: Path, *, now: float) -> dict[str, str]:
         facts["time_left"] = f"about {duration((int(wanted) - done) * per_step)} ({per_step:.1f} s per step)"
     if rows:
         facts["last_step"] = f"loss {rows[-1]['loss']:.4f}, F {rows[-1]['f_estimate']:.4f}, mean length {rows[-1]['mean_length']:.1f}"
+        facts |= _agreement(rows[-1])
     checkpoint = latest_checkpoint(run_dir)
     age = duration(now - checkpoint.stat().st_mtime) if checkpoint is not None and checkpoint.exists() else ""
     facts["checkpoint"] = f"{checkpoint.name}, {age} ago" if checkpoint is not None and age else "none"
@@ -95,6 +96,17 @@ def duration(seconds: float) -> str:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)
     return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def _agreement(row: dict[str, Any]) -> dict[str, str]:
+    """What trainer and engine differ by on the last step's tokens, and what that step raised."""
+    facts = {}
+    if row.get("log_prob_gap_p99") is not None:
+        mean, p99, largest = (row[f"log_prob_gap_{name}"] for name in ("mean", "p99", "max"))
+        facts["engine"] = f"differs from the trainer by {mean:.1e} per token, p99 {p99:.1e}, at most {largest:.1e}"
+    if row.get("warnings"):
+        facts["warnings"] = "; ".join(row["warnings"])
+    return facts
 
 
 def _speed(status: dict[str, Any], rows: Sequence[dict[str, Any]], now: float, state: str) -> dict[str, str]:

@@ -1,6 +1,8 @@
 """What a run is doing and how it ended: `status.json` in its folder, replaced whole at each change. Imports no torch.
 
-The launch script decides by `state` whether a job is done, goes on or stays down; `rlsc status` shows the rest.
+The launch script decides by `state` whether a job is done, goes on or stays down; `rlsc status` shows the rest. Two ranks may
+write at once, the main one what it does and another one that it failed: the failure also goes into `ending.json`, which only the
+first can make, and whoever writes `status.json` looks for it afterwards. So a failure is never lost to a later "running".
 """
 
 import contextlib
@@ -13,14 +15,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
-from rlsc_mcore.config import ConfigError
+from rlsc_mcore.config import ConfigError, RunError
 
-FILE = "status.json"
+FILE, ENDING_FILE = "status.json", "ending.json"
 # Set by the launch script, which has checked the folder and waits for this file to say how it ended.
 JOB_VARIABLE, ATTEMPT_VARIABLE = "SLURM_JOB_ID", "RLSC_ATTEMPT"
 SECONDS_BETWEEN_COUNTS = 5.0
 State = Literal["launching", "running", "stopped", "done", "config", "crash"]
-ENDED: tuple[State, ...] = ("stopped", "done", "config", "crash")
+FAILED: tuple[State, ...] = ("config", "crash")
+ENDED: tuple[State, ...] = ("stopped", "done", *FAILED)
 
 
 class RunStatus:
@@ -32,7 +35,7 @@ class RunStatus:
 
     def __init__(self, run_dir: Path, num_steps: int, *, enabled: bool, on_phase: Callable[[str, int | None], None] | None = None) -> None:
         """`on_phase` hears of each new phase on every rank."""
-        self._file, self._enabled, self._on_phase = run_dir / FILE, enabled, on_phase
+        self._run_dir, self._enabled, self._on_phase = run_dir, enabled, on_phase
         self._facts: dict[str, Any] = {
             "state": "running",
             "phase": "start-up",
@@ -44,6 +47,9 @@ class RunStatus:
             "phase_since": round(time.time(), 1),
         }
         self._counted = 0.0
+        if enabled and not is_launched():  # the launch script has removed it before any rank began, so that none is lost here
+            with contextlib.suppress(OSError):
+                (run_dir / ENDING_FILE).unlink()
         self._write()
 
     def phase(self, name: str, step: int | None = None) -> None:
@@ -69,7 +75,7 @@ class RunStatus:
     def _write(self) -> None:
         self._counted = time.monotonic()
         if self._enabled:
-            _replace(self._file, self._facts)
+            _publish(self._run_dir, self._facts)
 
 
 def write_end(run_dir: Path, state: State, **facts: Any) -> None:
@@ -81,9 +87,12 @@ def write_end(run_dir: Path, state: State, **facts: Any) -> None:
     is_ours = last.get("state") == "running" and (
         place["rank"] != 0 or (last.get("host"), last.get("pid")) == (place["host"], place["pid"])
     )
-    if last.get("state") in ("config", "crash") or not (is_ours or is_launched()):
+    if last.get("state") in FAILED or not (is_ours or is_launched()):
         return
-    _replace(run_dir / FILE, {**last, **place, **facts, "state": state})
+    ending = {**last, **place, **facts, "state": state}
+    if state in FAILED and not _is_first(run_dir / ENDING_FILE, ending):
+        return
+    _publish(run_dir, ending)
 
 
 @contextmanager
@@ -95,17 +104,14 @@ def recorded_end(run_dir: Path) -> Iterator[None]:
         write_end(run_dir, "config", message=str(error))
         raise
     except BaseException as error:
-        write_end(run_dir, "crash", message=f"{type(error).__name__}: {' '.join(str(error).split())[:500]}")
+        kind = "" if isinstance(error, RunError) else f"{type(error).__name__}: "  # a RunError's line says it all
+        write_end(run_dir, "crash", message=kind + " ".join(str(error).split())[:500])
         raise
 
 
 def read_status(run_dir: Path) -> dict[str, Any] | None:
     """Return the last status, or None where there is none (or none that can be read)."""
-    try:
-        status = json.loads((run_dir / FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return status if isinstance(status, dict) else None
+    return _read(run_dir / FILE)
 
 
 def is_launched() -> bool:
@@ -123,8 +129,38 @@ def _place() -> dict[str, Any]:
     }
 
 
+def _read(file: Path) -> dict[str, Any] | None:
+    try:
+        facts = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return facts if isinstance(facts, dict) else None
+
+
+def _is_first(file: Path, ending: dict[str, Any]) -> bool:
+    try:
+        with file.open("x", encoding="utf-8") as out:
+            out.write(_text(ending))
+    except FileExistsError:
+        return False
+    except OSError:
+        return True  # a status that cannot be written never ends a run
+    return True
+
+
+def _publish(run_dir: Path, facts: dict[str, Any]) -> None:
+    _replace(run_dir / FILE, facts)
+    ending = _read(run_dir / ENDING_FILE)  # None too while its writer is at it: that one replaces the status after this
+    if ending is not None and ending.get("state") != facts["state"]:
+        _replace(run_dir / FILE, ending)
+
+
 def _replace(file: Path, facts: dict[str, Any]) -> None:
     partial = file.with_name(f"{file.name}.{socket.gethostname()}.{os.getpid()}.partial")
     with contextlib.suppress(OSError):
-        partial.write_text(json.dumps({**facts, "updated": round(time.time(), 1)}, indent=1) + "\n", encoding="utf-8")
+        partial.write_text(_text(facts), encoding="utf-8")
         os.replace(partial, file)
+
+
+def _text(facts: dict[str, Any]) -> str:
+    return json.dumps({**facts, "updated": round(time.time(), 1)}, indent=1) + "\n"

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -86,14 +87,22 @@ def test_the_exit_code_tells_a_failed_run(tmp_path: Path, capsys: pytest.Capture
     assert '"restarts": "1"' in capsys.readouterr().out
 
 
-def test_status_needs_no_torch(tmp_path: Path) -> None:
+def test_status_answers_at_once_and_needs_no_torch(tmp_path: Path) -> None:
+    """The command as a user gives it; processor time, since a busy machine makes everything late."""
     program = f"""
-import sys
-from rlsc_mcore.training.show_status import run_show_status
-run_show_status([{str(write_run(tmp_path))!r}])
-sys.exit(bool({{"torch", "vllm", "megatron", "transformers"}} & sys.modules.keys()))
+import resource, sys
+from rlsc_mcore import cli
+try:
+    cli.main(["status", {str(write_run(tmp_path))!r}])
+except SystemExit as end:
+    assert not end.code
+usage = resource.getrusage(resource.RUSAGE_SELF)
+print("heavy", *({{"torch", "vllm", "megatron", "transformers"}} & sys.modules.keys()))
+print("seconds", usage.ru_utime + usage.ru_stime)
 """
-    assert subprocess.run([sys.executable, "-c", program], check=False, timeout=120).returncode == 0
+    done = subprocess.run([sys.executable, "-c", program], check=True, timeout=120, capture_output=True, text=True)
+    assert "state        running" in done.stdout and "\nheavy\n" in done.stdout
+    assert float(done.stdout.split()[-1]) < 1.0
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(-3, "0 s"), (42.4, "42 s"), (119, "119 s"), (120, "2 min"), (12_000, "3 h 20 min")])
@@ -141,3 +150,51 @@ def test_bad_input_leaves_a_foreign_folder_alone(tmp_path: Path, monkeypatch: py
     with pytest.raises(ConfigError), recorded_end(tmp_path):
         raise ConfigError("no such split")
     assert {"state": "config", "message": "no such split"}.items() <= (read_status(tmp_path) or {}).items()
+
+
+@pytest.fixture
+def second_rank(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """Turn this process into rank 1 of a launched run, for what is written from then on."""
+
+    def become() -> None:
+        monkeypatch.setenv("RLSC_ATTEMPT", "0")
+        monkeypatch.setenv("RANK", "1")
+
+    return become
+
+
+def test_a_crash_of_another_rank_outlives_what_the_main_rank_does_next(tmp_path: Path, second_rank: Callable[[], None]) -> None:
+    status = RunStatus(tmp_path, 10, enabled=True)
+    second_rank()
+    write_end(tmp_path, "crash", message="RuntimeError: the cause")
+    status.phase("rollout", 1)  # the main rank has not noticed yet
+    write_end(tmp_path, "crash", message="RuntimeError: a consequence")
+    assert {"state": "crash", "message": "RuntimeError: the cause", "rank": 1}.items() <= (read_status(tmp_path) or {}).items()
+
+
+def test_a_crash_that_is_written_while_the_main_rank_replaces_the_status_is_kept(
+    tmp_path: Path, second_rank: Callable[[], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The worst moment: the main rank has made its new file, and puts it over the other's."""
+    status, replace = RunStatus(tmp_path, 10, enabled=True), os.replace
+
+    def late(source: Path, target: Path) -> None:
+        monkeypatch.setattr(os, "replace", replace)
+        running = source.read_text()
+        second_rank()
+        write_end(tmp_path, "crash", message="RuntimeError: the cause")
+        source.write_text(running)  # another process has another partial file
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", late)
+    status.phase("rollout", 1)
+    assert {"state": "crash", "message": "RuntimeError: the cause"}.items() <= (read_status(tmp_path) or {}).items()
+
+
+def test_an_earlier_run_s_crash_is_forgotten(tmp_path: Path) -> None:
+    RunStatus(tmp_path, 10, enabled=True)
+    write_end(tmp_path, "crash", message="broken")
+    RunStatus(tmp_path, 10, enabled=True).phase("training", 1)
+    assert (read_status(tmp_path) or {})["state"] == "running"
+    write_end(tmp_path, "done")
+    assert (read_status(tmp_path) or {})["state"] == "done" and [path.name for path in tmp_path.iterdir()] == ["status.json"]
