@@ -7,10 +7,14 @@
 #   RLSC_CONFIG                   configuration file instead of the recipe's
 #   PYTHON                        interpreter (default: .venv/bin/python of the checkout, else python3)
 #   GPUS_PER_NODE NPROC_PER_NODE  GPUs wanted on each node, ranks on each node (default: one per GPU)
+#   GPU_MEMORY_GIB                memory of one GPU; with it the plan warns of what will not fit (the counts of `rlsc plan`)
 #   MASTER_PORT                   rendezvous port (default: from the job's id and attempt)
 #   CONTAINER MOUNTS              image to run in: a file *.sif by apptainer, anything else by pyxis; extra mounts A:B,C:D
 #   RLSC_MAX_RESTARTS             restarts after crashes that had made progress (3)
 #   RLSC_MIN_FREE_GB              free space wanted in the run folder on every node (1)
+#   RLSC_CHECK_IMPORTS            1: every node imports torch, Megatron-Core and vLLM once before the ranks start (10 s of processor time,
+#                                 more from a cold file system; the ranks then find them cached). 0: the packages are only looked up
+#   RLSC_CHECK_TIMEOUT_S          seconds after which the check of a node has failed (300)
 #   RLSC_ROOT                     the checkout, where the script cannot find it
 
 rlsc_say() { printf '[rlsc %s] %s\n' "$(date +%T)" "$*"; }
@@ -31,10 +35,13 @@ rlsc_launch() {
     job=${SLURM_JOB_ID:-}
     attempt=${SLURM_RESTART_COUNT:-0}
     nodes=${SLURM_JOB_NUM_NODES:-$nodes}
-    gpus=${GPUS_PER_NODE:-${SLURM_GPUS_ON_NODE:-$gpus}}
+    # What was asked for (TYPE:COUNT too): an exclusive node has all its GPUs in SLURM_GPUS_ON_NODE, but its steps only these.
+    gpus=${GPUS_PER_NODE:-${SLURM_GPUS_PER_NODE:-${SLURM_GPUS_ON_NODE:-$gpus}}}
+    gpus=${gpus##*:}
     local ranks=${NPROC_PER_NODE:-$gpus}
     [[ $gpus =~ ^[0-9]+$ ]] || rlsc_die "GPUS_PER_NODE: expected a number, got '$gpus'"
     [[ $ranks =~ ^[1-9][0-9]*$ ]] || rlsc_die "NPROC_PER_NODE: expected ranks per node, at least 1, got '$ranks'"
+    [[ ${GPU_MEMORY_GIB:-1} =~ ^[0-9]*[1-9][0-9]*(\.[0-9]+)?$ ]] || rlsc_die "GPU_MEMORY_GIB: expected GiB, more than 0, got '$GPU_MEMORY_GIB'"
     _rlsc_trainer_arguments "$config" "$@"
     _rlsc_containers
     export PYTHONPATH=$RLSC_ROOT${PYTHONPATH:+:$PYTHONPATH}
@@ -52,6 +59,7 @@ rlsc_launch() {
     trap 'stop=quit; rlsc_say "USR2: saving, then stopping for good"; _rlsc_relay' USR2
     trap 'stop=dying; rlsc_say "TERM: SLURM is ending this job"' TERM
     _rlsc_claim_run_dir
+    trap _rlsc_settle_unstarted EXIT
     _rlsc_record
     _rlsc_check_nodes "$nodes" "$gpus"
     if [[ -n $stop ]]; then _rlsc_end_stopped "before anything was started"; fi
@@ -97,9 +105,10 @@ _rlsc_containers() {
 
 _rlsc_check_input() { # NODES RANKS: the trainer's own parser decides, without torch
     local name value facts checker=("$host_python")
-    if ((${#in_container[@]})); then checker=("${in_container[@]}" "$python"); fi
+    if ((${#in_container[@]})) && { [[ -n $job ]] || command -v "${in_container[0]}" >/dev/null; }; then checker=("${in_container[@]}" "$python"); fi
     if ((${#srun_container[@]})) && [[ -n $job ]]; then checker=(srun --nodes=1 --ntasks=1 "${srun_container[@]}" "$python"); fi
-    facts=$("${checker[@]}" -m rlsc_mcore.training.launch_checks --nodes "$1" --ranks-per-node "$2" -- "${trainer[@]}") || {
+    facts=$("${checker[@]}" -m rlsc_mcore.training.launch_checks --nodes "$1" --ranks-per-node "$2" \
+        ${GPU_MEMORY_GIB:+"--gpu-memory-gib=$GPU_MEMORY_GIB"} -- "${trainer[@]}") || {
         if (($? != 2)); then rlsc_die "the checks could not run with ${checker[*]}: bash launch/install.sh makes an environment, or set PYTHON"; fi
         exit 2
     }
@@ -125,12 +134,20 @@ _rlsc_print_plan() { # NODES GPUS RANKS
     local line variable
     rlsc_say "job ${job:-none}, attempt $attempt: $1 nodes x $3 ranks ($2 GPUs each), rendezvous at $MASTER_ADDR:$MASTER_PORT"
     for line in "${plan[@]}"; do rlsc_say "  $line"; done
-    command=("$python" -m rlsc_mcore.cli train "${trainer[@]}")
-    rlsc_say "  command     $(printf '%q ' ${in_container[@]+"${in_container[@]}"} "${command[@]}")"
-    if ((${#srun_container[@]})); then rlsc_say "  container   $(printf '%q ' "${srun_container[@]}")"; fi
+    _rlsc_step "$1" "$3"
+    rlsc_say "  step        $(printf '%q ' "${step[@]}")"
+    rlsc_say "  each rank   $(printf '%q ' "${command[@]}")"
     for variable in $(compgen -e | grep -E '^(CUDA|NCCL|TORCH_NCCL|VLLM|RLSC|GLOO|OMP)_' | grep -v '^RLSC_ROOT$'); do
         rlsc_say "  env         $variable=${!variable}"
     done
+}
+
+# What starts the ranks, and what each of them is.
+_rlsc_step() { # NODES RANKS_PER_NODE
+    local cpus=$((${SLURM_CPUS_ON_NODE:-$2} / $2))
+    step=(srun --nodes="$1" --ntasks="$(($1 * $2))" --ntasks-per-node="$2" --cpus-per-task="$((cpus > 0 ? cpus : 1))" --cpu-bind=none
+        --mpi=none --kill-on-bad-exit=1 --wait=60 ${srun_container[@]+"${srun_container[@]}"})
+    command=(${in_container[@]+"${in_container[@]}"} "$python" -m rlsc_mcore.cli train "${trainer[@]}")
 }
 
 # ------------------------------------------------------------------------------------------------ before the ranks start
@@ -146,6 +163,7 @@ _rlsc_claim_run_dir() {
     export RLSC_ATTEMPT=$attempt RLSC_LOGS=$run_dir/logs/$job.$attempt
     rm -rf "$RLSC_LOGS"
     mkdir -p "$RLSC_LOGS"
+    rm -f "$run_dir/ending.json" # an earlier attempt's
     ln -sfn "$job.$attempt" "$run_dir/logs/latest"
     printf '{\n "state": "launching",\n "phase": "node checks",\n "job": "%s",\n "attempt": %d,\n "host": "%s",\n "updated": %s\n}\n' \
         "$job" "$attempt" "$(hostname)" "$(date +%s)" >"$run_dir/status.json.launching"
@@ -172,17 +190,18 @@ for name in sorted({f"{d.name}=={d.version}" for d in m.distributions()}, key=st
 }
 
 _rlsc_check_nodes() { # NODES GPUS
-    local status=0
-    rlsc_say "checking $1 nodes: checkout, run folder, GPUs, packages, disk"
+    local status=0 seconds=${RLSC_CHECK_TIMEOUT_S:-300}
+    [[ $seconds =~ ^[1-9][0-9]*$ ]] || rlsc_die "RLSC_CHECK_TIMEOUT_S: expected seconds, at least 1, got '$seconds'"
+    rlsc_say "checking $1 nodes: checkout, run folder, GPUs, imports, disk"
     echo "$job.$attempt" >"$run_dir/.canary"
-    timeout 300 srun --nodes="$1" --ntasks="$1" --ntasks-per-node=1 --mpi=none ${srun_container[@]+"${srun_container[@]}"} \
+    timeout "$((seconds + 60))" srun --nodes="$1" --ntasks="$1" --ntasks-per-node=1 --mpi=none ${srun_container[@]+"${srun_container[@]}"} \
         bash -c 'if [[ ! -r $1 ]]; then echo "rlsc: error: $(hostname): no $1 here; the checkout must be on a shared file system" >&2; exit 2; fi
             source "$1" && shift && rlsc_check_node "$@"' _ "$RLSC_ROOT/launch/lib.sh" \
-        "$run_dir" "$job.$attempt" "$2" "${RLSC_MIN_FREE_GB:-1}" ${in_container[@]+"${in_container[@]}"} "$python" || status=$?
+        "$run_dir" "$job.$attempt" "$2" "${RLSC_MIN_FREE_GB:-1}" "${RLSC_CHECK_IMPORTS:-1}" "$seconds" ${in_container[@]+"${in_container[@]}"} "$python" || status=$?
     case $status in
         0) ;;
         2) exit 2 ;;
-        124) rlsc_die "a node did not answer within 300 s" ;;
+        124) rlsc_die "a node did not answer within $((seconds + 60)) s; srun -w NODE hostname finds it" ;;
         *)
             if [[ -n $stop ]]; then return; fi
             rlsc_say "the node checks were ended (exit $status)"
@@ -191,11 +210,35 @@ _rlsc_check_nodes() { # NODES GPUS
     esac
 }
 
-# In a task on every node: RUN_DIR CANARY GPUS FREE_GB PYTHON...; one line per fault, with the node's name.
+# What a Python cannot import, and why; nothing where all is well. In one process, as a rank does it: libraries can break each other.
+_rlsc_broken_import() { # IMPORTS SECONDS PYTHON...
+    local imports=$1 seconds=$2 code=0 output
+    shift 2
+    output=$(timeout "$seconds" "$@" -c 'import importlib, importlib.util, os, sys
+def broken(text):
+    print("broken:", text, flush=True)
+    os._exit(3)
+names = ("torch", "transformers", "megatron.core", "vllm", "rlsc_mcore")
+missing = [name for name in names if importlib.util.find_spec(name.split(".")[0]) is None]
+if missing: broken(" ".join(missing) + ": not installed")
+for name in names if sys.argv[1] == "1" else ():
+    try:
+        getattr(importlib.import_module(name), "LLM" if name == "vllm" else "__name__")  # vllm imports its parts when they are named
+    except BaseException as error: broken(f"{name}: {type(error).__name__}: " + " ".join(str(error).split())[:300])
+os._exit(0)' "$imports" 2>&1) || code=$?
+    case $code in
+        0) ;;
+        3) sed -n 's/^broken: //p' <<<"$output" ;;
+        124) echo "torch, megatron.core and vllm within $seconds s (RLSC_CHECK_TIMEOUT_S)" ;;
+        *) echo "any package: exit code $code, $(tail -n 1 <<<"$output")" ;;
+    esac
+}
+
+# In a task on every node: RUN_DIR CANARY GPUS FREE_GB IMPORTS SECONDS PYTHON...; one line per fault, with the node's name.
 rlsc_check_node() {
-    local run_dir=$1 canary=$2 gpus=$3 free_gb=$4 bad=0 visible free missing host
+    local run_dir=$1 canary=$2 gpus=$3 free_gb=$4 imports=$5 seconds=$6 bad=0 visible free broken host
     host=$(hostname)
-    shift 4
+    shift 6
     fault() {
         printf 'rlsc: error: %s: %s\n' "$host" "$*" >&2
         bad=2
@@ -203,7 +246,7 @@ rlsc_check_node() {
     if [[ $(cat "$run_dir/.canary" 2>/dev/null) != "$canary" ]]; then
         fault "run_dir $run_dir is not the folder that the first node sees; choose one on a shared file system"
     else
-        free=$(df --output=avail -B 1000000000 "$run_dir" | tail -n 1)
+        free=$(($(df --output=avail -B 1000000000 "$run_dir" | tail -n 1)))
         if ((free < free_gb)); then fault "$free GB free in $run_dir, $free_gb wanted (RLSC_MIN_FREE_GB)"; fi
     fi
     if ((gpus)); then
@@ -216,23 +259,18 @@ rlsc_check_node() {
             fault "$visible GPUs visible, $gpus wanted (CUDA_VISIBLE_DEVICES=${CUDA_VISIBLE_DEVICES-unset}); see sbatch --gpus-per-node and GPUS_PER_NODE"
         fi
     fi
-    missing=$("$@" -c 'import importlib.util as u
-print(*[n for n in ("torch", "vllm", "megatron.core", "transformers", "rlsc_mcore") if u.find_spec(n.split(".")[0]) is None])' 2>&1) ||
-        missing="any package: $(tail -n 1 <<<"$missing")"
-    if [[ -n $missing ]]; then fault "$* cannot import $missing; install on a shared file system (bash launch/install.sh) or set PYTHON"; fi
+    broken=$(_rlsc_broken_import "$imports" "$seconds" "$@")
+    if [[ -n $broken ]]; then fault "$* cannot import $broken; install on a shared file system (bash launch/install.sh) or set PYTHON"; fi
     return "$bad"
 }
 
 # ------------------------------------------------------------------------------------------------ the ranks
 
 _rlsc_run() { # NODES RANKS_PER_NODE
-    local total=$(($1 * $2)) cpus=$((${SLURM_CPUS_ON_NODE:-$2} / $2)) code=0
+    local code=0
     checkpoint_before=$(_rlsc_checkpoint)
-    rlsc_say "starting $total ranks; logs: $RLSC_LOGS/rank_*.log"
-    srun --nodes="$1" --ntasks="$total" --ntasks-per-node="$2" --cpus-per-task="$((cpus > 0 ? cpus : 1))" --cpu-bind=none --mpi=none \
-        --kill-on-bad-exit=1 --wait=60 ${srun_container[@]+"${srun_container[@]}"} \
-        bash -c 'source "$1" && shift && rlsc_rank "$@"' _ "$RLSC_ROOT/launch/lib.sh" \
-        ${in_container[@]+"${in_container[@]}"} "${command[@]}" &
+    rlsc_say "starting $(($1 * $2)) ranks; logs: $RLSC_LOGS/rank_*.log"
+    "${step[@]}" bash -c 'source "$1" && shift && rlsc_rank "$@"' _ "$RLSC_ROOT/launch/lib.sh" "${command[@]}" &
     step_pid=$!
     while :; do # a trapped signal ends `wait` early: the step goes on
         code=0
@@ -243,7 +281,7 @@ _rlsc_run() { # NODES RANKS_PER_NODE
     if [[ -n ${relay_pid:-} ]]; then kill "$relay_pid" 2>/dev/null || true; fi
 }
 
-# In every task: become a rank. Signals that ask for a save must not end this shell, nor the trainer before it listens.
+# In every task: become a rank and run COMMAND... Signals that ask for a save must not end this shell, nor the trainer before it listens.
 rlsc_rank() {
     trap '' USR1 USR2 TERM
     local code=0
@@ -281,11 +319,34 @@ _rlsc_relay() {
 _rlsc_status() { sed -n "s/^ \"$1\": \"\{0,1\}\([^\",]*\).*/\1/p" "$run_dir/status.json" 2>/dev/null | head -n 1; }
 _rlsc_checkpoint() { cat "$run_dir/checkpoints/latest" 2>/dev/null || echo none; }
 
+# The status must tell how the job ended also where no rank could; what a rank has said stays. Only once no rank writes.
+_rlsc_settle_status() { # STATE [MESSAGE]
+    case $(_rlsc_status state) in running | launching) ;; *) return 0 ;; esac
+    if sed "s|^ \"state\": .*| \"state\": \"$1\",${2:+\\n \"message\": \"$2\",}|" "$run_dir/status.json" >"$run_dir/status.json.settled"; then
+        mv "$run_dir/status.json.settled" "$run_dir/status.json"
+    fi
+}
+
+_rlsc_settle_unstarted() { # at the exit of this script, when no rank was started
+    case $? in
+        0) _rlsc_settle_status stopped ;; # by request
+        2) _rlsc_settle_status config "the node checks failed; the lines are in the job's output" ;;
+        *) _rlsc_settle_status crash "ended during the node checks" ;;
+    esac
+}
+
 _rlsc_end() {
     local state code="" rank="" host="" after crashes
+    if [[ -f $RLSC_LOGS/first_failure ]]; then read -r code rank host <"$RLSC_LOGS/first_failure"; fi
+    if [[ $stop == dying ]]; then
+        _rlsc_settle_status crash "ended by SLURM before it could save"
+    elif [[ -n $rank ]]; then
+        _rlsc_settle_status crash "rank $rank on $host exited with code $code and could not say why; the end of its log is in the job's output"
+    else
+        _rlsc_settle_status crash "srun exited with code $srun_code; the lines are in the job's output"
+    fi
     state=$(_rlsc_status state)
     after=$(_rlsc_checkpoint)
-    if [[ -f $RLSC_LOGS/first_failure ]]; then read -r code rank host <"$RLSC_LOGS/first_failure"; fi
     rlsc_say "ended: $state, srun exit $srun_code, checkpoint $checkpoint_before -> $after"
     if [[ $state != "done" && $state != stopped && $state != config && -n $rank ]]; then
         rlsc_say "rank $rank on $host failed first, exit $code; the end of $RLSC_LOGS/rank_$rank.log:"

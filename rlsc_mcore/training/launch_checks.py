@@ -1,6 +1,6 @@
 """What can be checked of a run on a login node, before any GPU is asked for: run by launch/lib.sh; imports no torch.
 
-    python -m rlsc_mcore.training.launch_checks --nodes N --ranks-per-node R -- TRAINER ARGUMENTS
+    python -m rlsc_mcore.training.launch_checks --nodes N --ranks-per-node R [--gpu-memory-gib M] -- TRAINER ARGUMENTS
 
 Prints the facts of the run, one `name<TAB>value` per line; bad input is one line on stderr and exit code 2.
 """
@@ -18,12 +18,14 @@ from pathlib import Path
 from rlsc_mcore.config import Config, ConfigError
 from rlsc_mcore.model.shape import Architecture, check_parallel, read_architecture
 from rlsc_mcore.training.commands import plan_training, split_options
+from rlsc_mcore.training.plan.choose import USABLE_SHARE
+from rlsc_mcore.training.plan.command import GIB, config_layout, describe_bytes
+from rlsc_mcore.training.plan.memory import rollout_bytes, train_bytes
 from rlsc_mcore.training.plan.models import find_model, num_parameters
 from rlsc_mcore.training.run_folder import CONFIG_FILE
 
 EMBEDDED = "embedded:"
 BYTES = {"float32": 4, "bfloat16": 2}
-GRADIENT_BYTES = 4
 MASTER_AND_MOMENTS_BYTES = 12  # per parameter: fp32 master weight and two Adam moments
 
 
@@ -32,11 +34,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser("rlsc launch checks")
     parser.add_argument("--nodes", type=int, required=True)
     parser.add_argument("--ranks-per-node", type=int, required=True)
+    parser.add_argument("--gpu-memory-gib", type=float)
     parser.add_argument("trainer", nargs=argparse.REMAINDER)
     known = parser.parse_args(arguments)
     trainer = known.trainer[1:] if known.trainer[:1] == ["--"] else known.trainer
     try:
-        for name, value in check_launch(trainer, known.nodes, known.ranks_per_node):
+        for name, value in check_launch(trainer, known.nodes, known.ranks_per_node, known.gpu_memory_gib):
             print(f"{name}\t{value}")
     except ConfigError as error:
         print(f"rlsc: error: {error}", file=sys.stderr)
@@ -44,8 +47,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def check_launch(trainer: Sequence[str], nodes: int, ranks_per_node: int) -> Iterator[tuple[str, str]]:
+def check_launch(trainer: Sequence[str], nodes: int, ranks_per_node: int, gpu_memory_gib: float | None = None) -> Iterator[tuple[str, str]]:
     """Check the trainer's arguments against `nodes` x `ranks_per_node` ranks, and yield the facts of the run.
+
+    With `gpu_memory_gib`, the memory of one GPU, the facts tell what does not fit; it is an estimate, so nothing is refused for it.
 
     Raises `ConfigError` on the first thing that cannot work. Names of hub models and data sets are not looked up.
     """
@@ -73,8 +78,7 @@ def check_launch(trainer: Sequence[str], nodes: int, ranks_per_node: int) -> Ite
     yield "steps", str(config.training.num_steps)
     yield "start", f"resumes {checkpoint}" if checkpoint else "a new run"
     if architecture:
-        resident = _resident_bytes(config, architecture, world // tp)
-        yield "memory", f"{resident / 1e9:.1f} GB per GPU for weights, gradients and optimizer; activations and KV cache on top"
+        yield from _memory(config, architecture, world // tp, gpu_memory_gib)
         yield "checkpoint", f"about {needed / 1e9:.1f} GB each, {config.training.keep_last} kept, every {config.training.save_every} steps"
 
 
@@ -147,11 +151,21 @@ def _checkpoint_bytes(config: Config, architecture: Architecture) -> int:
     return num_parameters(architecture) * (BYTES[config.model.dtype] + MASTER_AND_MOMENTS_BYTES)
 
 
-def _resident_bytes(config: Config, architecture: Architecture, dp: int) -> float:
-    """Weights, fp32 gradients and this rank's share of the optimizer on one GPU."""
-    parameters = num_parameters(architecture, config.parallel.tp, padded=True)
-    optimizer = (8 if config.optimizer.precision_aware else MASTER_AND_MOMENTS_BYTES) / (dp if config.optimizer.distributed else 1)
-    return parameters * (BYTES[config.model.dtype] + GRADIENT_BYTES + optimizer * (1 - config.optimizer.cpu_offload))
+def _memory(config: Config, architecture: Architecture, dp: int, gpu_memory_gib: float | None) -> Iterator[tuple[str, str]]:
+    """The counts of `rlsc plan` for this very layout; the KV cache takes its share of what is left while sampling."""
+    layout = config_layout(config, config.parallel.tp, dp)
+    cache = int((config.rollout.kv_cache_gib or 0) * GIB)
+    needs = {"training": train_bytes(architecture, layout), "rollout": rollout_bytes(architecture, layout, cache)}
+    for phase, parts in needs.items():
+        if not parts.get("KV cache", 1):
+            del parts["KV cache"]
+        more = " (and the KV cache)" if phase == "rollout" and not cache else ""
+        yield "memory", f"{phase} {describe_bytes(parts)}{more}"
+    peak = max(sum(parts.values()) for parts in needs.values())
+    if gpu_memory_gib is not None and peak > gpu_memory_gib * GIB * USABLE_SHARE:
+        usable = f"{gpu_memory_gib * USABLE_SHARE:.1f} of {gpu_memory_gib:g} are usable (GPU_MEMORY_GIB)"
+        remedy = "raise TP or --training.recompute, lower --training.tokens-per-micro-batch; rlsc plan shows what fits"
+        yield "warning", f"needs {peak / GIB:.1f} GiB, {usable}: {remedy}"
 
 
 if __name__ == "__main__":

@@ -16,12 +16,12 @@
 #   CLUSTER_CPUS=16    CPUs and
 #   CLUSTER_MEM=65536  MiB that each node claims; may exceed what the machine has
 #   CLUSTER_GPUS=8     GPUs that each node claims: /dev/null behind each; 0 for a cluster without GRES
-#   CLUSTER_GRACE=10   GraceTime of preemption, in seconds
+#   CLUSTER_GRACE=120  GraceTime of preemption in partition main, in seconds; in partition hasty it is 5
 #   CLUSTER_USERSIG=0  1: preemption sends the job's --signal instead of SIGTERM
 set -u
 dir=${CLUSTER_DIR:-/nonexistent}
 nodes=${CLUSTER_NODES:-2} cpus=${CLUSTER_CPUS:-16} gpus=${CLUSTER_GPUS:-8} mem=${CLUSTER_MEM:-65536}
-grace=${CLUSTER_GRACE:-10} usersig=${CLUSTER_USERSIG:-0}
+grace=${CLUSTER_GRACE:-120} usersig=${CLUSTER_USERSIG:-0}
 kill_wait=5 # seconds from SIGTERM to SIGKILL (SLURM's default is 30)
 conf=$dir/slurm.conf pids=$dir/pids
 net=$(cat "$dir/run/net" 2>/dev/null) # number of the bridge and of its subnet
@@ -99,7 +99,12 @@ SlurmdUser=$(id -un)
 AuthType=auth/munge
 CredType=cred/munge
 # cred_expire is also how long a requeued job waits: 5 s is the least, 120 s the default
-AuthInfo=socket=$dir/run/munge.sock,cred_expire=5
+AuthInfo=socket=$dir/run/munge.sock,cred_expire=6
+# a busy machine is no broken one
+MessageTimeout=60
+TCPTimeout=20
+BatchStartTimeout=120
+UnkillableStepTimeout=300
 # nothing listens on every address of the machine
 CommunicationParameters=NoCtldInAddrAny
 StateSaveLocation=$dir/state
@@ -120,7 +125,7 @@ SlurmdParameters=config_overrides
 ReturnToService=2
 KillWait=$kill_wait
 MinJobAge=3600
-SlurmdTimeout=15
+SlurmdTimeout=30
 SchedulerType=sched/backfill
 SchedulerParameters=batch_sched_delay=0,sched_interval=1,bf_interval=1
 EnforcePartLimits=ALL
@@ -134,6 +139,7 @@ CONF
             echo "NodeName=n$i NodeHostName=n$i NodeAddr=$subnet.$((10 + i)) Port=${ports[i]} CPUs=$cpus RealMemory=$mem$( ((gpus)) && echo " Gres=gpu:$gpus")"
         done
         echo "PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP PriorityTier=1 GraceTime=$grace OverSubscribe=NO"
+        echo "PartitionName=hasty Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=1 GraceTime=5 OverSubscribe=NO"
         echo "PartitionName=urgent Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=10 PreemptMode=OFF"
     } >"$conf"
     if ((gpus)); then # a GPU's file must be a character device

@@ -8,19 +8,19 @@ from pathlib import Path
 
 import pytest
 
-from tests.slurm.jobs import Cluster, Job, NoClusterHere
+from tests.slurm.jobs import EVALUATED, PATIENCE_S, Cluster, Job, NoClusterHere
 
 
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[Cluster]:
-    """Two nodes with 8 GPUs each, preemption by requeueing after 10 s of grace."""
-    yield from _started(nodes=2, grace=10)
+    """Two nodes with 8 GPUs each; preemption requeues, after a grace that is long in partition main and short in hasty."""
+    yield from _started(nodes=2)
 
 
 @pytest.fixture(scope="session")
 def other_cluster() -> Iterator[Cluster]:
     """Two nodes without GRES, where preemption sends the job's own signal."""
-    yield from _started(nodes=2, gpus=0, grace=60, usersig=1)
+    yield from _started(nodes=2, gpus=0, usersig=1)
 
 
 def _started(**settings: int) -> Iterator[Cluster]:
@@ -39,19 +39,18 @@ def _started(**settings: int) -> Iterator[Cluster]:
 @pytest.fixture(autouse=True)
 def _nothing_left_behind(request: pytest.FixtureRequest) -> Iterator[None]:
     yield
-    if "cluster" not in request.fixturenames:
-        return
-    cluster = request.getfixturevalue("cluster")
-    cluster.call("bash", "-c", "scancel $(squeue -h -o %A) 2>/dev/null")
-    end = time.monotonic() + 30
-    while (left := cluster.left_behind()) and time.monotonic() < end:
-        time.sleep(0.3)
-    assert not left, f"left on the nodes: {left}"
+    for name in {"cluster", "other_cluster"} & set(request.fixturenames):
+        cluster = request.getfixturevalue(name)
+        cluster.call("bash", "-c", "scancel $(squeue -h -o %A) 2>/dev/null")
+        end = time.monotonic() + PATIENCE_S
+        while (left := cluster.left_behind()) and time.monotonic() < end:
+            time.sleep(0.5)
+        assert not left, f"left on the nodes: {left}"
 
 
 @pytest.fixture(scope="session")
 def uninterrupted(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Job:
-    """A run of four steps on two nodes, a rank each (tp 2), that nothing disturbed."""
-    job = cluster.submit(tmp_path_factory.mktemp("uninterrupted") / "plain")
+    """A run of four steps on two nodes, a rank each (tp 2), evaluated before and after, that nothing disturbed."""
+    job = cluster.submit(tmp_path_factory.mktemp("uninterrupted") / "plain", arguments=EVALUATED)
     job.ends("COMPLETED", "0:0")
     return job

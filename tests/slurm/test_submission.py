@@ -4,7 +4,6 @@ import json
 import re
 import shutil
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,7 +11,7 @@ import pytest
 from rlsc_mcore.model.hf_checkpoint import resolve_model_folder
 from tests.slurm.jobs import ROOT, SCRIPT, TINY, Cluster, Job
 
-pytestmark = pytest.mark.timeout(600)
+pytestmark = pytest.mark.timeout(2400)
 SCRIPTS = {path.name: path for path in (ROOT / "launch").glob("rlsc_*.sh")}
 
 
@@ -52,10 +51,10 @@ def test_two_jobs_of_one_name_run_one_after_the_other(cluster: Cluster, tmp_path
         return Job(cluster, cluster.call(*command, cwd=tmp_path).stdout.strip(), tmp_path)
 
     first, second = submit("same"), submit("same")
-    second.wait(lambda: second.facts()["Reason"] == "Dependency", "waiting for the first", seconds=30)
+    second.wait(lambda: second.facts()["Reason"] == "Dependency", "waiting for the first")
     assert first.facts()["Reason"] != "Dependency"
     first.cancel()
-    second.wait(lambda: second.facts()["Reason"] != "Dependency", "free after the first has gone", seconds=30)
+    second.wait(lambda: second.facts()["Reason"] != "Dependency", "free after the first has gone")
     second.cancel()
 
 
@@ -104,8 +103,16 @@ def test_each_node_is_checked_and_named(cluster: Cluster, tmp_path: Path) -> Non
     output = job.ends("FAILED", "2:0")
     for node in ("n1", "n2"):
         assert f"rlsc: error: {node}: 4 GPUs visible, 8 wanted (CUDA_VISIBLE_DEVICES=0,1,2,3)" in output
-    job = cluster.submit(tmp_path / "disk", RLSC_MIN_FREE_GB="1000000")
-    assert "GB free in" in job.ends("FAILED", "2:0")
+    assert job.status()["state"] == "config" and "node checks failed" in job.status()["message"]
+    broken = tmp_path / "broken" / "vllm"
+    broken.mkdir(parents=True)
+    (broken / "__init__.py").write_text('raise OSError("libcudart.so.13: cannot open shared object file")\n')
+    job = cluster.submit(tmp_path / "disk", RLSC_MIN_FREE_GB="1000000", RLSC_CHECK_IMPORTS="1", PYTHONPATH=str(broken.parent))
+    output = job.ends("FAILED", "2:0")
+    for node in ("n1", "n2"):
+        assert re.search(rf"rlsc: error: {node}: \d+ GB free in", output)
+        assert f"{node}: {sys.executable} cannot import vllm: OSError: libcudart.so.13: cannot open shared object file;" in output
+    assert output.count("rlsc: error") == 4  # one line each
 
 
 def test_a_run_folder_that_is_not_shared_is_refused(cluster: Cluster, tmp_path: Path) -> None:
@@ -123,9 +130,9 @@ def test_a_run_folder_that_is_not_shared_is_refused(cluster: Cluster, tmp_path: 
 
 
 def test_a_run_folder_in_use_is_refused(cluster: Cluster, tmp_path: Path) -> None:
-    done = cluster.call("sbatch", "--parsable", "-N1", "--output=/dev/null", "--wrap", "sleep 60", cwd=tmp_path)
+    done = cluster.call("sbatch", "--parsable", "-N1", "--output=/dev/null", "--wrap", "sleep 3600", cwd=tmp_path)
     owner = Job(cluster, done.stdout.strip(), tmp_path)
-    owner.wait(lambda: owner.facts()["JobState"] == "RUNNING", "running", seconds=30)
+    owner.wait(lambda: owner.facts()["JobState"] == "RUNNING", "running")
     run_dir = tmp_path / "busy" / "runs" / "busy"
     run_dir.mkdir(parents=True)
     (run_dir / ".owner").write_text(f"{owner.id}\n")
@@ -134,28 +141,12 @@ def test_a_run_folder_in_use_is_refused(cluster: Cluster, tmp_path: Path) -> Non
     owner.cancel()
 
 
-@pytest.fixture
-def dry_run(cluster: Cluster, tmp_path: Path) -> Callable[..., tuple[int, str]]:
-    """bash launch/rlsc_7b.sh --dry-run ... on the login node, outside of any job."""
-
-    def run(*arguments: str, **environment: str) -> tuple[int, str]:
-        variables = {"PYTHON": sys.executable, "RLSC_CONFIG": str(TINY), "NPROC_PER_NODE": "2", **environment}
-        done = cluster.call("bash", str(SCRIPT), "--dry-run", *arguments, cwd=tmp_path, **variables)
-        return done.returncode, done.stdout + done.stderr
-
-    return run
-
-
-def test_dry_run_prints_the_plan_and_runs_nothing(dry_run: Callable[..., tuple[int, str]], tmp_path: Path) -> None:
-    code, output = dry_run("--training.num-steps", "7", "--data.path", "embedded:validation", NPROC_PER_NODE="4", RUN_DIR="runs/a b")
-    assert code == 0
+def test_a_dry_run_on_the_login_node_submits_nothing(cluster: Cluster, tmp_path: Path) -> None:
+    """The plan itself is checked without SLURM (tests/unit/test_launch_scripts.py)."""
+    before = cluster.call("scontrol", "show", "jobs").stdout.count("JobId=")
+    variables = {"PYTHON": sys.executable, "RLSC_CONFIG": str(TINY), "NPROC_PER_NODE": "4", "RUN_DIR": "runs/a b"}
+    done = cluster.call("bash", str(SCRIPT), "--dry-run", "--training.num-steps", "7", cwd=tmp_path, **variables)
+    assert done.returncode == 0, done.stderr
     for part in ("1 nodes x 4 ranks (8 GPUs each)", "tp 2 x dp 2", "steps       7", f"run_dir     {tmp_path}/runs/a b", "NCCL_DEBUG=WARN"):
-        assert part in output
-    assert not list(tmp_path.iterdir())
-
-
-def test_dry_run_checks(dry_run: Callable[..., tuple[int, str]]) -> None:
-    assert dry_run(TP="3")[0] == 2
-    code, output = dry_run(PYTORCH_CUDA_ALLOC_CONF="expandable_segments:True")
-    assert code == 0 and "expandable_segments and the engine's sleep mode exclude each other" in output
-    assert "--container-image=img:1" in dry_run(CONTAINER="img:1", MOUNTS="/data:/data")[1]
+        assert part in done.stdout
+    assert not list(tmp_path.iterdir()) and cluster.call("scontrol", "show", "jobs").stdout.count("JobId=") == before

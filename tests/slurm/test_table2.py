@@ -9,14 +9,14 @@ import pytest
 from tests.slurm.jobs import ROOT, Cluster
 
 SMALL = ["--k", "2", "--evaluation.max-questions", "8", "--training.num-steps", "1", "--data.questions-per-step", "4"]
-PATIENCE_S = 1200.0
+PATIENCE_S = 2400.0
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1500)
+@pytest.mark.timeout(2700)
 def test_dependencies_bring_the_chain_to_its_table(cluster: Cluster, tmp_path: Path) -> None:
     script, output = ROOT / "launch" / "reproduce_table2.sh", tmp_path / "out"
-    settings = {"PYTHON": sys.executable, "NPROC_PER_NODE": "1", "OMP_NUM_THREADS": "1"}
+    settings = {"PYTHON": sys.executable, "NPROC_PER_NODE": "1", "OMP_NUM_THREADS": "1", "RLSC_CHECK_IMPORTS": "0"}
     done = cluster.call("bash", str(script), "--sizes", "tiny", "--output", str(output), *SMALL, cwd=tmp_path, **settings)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count(": job ") == 8 and "table: job" in done.stdout.splitlines()[-1]

@@ -10,7 +10,10 @@ import pytest
 
 from rlsc_mcore.config import dump_config, load_config
 from rlsc_mcore.model.hf_checkpoint import resolve_model_folder
-from rlsc_mcore.training.launch_checks import main
+from rlsc_mcore.training.launch_checks import check_launch, main
+from rlsc_mcore.training.plan.command import dry_run_config
+from rlsc_mcore.training.plan.memory import Layout, rollout_bytes, train_bytes
+from rlsc_mcore.training.plan.models import MODELS
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 FLAGS = ["--model.path", "embedded:tiny_qwen2", "--model.dtype", "float32", "--data.path", "embedded:train"]
@@ -99,6 +102,28 @@ def nested(flags: dict[str, str]) -> dict[str, dict[str, str]]:
     return tree
 
 
+def test_memory_is_what_the_plan_counts(tmp_path: Path) -> None:
+    """The same sums as `rlsc train --dry-run` prints for the layout, with the optimizer's options; too little is told, not refused."""
+    shape = MODELS["qwen2.5-0.5b"]
+    flags = ["--model.path", "Qwen/Qwen2.5-0.5B", "--data.path", "embedded:train", "--parallel.tp", "2", "--run-dir", str(tmp_path / "run")]
+
+    def memory(*more: str, gib: float = 141) -> tuple[str, str, list[str]]:
+        facts = [*check_launch([*flags, *more], 1, 8, gib)]
+        training, rollout = (value for name, value in facts if name == "memory")
+        return training, rollout, [value for name, value in facts if name == "warning"]
+
+    layout = Layout(2, 4, recompute="full", tokens_per_micro_batch=8192)
+    sums = [sum(train_bytes(shape, layout).values()), sum(rollout_bytes(shape, layout, 0).values())]
+    small = ("--training.recompute", "full", "--training.tokens-per-micro-batch", "8192")
+    training, rollout, warnings = memory(*small)
+    assert training.startswith(f"training {sums[0] / 2**30:.1f} GiB per GPU: weights 0.46, gradients 0.92, optimizer 0.69,")
+    assert rollout.startswith(f"rollout {sums[1] / 2**30:.1f} GiB per GPU:") and rollout.endswith("(and the KV cache)") and not warnings
+    assert "KV cache 10.00" in memory(*small, "--rollout.kv-cache-gib", "10")[1]
+    assert "optimizer 0.35" in memory(*small, "--optimizer.cpu-offload", "0.5")[0]
+    assert "optimizer 0.46" in memory(*small, "--optimizer.precision-aware", "True")[0]
+    assert "of 3 are usable (GPU_MEMORY_GIB)" in memory(*small, gib=3)[2][0]
+
+
 @pytest.mark.parametrize("name", ["qwen2.5_math_7b_1x8.yaml", "qwen2.5_math_72b_4x8.yaml", "qwen2.5_math_1.5b_1gpu.yaml"])
 def test_recipes_are_the_papers(name: str) -> None:
     config = load_config(CONFIGS / name)
@@ -107,10 +132,21 @@ def test_recipes_are_the_papers(name: str) -> None:
     assert (config.optimizer.lr, training.num_steps, config.algorithm.alpha) == (1e-5, 10, 0.1)
 
 
+@pytest.mark.parametrize(
+    ("name", "gpus", "gib"),
+    [("qwen2.5_math_7b_1x8.yaml", "8", "80"), ("qwen2.5_math_72b_4x8.yaml", "32", "141"), ("qwen2.5_math_1.5b_1gpu.yaml", "1", "80")],
+)
+def test_recipes_fit_the_gpus_that_they_name(name: str, gpus: str, gib: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert dry_run_config(load_config(CONFIGS / name), gpus, gib) == 0, capsys.readouterr().out
+
+
 def test_checks_need_no_torch(tmp_path: Path) -> None:
     program = f"""
 import sys
-from rlsc_mcore.training.launch_checks import main
+from rlsc_mcore.training.launch_checks import check_launch, main
+from rlsc_mcore.training.plan.command import dry_run_config
+from rlsc_mcore.training.plan.memory import Layout, rollout_bytes, train_bytes
+from rlsc_mcore.training.plan.models import MODELS
 code = main(["--nodes", "1", "--ranks-per-node", "1", "--", *{FLAGS!r}, "--run-dir", {str(tmp_path)!r}])
 sys.exit(code or 10 * bool({{"torch", "vllm", "megatron", "transformers"}} & sys.modules.keys()))
 """

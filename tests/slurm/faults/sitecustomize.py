@@ -1,47 +1,64 @@
 """Faults for a rank, by phase: on PYTHONPATH of a test's job, Python imports this file before anything else.
 
-RLSC_TEST_FAULTS is a JSON list of {"phase", "do": "sleep" | "exit" | "raise" | "stop", and optionally "step", "rank", "attempt",
-"value"}: when a matching rank enters that phase (of that step, in that attempt) it sleeps `value` seconds, exits with code
-`value`, raises, or stops itself with SIGSTOP.
+RLSC_TEST_FAULTS is a JSON list of {"phase", "do", and optionally "step", "rank", "attempt", "value", "early"}: when a matching rank
+enters that phase (of that step, in that attempt) it does this, with "early" before it says so in status.json:
+
+    wait       until this rank has been asked to stop
+    hold       until the file `value` in the run folder is there
+    exit       with code `value`
+    kill       itself, with SIGKILL
+    raise      an exception
+    stop       itself, with SIGSTOP
 """
 
 import json
 import os
 import signal
 import time
+from pathlib import Path
 
 FAULTS = json.loads(os.environ.get("RLSC_TEST_FAULTS", "[]")) if "RANK" in os.environ else []
 
 
-def inject(phase: str, step: int | None) -> None:
+def inject(run_dir: Path, phase: str, step: int | None, *, early: bool) -> None:
     """Do what is asked for this phase."""
     here = {"phase": phase, "step": step, "rank": int(os.environ["RANK"]), "attempt": int(os.environ["RLSC_ATTEMPT"])}
     for fault in FAULTS:
-        if any(fault[name] != value for name, value in here.items() if name in fault):
+        if fault.get("early", False) != early or any(fault[name] != value for name, value in here.items() if name in fault):
             continue
-        if fault["do"] == "sleep":
-            end = time.monotonic() + fault["value"]
-            while time.monotonic() < end:  # a signal handler must not end it
-                time.sleep(0.1)
+        if fault["do"] == "wait":
+            while not asked:
+                time.sleep(0.05)
+        elif fault["do"] == "hold":
+            while not (run_dir / fault["value"]).exists():
+                time.sleep(0.05)
         elif fault["do"] == "exit":
             os._exit(fault["value"])
-        elif fault["do"] == "stop":
-            os.kill(os.getpid(), signal.SIGSTOP)
-        else:
+        elif fault["do"] == "raise":
             raise RuntimeError(f"injected in {phase}")
+        else:
+            os.kill(os.getpid(), {"stop": signal.SIGSTOP, "kill": signal.SIGKILL}[fault["do"]])
 
 
 if FAULTS:
+    from rlsc_mcore.training.signals import StopRequest
     from rlsc_mcore.training.status import RunStatus
 
-    begin, enter = RunStatus.__init__, RunStatus.phase
+    begin, enter, remember = RunStatus.__init__, RunStatus.phase, StopRequest._remember
+    asked = []
 
-    def begin_and_inject(self, *arguments, **options):
-        begin(self, *arguments, **options)
-        inject("start-up", 0)
+    def remember_and_tell(self, number, frame):
+        asked.append(number)
+        remember(self, number, frame)
+
+    def begin_and_inject(self, run_dir, *arguments, **options):
+        self.run_dir_of_faults = run_dir
+        begin(self, run_dir, *arguments, **options)
+        inject(run_dir, "start-up", 0, early=False)
 
     def enter_and_inject(self, name, step=None):
+        inject(self.run_dir_of_faults, name, step, early=True)
         enter(self, name, step)
-        inject(name, step)
+        inject(self.run_dir_of_faults, name, step, early=False)
 
-    RunStatus.__init__, RunStatus.phase = begin_and_inject, enter_and_inject
+    RunStatus.__init__, RunStatus.phase, StopRequest._remember = begin_and_inject, enter_and_inject, remember_and_tell
