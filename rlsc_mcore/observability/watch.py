@@ -20,6 +20,7 @@ CURVES = {
     "boxed_share": "boxed",
     "alpha_share": "alpha share",
     "grad_norm": "grad norm",
+    "log_prob_gap_mean": "engine gap",
     "rollout_tokens_per_s": "sampling tokens/s",
 }
 WARNINGS_SHOWN = 5

@@ -13,7 +13,7 @@ from rlsc_mcore.config import ConfigError
 from rlsc_mcore.observability.console import Reporter
 from rlsc_mcore.observability.report.charts import Dot, dot_chart
 from rlsc_mcore.observability.report.figure import standalone_svg
-from rlsc_mcore.training.experiments import Experiment, Variant, check_flags, metric_names, summarize
+from rlsc_mcore.training.experiments import Experiment, Variant, check_flags, metric_names, run_settings, summarize
 
 BASE = "base"
 OBJECTIVES: dict[str, tuple[str, ...]] = {
@@ -60,11 +60,8 @@ def run_compare(arguments: Sequence[str]) -> int:
         raise ConfigError("--objectives: name one that trains; its run evaluates the base model too")
     report = Reporter(enabled=True)
     experiment.run(variants, report)
-    result = gather(experiment, variants, config.evaluation.temperatures)
     trained = next(variant for variant in variants if variant.temperature_factor is None)
-    summary = experiment.run_dir(trained, experiment.seeds[0]) / "summary.json"
-    result["versions"] = json.loads(summary.read_text(encoding="utf-8")).get("versions", {})
-    result["settings"] = {"steps": config.training.num_steps, "evaluation": config.evaluation.path, "flags": list(flags)}
+    result = gather(experiment, variants, config.evaluation.temperatures) | run_settings(experiment, trained)
     (known.output / "comparison.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     (known.output / "comparison.svg").write_text(figure(result), encoding="utf-8")
     (known.output / "comparison.md").write_text(markdown(result), encoding="utf-8")
@@ -92,13 +89,18 @@ def figure(result: Mapping[str, Any]) -> str:
     panels = []
     for metric in [name for name in rows[BASE] if name.startswith(FIGURE_METRICS)]:
         dots = [
-            Dot(name, row[metric]["mean"], row[metric]["low"], row[metric]["high"], colour=0 if name != BASE else 5, hollow=name == BASE)
+            Dot(name, row[metric]["mean"], *within_shares(row[metric]), colour=0 if name != BASE else 5, hollow=name == BASE)
             for name, row in rows.items()
             if metric in row
         ]
         panels.append((title(metric), dot_chart(dots, name=title(metric), reference=rows[BASE][metric]["mean"])))
     caption = f"{result['questions']} questions, {len(result['seeds'])} seeds; 95 % intervals over questions"
     return standalone_svg(panels, caption)
+
+
+def within_shares(score: Mapping[str, Any]) -> tuple[float, float]:
+    """Return the interval of a share; its normal approximation may stick out of 0 to 1."""
+    return max(0.0, score["low"]), min(1.0, score["high"])
 
 
 def markdown(result: Mapping[str, Any]) -> str:
@@ -117,7 +119,13 @@ def markdown(result: Mapping[str, Any]) -> str:
 def title(metric: str) -> str:
     """Spell out a metric's name."""
     kind, _, temperature = metric.partition("_t")
-    words = {"accuracy": "boxed", "greedy": "greedy, boxed", "lenient": "last number", "lenient_greedy": "greedy, last number"}
+    words = {
+        "accuracy": "boxed",
+        "greedy": "greedy, boxed",
+        "lenient": "last number",
+        "lenient_greedy": "greedy, last number",
+        "confidence_f": "F",
+    }
     text = words.get(kind, kind.replace("_", " "))
     return f"T = {temperature}, {text}" if temperature else text
 

@@ -5,6 +5,7 @@ its answers are the same for every run that changes neither model nor questions 
 """
 
 import itertools
+import json
 import math
 import shutil
 import subprocess
@@ -179,10 +180,24 @@ def grid(axes: Mapping[str, Sequence[str]]) -> list[Variant]:
     variants = []
     for values in itertools.product(*axes.values()):
         pairs = list(zip(axes, values, strict=True))
-        name = "_".join(f"{field.rpartition('.')[2]}={value}" for field, value in pairs).replace("/", "-")
         flags = tuple(text for field, value in pairs for text in (f"--{field.replace('_', '-')}={value}",))
-        variants.append(Variant(name, flags))
+        variants.append(Variant(combination(dict(pairs)), flags))
     return variants
+
+
+def combination(values: Mapping[str, str]) -> str:
+    """Name one combination of swept values."""
+    return "_".join(f"{field.rpartition('.')[2]}={value}" for field, value in values.items()).replace("/", "-")
+
+
+def run_settings(experiment: Experiment, variant: Variant) -> dict[str, Any]:
+    """Versions and settings of one finished run, for the result of its experiment."""
+    config = experiment.config(variant, experiment.seeds[0])
+    summary = experiment.run_dir(variant, experiment.seeds[0]) / "summary.json"
+    return {
+        "versions": json.loads(summary.read_text(encoding="utf-8")).get("versions", {}),
+        "settings": {"steps": config.training.num_steps, "evaluation": config.evaluation.path, "flags": list(experiment.flags)},
+    }
 
 
 def check_flags(flags: Sequence[str]) -> None:

@@ -10,12 +10,14 @@ from typing import Any
 import rlsc_mcore
 from rlsc_mcore.config import Config, ConfigError, changed_fields, load_config, parse_config
 from rlsc_mcore.data.questions import read_questions
-from rlsc_mcore.evaluation.grading import grade
+from rlsc_mcore.evaluation.answer_formats import grade_answers
 from rlsc_mcore.evaluation.records import AnswerRecord, question_means, read_answers, read_question_records
+from rlsc_mcore.evaluation.sampling_scores import calibration
 from rlsc_mcore.evaluation.statistics import paired_change
 from rlsc_mcore.evaluation.table import ROWS
 from rlsc_mcore.observability.metrics import read_metrics
-from rlsc_mcore.observability.report.contents import AnswerGroup, Change, QuestionView, RunView, Sampling, Step
+from rlsc_mcore.observability.mismatch import coarser
+from rlsc_mcore.observability.report.contents import AnswerGroup, Calibration, Change, QuestionView, RunView, Sampling, Step
 from rlsc_mcore.training import compare, sweep
 from rlsc_mcore.training.experiments import metric_names, seed_average
 
@@ -72,6 +74,8 @@ def read_run(folder: Path) -> RunView:
         versions=summary.get("versions", {}),
         seconds=summary.get("seconds", {}),
         planned_steps=config.training.num_steps,
+        calibrations=[found for side, part in (("before", before), ("after", after)) if (found := _calibration(side, part)) is not None],
+        dtype=coarser(config.model.dtype, config.rollout.dtype or config.model.dtype),
     )
 
 
@@ -159,6 +163,20 @@ def _render(runs: Sequence[RunView], kind: str, title: str, figures: Sequence[tu
     return render_page(runs, title=title, version=rlsc_mcore.__version__, figures=figures)
 
 
+def _calibration(side: str, answers: Sequence[AnswerRecord]) -> Calibration | None:
+    """Reliability at the hottest temperature whose answers all have a probability; None where there is none."""
+    sampled = {answer.temperature for answer in answers if answer.temperature > 0}
+    scored = sampled - {answer.temperature for answer in answers if answer.log_prob is None}
+    if not scored:
+        return None
+    found = calibration({index: parts.get(max(scored), []) for index, parts in _by_question(answers).items()})
+    total, curve, below = sum(part["count"] for part in found["bins"]), [], 0
+    for part in found["bins"]:
+        curve.append((100.0 * (below + part["count"] / 2) / total, part["confidence"], part["accuracy"]))
+        below += part["count"]
+    return Calibration(side, max(scored), curve, found["auroc"], found["auroc_within"])
+
+
 def _means(answers: Sequence[AnswerRecord], temperature: float, field: str) -> dict[int, float]:
     if field == "distinct":
         texts: dict[int, list[str]] = {}
@@ -214,15 +232,16 @@ def _steps(folder: Path, config: Config) -> list[Step]:
     files = sorted((folder / "rollouts").glob("step_*.jsonl"))
     steps = sorted({int(file.name[5:11]) for file in files})
     try:
-        golds = {question.index: question.answer for question in read_questions(config.data.path, split=config.data.split)}
+        read = read_questions(config.data.path, split=config.data.split)
+        golds = {question.index: question for question in read if question.answer}
     except ConfigError:  # the questions have moved since: the curve is left out, the report is not
         golds = {}
     most = max(1, MOST_GRADED_ROLLOUTS // max(1, len(steps)))
     found = []
     for step in steps:
         rows = [row for file in files if int(file.name[5:11]) == step for row in _read_rows(file)]
-        graded = [row for row in rows[:: max(1, len(rows) // most)] if golds.get(row["question"])]
-        right = [grade(row["text"], golds[row["question"]] or "").strict for row in graded]
+        graded = [row for row in rows[:: max(1, len(rows) // most)] if row["question"] in golds]
+        right = [result.strict for result in grade_answers([row["text"] for row in graded], [golds[row["question"]] for row in graded])]
         tokens = sum(len(row["response_ids"]) for row in rows)
         entropy = -sum(row["engine_log_prob"] for row in rows) / tokens if tokens else None
         found.append(Step(step, sum(right) / len(right) if right else None, entropy))

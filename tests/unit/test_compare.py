@@ -78,7 +78,8 @@ def test_a_finished_sweep_is_gathered_without_a_run(tmp_path: Path) -> None:
     assert run_sweep(["--config", str(CONFIG), "--output", str(tmp_path), "--over", "algorithm.alpha=0,0.1"]) == 0
     rows = json.loads((tmp_path / "sweep.json").read_text(encoding="utf-8"))["rows"]
     assert {name: row["greedy"]["mean"] for name, row in rows.items()} == {"base": 0, "alpha=0": 1, "alpha=0.1": 0.5}
-    assert "alpha=0.1" in (tmp_path / "sweep.svg").read_text(encoding="utf-8")
+    assert "alpha 0.1: 0.5" in (tmp_path / "sweep.svg").read_text(encoding="utf-8")
+    assert "| alpha=0 |" in (tmp_path / "sweep.md").read_text(encoding="utf-8")
 
 
 def test_seeds_are_averaged_within_a_question_first() -> None:

@@ -14,8 +14,11 @@ from hypothesis import strategies as st
 
 from rlsc_mcore.config import ConfigError
 from rlsc_mcore.evaluation.records import QuestionRecord
+from rlsc_mcore.observability.memory import BORDERS, POOLS
+from rlsc_mcore.observability.mismatch import GAPS, LIMITS
 from rlsc_mcore.observability.report.charts import Dot, Line, dot_chart, line_chart, stacked_bars
 from rlsc_mcore.observability.report.figure import standalone_svg
+from rlsc_mcore.observability.report.hand_over import STACKED, hand_over_panels, hand_over_tables, mismatch_panels, residue_panels
 from rlsc_mcore.observability.report.math_markup import _ELEMENTS, render_text, to_mathml
 from rlsc_mcore.observability.report.scales import round_ticks, short_number
 from rlsc_mcore.training.reporting import changes, question_views, read_run, run_report
@@ -288,3 +291,45 @@ def test_bad_runs_are_named(tmp_path: Path) -> None:
     (run / "summary.json").write_text(json.dumps({"versions": {"torch": "2"}}), encoding="utf-8")
     with pytest.raises(ConfigError, match="--output"):
         run_report([str(run), "--output", str(run / "config.yaml" / "x.html")])
+
+
+def test_the_memory_hand_over_is_drawn_and_written(tmp_path: Path) -> None:
+    run = read_run(write_example(tmp_path / "run"))
+    (chart,) = hand_over_panels([run])
+    heights = attribute(chart.svg, "fill", "height")
+    bars = [heights[8 * i : 8 * i + 8] for i in range(5)]  # rollout, sleep, train, release, swap
+    total = [sum(bar) for bar in bars]
+    assert chart.legend == tuple(STACKED) and len(heights) == 40
+    assert total[0] == pytest.approx(2 * total[1], rel=0.01) and total[2] == pytest.approx(70 / 80 * total[0], rel=0.01)  # 80, 40, 70 GiB
+    assert bars[0][4] == pytest.approx(total[0] / 2, rel=0.01) and bars[1][4] == 0 == bars[3][6] and bars[2][6] > 0
+    (table,) = hand_over_tables([run])
+    assert table.caption.startswith("run, step 4, in GiB") and [border for border, _, _ in table.rows] == list(BORDERS)
+    cells = {border: dict(zip(POOLS, row, strict=True)) for border, _, row in table.rows}
+    assert cells["train"]["activations_cached"] == "30.00" and cells["release"]["free"] == "100.00" and cells["sleep"]["kv_cache"] == "0.00"
+    page = Path(tmp_path / "run.html")
+    run_report([str(tmp_path / "run"), "--output", str(page)])
+    text = page.read_text(encoding="utf-8")
+    assert 'id="memory-title"' in text and '<th scope="col" title="keys and values">kv cache</th>' in text and "<td>100.00</td>" in text
+
+
+def test_a_cpus_table_says_what_it_cannot_know(tmp_path: Path) -> None:
+    host = {border: dict.fromkeys(POOLS) | {"weights": 3 << 20, "other": 900 << 20, "free": 50 << 30} for border in BORDERS}
+    run = read_run(write_run(tmp_path / "run", metrics=[make_metrics(0), make_metrics(1, memory=host)]))
+    (table,) = hand_over_tables([run])
+    assert "step 2, in MiB" in table.caption
+    assert dict(zip(POOLS, table.rows[0][2], strict=True))["cuda_graphs"] == "n/a" and "900.00" in table.rows[0][2]
+    (chart,) = hand_over_panels([run])
+    assert chart.legend == ("weights", "other")  # nothing is drawn for what was not measured
+    assert len(residue_panels([run])) == 2
+    old = read_run(write_run(tmp_path / "old", metrics=[make_metrics(0, memory={})]))
+    assert hand_over_panels([old]) == hand_over_tables([old]) == residue_panels([old]) == []
+
+
+def test_agreement_is_drawn_with_its_limits(tmp_path: Path) -> None:
+    runs = [read_run(write_run(tmp_path / d, metrics=[make_metrics(0), make_metrics(1)], flags=["--model.dtype", d])) for d in LIMITS]
+    panels = mismatch_panels(runs)
+    assert [panel.title for panel in panels] == ["mean", "99th percentile", "largest", "per answer, mean", "per answer, largest"]
+    assert panels[0].help.endswith("Warning above 0.1 in bfloat16, 3e-05 in float32.")
+    assert "3e-06" in panels[2].svg and "3.1e-06 nats" in panels[2].svg
+    nucleus = make_metrics(0, **dict.fromkeys(GAPS))
+    assert mismatch_panels([read_run(write_run(tmp_path / "nucleus", metrics=[nucleus]))]) == []  # not comparable

@@ -11,7 +11,7 @@ from html import escape
 from rlsc_mcore.observability.report.scales import Scale, round_ticks, short_number
 
 NUM_COLOURS = 8
-_DASHES = ("", "6 3", "2 3", "8 3 2 3")  # a second way to tell runs apart, beside colour
+DASHES = ("", "6 3", "2 3", "8 3 2 3")  # a second way to tell runs apart, beside colour
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Dot:
     hollow: bool = False
 
 
-def line_chart(lines: Sequence[Line], *, name: str, x_label: str, unit: str = "", width: int = 420, height: int = 200) -> str:
+def line_chart(lines: Sequence[Line], *, name: str, x_label: str, unit: str = "", width: int = 340, height: int = 180) -> str:
     """Draw curves over a common x axis; returns an <svg>, or a sentence where no line has a finite point."""
     finite = [(x, y) for line in lines for x, y in line.points if y is not None and math.isfinite(y)]
     if not finite:
@@ -59,7 +59,7 @@ def line_chart(lines: Sequence[Line], *, name: str, x_label: str, unit: str = ""
             parts.append(f'<polygon class="band c{line.colour % NUM_COLOURS}" points="{" ".join(upper + lower)}"/>')
         for piece in _pieces(line.points):
             path = " ".join(f"{x(px):.1f},{y(py):.1f}" for px, py in piece)
-            dash = f' stroke-dasharray="{_DASHES[line.dash % len(_DASHES)]}"' if line.dash % len(_DASHES) else ""
+            dash = f' stroke-dasharray="{DASHES[line.dash % len(DASHES)]}"' if line.dash % len(DASHES) else ""
             parts.append(f'<polyline class="line c{line.colour % NUM_COLOURS}"{dash} points="{path}"/>')
         for px, py in line.points:
             if py is None or not math.isfinite(py):

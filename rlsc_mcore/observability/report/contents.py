@@ -74,6 +74,17 @@ class Step:
 
 
 @dataclass(frozen=True)
+class Calibration:
+    """Whether a confident answer is right more often, on one side of training."""
+
+    side: str  # before, after
+    temperature: float
+    curve: Sequence[tuple[float, float, float]]  # of answers of similar p: how many % of all have less, mean p(y|x), share of right ones
+    auroc: float | None
+    auroc_within: float | None  # over pairs of answers to the same question
+
+
+@dataclass(frozen=True)
 class RunView:
     """One run."""
 
@@ -88,8 +99,25 @@ class RunView:
     versions: Mapping[str, str] = field(default_factory=dict)
     seconds: Mapping[str, float] = field(default_factory=dict)
     planned_steps: int = 0
+    calibrations: Sequence[Calibration] = ()
+    dtype: str = "bfloat16"  # the coarser of trainer's and engine's: decides what they may differ by
 
     @property
     def alarms(self) -> list[tuple[int, str]]:
         """Every warning with its step, counted from 1."""
         return [(int(row["step"]) + 1, str(text)) for row in self.metrics for text in row.get("warnings", [])]
+
+    @property
+    def alarm_spans(self) -> list[tuple[int, int, str]]:
+        """First and last step of each alarm that steps in a row raised, and what the last of them said."""
+        spans: list[tuple[int, int, str]] = []
+        running: dict[str, int] = {}  # kind of alarm -> its span
+        for step, text in self.alarms:
+            kind = text.partition(":")[0]
+            place = running.get(kind)
+            if place is not None and spans[place][1] in (step - 1, step):
+                spans[place] = (spans[place][0], step, text)
+            else:
+                running[kind] = len(spans)
+                spans.append((step, step, text))
+        return spans

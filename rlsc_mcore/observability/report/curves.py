@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rlsc_mcore.observability.report.charts import Line, line_chart, stacked_bars
-from rlsc_mcore.observability.report.contents import RunView
+from rlsc_mcore.observability.report.contents import Calibration, RunView
 
 Read = Callable[[Mapping[str, Any]], float | None]
 
@@ -29,6 +29,7 @@ class Panel:
     title: str
     help: str
     svg: str
+    legend: tuple[str, ...] = ()  # names of stacked series, in the order of the colours
 
 
 def _key(*path: str) -> Read:
@@ -68,7 +69,6 @@ CURVES = (
     Curve("gradient norm", "Before clipping.", _key("grad_norm")),
     Curve("learning rate", "As applied.", _key("lr")),
     Curve("truncated answers", "Share cut at the length limit.", _key("truncated_share")),
-    Curve("trainer against engine", "Mean |difference of log p| per token.", _key("log_prob_gap_mean")),
     Curve("sampling speed", "Tokens per second while sampling.", _key("rollout_tokens_per_s"), " tokens/s"),
     Curve("training speed", "Tokens per second while training, prompts included.", _key("train_tokens_per_s"), " tokens/s"),
 )
@@ -95,8 +95,37 @@ def phase_panels(runs: Sequence[RunView]) -> list[Panel]:
         labels = [str(int(row["step"]) + 1) for row in run.metrics]
         if labels and series:
             svg = stacked_bars(labels, series, name=f"seconds per phase of {run.name}", x_label="step", unit=" s")
-            panels.append(Panel(run.name, ", ".join(names), svg))
+            panels.append(Panel(run.name, "", svg, tuple(names)))
     return panels
+
+
+def calibration_panels(runs: Sequence[RunView]) -> list[Panel]:
+    """Draw each run's reliability curves, before and after."""
+    panels = []
+    for run in runs:
+        shown = run.calibrations
+        lines = [Line(f"{part.side}, right", [(x, right) for x, _, right in part.curve], i) for i, part in enumerate(shown)]
+        lines += [
+            Line(f"{part.side}, p(y|x)", [(x, confidence) for x, confidence, _ in part.curve], len(shown) + i, 2)
+            for i, part in enumerate(shown)
+        ]
+        if shown:
+            text = (
+                f"Answers at T = {shown[0].temperature:g} in tenths, least confident first: the share of right (boxed) ones, and the "
+                f"model's own mean probability of the whole answer. AUROC: "
+                + "; ".join(_auroc(part) for part in shown)
+                + ". 0.5 says nothing."
+            )
+            svg = line_chart(lines, name=f"reliability of {run.name}", x_label="% of the answers are less confident")
+            panels.append(Panel(run.name, text, svg, tuple(line.name for line in lines)))
+    return panels
+
+
+def _auroc(part: Calibration) -> str:
+    if part.auroc is None:
+        return f"none {part.side} (all right or all wrong)"
+    within = "" if part.auroc_within is None else f" ({part.auroc_within:.2f} among answers to one question)"
+    return f"{part.auroc:.2f} {part.side}{within}"
 
 
 def memory_panels(runs: Sequence[RunView]) -> list[Panel]:

@@ -11,8 +11,9 @@ from markupsafe import Markup
 
 from rlsc_mcore.observability.report.charts import Dot, dot_chart
 from rlsc_mcore.observability.report.contents import AnswerGroup, Change, QuestionView, RunView
-from rlsc_mcore.observability.report.curves import gpu_panels, memory_panels, metric_panels, phase_panels
+from rlsc_mcore.observability.report.curves import calibration_panels, gpu_panels, memory_panels, metric_panels, phase_panels
 from rlsc_mcore.observability.report.figure import chart_css
+from rlsc_mcore.observability.report.hand_over import hand_over_panels, hand_over_tables, mismatch_panels, residue_panels
 from rlsc_mcore.observability.report.math_markup import render_text
 
 MOST_PAGE_BYTES = 2_800_000  # the answers fill what charts, tables and style leave
@@ -28,8 +29,11 @@ def render_page(runs: Sequence[RunView], *, title: str, version: str, figures: S
     script = _asset("report.js")
     sections = [
         ("curves", "Curves, step by step", _markup(metric_panels(runs))),
+        ("calibration", "Calibration, is a confident answer right more often?", _markup(calibration_panels(runs))),
         ("time", "Where the time went, in seconds", _markup(phase_panels(runs))),
-        ("memory", "Memory hand-over", _markup(memory_panels(runs))),
+        ("agreement", "Trainer against engine, in nats", _markup(mismatch_panels(runs))),
+        ("memory", "Memory hand-over, at the borders of a step", _markup(hand_over_panels(runs))),
+        ("residue", "Memory, step by step", _markup([*residue_panels(runs), *memory_panels(runs)])),
         ("gpu", "GPU", _markup(gpu_panels(runs))),
     ]
     charts = sum(len(str(panel["svg"])) for _, _, panels in sections for panel in panels) + sum(len(svg) for _, svg in figures)
@@ -46,6 +50,7 @@ def render_page(runs: Sequence[RunView], *, title: str, version: str, figures: S
         verdicts=[verdict(run) for run in runs],
         change_charts=[Markup(_change_chart(run)) for run in runs],  # labels are escaped in the chart
         sections=sections,
+        memory_tables=hand_over_tables(runs),
         browsers=browsers,
         figures=[(heading, Markup(svg)) for heading, svg in figures],  # drawn by our charts
         score_names=_score_names(runs),

@@ -39,6 +39,8 @@ def short_number(value: float, step: float | None = None) -> str:
     size = abs(value)
     if size >= 1e5 or size < 1e-4:
         return f"{value:.3g}"
+    if step is not None and step < 5e-4:
+        return f"{value:.3g}"
     if step is not None:
         return f"{value:.{max(0, -math.floor(math.log10(step) + 1e-9) + (0 if _is_round(step) else 1))}f}"
     digits = 0 if size >= 1000 else 1 if size >= 100 else 2 if size >= 10 else 3
