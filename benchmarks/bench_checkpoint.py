@@ -23,11 +23,10 @@ quiet_libraries()
 import torch  # noqa: E402
 
 from benchmarks.harness import RESULTS, about, device_name  # noqa: E402
-from rlsc_mcore.config import parse_config  # noqa: E402
+from benchmarks.trainers import find_shape, make_trainer, write_config  # noqa: E402
 from rlsc_mcore.parallel.backend import get_backend  # noqa: E402
 from rlsc_mcore.parallel.groups import initialize_groups  # noqa: E402
 from rlsc_mcore.training.checkpoint import CheckpointSaver, load_checkpoint  # noqa: E402
-from rlsc_mcore.training.plan.models import find_model  # noqa: E402
 from rlsc_mcore.training.step import Trainer  # noqa: E402
 
 CHUNK = 16 << 20
@@ -47,7 +46,8 @@ def main() -> None:
     groups = initialize_groups(backend, 1)
     with tempfile.TemporaryDirectory(dir=options.scratch) as scratch:
         folder = Path(scratch)
-        trainer = make_trainer(options.model, options.layers, options.dtype, folder / "model", backend, groups)
+        model = write_config(find_shape(options.model), folder / "model", options.layers)
+        trainer = make_trainer(model, ["--model.dtype", options.dtype], backend, groups)
         result = measure(trainer, folder, options.repeats)
         gib = result["gib"]
         result["about"] = {**about(backend.device), "model": options.model, "layers": options.layers, "dtype": options.dtype}
@@ -57,21 +57,6 @@ def main() -> None:
         (out / "bench_checkpoint.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
         assert gib > 0
     os._exit(0)
-
-
-def make_trainer(model: str, layers: int | None, dtype: str, folder: Path, backend: Any, groups: Any) -> Trainer:
-    """Build a trainer of a model's shape with random weights and moments."""
-    shape = find_model(model)
-    folder.mkdir()
-    config = {
-        "architectures": [shape.name], "num_hidden_layers": layers or shape.num_layers, "hidden_size": shape.hidden_size,
-        "intermediate_size": shape.ffn_hidden_size, "num_attention_heads": shape.num_heads, "num_key_value_heads": shape.num_kv_heads,
-        "head_dim": shape.head_dim, "vocab_size": shape.vocab_size, "max_position_embeddings": shape.max_position_embeddings,
-        "rms_norm_eps": shape.norm_epsilon, "tie_word_embeddings": shape.tied_embeddings,
-    }  # fmt: skip
-    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
-    flags = ["--run-dir", "unused", "--model.path", str(folder), "--model.dtype", dtype, "--data.path", "embedded:train"]
-    return Trainer(parse_config(flags), folder, backend, groups, load=False)
 
 
 def measure(trainer: Trainer, folder: Path, repeats: int) -> dict[str, Any]:

@@ -31,9 +31,10 @@ quiet_libraries()
 
 import torch  # noqa: E402
 
+from benchmarks.plain_transformers import Weigh, accumulate, pad_by_length  # noqa: E402
 from rlsc_mcore.algorithm.objective import WeightedObjective  # noqa: E402
 from rlsc_mcore.config import parse_config, read_flags  # noqa: E402
-from rlsc_mcore.data.packing import UniqueSequence, merge_identical, pack  # noqa: E402
+from rlsc_mcore.data.packing import merge_identical, pack  # noqa: E402
 from rlsc_mcore.rollout.engine import SamplingRequest  # noqa: E402
 from rlsc_mcore.rollout.sampling import sample_seed  # noqa: E402
 from rlsc_mcore.training.session import Session  # noqa: E402
@@ -93,10 +94,10 @@ def time_phases(session: Session, steps: int) -> dict[str, Any]:
 def compare_rollout(session: Session, export: Path, repeats: int, correct: dict[str, Any]) -> dict[str, Any]:
     """Time the colocated engine and a stock one in turns on the same requests."""
     config = session.config
-    indices = session.sampler.step_indices(0)
+    indices = session.inputs.sampler.step_indices(0)
     requests = [
         SamplingRequest(
-            session.prompts[i],
+            session.inputs.prompts[i],
             config.rollout.num_samples,
             config.rollout.temperature,
             config.rollout.max_new_tokens,
@@ -106,7 +107,14 @@ def compare_rollout(session: Session, export: Path, repeats: int, correct: dict[
     ]
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
-    arguments = (theirs, str(export), config.model.dtype, session.max_model_len, config.rollout.max_num_seqs, session.stop_token_ids)
+    arguments = (
+        theirs,
+        str(export),
+        config.model.dtype,
+        session.inputs.max_model_len,
+        config.rollout.max_num_seqs,
+        session.inputs.stop_token_ids,
+    )
     process = context.Process(target=stock_engine, args=arguments, daemon=True)
     process.start()
     assert ours.recv() == "ready"
@@ -177,7 +185,9 @@ def compare_training(session: Session, export: Path, repeats: int, correct: dict
 
     config = session.config
     rollouts = session.sample(10**6)
-    sequences = merge_identical(rollouts, train_end_token=True, train_truncated=True, stop_token_ids=frozenset(session.stop_token_ids))
+    sequences = merge_identical(
+        rollouts, train_end_token=True, train_truncated=True, stop_token_ids=frozenset(session.inputs.stop_token_ids)
+    )
     batches = pack(sequences, config.training.tokens_per_micro_batch)
     objective = WeightedObjective(config.algorithm, len(rollouts))
     tokens = sum(len(s.rollout.prompt_ids) + len(s.rollout.response_ids) for s in sequences)
@@ -185,11 +195,12 @@ def compare_training(session: Session, export: Path, repeats: int, correct: dict
     model.config.use_cache = False
     padded = pad_by_length(sequences, config.training.tokens_per_micro_batch)
     loss, scores = session.trainer.accumulate_gradients(batches, objective)
-    gap = float(scores.gap_sums.sum() / scores.num_tokens.sum())
+    gap = float(scores.token_gaps.double().mean())
     weights = {
         int(i): float(m * w) / len(rollouts) for i, m, w in zip(scores.sequence_ids, scores.multiplicity, scores.weights, strict=True)
     }
-    reference = transformers_pass(model, padded, weights, session.trainer.log_prob_temperature)
+    weigh: Weigh = lambda _, group: torch.tensor([weights[i] for i in group])  # noqa: E731
+    reference = accumulate(model, padded, weigh, session.trainer.log_prob_temperature)
     correct["log_prob_gap_mean"], correct["log_prob_gap_max"] = gap, scores.gap_max
     correct["loss"], correct["loss_transformers"] = float(loss), reference
     assert scores.gap_max < GAP_LIMIT or config.model.dtype != "float32", f"trainer and engine disagree: {scores.gap_max}"
@@ -200,46 +211,12 @@ def compare_training(session: Session, export: Path, repeats: int, correct: dict
         return tokens
 
     def theirs() -> int:
-        transformers_pass(model, padded, weights, session.trainer.log_prob_temperature)
+        accumulate(model, padded, weigh, session.trainer.log_prob_temperature)
         return tokens
 
     rates = interleave({"rlsc_mcore": ours, "transformers": theirs}, repeats)
     rates["rollouts"], rates["distinct_sequences"] = len(rollouts), len(sequences)
     return rates
-
-
-def pad_by_length(sequences: Sequence[UniqueSequence], budget: int) -> list[tuple[torch.Tensor, torch.Tensor, list[int]]]:
-    """Length-sorted padded batches of at most `budget` tokens: (ids [B, L], mask of targets [B, L - 1], sequence numbers)."""
-    order = sorted(range(len(sequences)), key=lambda i: len(sequences[i].rollout.prompt_ids) + len(sequences[i].rollout.response_ids))
-    groups: list[list[int]] = [[]]
-    for i in order:
-        length = len(sequences[i].rollout.prompt_ids) + len(sequences[i].rollout.response_ids)
-        if groups[-1] and length * (len(groups[-1]) + 1) > budget:
-            groups.append([])
-        groups[-1].append(i)
-    batches = []
-    for group in groups:
-        rows = [sequences[i].rollout.prompt_ids + sequences[i].rollout.response_ids for i in group]
-        longest = max(map(len, rows))
-        ids = torch.tensor([[*row, *([0] * (longest - len(row)))] for row in rows])
-        mask = torch.zeros(len(rows), longest - 1, dtype=torch.bool)
-        for position, (i, row) in enumerate(zip(group, rows, strict=True)):
-            mask[position, len(sequences[i].rollout.prompt_ids) - 1 : len(row) - 1] = True
-        batches.append((ids, mask, group))
-    return batches
-
-
-def transformers_pass(model: Any, batches: Sequence[Any], weights: dict[int, float], temperature: float) -> float:
-    """Forward and backward of the same weighted loss with full logits; returns the loss."""
-    model.zero_grad(set_to_none=True)
-    total = 0.0
-    for ids, mask, group in batches:
-        logits = model(input_ids=ids).logits[:, :-1] / temperature
-        negative = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none").view_as(mask)
-        loss = ((negative * mask).sum(dim=1) * torch.tensor([weights[i] for i in group])).sum()
-        loss.backward()
-        total += float(loss.detach())
-    return total
 
 
 def interleave(providers: dict[str, Callable[[], int]], repeats: int) -> dict[str, Any]:
@@ -271,7 +248,7 @@ def about(session: Session, options: argparse.Namespace) -> dict[str, Any]:
     """What produced this file."""
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
     return {
-        "command": "python -m benchmarks.bench_end_to_end " + " ".join(sys.argv[1:]),
+        "command": " ".join(["python", "-m", "benchmarks.bench_end_to_end", *sys.argv[1:]]),
         "commit": commit,
         "versions": session.versions(),
         "device": session.backend.device.type,

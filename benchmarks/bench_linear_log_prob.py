@@ -15,7 +15,7 @@ from torch import Tensor
 from benchmarks.harness import Row, Task, arguments, device_name, finish, measure, measure_ceilings, table, write
 from benchmarks.log_prob_providers import IGNORED
 from benchmarks.roofline import draw
-from benchmarks.shapes import Shape, shapes
+from benchmarks.shapes import Shape, head_shapes
 from rlsc_mcore.ops import linear_token_log_probs, linear_weighted_loss
 
 CHECKED_TOKENS = 64
@@ -164,7 +164,7 @@ def main() -> None:
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     ceilings = measure_ceilings(device, dtype)
     rows: list[Row] = []
-    for shape in shapes(device.type, options.full):
+    for shape in head_shapes(device.type, options.full):
         inputs = make_inputs(shape, device, dtype)
         tasks: dict[str, Task] = {}
         checks: dict[str, dict[str, Any]] = {}

@@ -1,16 +1,19 @@
-"""Write the README's tables from the committed result files: `python -m benchmarks.readme` (`--check` only compares)."""
+"""Write the tables of README and docs from the committed result files: `python -m benchmarks.readme` (`--check` only compares)."""
 
 import argparse
 import json
 import re
 import sys
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 from rlsc_mcore.evaluation.table import IN_TOKENS, ROWS
+from rlsc_mcore.training.experiments import combination
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
+PAGES = ("README.md", "docs/evaluation.md")
 COLUMN_NAMES = {
     "rlsc": "RLSC",
     "self_sft": "self-SFT (equal weights)",
@@ -21,20 +24,32 @@ COLUMN_NAMES = {
 
 
 def main() -> None:
-    """Rewrite (or check) every marked section of README.md."""
+    """Rewrite (or check) every marked section of the pages."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--check", action="store_true", help="exit with code 1 when README.md is not what the results say")
-    readme = ROOT / "README.md"
-    text = readme.read_text(encoding="utf-8")
-    wanted = render(text)
-    if parser.parse_args().check:
-        sys.exit(0 if text == wanted else "README.md does not show the committed results: run python -m benchmarks.readme")
-    readme.write_text(wanted, encoding="utf-8")
+    parser.add_argument("--check", action="store_true", help="exit with code 1 when a page is not what the results say")
+    is_check = parser.parse_args().check
+    for page in PAGES:
+        file = ROOT / page
+        text = file.read_text(encoding="utf-8")
+        wanted = render(text)
+        if is_check and text != wanted:
+            sys.exit(f"{page} does not show the committed results: run python -m benchmarks.readme")
+        if text != wanted:
+            file.write_text(wanted, encoding="utf-8")
 
 
 def render(text: str) -> str:
-    """Return the README with each section between its markers replaced."""
-    for name, lines in {"quickstart": quickstart_lines(), "comparison": comparison_lines(), "cpu": cpu_lines()}.items():
+    """Return a page with each section between its markers replaced."""
+    sections = {
+        "quickstart": quickstart_lines(),
+        "comparison": comparison_lines(),
+        "cpu": cpu_lines(),
+        "train_step": train_step_lines(),
+        "weight_swap": weight_swap_lines(),
+        "grading": grading_lines(),
+        "sweep": sweep_lines(),
+    }
+    for name, lines in sections.items():
         pattern = re.compile(rf"(<!-- begin: {name} -->\n).*?(<!-- end: {name} -->)", re.DOTALL)
         text = pattern.sub(lambda match, lines=lines: match[1] + "\n".join(lines) + "\n" + match[2], text)  # type: ignore[misc]
     return text
@@ -71,7 +86,8 @@ def comparison_lines() -> list[str]:
         label = COLUMN_NAMES.get(name, name)
         lines.append(f"| {label} | " + " | ".join(f"{scores[column]['mean']:.3f}" for column in columns) + " |")
     flags = " ".join(result["settings"]["flags"])
-    return [*lines, "", f"`{flags}`, intervals and per-seed values: `benchmarks/results/cpu/comparison.json`"]
+    command = f"rlsc compare --config configs/tiny_cpu.yaml {flags}"
+    return [*lines, "", f"`{command}`; intervals and per-seed values: `benchmarks/results/cpu/comparison.json`"]
 
 
 def cpu_lines() -> list[str]:
@@ -89,12 +105,96 @@ def cpu_lines() -> list[str]:
     for phase in ("rollout", "train", "pack", "swap", "other"):
         row(f"share of a step: {phase}", [f"{100 * r['phases']['share'][phase]:.2f} %" for r in both])
     row("peak memory of the process", [f"{r['phases']['peak_host_memory_gib']:.1f} GiB" for r in both])
+    peers = _read("cpu/peers.json")
+    row(
+        f"a whole step's seconds per sampled token, TRL {peers['about']['trl']}'s GRPO ({peers['sampler_of_trl']}) / ours",
+        [f"{peers['times_ours']:.1f}", "-"],
+    )
     return [
         *lines,
         "",
         f"`{tiny['about']['command']}`, `{smol['about']['command']}`, {_versions(tiny['about']['versions'])}:",
-        "`benchmarks/results/cpu/end_to_end*.json`, which hold the seconds too. Nothing is claimed for a GPU yet.",
+        f"`benchmarks/results/cpu/end_to_end*.json`, which hold the seconds too; `{peers['about']['command']}`:",
+        "`benchmarks/results/cpu/peers.json`. Nothing is claimed for a GPU yet.",
     ]
+
+
+def train_step_lines() -> list[str]:
+    """Ratios and shares of the training-step benchmark on a CPU."""
+    both = [_read(f"cpu/train_step_{name}.json") for name in ("tiny_qwen2", "smollm2-135m")]
+    lines = ["| an optimizer step, against plain `transformers` with AdamW | embedded model | SmolLM2-135M |", "| --- | ---: | ---: |"]
+
+    def row(label: str, cells: list[str]) -> None:
+        lines.append(f"| {label} | " + " | ".join(cells) + " |")
+
+    row("tokens per CPU second, ratio", [f"{r['tokens_per_s_over_transformers']:.2f}" for r in both])
+    row("peak memory of the step, ratio", [f"{r['memory']['over_transformers']:.2f}" for r in both])
+    losses = [[abs(ours / theirs - 1) for ours, theirs in r["correct"]["loss_and_transformers"]] for r in both]
+    row("largest relative difference of the loss", [f"{max(each):.0e}" for each in losses])
+    for part in ("attention", "mlp", "head", "optimizer", "rest"):
+        row(f"share of the step: {'MLP' if part == 'mlp' else part}", [f"{100 * r['share'][part]:.1f} %" for r in both])
+    commands = ", ".join(f"`{r['about']['command']}`" for r in both)
+    return [*lines, "", f"{commands}: `benchmarks/results/cpu/train_step_*.json`"]
+
+
+def weight_swap_lines() -> list[str]:
+    """Every way to bring weights to the engine, as a multiple of the product's time."""
+    both = (_read("cpu/weight_swap_tiny_qwen2.json"), _read("cpu/weight_swap_smollm2-135m.json"))
+    lines = [
+        "| CPU time to bring the engine to new weights, this way / ours | embedded model | SmolLM2-135M's shape |",
+        "| --- | ---: | ---: |",
+    ]
+    for name in both[0]["ways"]:
+        cells = [f"{r['ways'][name]['times_ours']:.3g}" if "times_ours" in r["ways"][name] else "does not work" for r in both]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    shares = [f"{100 * next(iter(r['ways'].values()))['share_of_copy_ceiling']:.0f} %" for r in both]
+    lines.append("| ours: bytes/s, of a plain copy's | " + " | ".join(shares) + " |")
+    spared = [f"{100 * r['memory']['saved_bytes'] / r['engine_weight_bytes']:.0f} %" for r in both]
+    lines.append("| engine weights that are the trainer's own bytes | " + " | ".join(spared) + " |")
+    commands = ", ".join(f"`{r['about']['command']}`" for r in both)
+    return [*lines, "", f"{commands}: `benchmarks/results/cpu/weight_swap_*.json`"]
+
+
+def grading_lines() -> list[str]:
+    """Processor time of grading, against math-verify alone."""
+    result = _read("cpu/bench_grading.json")
+    names = {
+        "numbers": "numbers in sentences (gsm8k, amc23, aime24)",
+        "algebra": "algebra, 16 samples to a question",
+        "algebra_distinct": "algebra, no answer twice",
+        "expressions": "fragments of worked solutions, no two alike",
+    }
+    lines = [
+        "| answers | compared by algebra | CPU ms per answer | math-verify alone / ours | answers/s on two cores, from CPU time |",
+        "| --- | ---: | ---: | ---: | ---: |",
+    ]
+    for row in sorted(result["rows"], key=lambda row: list(names).index(row["mix"])):
+        share = f"{100 * row['compared_by_algebra'] / row['answers']:.0f} %"
+        rate = f"{row['answers_per_s_on_2_cores_by_cpu']:,}"
+        cells = (share, f"{row['cpu_ms_per_answer']['product']:.2f}", f"{row['times_cheaper']:.2f}", rate)
+        lines.append(f"| {names[row['mix']]} | " + " | ".join(cells) + " |")
+    return [*lines, "", f"`{result['about']['command']}`: `benchmarks/results/cpu/bench_grading.json`"]
+
+
+def sweep_lines() -> list[str]:
+    """One row per combination of the committed sweep."""
+    result = _read("cpu/sweep.json")
+    columns = {"accuracy_t0.5": "T = 0.5, boxed", "accuracy_t1": "T = 1, boxed", "greedy": "greedy, boxed", "confidence_f": "F"}
+    fields = [field.rpartition(".")[2].replace("_", " ") for field in result["over"]]
+    lines = [
+        "| " + " | ".join([*fields, *columns.values()]) + " |",
+        "|" + " ---: |" * (len(fields) + len(columns)),
+    ]
+    base = ["before training"] + [""] * (len(fields) - 1)
+    settings = {"base": base} | {combination(dict(zip(result["over"], v, strict=True))): v for v in product(*result["over"].values())}
+    for name, values in settings.items():
+        row = result["rows"][name]
+        lines.append("| " + " | ".join([*values, *(f"{row[column]['mean']:.3f}" for column in columns)]) + " |")
+    over = " ".join(f"--over {field}={','.join(values)}" for field, values in result["over"].items())
+    seeds = ",".join(map(str, result["seeds"]))
+    flags = " ".join(result["settings"]["flags"])
+    command = f"rlsc sweep --config configs/tiny_cpu.yaml {over} --seeds {seeds} {flags}"
+    return [*lines, "", f"`{command}`: `benchmarks/results/cpu/sweep.json`, `.md`, `.svg`"]
 
 
 def _cell(name: str, value: dict[str, Any]) -> str:

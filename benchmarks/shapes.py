@@ -16,6 +16,14 @@ class Shape(NamedTuple):
 MODELS = {"qwen2.5-0.5b": (896, 151936), "qwen2.5-1.5b": (1536, 151936), "qwen2.5-7b": (3584, 152064), "qwen2.5-72b": (8192, 152064)}
 TENSOR_PARALLEL = (1, 2, 4, 8)
 NUM_TOKENS = (4096, 16384, 49152)
+# A step of 16 answers of 3072 tokens, whose logits no peer of the head should have to hold.
+MEMORY_SHAPE = Shape("7B N=49152 TP=1", 49152, 3584, 152064)
+
+
+def head_shapes(device_type: str, full: bool) -> list[Shape]:
+    """Return the shapes for the head and the loss together: `shapes` and, on a GPU, that of the memory mark."""
+    found = shapes(device_type, full)
+    return found if device_type != "cuda" or MEMORY_SHAPE in found else [*found, MEMORY_SHAPE]
 
 
 def shapes(device_type: str, full: bool) -> list[Shape]:

@@ -1,0 +1,193 @@
+"""The table of marks: from files that the benchmarks really wrote (on a CPU), with a GPU's cases and numbers put in."""
+
+import copy
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks.acceptance import GIB, MISSED, NOT_MEASURED, REACHED, Results, judge, marks, table
+from benchmarks.shapes import MEMORY_SHAPE, shapes
+
+ROOT = Path(__file__).resolve().parents[2]
+CPU = ROOT / "benchmarks" / "results" / "cpu"
+CPU_SHAPE = "N=512 H=256 V=32768"
+WHOLE, SHARD, HALF = shapes("cuda", full=False)
+GRADIENTS = 2 * WHOLE.hidden_size * (WHOLE.num_tokens + WHOLE.num_columns)
+
+
+def real(name: str) -> dict[str, Any]:
+    """Return a committed result, as if its device had been a GPU."""
+    content = json.loads((CPU / f"{name}.json").read_text())
+    content["about"]["device"] = "NVIDIA H200"
+    return content
+
+
+def put(folder: Path, name: str, content: Any) -> None:
+    (folder / f"{name}.json").write_text(json.dumps(content))
+
+
+def with_cases(name: str, cases: dict[str, dict[str, tuple[float, float, float | None]]]) -> dict[str, Any]:
+    """Return a result whose rows are a real row each: case -> provider -> milliseconds, % of the ceiling, extra bytes."""
+    content = real(name)
+    template = next(row for row in content["rows"] if row["timing"])
+    content["rows"] = [row for row in content["rows"] if not row["timing"]]
+    for case, providers in cases.items():
+        for provider, (milliseconds, percent, extra) in providers.items():
+            row = copy.deepcopy(template)
+            row.update(case=case, provider=provider, percent_of_ceiling=percent)
+            row["timing"].update(median_ms=milliseconds, peak_extra_bytes=extra)
+            content["rows"].append(row)
+    return content
+
+
+def verdicts(folder: Path, part: str) -> dict[str, tuple[str, str]]:
+    """Return measured and verdict by claim."""
+    return {line["claim"]: (line["measured"], line["verdict"]) for line in judge(Results(folder)) if line["part"] == part}
+
+
+def test_nothing_is_claimed_without_results(tmp_path: Path) -> None:
+    lines = judge(Results(tmp_path))
+    assert len(lines) == len(marks()) and {line["verdict"] for line in lines} == {NOT_MEASURED}
+    assert f"0 {REACHED}, 0 {MISSED}, {len(lines)} {NOT_MEASURED}" in table(lines)
+
+
+def test_results_of_a_cpu_are_no_gpu_s(tmp_path: Path) -> None:
+    for file in CPU.glob("*.json"):
+        put(tmp_path, file.stem, json.loads(file.read_text()))
+    put(tmp_path, "end_to_end_1.5b", json.loads((CPU / "end_to_end.json").read_text()))
+    lines = judge(Results(tmp_path))
+    assert {line["verdict"] for line in lines} == {NOT_MEASURED}
+    assert any("log_prob.json is of x86_64" in line["measured"] for line in lines)
+    assert any("end_to_end_1.5b.json is of cpu" in line["measured"] for line in lines)
+
+
+def test_shares_and_peers_of_the_kernels(tmp_path: Path) -> None:
+    cases = {
+        f"step {WHOLE.name}": {"ours auto (cuda)": (2.4, 97.0, 0.0), "ours triton": (1.0, 99.0, 0.0), "QuACK": (3.3, 71.0, 0.0)},
+        f"step {SHARD.name}": {"ours auto (cuda)": (0.35, 84.0, 0.0), "QuACK": (0.34, 84.5, 0.0), "Liger": (0.9, 30.0, 0.0)},
+        f"forward {WHOLE.name}": {"ours auto (cuda)": (1.2, 95.0, 0.0)},
+    }
+    put(tmp_path, "log_prob", with_cases("log_prob", cases))
+    found = verdicts(tmp_path, "kernels")
+    one_pass = "log p and weighted gradient, one pass, in place"
+    assert found[f"{one_pass}, V = 152064: >= 93 %"] == ("97.0 %", REACHED)  # ours as it is chosen, not a backend by name
+    assert found[f"{one_pass}, V / 8 = 19008: >= 88 %"] == ("84.0 %", MISSED)
+    assert found["log p alone, V = 152064: >= 95 %"] == ("95.0 %", REACHED)
+    assert found["log p alone, V / 8 = 19008: >= 95 %"][1] == NOT_MEASURED
+    assert found["every peer slower, V = 152064"] == ("1.38 x the fastest of 1", REACHED)
+    assert found["every peer slower, V / 8 = 19008"] == ("0.97 x the fastest of 2", MISSED)
+    line = next(line for line in judge(Results(tmp_path)) if line["claim"] == f"{one_pass}, V / 8 = 19008: >= 88 %")
+    assert line["peer"] == "QuACK 84.5 %"
+
+
+@pytest.mark.parametrize(("whole", "verdict"), [(30.0, REACHED), (13.9, MISSED), (None, REACHED)])
+def test_memory_of_the_head(tmp_path: Path, whole: float | None, verdict: str) -> None:
+    ours = {"ours": (80.0, 96.0, GRADIENTS + 1.25 * GIB), "whole logits": (81.0, 95.0, GRADIENTS + 6 * GIB)}
+    big = {"ours": (240.0, 96.0, 6 * GIB)} | ({} if whole is None else {"whole logits": (243.0, 95.0, whole * GIB)})
+    content = with_cases("linear_log_prob", {WHOLE.name: ours, MEMORY_SHAPE.name: big})
+    if whole is None:
+        out_of_memory = {**content["rows"][0], "case": MEMORY_SHAPE.name, "provider": "whole logits"}
+        content["rows"].append({**out_of_memory, "timing": None, "skipped": "OutOfMemoryError: CUDA out of memory."})
+    put(tmp_path, "linear_log_prob", content)
+    found = verdicts(tmp_path, "kernels")
+    assert found["the same: at most 1.5 GiB beside inputs and gradients"] == ("1.25 GiB", REACHED)
+    assert found["the same: every peer slower, the unweighted one too"] == ("1.01 x the fastest of 1", REACHED)
+    assert found["head and loss of 16 x 3072 tokens: >= 8 GiB below whole logits"][1] == verdict
+
+
+def test_the_loop(tmp_path: Path) -> None:
+    content = real("end_to_end")
+    claims = [mark.claim for mark in marks() if mark.part == "loop"]
+    put(tmp_path, "end_to_end_1.5b", content)
+    rollout, share = content["rollout"]["ratio_median"], content["phases"]["share"]
+    found = verdicts(tmp_path, "loop")
+    assert found[claims[0]] == (f"{rollout:.1%}", REACHED if rollout >= 0.98 else MISSED)
+    outside = 1 - share["rollout"] - share["train"]
+    assert found[claims[1]] == (f"{outside:.2%}", REACHED if outside < 0.03 else MISSED)
+    content["rollout"]["ratio_median"] = 0.99
+    del content["phases"]
+    put(tmp_path, "end_to_end_1.5b", content)
+    found = verdicts(tmp_path, "loop")
+    assert found[claims[0]] == ("99.0%", REACHED)
+    assert found[claims[1]] == ("- (end_to_end_1.5b.json has no number phases.share.rollout)", NOT_MEASURED)
+
+
+def test_training(tmp_path: Path) -> None:
+    step = {"about": {"device": "NVIDIA H200"}, "tokens_per_s": 10500.0, "memory": {"device_peak": int(131 * GIB)}}
+    put(tmp_path, "train_step_qwen2.5-7b", {**step, "utilisation": {"mfu": 0.512}})
+    put(tmp_path, "train_step_qwen2.5-1.5b", {**step, "utilisation": {"mfu": None}})
+    found = list(verdicts(tmp_path, "train").values())
+    assert found == [
+        ("- (train_step_qwen2.5-1.5b.json has no number utilisation.mfu)", NOT_MEASURED),
+        ("51.2%, 10500 tokens/s", REACHED),
+        ("131.0 GiB", MISSED),
+    ]
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"rows": []}', '{"about": {"device": "NVIDIA H200"}, "rows": [{}]}'])
+def test_a_broken_file_is_not_measured(tmp_path: Path, text: str) -> None:
+    for name in ("log_prob", "linear_log_prob", "end_to_end_1.5b", "train_step_qwen2.5-7b"):
+        (tmp_path / f"{name}.json").write_text(text)
+    assert {line["verdict"] for line in judge(Results(tmp_path))} == {NOT_MEASURED}
+
+
+def acceptance(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run the command."""
+    environment = {**os.environ, "PYTHON": sys.executable, "CUDA_VISIBLE_DEVICES": ""}
+    command = ["bash", str(ROOT / "benchmarks" / "gpu_acceptance.sh"), *arguments]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=300)
+
+
+def test_the_commands_are_those_of_real_benchmarks() -> None:
+    done = acceptance("--dry-run")
+    assert done.returncode == 0, done.stderr
+    modules = {word for line in done.stdout.splitlines() for word in line.split() if word.startswith("benchmarks.")}
+    assert modules >= {"benchmarks.bench_log_prob", "benchmarks.bench_weight_swap", "benchmarks.bench_train_step", "benchmarks.acceptance"}
+    assert all((ROOT / f"{module.replace('.', '/')}.py").is_file() for module in modules)
+    only = acceptance("--dry-run", "--only", "train").stdout.splitlines()
+    assert only and all(line.startswith(("train ", "then: ")) for line in only)
+
+
+def test_without_a_gpu_nothing_is_measured(tmp_path: Path) -> None:
+    done = acceptance("--out", str(tmp_path / "out"))
+    assert done.returncode == 2 and "no GPU for" in done.stderr and not (tmp_path / "out").exists()
+    assert "--only: expected one of kernels swap train loop peers, got 'all'" in acceptance("--only", "all").stderr
+
+
+def test_a_random_model_is_a_model(tmp_path: Path) -> None:
+    from benchmarks.random_model import make_model
+    from rlsc_mcore.config import ModelConfig
+    from rlsc_mcore.model.hf_checkpoint import check_vocabulary, check_weights, load_tokenizer
+    from rlsc_mcore.model.shape import read_architecture
+
+    folder = make_model("smollm2-135m", tmp_path / "model", layers=1)
+    architecture = read_architecture(folder)
+    assert architecture.num_layers == 1 and architecture.vocab_size == 49152
+    check_weights(folder, architecture)
+    check_vocabulary(load_tokenizer(folder, ModelConfig(path=str(folder))), architecture, folder)
+
+
+def test_swap_marks(tmp_path: Path) -> None:
+    content = real("weight_swap_smollm2-135m")
+    ours, official = "shared storage, the rest rewritten (ours)", "reload_weights, Hugging Face names"
+    content["transition_ms"]["whole"], content["ways"][ours]["ms"], content["verify_ms"]["checksums"] = 45.0, 1.25, 0.2
+    content["ways"][official].update(ms=120.0, times_ours=96.0)
+    content["memory"]["saved_bytes"] = 14.4 * GIB
+    put(tmp_path, "weight_swap_qwen2.5-7b", content)
+    assert list(verdicts(tmp_path, "swap").values()) == [
+        ("45.00 ms", REACHED), ("1.25 ms", MISSED), ("0.20 ms", REACHED), ("96 x", REACHED), ("2000 x", REACHED), ("14.4 GiB", REACHED),
+    ]  # fmt: skip
+
+
+def test_the_peer_must_have_sampled_with_vllm(tmp_path: Path) -> None:
+    content = real("peers")
+    put(tmp_path, "peers", content)
+    assert next(iter(verdicts(tmp_path, "peers").values())) == ("- (TRL sampled with transformers generate)", NOT_MEASURED)
+    content.update(sampler_of_trl="colocated vLLM", times_ours=1.75)
+    put(tmp_path, "peers", content)
+    assert next(iter(verdicts(tmp_path, "peers").values())) == ("1.75 x", REACHED)
