@@ -127,6 +127,34 @@ def test_a_configuration_s_engines_are_planned(capsys: pytest.CaptureFixture[str
     assert "hot swap 21.28" in out  # three quarters of 28.4 GiB
 
 
+def test_where_nothing_fits_the_least_costly_remedy_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    """7B on one GPU of 141 GiB: not as it comes, but with bfloat16 moments and micro-batches of one longest sequence."""
+    one = ["--model", "qwen2.5-7b", "--gpus", "1", "--gpu-memory-gib", "141"]
+    assert run_plan(one) == 1
+    out = capsys.readouterr().out
+    told = "with --tokens-per-micro-batch 3328 --precision-aware parallel.tp 1, training.recompute none fits:"
+    assert "nothing fits" in out and told in out
+    assert run_plan([*one, *told.split()[1:4]]) == 0  # what is told is true
+    assert "optimizer 56.74" in capsys.readouterr().out  # 8 bytes per parameter
+    assert run_plan([*one, "--tokens-per-micro-batch", "3328", "--cpu-offload", "0.5"]) == 0
+    assert "optimizer 42.56" in capsys.readouterr().out  # half of 12 bytes per parameter
+    assert run_plan(["--model", "qwen2.5-32b", *one[2:]]) == 1
+    assert "with --" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--cpu-offload", "1.5"], "--cpu-offload: expected a share, at most 1, got 1.5"),
+        (["--dtype", "float32", "--precision-aware"], "--precision-aware: expected --dtype bfloat16 with it"),
+        (["--cpu-offload", "1", "--offload-during-rollout"], "--cpu-offload: expected neither --precision-aware nor"),
+    ],
+)
+def test_settings_that_exclude_each_other(flags: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        run_plan(["--model", "qwen2.5-7b", "--gpus", "1", "--gpu-memory-gib", "141", *flags])
+
+
 @pytest.mark.parametrize("flag", ["--gpus", "--gpu-memory-gib", "--num-samples"])
 def test_a_bad_number_is_named(flag: str) -> None:
     arguments = ["--model", "qwen2.5-7b", "--gpus", "1", "--gpu-memory-gib", "80", flag, "-1"]

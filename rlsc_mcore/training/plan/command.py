@@ -3,7 +3,8 @@
 import argparse
 import contextlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from importlib import resources
 
 from rlsc_mcore.config import Config, ConfigError
@@ -32,9 +33,13 @@ def run_plan(arguments: Sequence[str]) -> int:
     parser.add_argument("--prompt-tokens", type=int, default=256, help="tokens of a typical prompt")
     parser.add_argument("--response-tokens", type=int, help="tokens of a typical answer (default: a third of the longest)")
     parser.add_argument("--max-num-seqs", type=int, default=256, help="rollout.max_num_seqs")
+    parser.add_argument("--engine-tp", type=int, help="rollout.tp (default: the best for each layout)")
+    parser.add_argument("--precision-aware", action="store_true", help="optimizer.precision_aware: moments in bfloat16")
+    parser.add_argument("--cpu-offload", type=float, help="optimizer.cpu_offload: share of the optimizer's state on the host")
+    parser.add_argument("--offload-during-rollout", action="store_true", help="optimizer.offload_during_rollout")
     known = parser.parse_args(arguments)
     for name, value in vars(known).items():
-        if isinstance(value, (int, float)) and value <= 0:
+        if isinstance(value, (int, float)) and not isinstance(value, bool) and value <= 0:
             raise ConfigError(f"--{name.replace('_', '-')}: expected more than 0, got {value}")
     work = Work(
         known.questions_per_step * known.num_samples,
@@ -43,7 +48,22 @@ def run_plan(arguments: Sequence[str]) -> int:
         known.max_new_tokens,
         known.max_num_seqs,
     )
-    layout = Layout(1, 1, dtype=known.dtype, tokens_per_micro_batch=known.tokens_per_micro_batch)
+    if (known.cpu_offload or 0) > 1:
+        raise ConfigError(f"--cpu-offload: expected a share, at most 1, got {known.cpu_offload}")
+    if known.precision_aware and known.dtype != "bfloat16":
+        raise ConfigError("--precision-aware: expected --dtype bfloat16 with it")
+    if known.cpu_offload and (known.precision_aware or known.offload_during_rollout):
+        raise ConfigError("--cpu-offload: expected neither --precision-aware nor --offload-during-rollout with it")
+    layout = Layout(
+        1,
+        1,
+        dtype=known.dtype,
+        tokens_per_micro_batch=known.tokens_per_micro_batch,
+        precision_aware=known.precision_aware,
+        cpu_offload=known.cpu_offload or 0.0,
+        engine_tp=known.engine_tp,
+        offload_during_rollout=known.offload_during_rollout,
+    )
     return _print_plan(
         find_model(known.model),
         known.model,
@@ -142,16 +162,20 @@ def _print_plan(
     chosen: tuple[int, str] | None = None,
 ) -> int:
     gpu = GPUS[gpu_name or ("a100" if memory_gib < 79 else "h100" if memory_gib < 100 else "h200" if memory_gib < 160 else "b200")]
-    found = candidates(
-        shape,
-        layout,
-        work,
-        gpu,
-        num_gpus=num_gpus,
-        gpu_bytes=int(memory_gib * GIB),
-        gpus_per_node=gpus_per_node,
-        num_questions=num_questions,
-    )
+
+    def consider(base: Layout) -> list[Candidate]:
+        return candidates(
+            shape,
+            base,
+            work,
+            gpu,
+            num_gpus=num_gpus,
+            gpu_bytes=int(memory_gib * GIB),
+            gpus_per_node=gpus_per_node,
+            num_questions=num_questions,
+        )
+
+    found = consider(layout)
     print(f"{name}: {num_parameters(shape) / 1e9:.2f} B parameters, {layout.dtype}; {num_gpus} x {gpu.name} with {memory_gib:g} GiB")
     print(
         f"{work.num_rollouts} answers per step, prompt {work.prompt_tokens}, answers {work.response_tokens} on average and at most "
@@ -164,6 +188,12 @@ def _print_plan(
     shown = next((c for c in found if chosen == (c.layout.tp, c.layout.recompute)), None) if chosen else (fits[0] if fits else None)
     if shown is None:
         print("\nnothing fits: use more GPUs, lower --tokens-per-micro-batch or --max-new-tokens")
+        for flags, base in _remedies(layout, work):
+            best = consider(base)[0]
+            if not best.why_not:
+                print(f"with {flags} parallel.tp {best.layout.tp}, training.recompute {best.layout.recompute} fits:")
+                print(f"  training: {describe_bytes(best.training)}\n  rollout: {describe_bytes(best.rollout)}")
+                break
         return 1
     engine = "" if shown.layout.engine_ranks == shown.layout.tp else f"rollout.tp {shown.layout.engine_ranks}, "
     title = "this configuration" if chosen else "best"
@@ -177,6 +207,19 @@ def _print_plan(
     if shown.why_not:
         print(f"does not fit: {shown.why_not}")
     return 1 if shown.why_not else 0
+
+
+def _remedies(layout: Layout, work: Work) -> Iterator[tuple[str, Layout]]:
+    """What makes room on the same GPUs, the least costly first: smaller micro-batches, smaller moments, moments on the host."""
+    shortest = work.prompt_tokens + work.longest_response  # a sequence is never cut
+    small = replace(layout, tokens_per_micro_batch=min(layout.tokens_per_micro_batch, shortest))
+    flags = f"--tokens-per-micro-batch {small.tokens_per_micro_batch}"
+    yield flags, small
+    if layout.dtype == "bfloat16":
+        yield f"{flags} --precision-aware", replace(small, precision_aware=True)
+    for share in (0.5, 1.0):
+        if layout.cpu_offload < share:
+            yield f"{flags} --cpu-offload {share:g}", replace(small, cpu_offload=share, precision_aware=False)
 
 
 def _row(candidate: Candidate) -> str:
