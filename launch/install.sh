@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Make .venv in the repository's root: the pinned packages of this machine's device, and rlsc_mcore itself (editable).
 #
-#   bash launch/install.sh [--with test] [--with smollm2] [--with bench]
+#   bash launch/install.sh [--with test] [--with smollm2] [--with hub] [--with wandb] [--with bench]
 #
 # Idempotent: what is already there in the wanted version is kept, and with nothing to do it ends within a second.
 # Settings, all optional, from the environment:
@@ -76,7 +76,7 @@ sets=()
 while (($#)); do
     case $1 in
         --with)
-            [[ ${2:-} =~ ^(test|smollm2|bench)$ ]] || die "--with takes test, smollm2 or bench, got '${2:-}'"
+            [[ ${2:-} =~ ^(test|smollm2|hub|wandb|bench)$ ]] || die "--with takes test, smollm2, hub, wandb or bench, got '${2:-}'"
             sets+=("$2")
             shift 2
             ;;
@@ -226,8 +226,8 @@ for name in ${sets[@]+"${sets[@]}"}; do
     if has_mark "set-$name" "$key"; then continue; fi
     say "installing what '$name' needs"
     lines_not_in_lock "$list" >"$venv/requirements-$name.txt"
-    if [[ $name == bench ]]; then
-        must "installing the set '$name'" "The benchmarks skip a peer that is absent." pip_install --no-compile -c "$lock" -r "$venv/requirements-$name.txt"
+    if [[ $name =~ ^(hub|wandb|bench)$ ]]; then # with what they depend on, beside the pinned packages
+        must "installing the set '$name'" "Nothing but what it is for needs it." pip_install --no-compile -c "$lock" -r "$venv/requirements-$name.txt"
     else
         must "installing the set '$name'" "Check the network and pip's configuration." pip_install --no-compile --no-deps -r "$venv/requirements-$name.txt"
     fi

@@ -79,8 +79,8 @@ def _install(*arguments: str, **environment: str) -> subprocess.CompletedProcess
 @pytest.mark.parametrize(
     ("arguments", "environment", "error"),
     [
-        (("--with", "everything"), {}, "--with takes test, smollm2 or bench, got 'everything'"),
-        (("--with",), {}, "--with takes test, smollm2 or bench, got ''"),
+        (("--with", "everything"), {}, "--with takes test, smollm2, hub, wandb or bench, got 'everything'"),
+        (("--with",), {}, "--with takes test, smollm2, hub, wandb or bench, got ''"),
         (("--fast",), {}, "unknown argument '--fast'"),
         ((), {"RLSC_DEVICE": "tpu"}, "RLSC_DEVICE: expected cpu or cuda, got 'tpu'"),
         ((), {"RLSC_DEVICE": "cpu", "RLSC_PYTHON": "python0.9"}, "no suitable Python among python0.9"),
