@@ -2,11 +2,12 @@
 
 Three questions, answered in one run on one machine:
 
-1. seconds and share of each phase of a step (rollout, pack, train, swap);
+1. seconds and share of each phase of a step (rollout, pack, train, swap), tokens/s, memory and, on a GPU, energy;
 2. rollout tokens/s against a stock `vllm.LLM` on the exported weights, same requests (its own process, taking turns);
 3. forward+backward tokens/s against plain `transformers` on the same sequences (length-sorted padded batches, full logits).
 
-Correctness first: the log-probs of trainer and engine must agree, and `transformers` must give the trainer's loss.
+`--only phases` leaves out the two comparisons, for models that fit a GPU only once. Correctness first: the log-probs of trainer and
+engine must agree, and `transformers` must give the trainer's loss.
 Absolute speeds depend on the machine and its neighbours; only ratios and shares are to be quoted.
 """
 
@@ -16,7 +17,6 @@ import multiprocessing
 import os
 import platform
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -31,6 +31,7 @@ quiet_libraries()
 
 import torch  # noqa: E402
 
+from benchmarks import harness  # noqa: E402
 from benchmarks.plain_transformers import Weigh, accumulate, pad_by_length  # noqa: E402
 from rlsc_mcore.algorithm.objective import WeightedObjective  # noqa: E402
 from rlsc_mcore.config import parse_config, read_flags  # noqa: E402
@@ -41,6 +42,7 @@ from rlsc_mcore.training.session import Session  # noqa: E402
 from rlsc_mcore.training.signals import StopRequest  # noqa: E402
 
 GAP_LIMIT = 1e-3  # largest |trainer - engine| log-prob per token, float32
+STEP_GAP_LIMIT = {"float32": 1e-3, "bfloat16": 0.1}  # mean |trainer - engine| log-prob per token of a step
 LOSS_TOLERANCE = 1e-4  # relative
 
 
@@ -50,6 +52,7 @@ def main() -> None:
     parser.add_argument("--config", type=Path, default=Path("configs/tiny_cpu.yaml"))
     parser.add_argument("--steps", type=int, default=5, help="steps of the loop that are timed, after one that is not")
     parser.add_argument("--repeats", type=int, default=5, help="interleaved repetitions of each comparison")
+    parser.add_argument("--only", choices=["phases"], help="leave out the comparisons with other engines and trainers")
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/cpu/end_to_end.json"))
     options, flags = parser.parse_known_args()
     with tempfile.TemporaryDirectory() as scratch:
@@ -59,8 +62,9 @@ def main() -> None:
         result = {"correct": {}, "phases": time_phases(session, options.steps)}
         export = Path(scratch) / "export"
         result["correct"]["engine_parameters_equal_export"] = session.export(export)
-        result["rollout"] = compare_rollout(session, export, options.repeats, result["correct"])
-        result["train"] = compare_training(session, export, options.repeats, result["correct"])
+        if options.only is None:
+            result["rollout"] = compare_rollout(session, export, options.repeats, result["correct"])
+            result["train"] = compare_training(session, export, options.repeats, result["correct"])
         result["about"] = about(session, options)
         print(json.dumps(result, indent=1))
         options.output.parent.mkdir(parents=True, exist_ok=True)
@@ -80,6 +84,9 @@ def time_phases(session: Session, steps: int) -> dict[str, Any]:
         session.hot_swap()
         session.record(step, rollouts, outcome)
         rows.append({**session.timer.seconds, "whole_step": time.perf_counter() - begin})
+    recorded = session.metrics.rows[1:]
+    gap, limit = max(row["log_prob_gap_mean"] for row in recorded), STEP_GAP_LIMIT[session.config.model.dtype]
+    assert gap < limit, f"trainer and engine disagree by {gap} per token, more than {limit}"
     timed = rows[1:]
     seconds = {name: statistics.median(row[name] for row in timed) for name in timed[0]}
     seconds["other"] = statistics.median(row["whole_step"] - sum(v for k, v in row.items() if k != "whole_step") for row in timed)
@@ -87,8 +94,30 @@ def time_phases(session: Session, steps: int) -> dict[str, Any]:
         "median_seconds": {name: round(value, 5) for name, value in seconds.items()},
         "share": {name: round(value / seconds["whole_step"], 4) for name, value in seconds.items() if name != "whole_step"},
         "steps": steps,
+        "sampled_tokens": round(statistics.median(row["mean_length"] for row in recorded) * samples_per_step(session)),
+        "rollout_tokens_per_s": statistics.median(row["rollout_tokens_per_s"] for row in recorded),
+        "train_tokens_per_s": statistics.median(row["train_tokens_per_s"] for row in recorded),
+        "log_prob_gap_mean": gap,
         "peak_host_memory_gib": round(peak_host_bytes() / 2**30, 3),
+        **device_facts(session, recorded),
     }
+
+
+def samples_per_step(session: Session) -> int:
+    """Answers of one step."""
+    return session.config.data.questions_per_step * session.config.rollout.num_samples
+
+
+def device_facts(session: Session, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Peak of the allocator, and joules per step and sampled token where NVML counts them; nothing on a CPU."""
+    if not session.backend.is_cuda:
+        return {}
+    facts: dict[str, Any] = {"peak_device_bytes": session.backend.memory_bytes()["device_peak"]}
+    metered = [row["gpu"] for row in rows if "gpu" in row]
+    if metered:
+        facts["energy_j_per_step"] = statistics.median(gpu["energy_j"] for gpu in metered)
+        facts["energy_j_per_token"] = statistics.median(gpu["energy_j_per_token"] for gpu in metered)
+    return facts
 
 
 def compare_rollout(session: Session, export: Path, repeats: int, correct: dict[str, Any]) -> dict[str, Any]:
@@ -246,12 +275,9 @@ def peak_host_bytes() -> int:
 
 def about(session: Session, options: argparse.Namespace) -> dict[str, Any]:
     """What produced this file."""
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
     return {
-        "command": " ".join(["python", "-m", "benchmarks.bench_end_to_end", *sys.argv[1:]]),
-        "commit": commit,
+        **harness.about(session.backend.device),
         "versions": session.versions(),
-        "device": session.backend.device.type,
         "machine": platform.machine(),
         "threads": torch.get_num_threads(),
         "model": session.config.model.path,

@@ -9,7 +9,8 @@
 # part's tests fail, its benchmarks do not run. Exit codes: 0 all done, 1 something failed, 2 no GPU or bad input, 3 steps are left.
 #
 # PYTHON names the interpreter (default: .venv/bin/python, else python3): an environment with a CUDA torch, vLLM and pytest; nvcc
-# in PATH for the kernels. Peers that are installed take part (pip install '.[bench]').
+# in PATH for the kernels. Peers that are installed take part (pip install '.[bench]'). RLSC_SMOLLM2 names a folder that `rlsc
+# prepare smollm2` made (models/smollm2_135m) and RLSC_GSM8K a file of questions (gsm8k_test.jsonl) for the run on real weights.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit
 
@@ -54,6 +55,7 @@ else
 fi
 out=${out:-benchmarks/results/$gpu}
 models=${RLSC_BENCH_MODELS:-/tmp/rlsc_bench_models} # random weights: gigabytes, made on the spot
+smollm2=${RLSC_SMOLLM2:-models/smollm2_135m} gsm8k=${RLSC_GSM8K:-gsm8k_test.jsonl}
 sources=$(find rlsc_mcore csrc benchmarks tests/gpu setup.py -type f \( -name '*.py' -o -name '*.cu' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.h' \) -print0 |
     sort -z | xargs -0 cat | sha256sum | cut -c1-16)
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} VLLM_ENABLE_V1_MULTIPROCESSING=0 VLLM_LOGGING_LEVEL=${VLLM_LOGGING_LEVEL:-ERROR}
@@ -105,7 +107,9 @@ step() {
 
 # --- what several parts stand on, made by the first that is wanted; another machine, or a tidy one, has it no more
 compgen -G 'rlsc_mcore/_C*.so' >/dev/null || rm -f "$out/.done/build"
-[[ -f $models/qwen2.5-1.5b/config.json ]] || rm -f "$out/.done/model_1.5b"
+for size in 1.5b 7b; do
+    [[ -f $models/qwen2.5-$size/config.json ]] || rm -f "$out/.done/model_$size"
+done
 for part in "${parts[@]}"; do
     step "$part" build 150 env RLSC_NATIVE=cuda "$python" setup.py -q build_ext --inplace
 done
@@ -135,8 +139,21 @@ step loop end_to_end_1.5b 240 "$python" -m benchmarks.bench_end_to_end --config 
     --model.path "$models/qwen2.5-1.5b" --data.path embedded:train --data.template chat --data.questions-per-step 8 \
     --rollout.num-samples 16 --rollout.max-new-tokens 1024 --steps 3 --repeats 3 --output "$out/end_to_end_1.5b.json"
 
+step loop model_7b 240 "$python" -m benchmarks.random_model --shape qwen2.5-7b --output "$models/qwen2.5-7b"
+step loop end_to_end_7b 300 "$python" -m benchmarks.bench_end_to_end --config configs/qwen2.5_math_1.5b_1gpu.yaml --only phases \
+    --model.path "$models/qwen2.5-7b" --data.path embedded:train --data.template chat --data.questions-per-step 8 \
+    --rollout.num-samples 16 --rollout.max-new-tokens 1024 --rollout.kv-cache-gib 8 --optimizer.precision-aware True \
+    --training.tokens-per-micro-batch 3328 --steps 2 --output "$out/end_to_end_7b.json"
+
 # --- peers: other trainers, the same model, prompts, samples and lengths
 step peers trl 300 "$python" -m benchmarks.bench_peers --model "$models/qwen2.5-1.5b" --out "$out"
+
+# --- real weights and questions, 20 steps and 3 seeds, with baselines: what is begun goes on in the next call
+if [[ -n $dry || (-f $smollm2/config.json && -f $gsm8k) ]]; then
+    step loop real_model "$((minutes_in_all * 60))" "$python" -m benchmarks.bench_real_model --model "$smollm2" --questions "$gsm8k" --out "$out"
+elif [[ " ${wanted[*]} " == *" loop "* ]]; then
+    echo "===== real_model: left out: no $smollm2/config.json (RLSC_SMOLLM2) or no $gsm8k (RLSC_GSM8K)"
+fi
 
 if [[ -n $dry ]]; then
     echo "then: $python -m benchmarks.acceptance $out"

@@ -197,7 +197,7 @@ def about(device: torch.device) -> dict[str, Any]:
     """Command, commit, versions and device of this run."""
     module = Path(sys.argv[0]).stem
     commit = _git("rev-parse", "HEAD")
-    changed = _git("status", "--porcelain", "-uno", "--", "rlsc_mcore/ops", "csrc", "benchmarks/*.py", "setup.py")
+    changed = _git("status", "--porcelain", "-uno", "--", "rlsc_mcore", "csrc", "benchmarks/*.py", "setup.py")
     return {
         "command": " ".join(["python", "-m", f"benchmarks.{module}", *sys.argv[1:]]),
         "commit": commit + ("+changes" if changed else ""),

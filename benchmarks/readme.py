@@ -48,6 +48,7 @@ def render(text: str) -> str:
         "weight_swap": weight_swap_lines(),
         "grading": grading_lines(),
         "sweep": sweep_lines(),
+        "gpu": gpu_lines(),
     }
     for name, lines in sections.items():
         pattern = re.compile(rf"(<!-- begin: {name} -->\n).*?(<!-- end: {name} -->)", re.DOTALL)
@@ -115,7 +116,7 @@ def cpu_lines() -> list[str]:
         "",
         f"`{tiny['about']['command']}`, `{smol['about']['command']}`, {_versions(tiny['about']['versions'])}:",
         f"`benchmarks/results/cpu/end_to_end*.json`, which hold the seconds too; `{peers['about']['command']}`:",
-        "`benchmarks/results/cpu/peers.json`. Nothing is claimed for a GPU yet.",
+        "`benchmarks/results/cpu/peers.json`.",
     ]
 
 
@@ -153,6 +154,24 @@ def weight_swap_lines() -> list[str]:
     lines.append("| engine weights that are the trainer's own bytes | " + " | ".join(spared) + " |")
     commands = ", ".join(f"`{r['about']['command']}`" for r in both)
     return [*lines, "", f"{commands}: `benchmarks/results/cpu/weight_swap_*.json`"]
+
+
+def gpu_lines(results: Path = RESULTS / "h200") -> list[str]:
+    """The marks of one GPU with what was measured, and who made each file; without results, that there are none."""
+    command = "`bash benchmarks/gpu_acceptance.sh`"
+    file = results / "acceptance.json"
+    if not file.is_file():
+        return [
+            f"**Nothing has been measured on a GPU yet, so nothing is claimed.** {command} measures it, and this section becomes its table."
+        ]
+    accepted = json.loads(file.read_text(encoding="utf-8"))
+    lines = ["| claim | floor | measured | peer | verdict |", "| --- | --- | ---: | --- | --- |"]
+    for mark in accepted["marks"]:
+        cells = [mark[name].replace("|", "/") for name in ("claim", "floor", "measured", "peer", "verdict")]
+        lines.append("| " + " | ".join(cells) + " |")
+    files = [f"`{name}.json`: `{source['command']}`" for name, source in accepted["sources"].items() if "command" in source]
+    devices = sorted({source["device"] for source in accepted["sources"].values() if "device" in source})
+    return [*lines, "", f"{command} on {', '.join(devices)}; `benchmarks/results/{results.name}/`, " + "; ".join(files)]
 
 
 def grading_lines() -> list[str]:

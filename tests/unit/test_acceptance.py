@@ -63,7 +63,7 @@ def test_results_of_a_cpu_are_no_gpu_s(tmp_path: Path) -> None:
     lines = judge(Results(tmp_path))
     assert {line["verdict"] for line in lines} == {NOT_MEASURED}
     assert any("log_prob.json is of x86_64" in line["measured"] for line in lines)
-    assert any("end_to_end_1.5b.json is of cpu" in line["measured"] for line in lines)
+    assert any("end_to_end_1.5b.json is of x86_64" in line["measured"] for line in lines)
 
 
 def test_shares_and_peers_of_the_kernels(tmp_path: Path) -> None:
@@ -115,6 +115,69 @@ def test_the_loop(tmp_path: Path) -> None:
     found = verdicts(tmp_path, "loop")
     assert found[claims[0]] == ("99.0%", REACHED)
     assert found[claims[1]] == ("- (end_to_end_1.5b.json has no number phases.share.rollout)", NOT_MEASURED)
+
+
+def test_the_whole_loop_at_7b(tmp_path: Path) -> None:
+    content = real("end_to_end")
+    content["phases"]["peak_device_bytes"] = 121.5 * GIB
+    content["phases"]["median_seconds"]["whole_step"] = 24.04
+    put(tmp_path, "end_to_end_7b", content)
+    found = verdicts(tmp_path, "loop")
+    assert found["7B, 8 x 16 x 1024: the whole loop on one GPU, peak below 130 GiB"] == ("121.5 GiB, 24.0 s per step", REACHED)
+
+
+@pytest.mark.parametrize(("rise", "p_value", "verdict"), [(0.05, 0.001, REACHED), (0.05, 0.2, MISSED), (-0.05, 0.001, MISSED)])
+def test_real_weights(tmp_path: Path, rise: float, p_value: float, verdict: str) -> None:
+    content = json.loads((CPU / "comparison.json").read_text()) | {"about": {"device": "NVIDIA H200"}}
+    content["rows"]["rlsc"]["confidence_f"]["change"].update(mean=rise, p_value=p_value)
+    put(tmp_path, "real_model", content)
+    measured, found = verdicts(tmp_path, "loop")["SmolLM2-135M, 20 steps on GSM8K, 3 seeds: F rises (p < 0.05)"]
+    assert found == verdict and measured.startswith(f"F {rise:+.3f} (p = {p_value:.3f}), accuracy at T = 0.5 +")
+
+
+def test_a_question_is_trained_on_or_held_out(tmp_path: Path) -> None:
+    """Whatever the order of the file, and about a quarter of them is held out."""
+    from benchmarks.bench_real_model import split, write_questions
+    from rlsc_mcore.data.questions import read_questions
+
+    questions = read_questions("embedded:train")
+    train, held_out = split(questions)
+    assert sorted(q.index for q in [*train, *held_out]) == [q.index for q in questions]
+    assert 0.2 < len(held_out) / len(questions) < 0.3
+    assert {q.index for q in split(questions[::-1])[1]} == {q.index for q in held_out}
+    read = read_questions(str(write_questions(tmp_path / "q.jsonl", held_out)))
+    assert [(q.text, q.answer) for q in read] == [(q.text, q.answer) for q in held_out]
+
+
+@pytest.mark.slow
+def test_the_run_on_real_weights_runs_here_with_the_embedded_model(tmp_path: Path) -> None:
+    questions = tmp_path / "questions.jsonl"
+    rows = [json.dumps({"question": f"What is {i} + 5?", "answer": str(i + 5)}) for i in range(40)]
+    questions.write_text("\n".join(rows), encoding="utf-8")
+    command = [sys.executable, "-m", "benchmarks.bench_real_model", "--model", "embedded:tiny_qwen2", "--questions", str(questions)]
+    command += ["--objectives", "rlsc,lower_temperature", "--seeds", "0", "--steps", "1", "--runs", str(tmp_path / "runs")]
+    command += ["--out", str(tmp_path / "out"), "--held-out", "8", "--data.questions-per-step", "4", "--rollout.num-samples", "4"]
+    command += ["--rollout.max-new-tokens", "40", "--evaluation.num-samples", "2"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=280)
+    assert done.returncode == 0, done.stdout + done.stderr
+    result = json.loads((tmp_path / "out" / "real_model.json").read_text())
+    assert list(result["rows"]) == ["base", "rlsc", "lower_temperature"] and result["split"]["evaluated"] <= 8
+    assert (tmp_path / "out" / "real_model.svg").is_file()
+    assert Results(tmp_path / "out").folder.is_dir() and "confidence_f" in result["rows"]["rlsc"]
+
+
+def test_the_readme_becomes_the_table_of_marks(tmp_path: Path) -> None:
+    from benchmarks.readme import gpu_lines
+
+    (nothing,) = gpu_lines(tmp_path / "h200")
+    assert "Nothing has been measured on a GPU yet" in nothing
+    put(tmp_path, "weight_swap_qwen2.5-7b", real("weight_swap_smollm2-135m"))
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.acceptance", str(tmp_path)], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    lines = gpu_lines(tmp_path)
+    assert len(lines) == 2 + len(marks()) + 2 and lines[-1].count("`") >= 6 and "NVIDIA H200" in lines[-1]
+    assert f"{len(marks()) - 6} {NOT_MEASURED}" in done.stdout
 
 
 def test_training(tmp_path: Path) -> None:
