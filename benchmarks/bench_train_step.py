@@ -42,7 +42,7 @@ from rlsc_mcore.data.packing import UniqueSequence, pack  # noqa: E402
 from rlsc_mcore.model.architecture import DTYPES  # noqa: E402
 from rlsc_mcore.model.shape import Architecture  # noqa: E402
 from rlsc_mcore.model.weight_map import export_weights  # noqa: E402
-from rlsc_mcore.parallel.backend import Backend, get_backend, has_transformer_engine, onednn_linear  # noqa: E402
+from rlsc_mcore.parallel.backend import Backend, cpu_linear, get_backend, has_transformer_engine  # noqa: E402
 from rlsc_mcore.parallel.groups import Groups, initialize_groups  # noqa: E402
 from rlsc_mcore.training.plan.models import num_parameters  # noqa: E402
 from rlsc_mcore.training.plan.timing import GPUS  # noqa: E402
@@ -318,13 +318,13 @@ def make_sequences(options: argparse.Namespace, vocab_size: int) -> list[UniqueS
 
 
 def measured_gemm_flops_per_s(backend: Backend, dtype: torch.dtype) -> float:
-    """Measure the rate of a matrix product; on a CPU oneDNN's, which the trainer uses."""
+    """Measure the rate of a matrix product; on a CPU as the trainer computes it."""
     if backend.is_cuda:
         best = measure_ceilings(backend.device, dtype).matmul_flops_per_s
         torch.cuda.empty_cache()
         return best
     a, b = (torch.randn(768, 768, dtype=dtype) for _ in range(2))
-    timing = measure({"onednn": Task(lambda: onednn_linear(a, b))}, backend.device, 0.0, fewest=100, clock=time.process_time)["onednn"]
+    timing = measure({"product": Task(lambda: cpu_linear(a, b))}, backend.device, 0.0, fewest=100, clock=time.process_time)["product"]
     return 2.0 * 768**3 / (timing.median_ms * 1e-3)
 
 

@@ -202,7 +202,9 @@ def about(device: torch.device) -> dict[str, Any]:
         "command": " ".join(["python", "-m", f"benchmarks.{module}", *sys.argv[1:]]),
         "commit": commit + ("+changes" if changed else ""),
         "versions": {"python": platform.python_version(), "cuda": torch.version.cuda, **_installed()},
-        "device": torch.cuda.get_device_name() if device.type == "cuda" else f"{platform.machine()}, {torch.get_num_threads()} thread(s)",
+        "device": torch.cuda.get_device_name()
+        if device.type == "cuda"
+        else f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} thread(s)",
         "unix_time": int(time.time()),
     }
 

@@ -35,13 +35,19 @@ _CUDA_SPELLINGS = ("cuda", torch.device("cuda"))
 _TORCHVISION_FAMILY = ("torchvision", "torchaudio", "torchcodec")
 
 
-def onednn_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """Compute x @ weight.T + bias on a CPU with oneDNN, from the weight as it lies (no packed copy); no autograd.
+@functools.cache
+def multiplies_with_onednn() -> bool:
+    """Tell whether float32 products of a CPU go through oneDNN instead of torch's BLAS: where there is AVX-512.
 
-    torch multiplies float32 with MKL, which takes its AVX2 path on AMD processors: oneDNN ran 2.1 to 2.6 times faster there
-    with AVX-512, and as fast on Intel's. Other types are torch's own choice.
+    torch's MKL takes its AVX2 path on AMD processors: with AVX-512 oneDNN ran 2.1 to 2.6 times faster there, and as fast on Intel's.
+    Where AVX2 is all there is, MKL is ahead: 1.0 to 1.7 times in the products of a weight's gradient, twice with few rows.
     """
-    if x.dtype is not torch.float32 or not x.numel():
+    return torch.backends.cpu.get_cpu_capability() == "AVX512"
+
+
+def cpu_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """Compute x @ weight.T + bias on a CPU from the weight as it lies (no packed copy); no autograd."""
+    if x.dtype is not torch.float32 or not x.numel() or not multiplies_with_onednn():
         return torch.nn.functional.linear(x, weight, bias)
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
@@ -51,22 +57,22 @@ def _product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor | None:
     if b.dim() != 2 or a.dim() < 2 or a.dtype is not torch.float32 or b.dtype is not torch.float32:
         return None
     needs_autograd = torch.is_grad_enabled() and (a.requires_grad or b.requires_grad)
-    return None if needs_autograd or not a.numel() or not b.numel() else onednn_linear(a, b.t())
+    return None if needs_autograd or not a.numel() or not b.numel() else cpu_linear(a, b.t())
 
 
 _MATMULS = frozenset({torch.matmul, torch.mm, torch.Tensor.matmul, torch.Tensor.mm, torch.Tensor.__matmul__})
 
 
 class _MegatronOnCpu(TorchFunctionMode):
-    """Inside a scope, read ``"cuda"`` as the CPU and multiply float32 matrices with oneDNN."""
+    """Inside a scope, read ``"cuda"`` as the CPU and multiply float32 matrices with what is faster here."""
 
     def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.Tensor.cuda:
             return args[0]
-        if func in _MATMULS and (product := _product(*args[:2])) is not None:
+        if func in _MATMULS and multiplies_with_onednn() and (product := _product(*args[:2])) is not None:
             out = (kwargs or {}).get("out")
             return product if out is None else out.copy_(product)
-        if func is torch.Tensor.addmm_ and not kwargs and (product := _product(*args[1:3])) is not None:
+        if func is torch.Tensor.addmm_ and not kwargs and multiplies_with_onednn() and (product := _product(*args[1:3])) is not None:
             return args[0].add_(product)
         if kwargs and kwargs.get("device") in _CUDA_SPELLINGS:
             kwargs = {**kwargs, "device": "cpu"}
@@ -206,7 +212,8 @@ class Backend:
 
         megatron_random._get_cuda_rng_state = lambda *args, **kwargs: torch.empty(0)
         megatron_random._set_cuda_rng_state = lambda *args, **kwargs: None
-        self._multiply_with_onednn_in_backward()
+        if multiplies_with_onednn():
+            self._multiply_with_onednn_in_backward()
 
     @staticmethod
     def _multiply_with_onednn_in_backward() -> None:

@@ -17,7 +17,7 @@ from torch import nn
 
 from rlsc_mcore.config import Config, ConfigError, RolloutConfig
 from rlsc_mcore.observability.memory import storages
-from rlsc_mcore.parallel.backend import Backend, onednn_linear
+from rlsc_mcore.parallel.backend import Backend, cpu_linear
 from rlsc_mcore.parallel.groups import Groups
 from rlsc_mcore.rollout.shared_memory import name_segments_by_run, unlink_segments
 
@@ -285,7 +285,7 @@ def _prepare_cpu() -> None:
 
     # vLLM would keep a packed copy of every weight and empty the parameter, so that no swap could ever reach it: multiply
     # with oneDNN from the parameter itself.
-    layer_utils.dispatch_cpu_unquantized_gemm = lambda layer, remove_weight: setattr(layer, "cpu_linear", onednn_linear)
+    layer_utils.dispatch_cpu_unquantized_gemm = lambda layer, remove_weight: setattr(layer, "cpu_linear", cpu_linear)
     # The first request for log-probs would spend 15 s compiling three lines of the sampler.
     type(current_platform).simple_compile_backend = "eager"
     name_segments_by_run()
