@@ -7,5 +7,6 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bash launch/install.sh --with test
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 unset PYTHONDONTWRITEBYTECODE # without byte code each start of vLLM takes seconds longer
-if (($# == 0)) && (($(nproc) > 1)) && [[ ! -e /dev/nvidia0 ]]; then set -- -n 2 --dist loadfile; fi
+cores=$(env -u OMP_NUM_THREADS nproc) # which counts threads of OpenMP where it can
+if (($# == 0)) && ((cores > 1)) && [[ ! -e /dev/nvidia0 ]]; then set -- -n 2 --dist loadfile; fi
 exec "${RLSC_VENV:-.venv}/bin/python" -m pytest "$@"
