@@ -118,19 +118,16 @@ def initialize_groups(backend: Backend, tp: int, engine_tp: int | None = None) -
     """
     engine_tp = engine_tp or tp
     assert max(tp, engine_tp) % min(tp, engine_tp) == 0, f"trainer groups of {tp} ranks and engines of {engine_tp} do not nest"
+    launched = "RANK" in os.environ
+    world_size = dist.get_world_size() if dist.is_initialized() else int(os.environ["WORLD_SIZE"]) if launched else 1
+    for option, size in (("parallel.tp", tp), ("rollout.tp", engine_tp)):  # before joining: who leaves then breaks the others' joining
+        if world_size % size:
+            raise ConfigError(f"{option}: {size} does not divide the {world_size} processes that were started")
     if not dist.is_initialized():
-        launched = "RANK" in os.environ
-        world_size = int(os.environ["WORLD_SIZE"]) if launched else 1
-        if world_size % tp:
-            raise ConfigError(f"parallel.tp: {tp} does not divide the {world_size} processes that were started")
         alone = {"rank": 0, "world_size": 1}
         options: dict[str, Any] = {} if launched else {"store": dist.HashStore(), **alone}  # type: ignore[attr-defined, unused-ignore]
         timeout = timedelta(seconds=_timeout_s())
         dist.init_process_group(backend.collectives, timeout=timeout, device_id=backend.device if backend.is_cuda else None, **options)
-    elif dist.get_world_size() % tp:
-        raise ConfigError(f"parallel.tp: {tp} does not divide the {dist.get_world_size()} processes that were started")
-    if dist.get_world_size() % engine_tp:
-        raise ConfigError(f"rollout.tp: {engine_tp} does not divide the {dist.get_world_size()} processes that were started")
     if not parallel_state.model_parallel_is_initialized():
         parallel_state.initialize_model_parallel(tensor_model_parallel_size=tp, distributed_timeout_minutes=_timeout_s() / 60)
     tp_group, dp_group = parallel_state.get_tensor_model_parallel_group(), parallel_state.get_data_parallel_group()

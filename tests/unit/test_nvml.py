@@ -17,7 +17,7 @@ class Meter:
 
     def read(self) -> Reading:
         self.reads += 1
-        if self.reads >= 4:
+        if self.reads > 4:  # the four before it are counted
             self.read_often.set()
         return Reading(power_w=100.0 if self.reads % 2 else 300.0, utilization_share=0.5, memory_bytes=1e9 * self.reads, event_reasons=0x4)
 
