@@ -19,6 +19,7 @@ from rlsc_mcore.model.weight_map import BoundWeight, ReadSlice
 from rlsc_mcore.ops.row_checksums import row_checksums
 from rlsc_mcore.weight_sync.plan import Place
 
+_Slice = tuple[int, torch.Tensor, int]  # position in the list of checksums, row or part of it, its first column
 NUM_SAMPLED_ROWS = 32  # per swap; successive swaps take other rows, of all copied tensors in turn
 
 
@@ -71,8 +72,8 @@ def compare_checksums(
     held, needed = _parts(sampled, parameters, place)
     parts = max(place.tp_size, place.engine_size)
     if place.tp_size == place.engine_size:
-        sides = [row_checksums([row for _, row, _ in slices], [first for _, _, first in slices], dtype) for slices in (held, needed)]
-        return [sampled[needed[number][0] // parts] for number in (sides[0] != sides[1]).nonzero().flatten().tolist()]
+        first, second = _checksums_of(held, needed, dtype)
+        return [sampled[needed[number][0] // parts] for number in (first != second).nonzero().flatten().tolist()]
     device = next(iter(parameters.values())).device
     trainer = torch.zeros(len(sampled) * parts, dtype=torch.int64, device=device)
     engine = torch.zeros_like(trainer)
@@ -211,13 +212,23 @@ def _engine_row(weight: BoundWeight, section: int, row: int, architecture: Archi
     return sum(sizes[:section]) // place.engine_size + local if 0 <= local < share else None
 
 
-def _parts(
-    sampled: Sequence[SampledRow], parameters: Mapping[str, torch.Tensor], place: Place
-) -> tuple[list[tuple[int, torch.Tensor, int]], list[tuple[int, torch.Tensor, int]]]:
-    """(position in the list of checksums, row or part of it, its first column) of what the trainer's and the engine's shard hold."""
+def _checksums_of(held: Sequence[_Slice], needed: Sequence[_Slice], dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """Checksums of both sides; one launch where they are of one type."""
+
+    def checksums(slices: Sequence[_Slice]) -> torch.Tensor:
+        return row_checksums([row for _, row, _ in slices], [first for _, _, first in slices], dtype)
+
+    if held and needed and held[0][1].dtype == needed[0][1].dtype:
+        both = checksums([*held, *needed])
+        return both[: len(held)], both[len(held) :]
+    return checksums(held), checksums(needed)
+
+
+def _parts(sampled: Sequence[SampledRow], parameters: Mapping[str, torch.Tensor], place: Place) -> tuple[list[_Slice], list[_Slice]]:
+    """What the trainer's and the engine's shard hold of the sampled rows."""
     parts = max(place.tp_size, place.engine_size)
-    held: list[tuple[int, torch.Tensor, int]] = []
-    needed: list[tuple[int, torch.Tensor, int]] = []
+    held: list[_Slice] = []
+    needed: list[_Slice] = []
     for number, sample in enumerate(sampled):
         # In a sum over the group, a row that every rank holds counts once.
         replicated_elsewhere = sample.weight.tp_dim is None and place.tp_rank > 0 and place.tp_size != place.engine_size
