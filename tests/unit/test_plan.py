@@ -142,6 +142,16 @@ def test_where_nothing_fits_the_least_costly_remedy_is_told(capsys: pytest.Captu
     assert "with --" not in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("asked", [["--precision-aware"], ["--offload-during-rollout"], ["--cpu-offload", "0.25"], []], ids=str)
+@pytest.mark.parametrize("memory", ["60", "100", "125", "141"])
+def test_what_is_told_may_be_added_to_the_command(asked: list[str], memory: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Whatever was asked for already: the told flags exclude nothing of it, and then it fits."""
+    command = ["--model", "qwen2.5-7b", "--gpus", "1", "--gpu-memory-gib", memory, *asked]
+    if run_plan(command) == 1 and (told := [line for line in capsys.readouterr().out.splitlines() if line.startswith("with --")]):
+        flags = told[0].partition(" parallel.tp ")[0].split()[1:]
+        assert run_plan([*command, *flags]) == 0
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [

@@ -210,16 +210,19 @@ def _print_plan(
 
 
 def _remedies(layout: Layout, work: Work) -> Iterator[tuple[str, Layout]]:
-    """What makes room on the same GPUs, the least costly first: smaller micro-batches, smaller moments, moments on the host."""
+    """What makes room on the same GPUs, the least costly first: smaller micro-batches, smaller moments, moments on the host.
+
+    Each with what was asked for already; settings that exclude that are left out.
+    """
     shortest = work.prompt_tokens + work.longest_response  # a sequence is never cut
     small = replace(layout, tokens_per_micro_batch=min(layout.tokens_per_micro_batch, shortest))
     flags = f"--tokens-per-micro-batch {small.tokens_per_micro_batch}"
     yield flags, small
-    if layout.dtype == "bfloat16":
+    if layout.dtype == "bfloat16" and not layout.cpu_offload:
         yield f"{flags} --precision-aware", replace(small, precision_aware=True)
-    for share in (0.5, 1.0):
+    for share in (0.5, 1.0) if not (layout.precision_aware or layout.offload_during_rollout) else ():
         if layout.cpu_offload < share:
-            yield f"{flags} --cpu-offload {share:g}", replace(small, cpu_offload=share, precision_aware=False)
+            yield f"{flags} --cpu-offload {share:g}", replace(small, cpu_offload=share)
 
 
 def _row(candidate: Candidate) -> str:
