@@ -54,7 +54,7 @@ def cpu_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None 
 
 def _product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor | None:
     """a @ b with oneDNN, or None where torch should multiply."""
-    if b.dim() != 2 or a.dim() < 2 or a.dtype is not torch.float32 or b.dtype is not torch.float32:
+    if not multiplies_with_onednn() or b.dim() != 2 or a.dim() < 2 or a.dtype is not torch.float32 or b.dtype is not torch.float32:
         return None
     needs_autograd = torch.is_grad_enabled() and (a.requires_grad or b.requires_grad)
     return None if needs_autograd or not a.numel() or not b.numel() else cpu_linear(a, b.t())
@@ -69,10 +69,10 @@ class _MegatronOnCpu(TorchFunctionMode):
     def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.Tensor.cuda:
             return args[0]
-        if func in _MATMULS and multiplies_with_onednn() and (product := _product(*args[:2])) is not None:
+        if func in _MATMULS and (product := _product(*args[:2])) is not None:
             out = (kwargs or {}).get("out")
             return product if out is None else out.copy_(product)
-        if func is torch.Tensor.addmm_ and not kwargs and multiplies_with_onednn() and (product := _product(*args[1:3])) is not None:
+        if func is torch.Tensor.addmm_ and not kwargs and (product := _product(*args[1:3])) is not None:
             return args[0].add_(product)
         if kwargs and kwargs.get("device") in _CUDA_SPELLINGS:
             kwargs = {**kwargs, "device": "cpu"}

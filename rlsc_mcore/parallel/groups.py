@@ -83,6 +83,10 @@ class Groups:
             dist.all_reduce(tensor, group=self.dp_group)
         return tensor
 
+    def gather_objects(self, value: Any) -> list[Any]:
+        """Collect `value` of every rank in rank order; collective over the world."""
+        return _gather_objects(value, None, self.world_size)
+
     def gather_objects_over_dp(self, value: Any) -> list[Any]:
         """Collect `value` of every data-parallel rank in rank order; collective over that group."""
         return _gather_objects(value, self.dp_group, self.dp_size)
@@ -154,7 +158,7 @@ def _any(flag: bool, host_group: dist.ProcessGroup) -> bool:
     return bool(tensor.item())
 
 
-def _gather_objects(value: Any, group: dist.ProcessGroup, size: int) -> list[Any]:
+def _gather_objects(value: Any, group: dist.ProcessGroup | None, size: int) -> list[Any]:
     if size == 1:
         return [value]
     values: list[Any] = [None] * size

@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing import serialization
 from megatron.core.dist_checkpointing.strategies import filesystem_async
@@ -180,7 +179,7 @@ class CheckpointSaver:
     def _complete(self, save: _Save) -> None:
         groups = self._trainer.groups
         partial, final = self._partial(save.state.step), self._final(save.state.step)
-        known = {name: entry for part in _gather(save.digests, groups.world_size) for name, entry in part.items()}
+        known = {name: entry for part in groups.gather_objects(save.digests) for name, entry in part.items()}
         if not groups.is_main:
             return
         write_json(partial / STATE, asdict(save.state))
@@ -202,7 +201,7 @@ class CheckpointSaver:
             failure = error
         groups = self._trainer.groups
         reason = None if failure is None else write_failure(failure, self.folder, groups.rank)
-        reasons = [each for each in _gather(reason, groups.world_size) if each is not None]
+        reasons = [each for each in groups.gather_objects(reason) if each is not None]
         if not reasons:
             return
         self._save = None
@@ -239,7 +238,7 @@ def load_checkpoint(checkpoint: Path, trainer: Trainer) -> RunState:
         state = read_state(checkpoint)
     except CheckpointError as error:
         found = str(error)
-    damage = next((text for text in _gather(found, groups.world_size) if text), "")
+    damage = next((text for text in groups.gather_objects(found) if text), "")
     if damage:
         raise CheckpointError(damage)
     with trainer.backend.megatron():
@@ -262,20 +261,11 @@ def resume(checkpoint: Path, trainer: Trainer, warn: Callable[[str], None]) -> R
         try:
             return load_checkpoint(checkpoint, trainer)
         except CheckpointError as error:
-            earlier = _gather(set_aside(checkpoint) if groups.is_main else None, groups.world_size)[0]
+            earlier = groups.gather_objects(set_aside(checkpoint) if groups.is_main else None)[0]
             if earlier is None:
                 raise
             warn(f"{error}; going on from {earlier} instead")
             checkpoint = earlier
-
-
-def _gather(value: Any, world_size: int) -> list[Any]:
-    """Collect `value` of every rank in rank order; collective over the world."""
-    if world_size == 1:
-        return [value]
-    values: list[Any] = [None] * world_size
-    dist.all_gather_object(values, value)
-    return values
 
 
 @contextmanager

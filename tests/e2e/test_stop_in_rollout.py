@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from tests.e2e.test_hot_swap import EMBEDDED, make_session
+from tests.helpers.folders import make_runnable_folder
 from tests.helpers.ranks import run_ranks
-from tests.helpers.tiny import make_model_folder
 
 ABORT_LIMIT_S = 5.0
 LONGEST = 3000  # tokens, as in the paper
@@ -61,13 +61,7 @@ def abort_a_long_rollout(run: str, model: str) -> dict[str, Any]:
 
 
 def test_a_long_rollout_is_left_within_five_seconds(tmp_path: Path) -> None:
-    from rlsc_mcore.model.hf_checkpoint import SIDE_FILES, resolve_model_folder
-
-    folder = make_model_folder(tmp_path / "model", vocab_size=512, max_position_embeddings=LONGEST + 200)
-    source = resolve_model_folder(EMBEDDED)
-    for name in SIDE_FILES:
-        if name.startswith(("tokenizer", "chat", "special")) and (source / name).is_file():
-            (folder / name).write_bytes((source / name).read_bytes())
+    folder = make_runnable_folder(tmp_path / "model", max_position_embeddings=LONGEST + 200)
     (seen,) = run_ranks(1, abort_a_long_rollout, str(tmp_path / "run"), str(folder))
     assert seen["unfinished"] > 0 and seen["steps"] < LONGEST  # it was in the middle
     assert seen["left_after_s"] < ABORT_LIMIT_S, seen
