@@ -15,7 +15,6 @@ import argparse
 import json
 import multiprocessing
 import os
-import platform
 import statistics
 import sys
 import tempfile
@@ -42,7 +41,6 @@ from rlsc_mcore.training.session import Session  # noqa: E402
 from rlsc_mcore.training.signals import StopRequest  # noqa: E402
 
 GAP_LIMIT = 1e-3  # largest |trainer - engine| log-prob per token, float32
-STEP_GAP_LIMIT = {"float32": 1e-3, "bfloat16": 0.1}  # mean |trainer - engine| log-prob per token of a step
 LOSS_TOLERANCE = 1e-4  # relative
 
 
@@ -85,7 +83,7 @@ def time_phases(session: Session, steps: int) -> dict[str, Any]:
         session.record(step, rollouts, outcome)
         rows.append({**session.timer.seconds, "whole_step": time.perf_counter() - begin})
     recorded = session.metrics.rows[1:]
-    gap, limit = max(row["log_prob_gap_mean"] for row in recorded), STEP_GAP_LIMIT[session.config.model.dtype]
+    gap, limit = max(row["log_prob_gap_mean"] for row in recorded), harness.MEAN_GAP_LIMIT[session.config.model.dtype]
     assert gap < limit, f"trainer and engine disagree by {gap} per token, more than {limit}"
     timed = rows[1:]
     seconds = {name: statistics.median(row[name] for row in timed) for name in timed[0]}
@@ -278,8 +276,6 @@ def about(session: Session, options: argparse.Namespace) -> dict[str, Any]:
     return {
         **harness.about(session.backend.device),
         "versions": session.versions(),
-        "machine": platform.machine(),
-        "threads": torch.get_num_threads(),
         "model": session.config.model.path,
         "questions_per_step": session.config.data.questions_per_step,
         "num_samples": session.config.rollout.num_samples,

@@ -36,6 +36,7 @@ import torch  # noqa: E402
 
 from benchmarks.harness import RESULTS, Task, about, device_name, measure, measure_ceilings  # noqa: E402
 from benchmarks.plain_transformers import accumulate, load_model, pad_by_length  # noqa: E402
+from benchmarks.shapes import GOALS  # noqa: E402
 from benchmarks.step_parts import seconds_in_collectives, timed_parts  # noqa: E402
 from benchmarks.trainers import find_shape, make_trainer, write_config  # noqa: E402
 from rlsc_mcore.data.packing import UniqueSequence, pack  # noqa: E402
@@ -49,7 +50,6 @@ from rlsc_mcore.training.plan.timing import GPUS  # noqa: E402
 from rlsc_mcore.training.step import Trainer  # noqa: E402
 from rlsc_mcore.types import Rollout  # noqa: E402
 
-GOALS = {"qwen2.5-1.5b": 0.45, "qwen2.5-7b": 0.50}  # model FLOPs utilisation on one H200
 TOLERANCES = {"float32": (1e-4, 1e-3), "bfloat16": (2e-2, 5e-2)}  # relative, of loss and gradient norm
 GATE_LAYERS, GATE_SEQUENCES = 2, 4  # on a GPU the gate is a model of so many layers: two whole ones would not fit
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}  # freed memory is given back

@@ -14,6 +14,7 @@ class Shape(NamedTuple):
 
 
 MODELS = {"qwen2.5-0.5b": (896, 151936), "qwen2.5-1.5b": (1536, 151936), "qwen2.5-7b": (3584, 152064), "qwen2.5-72b": (8192, 152064)}
+GOALS = {"qwen2.5-1.5b": 0.45, "qwen2.5-7b": 0.50}  # model FLOPs utilisation of a training step on one H200
 TENSOR_PARALLEL = (1, 2, 4, 8)
 NUM_TOKENS = (4096, 16384, 49152)
 # A step of 16 answers of 3072 tokens, whose logits no peer of the head should have to hold.
