@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from rlsc_mcore.config import ConfigError
-from rlsc_mcore.observability.files import write_atomically
+from rlsc_mcore.run.files import write_atomically
 
 
 @dataclass(frozen=True)

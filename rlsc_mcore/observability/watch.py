@@ -12,6 +12,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from rlsc_mcore.run.progress import seconds_left
+
 CURVES = {
     "loss": "loss",
     "f_estimate": "F",
@@ -24,7 +26,6 @@ CURVES = {
     "rollout_tokens_per_s": "sampling tokens/s",
 }
 WARNINGS_SHOWN = 5
-RECENT_STEPS = 5
 _BLOCKS = "▁▂▃▄▅▆▇█"
 
 
@@ -39,12 +40,6 @@ def sparkline(values: Sequence[float], width: int) -> str:
     low, high = min(kept), max(kept)
     span = (high - low) or 1.0
     return "".join(_BLOCKS[min(len(_BLOCKS) - 1, int((value - low) / span * len(_BLOCKS)))] for value in kept)
-
-
-def seconds_left(rows: Sequence[Mapping[str, Any]], num_steps: int) -> float | None:
-    """Estimate the seconds of the steps that are left from the mean of the last five; None before the first."""
-    recent = [sum(row["seconds"].values()) for row in rows[-RECENT_STEPS:]]
-    return sum(recent) / len(recent) * max(0, num_steps - len(rows)) if recent else None
 
 
 def describe(seconds: float) -> str:

@@ -17,7 +17,7 @@ from rlsc_mcore.evaluation.sampling_scores import sampling_scores
 from rlsc_mcore.evaluation.table import print_comparison
 from rlsc_mcore.model.hf_checkpoint import load_tokenizer, resolve_model_folder
 from rlsc_mcore.model.shape import read_architecture
-from rlsc_mcore.training.run_folder import CHECKPOINT_HELP, LATEST, find_checkpoint
+from rlsc_mcore.run.folder import CHECKPOINT_HELP, LATEST, find_checkpoint
 from rlsc_mcore.types import Question
 
 DESCRIPTION = """Evaluate a model folder or a run's weights.

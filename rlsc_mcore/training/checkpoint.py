@@ -28,6 +28,7 @@ from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.common import TorchCommonSaveStrategy
 from torch.distributed.checkpoint.api import CheckpointException
 
+from rlsc_mcore.run.folder import BEST, FOLDER, LATEST, latest_checkpoint
 from rlsc_mcore.training.checkpoint_files import (
     ELSEWHERE,
     STATE,
@@ -45,7 +46,6 @@ from rlsc_mcore.training.checkpoint_files import (
     write_json,
     write_manifest,
 )
-from rlsc_mcore.training.run_folder import BEST, FOLDER, LATEST, latest_checkpoint
 from rlsc_mcore.training.step import Trainer
 
 _EXTRA_STATE = "_extra_state"

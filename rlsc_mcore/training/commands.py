@@ -6,45 +6,24 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 import rlsc_mcore
-from rlsc_mcore.config import Config, ConfigError, changed_fields, load_config, parse_config, read_flags
-from rlsc_mcore.observability.files import write_atomically
-from rlsc_mcore.training.run_folder import CHECKPOINT_HELP, LATEST, find_resumable, latest_checkpoint
+from rlsc_mcore.config import Config, ConfigError, load_config, parse_config
+from rlsc_mcore.run.files import write_atomically
+from rlsc_mcore.run.folder import CHECKPOINT_HELP, LATEST
+from rlsc_mcore.run.resolve import TRAIN_HELP, resolve_training, split_options
+from rlsc_mcore.run.status import recorded_end, write_end
 from rlsc_mcore.training.signals import StopRequest
-from rlsc_mcore.training.status import recorded_end, write_end
 
 if TYPE_CHECKING:
     from rlsc_mcore.training.session import Session
 
 REPOSITORY = Path(rlsc_mcore.__file__).parent.parent
 QUICKSTART_CONFIG = REPOSITORY / "configs" / "tiny_cpu.yaml"
-# What may differ when a run goes on: how long, how often it saves, what it reports, and on what it is spread; everything else
-# is another run.
-RESUMABLE_FIELDS = (
-    "run_dir",
-    "training.num_steps",
-    "training.save_every",
-    "training.keep_",
-    "training.async_save",
-    "training.recompute",
-    "training.tokens_per_micro_batch",
-    "optimizer.offload_during_rollout",
-    "parallel.",
-    "observability.",
-    "ops.",
-)
-TRAIN_HELP = """Train a language model by RLSC.
-
-  rlsc train --config FILE [--section.field VALUE ...]   start a run (or go on with the same one)
-  rlsc train --resume RUN [--training.num-steps N]       go on where RUN stopped
-  rlsc train ... --dry-run [--gpus N --gpu-memory-gib M]  plan memory and layout of this configuration, and stop
-
-A flag wins over the file. The same command works under torchrun and srun."""
 
 
 def run_train(arguments: Sequence[str]) -> int:
@@ -58,33 +37,10 @@ def run_train(arguments: Sequence[str]) -> int:
         from rlsc_mcore.training.plan.command import dry_run_config
 
         gpus, memory = (options.pop(name, None) for name in ("--gpus", "--gpu-memory-gib"))
-        return dry_run_config(plan_training(options, flags)[0], gpus, memory)
+        return dry_run_config(resolve_training(options, flags)[0], gpus, memory)
     with StopRequest().listening() as stop:  # from before the imports, which take longest
-        config, resume_from = plan_training(options, flags)
+        config, resume_from = resolve_training(options, flags)
         return _train(config, resume_from, stop)
-
-
-def plan_training(options: Mapping[str, str], flags: Sequence[str]) -> tuple[Config, Path | None]:
-    """Resolve the configuration of `rlsc train`, and the checkpoint that it goes on from; imports no torch.
-
-    Raises `ConfigError` when the run folder holds another run.
-    """
-    if "--resume" in options:
-        if "--config" in options:
-            raise ConfigError("--resume: a run brings its own configuration; leave --config out")
-        run_dir = Path(options["--resume"])
-        file = run_dir / "config.yaml"
-        if not file.is_file():
-            raise ConfigError(f"--resume {run_dir}: no run there; expected {file}")
-        old = load_config(file)
-        config = load_config(file, ["--run-dir", str(run_dir), *flags])
-        foreign = [change for change in changed_fields(old, config) if not change.startswith(RESUMABLE_FIELDS)]
-        if foreign:
-            raise ConfigError(f"--resume {run_dir}: cannot change {'; '.join(foreign)}; start another run")
-        return config, find_resumable(run_dir)
-    file_flags = read_flags(Path(options["--config"])) if "--config" in options else []
-    config = parse_config([*file_flags, *flags], description=TRAIN_HELP)
-    return config, _same_run(config)
 
 
 def run_quickstart(arguments: Sequence[str]) -> int:
@@ -209,18 +165,6 @@ def _finish(config: Config, session: "Session", result: dict[str, Any], *, start
         session.report.line(f"run: {config.run_dir}  model: {config.run_dir}/export")
 
 
-def _same_run(config: Config) -> Path | None:
-    """The checkpoint to go on from when `run_dir` holds this very run; None for a new run."""
-    run_dir = Path(config.run_dir)
-    file = run_dir / "config.yaml"
-    if not file.is_file():
-        return None
-    changes = changed_fields(load_config(file), config)
-    if changes:
-        raise ConfigError(f"run_dir: {run_dir} holds a run with another configuration ({'; '.join(changes)}); choose another folder")
-    return latest_checkpoint(run_dir)
-
-
 def _replace_earlier_quickstart(run_dir: Path) -> None:
     import shutil
 
@@ -230,22 +174,3 @@ def _replace_earlier_quickstart(run_dir: Path) -> None:
     if not file.is_file() or "embedded:tiny_qwen2" not in file.read_text(encoding="utf-8"):
         raise ConfigError(f"--run-dir {run_dir}: exists and is no earlier quickstart; choose another folder")
     shutil.rmtree(run_dir)
-
-
-def split_options(arguments: Sequence[str], names: Sequence[str]) -> tuple[dict[str, str], list[str]]:
-    """Take `--name VALUE` or `--name=VALUE` of `names` out of the arguments."""
-    taken: dict[str, str] = {}
-    rest = []
-    queue = list(arguments)
-    while queue:
-        argument = queue.pop(0)
-        name, separator, value = argument.partition("=")
-        if name not in names:
-            rest.append(argument)
-        elif separator:
-            taken[name] = value
-        elif queue:
-            taken[name] = queue.pop(0)
-        else:
-            raise ConfigError(f"{name}: expected a value after it")
-    return taken, rest

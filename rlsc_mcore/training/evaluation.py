@@ -7,8 +7,8 @@ from rlsc_mcore.model.hf_checkpoint import resolve_model_folder, write_hf_folder
 from rlsc_mcore.model.weight_map import export_weights
 from rlsc_mcore.parallel.backend import get_backend
 from rlsc_mcore.parallel.groups import initialize_groups
+from rlsc_mcore.run.folder import LATEST, find_checkpoint
 from rlsc_mcore.training.checkpoint import load_checkpoint
-from rlsc_mcore.training.run_folder import LATEST, find_checkpoint
 from rlsc_mcore.training.step import Trainer
 
 

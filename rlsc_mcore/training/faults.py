@@ -1,18 +1,16 @@
 """Failures in one line: which phase ran out of memory and what to lower, which rank is gone, which batch is not finite."""
 
-import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
 from rlsc_mcore.config import Config, ConfigError, RunError
-from rlsc_mcore.data.packing import UniqueSequence
 from rlsc_mcore.parallel.groups import Groups
 from rlsc_mcore.parallel.watchdog import Watchdog
 from rlsc_mcore.rollout.engine import GenerationInterrupted
-from rlsc_mcore.training.status import write_end
+from rlsc_mcore.run.status import write_end
 
 # What to lower, by the phase that asked for too much.
 REMEDIES = {
@@ -25,7 +23,6 @@ REMEDIES = {
 }
 _OTHERWISE = "lower rollout.kv_cache_gib or raise parallel.tp"
 _PEER_IS_GONE = ("Connection closed by peer", "Connection reset", "Broken pipe", "NCCL", "Socket", "Gloo", "gloo", "recvValue failed")
-SKIPPED_FOLDER = "skipped"
 _current: list[Watchdog] = []  # this process's, once a session has begun
 
 
@@ -73,25 +70,6 @@ def reported() -> Iterator[None]:
             watchdog.wait_for_verdict()
         watchdog.fail(_first_line(error))
         raise
-
-
-def dump_batch(run_dir: Path, step: int, sequences: Sequence[UniqueSequence], groups: Groups) -> Path:
-    """Write this data-parallel rank's sequences of a step that was skipped, token by token; returns the folder."""
-    folder = run_dir / SKIPPED_FOLDER
-    if groups.tp_rank == 0:
-        folder.mkdir(exist_ok=True)
-        with (folder / f"step_{step:06d}.rank{groups.dp_rank}.jsonl").open("w", encoding="utf-8") as out:
-            for sequence in sequences:
-                row = {
-                    "question": sequence.rollout.question_index,
-                    "sample": sequence.rollout.sample_index,
-                    "multiplicity": sequence.multiplicity,
-                    "prompt_ids": sequence.rollout.prompt_ids,
-                    "response_ids": sequence.rollout.response_ids,
-                    "engine_log_probs": sequence.rollout.engine_log_probs,
-                }
-                out.write(json.dumps(row) + "\n")
-    return folder
 
 
 def _first_line(error: BaseException) -> str:

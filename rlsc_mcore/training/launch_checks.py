@@ -17,12 +17,13 @@ from pathlib import Path
 
 from rlsc_mcore.config import Config, ConfigError
 from rlsc_mcore.model.shape import Architecture, check_parallel, read_architecture
-from rlsc_mcore.training.commands import plan_training, split_options
+from rlsc_mcore.run.folder import CONFIG_FILE
+from rlsc_mcore.run.resolve import resolve_training as resolve_training
+from rlsc_mcore.run.resolve import split_options
 from rlsc_mcore.training.plan.choose import USABLE_SHARE
 from rlsc_mcore.training.plan.command import GIB, config_layout, describe_bytes
 from rlsc_mcore.training.plan.memory import rollout_bytes, train_bytes
 from rlsc_mcore.training.plan.models import find_model, num_parameters
-from rlsc_mcore.training.run_folder import CONFIG_FILE
 
 EMBEDDED = "embedded:"
 BYTES = {"float32": 4, "bfloat16": 2}
@@ -55,7 +56,7 @@ def check_launch(trainer: Sequence[str], nodes: int, ranks_per_node: int, gpu_me
     Raises `ConfigError` on the first thing that cannot work. Names of hub models and data sets are not looked up.
     """
     options, flags = split_options(trainer, ("--config", "--resume"))
-    config, checkpoint = plan_training(options, flags)
+    config, checkpoint = resolve_training(options, flags)
     world, tp = nodes * ranks_per_node, config.parallel.tp
     if world % tp:
         raise ConfigError(f"parallel.tp: {tp} does not divide the {world} ranks ({nodes} nodes x {ranks_per_node})")

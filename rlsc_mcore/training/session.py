@@ -26,15 +26,15 @@ from rlsc_mcore.parallel.backend import get_backend
 from rlsc_mcore.parallel.groups import initialize_groups
 from rlsc_mcore.rollout.engine import GenerationInterrupted, RolloutEngine
 from rlsc_mcore.rollout.sampling import sample_rollouts, spread_samples
+from rlsc_mcore.run.status import RunStatus
 from rlsc_mcore.training import checkpoint
 from rlsc_mcore.training.exchange import exchange_sequences, hand_to_trainers
-from rlsc_mcore.training.faults import SKIPPED_FOLDER, dump_batch, start_watchdog
+from rlsc_mcore.training.faults import start_watchdog
 from rlsc_mcore.training.inputs import read_inputs
 from rlsc_mcore.training.memory import MemoryLedger
+from rlsc_mcore.training.outputs import SKIPPED_FOLDER, claim_run_folder, dump_batch, write_rollouts
 from rlsc_mcore.training.rewards import advantages
-from rlsc_mcore.training.run_folder import claim_run_folder, write_rollouts
 from rlsc_mcore.training.signals import AbortPoll, StopRequest
-from rlsc_mcore.training.status import RunStatus
 from rlsc_mcore.training.step import StepOutcome, Trainer
 from rlsc_mcore.training.summary import step_row
 from rlsc_mcore.types import Rollout

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from rlsc_mcore.config import ConfigError
-from rlsc_mcore.training.run_folder import METRICS_FILE, latest_checkpoint
-from rlsc_mcore.training.status import ENDED, FILE, read_status
+from rlsc_mcore.run.folder import latest_checkpoint
+from rlsc_mcore.run.progress import duration, last_metrics
+from rlsc_mcore.run.status import ENDED, FILE, read_status
 
 STEPS_AVERAGED = 5
 SILENT_S = 600.0  # a running run writes at every phase, and every few seconds of a rollout
-TAIL_BYTES = 1 << 20
 
 
 def run_show_status(arguments: Sequence[str]) -> int:
@@ -68,34 +68,6 @@ def describe(run_dir: Path, *, now: float) -> dict[str, str]:
     if status.get("job"):
         facts["job"] = f"{status['job']}, attempt {status.get('attempt', 0)}, main rank on {status.get('host')}"
     return facts
-
-
-def last_metrics(run_dir: Path) -> list[dict[str, Any]]:
-    """Read the last rows of metrics.jsonl; a line that is still being written is left out."""
-    try:
-        with (run_dir / METRICS_FILE).open("rb") as file:
-            file.seek(0, 2)
-            start = max(0, file.tell() - TAIL_BYTES)
-            file.seek(start)
-            lines = file.read().splitlines()[1 if start else 0 :]
-    except OSError:
-        return []
-    rows = []
-    for line in lines:
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            continue
-    return rows
-
-
-def duration(seconds: float) -> str:
-    """Say a time span as people do: 42 s, 7 min, 3 h 20 min."""
-    seconds = max(0.0, seconds)
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"
 
 
 def _agreement(row: dict[str, Any]) -> dict[str, str]:

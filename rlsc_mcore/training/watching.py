@@ -11,7 +11,7 @@ from rich.live import Live
 from rlsc_mcore.config import ConfigError, load_config
 from rlsc_mcore.observability.metrics import read_metrics
 from rlsc_mcore.observability.watch import render
-from rlsc_mcore.training.status import ENDED, read_status
+from rlsc_mcore.run.status import ENDED, read_status
 
 
 def run_watch(arguments: Sequence[str]) -> int:

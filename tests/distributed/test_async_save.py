@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import torch
 
+from rlsc_mcore.run.folder import find_resumable, latest_checkpoint
 from rlsc_mcore.training.checkpoint_files import CheckpointError, best_checkpoint, read_state, verify_files
-from rlsc_mcore.training.run_folder import find_resumable, latest_checkpoint
 from tests.helpers.ranks import run_ranks
 from tests.helpers.tiny import make_model_folder, make_rollouts, tiny_config
 

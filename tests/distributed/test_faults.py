@@ -173,8 +173,8 @@ def skip_for_ever(run_dir: str) -> tuple[str, list[dict[str, Any]]]:
 
 
 def test_steps_that_are_not_finite_are_counted_dumped_and_end_the_run_saved(tmp_path: Path) -> None:
+    from rlsc_mcore.run.folder import find_resumable
     from rlsc_mcore.training.checkpoint_files import read_state, verify_files
-    from rlsc_mcore.training.run_folder import find_resumable
 
     ((message, rows),) = run_ranks(1, skip_for_ever, str(tmp_path / "run"))
     assert message.startswith("2 steps in a row were not finite and were skipped (training.max_skipped_steps)") and "\n" not in message

@@ -110,8 +110,8 @@ def save(folder: str, run_dir: str, flags: list[str], asynchronous: bool) -> lis
 
 
 def load(folder: str, run_dir: str, flags: list[str]) -> list[torch.Tensor]:
+    from rlsc_mcore.run.folder import find_resumable
     from rlsc_mcore.training.checkpoint import load_checkpoint
-    from rlsc_mcore.training.run_folder import find_resumable
 
     trainer = make_trainer(folder, 1, flags)
     load_checkpoint(find_resumable(Path(run_dir)), trainer)

@@ -18,8 +18,8 @@ def run_steps(folder: str, run_dir: str, tp: int, first: int, steps: int, save: 
     from rlsc_mcore.model.weight_map import export_weights
     from rlsc_mcore.parallel.backend import get_backend
     from rlsc_mcore.parallel.groups import initialize_groups
+    from rlsc_mcore.run.folder import find_resumable
     from rlsc_mcore.training.checkpoint import load_checkpoint, save_checkpoint
-    from rlsc_mcore.training.run_folder import find_resumable
     from rlsc_mcore.training.step import Trainer
 
     backend = get_backend()

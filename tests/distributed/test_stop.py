@@ -8,7 +8,7 @@ import pytest
 
 from rlsc_mcore.parallel.backend import get_backend
 from rlsc_mcore.parallel.groups import initialize_groups
-from rlsc_mcore.training.run_folder import latest_checkpoint
+from rlsc_mcore.run.folder import latest_checkpoint
 from rlsc_mcore.training.signals import ENGINE_STEPS_BETWEEN_AGREEMENTS, AbortPoll, StopRequest
 from tests.helpers.ranks import run_ranks
 from tests.helpers.tiny import tiny_config

@@ -11,8 +11,8 @@ import torch
 
 from rlsc_mcore.config import RunError
 from rlsc_mcore.observability.memory import BORDERS, POOLS, STEPS_OF_GROWTH
+from rlsc_mcore.run.folder import find_resumable
 from rlsc_mcore.training.checkpoint_files import read_state, verify_files
-from rlsc_mcore.training.run_folder import find_resumable
 from rlsc_mcore.training.show_status import describe
 from tests.e2e.runs import FLAGS
 from tests.e2e.test_hot_swap import EMBEDDED, make_session

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
+from rlsc_mcore.run.folder import find_resumable
 from rlsc_mcore.training.checkpoint_files import read_state, verify_files
-from rlsc_mcore.training.run_folder import find_resumable
 from tests.e2e.runs import FLAGS, assert_same_run, command, environment, metrics, run_command, train, weights
 from tests.helpers.ranks import run_ranks
 

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 from rlsc_mcore.config import ConfigError
-from rlsc_mcore.training.show_status import describe, duration, run_show_status
-from rlsc_mcore.training.status import RunStatus, read_status, recorded_end, write_end
+from rlsc_mcore.run.progress import duration
+from rlsc_mcore.run.status import RunStatus, read_status, recorded_end, write_end
+from rlsc_mcore.training.show_status import describe, run_show_status
 
 NOW = 2_000_000_000.0
 

@@ -7,7 +7,8 @@ import pytest
 from rich.console import Console
 
 from rlsc_mcore.config import ConfigError
-from rlsc_mcore.observability.watch import describe, render, seconds_left, sparkline
+from rlsc_mcore.observability.watch import describe, render, sparkline
+from rlsc_mcore.run.progress import seconds_left
 from rlsc_mcore.training.watching import run_watch
 from tests.helpers.run_folders import make_metrics, write_run
 

@@ -41,8 +41,8 @@ def inject(run_dir: Path, phase: str, step: int | None, *, early: bool) -> None:
 
 
 if FAULTS:
+    from rlsc_mcore.run.status import RunStatus
     from rlsc_mcore.training.signals import StopRequest
-    from rlsc_mcore.training.status import RunStatus
 
     begin, enter, remember = RunStatus.__init__, RunStatus.phase, StopRequest._remember
     asked = []

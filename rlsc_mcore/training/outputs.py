@@ -1,4 +1,4 @@
-"""A run's folder: its names, whose it is, the rollouts in it, and how a checkpoint is found; imports no torch."""
+"""Write what a run leaves in its folder: the resolved configuration, the rollouts, a skipped batch."""
 
 import json
 from collections.abc import Sequence
@@ -6,19 +6,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rlsc_mcore.config import Config, ConfigError, changed_fields, dump_config, load_config
-from rlsc_mcore.observability.files import write_atomically
+from rlsc_mcore.data.packing import UniqueSequence
+from rlsc_mcore.parallel.groups import Groups
+from rlsc_mcore.run.files import write_atomically
+from rlsc_mcore.run.folder import CONFIG_FILE
 
 if TYPE_CHECKING:
     from rlsc_mcore.parallel.groups import Groups
     from rlsc_mcore.types import Rollout
 
-CONFIG_FILE = "config.yaml"
-METRICS_FILE = "metrics.jsonl"
-FOLDER = "checkpoints"
-LATEST = "latest"
-BEST = "best"
-ROLLOUTS = "rollouts"
-CHECKPOINT_HELP = "latest, best (by training.keep_best), or the number of a step that is kept"
+SKIPPED_FOLDER = "skipped"
 
 
 def claim_run_folder(run_dir: Path, config: Config, groups: "Groups", *, resuming: bool) -> None:
@@ -67,34 +64,23 @@ def write_rollouts(run_dir: Path, step: int, rollouts: "Sequence[Rollout]", grou
     write_atomically(folder / f"step_{step:06d}{suffix}.jsonl", text)
 
 
-def latest_checkpoint(run_dir: Path) -> Path | None:
-    """Return the folder that `latest` names, or None before the first checkpoint."""
-    pointer = run_dir / FOLDER / LATEST
-    return run_dir / FOLDER / pointer.read_text(encoding="utf-8").strip() if pointer.is_file() else None
+ROLLOUTS = "rollouts"
 
 
-def find_resumable(run_dir: Path) -> Path:
-    """Return the checkpoint to resume `run_dir` from; raises `ConfigError` when there is none."""
-    checkpoint = latest_checkpoint(run_dir)
-    if checkpoint is None:
-        raise ConfigError(f"--resume {run_dir}: no checkpoint there; expected {run_dir / FOLDER / LATEST}")
-    return checkpoint
-
-
-def find_checkpoint(run_dir: Path, name: str = LATEST) -> Path:
-    """Return a run's checkpoint by name: `latest`, `best` (by `training.keep_best`) or the number of its step.
-
-    Raises `ConfigError` naming `--checkpoint` and the checkpoints that there are.
-    """
-    folder = run_dir / FOLDER
-    if name in (LATEST, BEST):
-        pointer = folder / name
-        found = folder / pointer.read_text(encoding="utf-8").strip() if pointer.is_file() else None
-    else:
-        found = folder / f"step_{int(name):06d}" if name.isdecimal() else None
-    if found is not None and found.is_dir():
-        return found
-    steps = sorted(path.name.removeprefix("step_").lstrip("0") or "0" for path in folder.glob("step_*") if not path.suffix)
-    kept = f"; there is {', '.join([LATEST, *([BEST] if (folder / BEST).is_file() else []), *steps])}" if steps else ""
-    hint = " (training.keep_best names none)" if name == BEST and steps else ""
-    raise ConfigError(f"--checkpoint {name}: no such checkpoint in {folder}{hint}{kept}")
+def dump_batch(run_dir: Path, step: int, sequences: Sequence[UniqueSequence], groups: Groups) -> Path:
+    """Write this data-parallel rank's sequences of a step that was skipped, token by token; returns the folder."""
+    folder = run_dir / SKIPPED_FOLDER
+    if groups.tp_rank == 0:
+        folder.mkdir(exist_ok=True)
+        with (folder / f"step_{step:06d}.rank{groups.dp_rank}.jsonl").open("w", encoding="utf-8") as out:
+            for sequence in sequences:
+                row = {
+                    "question": sequence.rollout.question_index,
+                    "sample": sequence.rollout.sample_index,
+                    "multiplicity": sequence.multiplicity,
+                    "prompt_ids": sequence.rollout.prompt_ids,
+                    "response_ids": sequence.rollout.response_ids,
+                    "engine_log_probs": sequence.rollout.engine_log_probs,
+                }
+                out.write(json.dumps(row) + "\n")
+    return folder

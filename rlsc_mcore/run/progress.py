@@ -1,0 +1,45 @@
+"""Read how far a run is and estimate the time left, from its files."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rlsc_mcore.run.folder import METRICS_FILE
+
+RECENT_STEPS = 5
+TAIL_BYTES = 1 << 20  # of metrics.jsonl, read from its end
+
+
+def duration(seconds: float) -> str:
+    """Say a time span as people do: 42 s, 7 min, 3 h 20 min."""
+    seconds = max(0.0, seconds)
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def last_metrics(run_dir: Path) -> list[dict[str, Any]]:
+    """Read the last rows of metrics.jsonl; a line that is still being written is left out."""
+    try:
+        with (run_dir / METRICS_FILE).open("rb") as file:
+            file.seek(0, 2)
+            start = max(0, file.tell() - TAIL_BYTES)
+            file.seek(start)
+            lines = file.read().splitlines()[1 if start else 0 :]
+    except OSError:
+        return []
+    rows = []
+    for line in lines:
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            continue
+    return rows
+
+
+def seconds_left(rows: Sequence[Mapping[str, Any]], num_steps: int) -> float | None:
+    """Estimate the seconds of the steps that are left from the mean of the last five; None before the first."""
+    recent = [sum(row["seconds"].values()) for row in rows[-RECENT_STEPS:]]
+    return sum(recent) / len(recent) * max(0, num_steps - len(rows)) if recent else None
