@@ -31,9 +31,10 @@ from typing import Any
 import torch
 
 from benchmarks.harness import RESULTS, about
-from rlsc_mcore.evaluation import grading, symbolic
-from rlsc_mcore.evaluation.answer_formats import grade_answer, grade_answers
 from rlsc_mcore.evaluation.benchmarks import load_benchmark
+from rlsc_mcore.grading import answers as grading
+from rlsc_mcore.grading import symbolic
+from rlsc_mcore.grading.formats import grade_answer, grade_answers
 from rlsc_mcore.types import Question
 
 NUM_SAMPLES = 16

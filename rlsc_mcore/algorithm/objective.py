@@ -11,7 +11,6 @@ kernels and optimizer.
 """
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -111,13 +110,3 @@ def entropy_loss(
     lengths_S = cu_seqlens.diff().long()
     counts_T = torch.repeat_interleave(multiplicity_S, lengths_S, output_size=len(token_entropy_T))
     return torch.where(response_mask_T, token_entropy_T.double() * counts_T, 0.0).sum() / divisor
-
-
-def group_advantages(rewards: Sequence[float], groups: Sequence[int]) -> list[float]:
-    """Return each reward minus the mean reward of its group: a group of equal rewards teaches nothing."""
-    totals: dict[int, float] = {}
-    counts: dict[int, int] = {}
-    for reward, group in zip(rewards, groups, strict=True):
-        totals[group] = totals.get(group, 0.0) + reward
-        counts[group] = counts.get(group, 0) + 1
-    return [reward - totals[group] / counts[group] for reward, group in zip(rewards, groups, strict=True)]

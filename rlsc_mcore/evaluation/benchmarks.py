@@ -9,7 +9,7 @@ from typing import Any
 
 from rlsc_mcore.config import ConfigError
 from rlsc_mcore.data.questions import EMBEDDED_PREFIX, final_answer, read_records
-from rlsc_mcore.evaluation.grading import extract_boxed
+from rlsc_mcore.grading.answers import extract_boxed
 from rlsc_mcore.types import Question
 
 LETTERS = "ABCDEFGHIJ"

@@ -5,10 +5,10 @@ from functools import partial
 from typing import Any
 
 from rlsc_mcore.config import Config
-from rlsc_mcore.evaluation.answer_formats import grade_answers
-from rlsc_mcore.evaluation.grading import Grade
 from rlsc_mcore.evaluation.records import AnswerRecord, QuestionRecord
 from rlsc_mcore.evaluation.scores import SampleOutcome, score
+from rlsc_mcore.grading.answers import Grade
+from rlsc_mcore.grading.formats import grade_answers
 from rlsc_mcore.observability.console import Reporter
 from rlsc_mcore.parallel.groups import Groups
 from rlsc_mcore.rollout.engine import Completion, GenerationInterrupted, RolloutEngine, SamplingRequest

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 
 from rlsc_mcore.evaluation.records import AnswerRecord
-from rlsc_mcore.evaluation.rewards import answer_classes
 from rlsc_mcore.evaluation.scores import estimate
+from rlsc_mcore.grading.rewards import answer_classes
 
 NUM_BINS = 10
 

@@ -8,13 +8,13 @@ from typing import Any
 from rlsc_mcore.config import Config, ConfigError
 from rlsc_mcore.data.questions import QuestionSampler, questions_fingerprint, read_questions
 from rlsc_mcore.data.templates import check_prompt_lengths, render_prompt
+from rlsc_mcore.grading.rewards import check_labels
 from rlsc_mcore.model.architecture import check_fp8, check_head_dim, uses_transformer_engine
 from rlsc_mcore.model.hf_checkpoint import check_vocabulary, check_weights, load_tokenizer, resolve_model_folder
 from rlsc_mcore.model.shape import Architecture, check_parallel, read_architecture
 from rlsc_mcore.observability.wandb_log import check_wandb
 from rlsc_mcore.parallel.backend import Backend
 from rlsc_mcore.training.optimizer import check_optimizer
-from rlsc_mcore.training.rewards import check_labels
 from rlsc_mcore.types import Question
 
 

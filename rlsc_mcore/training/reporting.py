@@ -10,11 +10,11 @@ from typing import Any
 import rlsc_mcore
 from rlsc_mcore.config import Config, ConfigError, changed_fields, load_config, parse_config
 from rlsc_mcore.data.questions import read_questions
-from rlsc_mcore.evaluation.answer_formats import grade_answers
 from rlsc_mcore.evaluation.records import AnswerRecord, question_means, read_answers, read_question_records
 from rlsc_mcore.evaluation.sampling_scores import calibration
 from rlsc_mcore.evaluation.statistics import paired_change
 from rlsc_mcore.evaluation.table import ROWS
+from rlsc_mcore.grading.formats import grade_answers
 from rlsc_mcore.observability.metrics import read_metrics
 from rlsc_mcore.observability.mismatch import coarser
 from rlsc_mcore.observability.report.contents import AnswerGroup, Calibration, Change, QuestionView, RunView, Sampling, Step

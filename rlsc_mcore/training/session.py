@@ -14,6 +14,7 @@ from rlsc_mcore.config import CollectiveRunError, Config, ConfigError
 from rlsc_mcore.data.packing import merge_identical, pack
 from rlsc_mcore.evaluation.evaluate import evaluate
 from rlsc_mcore.evaluation.records import write_records
+from rlsc_mcore.grading.rewards import advantages
 from rlsc_mcore.model.architecture import DTYPES, layers_reason
 from rlsc_mcore.model.hf_checkpoint import write_hf_folder
 from rlsc_mcore.model.weight_map import export_weights
@@ -33,7 +34,6 @@ from rlsc_mcore.training.faults import start_watchdog
 from rlsc_mcore.training.inputs import read_inputs
 from rlsc_mcore.training.memory import MemoryLedger
 from rlsc_mcore.training.outputs import SKIPPED_FOLDER, claim_run_folder, dump_batch, write_rollouts
-from rlsc_mcore.training.rewards import advantages
 from rlsc_mcore.training.signals import AbortPoll, StopRequest
 from rlsc_mcore.training.step import StepOutcome, Trainer
 from rlsc_mcore.training.summary import step_row

@@ -15,9 +15,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rlsc_mcore.data.questions import read_questions
-from rlsc_mcore.evaluation import grading
-from rlsc_mcore.evaluation.grading import Grade, extract_boxed, extract_last_number, grade, is_correct
-from rlsc_mcore.evaluation.symbolic import SymbolicComparer, symbolic_comparer
+from rlsc_mcore.grading import answers as grading
+from rlsc_mcore.grading.answers import Grade, extract_boxed, extract_last_number, grade, is_correct
+from rlsc_mcore.grading.symbolic import SymbolicComparer, symbolic_comparer
 
 PUBLIC_SETS = Path(os.environ.get("RLSC_DATA_DIR") or Path(__file__).parents[3] / "shared" / "data")
 

@@ -4,9 +4,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from rlsc_mcore.evaluation.answer_formats import extract_choice, grade_answer
-from rlsc_mcore.evaluation.grading import is_correct
-from rlsc_mcore.evaluation.symbolic import symbolic_comparer
+from rlsc_mcore.grading.answers import is_correct
+from rlsc_mcore.grading.formats import extract_choice, grade_answer
+from rlsc_mcore.grading.symbolic import symbolic_comparer
 from rlsc_mcore.types import Question
 
 

@@ -11,10 +11,10 @@ import sympy
 from math_verify import parse, verify
 
 from benchmarks.bench_grading import algebra, families
-from rlsc_mcore.evaluation import grading
-from rlsc_mcore.evaluation.answer_formats import grade_answer, grade_answers
-from rlsc_mcore.evaluation.symbolic import comparers, symbolic_comparer
-from rlsc_mcore.evaluation.symbolic_worker import differ_clearly
+from rlsc_mcore.grading import answers as grading
+from rlsc_mcore.grading.formats import grade_answer, grade_answers
+from rlsc_mcore.grading.symbolic import comparers, symbolic_comparer
+from rlsc_mcore.grading.symbolic_worker import differ_clearly
 from rlsc_mcore.types import Question
 from tests.unit.test_grading import RIGHT, WRONG
 

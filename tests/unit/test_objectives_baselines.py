@@ -10,10 +10,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rlsc_mcore.algorithm.objective import WeightedObjective, entropy_loss, group_advantages
+from rlsc_mcore.algorithm.objective import WeightedObjective, entropy_loss
 from rlsc_mcore.config import AlgorithmConfig, ConfigError
-from rlsc_mcore.evaluation.rewards import answer_classes, label_rewards, majority_rewards
-from rlsc_mcore.training.rewards import advantages, check_labels
+from rlsc_mcore.grading.rewards import advantages, answer_classes, check_labels, group_advantages, label_rewards, majority_rewards
 from rlsc_mcore.types import Question, Rollout
 from tests.helpers.ranks import run_ranks
 from tests.helpers.tiny import make_model_folder, make_rollouts, tiny_config

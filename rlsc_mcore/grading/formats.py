@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import permutations
 
-from rlsc_mcore.evaluation.grading import Grade, extract_boxed, grade, is_correct
-from rlsc_mcore.evaluation.symbolic import NUM_WORKERS
+from rlsc_mcore.grading.answers import Grade, extract_boxed, grade, is_correct
+from rlsc_mcore.grading.symbolic import NUM_WORKERS
 from rlsc_mcore.types import Question
 
 MOST_PERMUTED = 6  # answers of a list that are matched in every order; longer lists in theirs

@@ -16,8 +16,8 @@ import sys
 import threading
 import time
 
-from rlsc_mcore.evaluation import symbolic_worker
-from rlsc_mcore.evaluation.symbolic_worker import EQUAL, READY
+from rlsc_mcore.grading import symbolic_worker
+from rlsc_mcore.grading.symbolic_worker import EQUAL, READY
 
 NUM_WORKERS = min(8, os.cpu_count() or 1)
 

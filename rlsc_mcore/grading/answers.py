@@ -7,7 +7,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from fractions import Fraction
 
-from rlsc_mcore.evaluation.symbolic import compare_symbolically
+from rlsc_mcore.grading.symbolic import compare_symbolically
 
 MAX_ANSWER_CHARACTERS = 1000  # a longer final answer is wrong unless it is the gold text itself
 

@@ -1,0 +1,94 @@
+"""Rewards of sampled answers: agreement with the question's majority (TTRL) or with its label (RLVR).
+
+The answer is what the last box holds, as in both methods' own setups: a sample that boxes nothing casts no vote and earns
+nothing.
+"""
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+from rlsc_mcore.config import ConfigError, Objective
+from rlsc_mcore.grading.answers import answer_key, extract_boxed, is_correct
+from rlsc_mcore.grading.symbolic import NUM_WORKERS
+from rlsc_mcore.types import Question, Rollout
+
+
+def majority_rewards(responses: Sequence[str]) -> list[float]:
+    """Return 1 for each response to one question whose boxed answer is the most frequent one, else 0.
+
+    Answers agree when they are equal as `is_correct` has it. Of equally frequent ones the first sampled wins.
+    """
+    classes = answer_classes([extract_boxed(response) for response in responses])
+    counts = [classes.count(label) if label >= 0 else 0 for label in range(len(responses))]
+    if not any(counts):
+        return [0.0] * len(responses)
+    majority = counts.index(max(counts))
+    return [float(label == majority) for label in classes]
+
+
+def label_rewards(responses: Sequence[str], gold: str) -> list[float]:
+    """Return 1 for each response whose boxed answer is the gold answer, else 0."""
+    boxed = [extract_boxed(response) for response in responses]
+    return [float(answer is not None and is_correct(answer, gold)) for answer in boxed]
+
+
+def answer_classes(answers: Sequence[str | None], agree: Callable[[str, str], bool] = is_correct) -> list[int]:
+    """Number each answer's class of equal answers, in order of first appearance; None (no answer) is -1.
+
+    Equal spellings share a class at once; other spellings are compared with each class's first answer.
+    """
+    labels: dict[str, int] = {}
+    firsts: list[str] = []
+    found = []
+    for answer in answers:
+        if answer is None:
+            found.append(-1)
+            continue
+        key = answer_key(answer)
+        if key not in labels:
+            label = next((i for i, first in enumerate(firsts) if agree(answer, first)), len(firsts))
+            if label == len(firsts):
+                firsts.append(answer)
+            labels[key] = label
+        found.append(labels[key])
+    return found
+
+
+def advantages(objective: Objective, rollouts: Sequence[Rollout], questions: Sequence[Question]) -> list[float] | None:
+    """Return each rollout's reward minus its question's mean; None where the objective has no reward.
+
+    All samples of a question must be among `rollouts`; `questions[i].index` is i.
+    """
+    if objective not in ("ttrl", "rlvr"):
+        return None
+    groups: dict[int, list[int]] = {}
+    for position, rollout in enumerate(rollouts):
+        groups.setdefault(rollout.question_index, []).append(position)
+
+    def graded(index: int) -> list[float]:
+        texts = [rollouts[position].text for position in groups[index]]
+        return majority_rewards(texts) if objective == "ttrl" else label_rewards(texts, questions[index].answer or "")
+
+    rewards = [0.0] * len(rollouts)
+    with ThreadPoolExecutor(NUM_WORKERS) as threads:
+        for positions, row in zip(groups.values(), threads.map(graded, groups), strict=True):
+            for position, reward in zip(positions, row, strict=True):
+                rewards[position] = reward
+    return group_advantages(rewards, [rollout.question_index for rollout in rollouts])
+
+
+def check_labels(objective: Objective, questions: Sequence[Question], source: str) -> None:
+    """Raise ConfigError at the first question without a label where the objective needs labels."""
+    unlabelled = next((question for question in questions if question.answer is None), None)
+    if objective == "rlvr" and unlabelled is not None:
+        raise ConfigError(f"algorithm.objective: rlvr needs labels, and question {unlabelled.index} of {source} has no `answer`")
+
+
+def group_advantages(rewards: Sequence[float], groups: Sequence[int]) -> list[float]:
+    """Return each reward minus the mean reward of its group: a group of equal rewards teaches nothing."""
+    totals: dict[int, float] = {}
+    counts: dict[int, int] = {}
+    for reward, group in zip(rewards, groups, strict=True):
+        totals[group] = totals.get(group, 0.0) + reward
+        counts[group] = counts.get(group, 0) + 1
+    return [reward - totals[group] / counts[group] for reward, group in zip(rewards, groups, strict=True)]
