@@ -80,7 +80,7 @@ def _run(name: str, rest: list[str]) -> int:
 
         return run_watch(rest)
     if name == "report":
-        from rlsc_mcore.training.reporting import run_report
+        from rlsc_mcore.commands.report import run_report
 
         return run_report(rest)
     if name == "sweep":

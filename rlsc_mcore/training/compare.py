@@ -10,10 +10,11 @@ from rich.console import Console
 from rich.table import Table
 
 from rlsc_mcore.config import ConfigError
+from rlsc_mcore.evaluation.over_seeds import metric_names, summarize
 from rlsc_mcore.observability.console import Reporter
-from rlsc_mcore.observability.report.charts import Dot, dot_chart
-from rlsc_mcore.observability.report.figure import standalone_svg
-from rlsc_mcore.training.experiments import Experiment, Variant, check_flags, metric_names, run_settings, summarize
+from rlsc_mcore.reports.charts import Dot, dot_chart
+from rlsc_mcore.reports.standalone import standalone_svg
+from rlsc_mcore.training.experiments import Experiment, Variant, check_flags, run_settings
 
 BASE = "base"
 OBJECTIVES: dict[str, tuple[str, ...]] = {

@@ -11,11 +11,12 @@ from rich.console import Console
 from rich.table import Table
 
 from rlsc_mcore.config import ConfigError
+from rlsc_mcore.evaluation.over_seeds import metric_names, summarize
 from rlsc_mcore.observability.console import Reporter
-from rlsc_mcore.observability.report.figure import standalone_svg
-from rlsc_mcore.observability.report.swept import SweptLine, SweptPoint, swept_chart
+from rlsc_mcore.reports.standalone import standalone_svg
+from rlsc_mcore.reports.swept import SweptLine, SweptPoint, swept_chart
 from rlsc_mcore.training.compare import BASE, markdown, parse_seeds, title, within_shares
-from rlsc_mcore.training.experiments import Experiment, Variant, check_flags, combination, grid, metric_names, run_settings, summarize
+from rlsc_mcore.training.experiments import Experiment, Variant, check_flags, combination, grid, run_settings
 
 DESCRIPTION = """Train every combination of the swept values and compare what came out.
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from rlsc_mcore.training.reporting import run_report
+from rlsc_mcore.commands.report import run_report
 from tests.unit.test_report import write_example
 
 BROWSER = next((path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None)

@@ -12,16 +12,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from rlsc_mcore.commands.report import run_report
 from rlsc_mcore.config import ConfigError
 from rlsc_mcore.evaluation.records import QuestionRecord
 from rlsc_mcore.observability.memory import BORDERS, POOLS
 from rlsc_mcore.observability.mismatch import GAPS, LIMITS
-from rlsc_mcore.observability.report.charts import Dot, Line, dot_chart, line_chart, stacked_bars
-from rlsc_mcore.observability.report.figure import standalone_svg
-from rlsc_mcore.observability.report.hand_over import STACKED, hand_over_panels, hand_over_tables, mismatch_panels, residue_panels
-from rlsc_mcore.observability.report.math_markup import _ELEMENTS, render_text, to_mathml
-from rlsc_mcore.observability.report.scales import round_ticks, short_number
-from rlsc_mcore.training.reporting import changes, question_views, read_run, run_report
+from rlsc_mcore.reports.axes import round_ticks, short_number
+from rlsc_mcore.reports.charts import Dot, Line, dot_chart, line_chart, stacked_bars
+from rlsc_mcore.reports.math_markup import _ELEMENTS, render_text, to_mathml
+from rlsc_mcore.reports.memory_and_agreement import STACKED, hand_over_panels, hand_over_tables, mismatch_panels, residue_panels
+from rlsc_mcore.reports.read import changes, question_views, read_run
+from rlsc_mcore.reports.standalone import standalone_svg
 from tests.helpers.run_folders import make_answer, make_metrics, write_run
 
 HOSTILE = [

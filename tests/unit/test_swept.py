@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from rlsc_mcore.observability.report.figure import chart_css
-from rlsc_mcore.observability.report.swept import SweptLine, SweptPoint, axis_places, swept_chart
+from rlsc_mcore.reports.standalone import chart_css
+from rlsc_mcore.reports.swept import SweptLine, SweptPoint, axis_places, swept_chart
 from rlsc_mcore.training.experiments import combination
 from rlsc_mcore.training.sweep import figure
 

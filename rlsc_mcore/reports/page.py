@@ -9,12 +9,12 @@ from importlib import resources
 import jinja2
 from markupsafe import Markup
 
-from rlsc_mcore.observability.report.charts import Dot, dot_chart
-from rlsc_mcore.observability.report.contents import AnswerGroup, Change, QuestionView, RunView
-from rlsc_mcore.observability.report.curves import calibration_panels, gpu_panels, memory_panels, metric_panels, phase_panels
-from rlsc_mcore.observability.report.figure import chart_css
-from rlsc_mcore.observability.report.hand_over import hand_over_panels, hand_over_tables, mismatch_panels, residue_panels
-from rlsc_mcore.observability.report.math_markup import render_text
+from rlsc_mcore.reports.charts import Dot, dot_chart
+from rlsc_mcore.reports.contents import AnswerGroup, Change, QuestionView, RunView
+from rlsc_mcore.reports.curves import calibration_panels, gpu_panels, memory_panels, metric_panels, phase_panels
+from rlsc_mcore.reports.math_markup import render_text
+from rlsc_mcore.reports.memory_and_agreement import hand_over_panels, hand_over_tables, mismatch_panels, residue_panels
+from rlsc_mcore.reports.standalone import chart_css
 
 MOST_PAGE_BYTES = 2_800_000  # the answers fill what charts, tables and style leave
 FEWEST_ANSWER_BYTES = 200_000

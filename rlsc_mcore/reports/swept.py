@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
-from rlsc_mcore.observability.report.charts import DASHES, NUM_COLOURS
-from rlsc_mcore.observability.report.scales import Scale, round_ticks, short_number
+from rlsc_mcore.reports.axes import Scale, round_ticks, short_number
+from rlsc_mcore.reports.charts import DASHES, NUM_COLOURS
 
 LOG_FROM_RATIO = 20.0  # largest over smallest positive value from which an axis is logarithmic
 _LEFT, _RIGHT, _LINE = 46, 12, 18

@@ -4,8 +4,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rlsc_mcore.observability.report.charts import Line, line_chart, stacked_bars
-from rlsc_mcore.observability.report.contents import Calibration, RunView
+from rlsc_mcore.reports.charts import Line, line_chart, stacked_bars
+from rlsc_mcore.reports.contents import Calibration, RunView
 
 Read = Callable[[Mapping[str, Any]], float | None]
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from html import escape
 
-from rlsc_mcore.observability.report.scales import Scale, round_ticks, short_number
+from rlsc_mcore.reports.axes import Scale, round_ticks, short_number
 
 NUM_COLOURS = 8
 DASHES = ("", "6 3", "2 3", "8 3 2 3")  # a second way to tell runs apart, beside colour

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rlsc_mcore.config import ConfigError
-from rlsc_mcore.observability.report.contents import RunView
-from rlsc_mcore.observability.report.curves import CURVES
+from rlsc_mcore.reports.contents import RunView
+from rlsc_mcore.reports.curves import CURVES
 
 _SHOWN = 8  # curves of metrics.jsonl, beside the two derived ones
 _COLUMNS = 2

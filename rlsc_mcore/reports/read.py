@@ -1,15 +1,14 @@
 """`rlsc report`: read runs, pair what was answered before and after, write one page or one figure."""
 
-import argparse
 import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import rlsc_mcore
 from rlsc_mcore.config import Config, ConfigError, changed_fields, load_config, parse_config
 from rlsc_mcore.data.questions import read_questions
+from rlsc_mcore.evaluation.over_seeds import metric_names, seed_average
 from rlsc_mcore.evaluation.records import AnswerRecord, question_means, read_answers, read_question_records
 from rlsc_mcore.evaluation.sampling_scores import calibration
 from rlsc_mcore.evaluation.statistics import paired_change
@@ -17,41 +16,10 @@ from rlsc_mcore.evaluation.table import ROWS
 from rlsc_mcore.grading.formats import grade_answers
 from rlsc_mcore.observability.metrics import read_metrics
 from rlsc_mcore.observability.mismatch import coarser
-from rlsc_mcore.observability.report.contents import AnswerGroup, Calibration, Change, QuestionView, RunView, Sampling, Step
-from rlsc_mcore.training import compare, sweep
-from rlsc_mcore.training.experiments import metric_names, seed_average
+from rlsc_mcore.reports.contents import AnswerGroup, Calibration, Change, QuestionView, RunView, Sampling, Step
 
 MOST_GRADED_ROLLOUTS = 20_000  # of a run, spread over its steps: seconds, also where answers need algebra
 EXTRA_SCORES = {"truncated_share": "truncated", "mean_length": "tokens"}
-FORMATS = ("html", "png", "svg")
-
-
-def run_report(arguments: Sequence[str]) -> int:
-    """`rlsc report`: returns the exit code."""
-    parser = argparse.ArgumentParser("rlsc report", description="Write one self-contained page about one run or several.")
-    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folder of a run, of a comparison or of a sweep")
-    parser.add_argument("--output", type=Path, help="file to write (default: report.html, .png or .svg in the first run's folder)")
-    parser.add_argument("--format", choices=FORMATS, default="html", help="html: the whole report; png, svg: its curves as a figure")
-    parser.add_argument("--title", help="heading of the page")
-    known = parser.parse_args(arguments)
-    figures = [figure for folder in known.runs for figure in _figures(folder)]
-    runs = _told_apart([read_run(run) for folder in known.runs for run in _run_folders(folder)])
-    output = known.output or known.runs[0] / f"report.{known.format}"
-    title = known.title or (runs[0].name if len(runs) == 1 else f"{len(runs)} runs compared")
-    if not runs:
-        raise ConfigError(f"{known.runs[0]}: none of its runs has begun")
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        if known.format == "png":
-            from rlsc_mcore.observability.report.png import write_png
-
-            write_png(runs, output, title)
-        else:
-            output.write_text(_render(runs, known.format, title, figures), encoding="utf-8", errors="replace")
-    except OSError as error:
-        raise ConfigError(f"--output {output}: cannot write: {error.strerror}") from None
-    print(f"wrote {output}")
-    return 0
 
 
 def read_run(folder: Path) -> RunView:
@@ -131,36 +99,6 @@ def question_views(before: Sequence[AnswerRecord], after: Sequence[AnswerRecord]
         change = sum(moved) / len(moved) if moved else 0.0
         views.append(QuestionView(index, texts.get(index, f"question {index}"), gold, shares[0], shares[1], change, samplings))
     return sorted(views, key=lambda view: (-view.moved, view.index))
-
-
-def _run_folders(folder: Path) -> list[Path]:
-    """A run's own folder, or the runs of the first seed of a comparison or sweep."""
-    if (folder / "config.yaml").is_file() or not (folder / "logs").is_dir():
-        return [folder]
-    seeds = sorted({int(path.name.rpartition("_seed")[2]) for path in folder.glob("*_seed*") if path.name.rpartition("_seed")[2].isdigit()})
-    return sorted(path for path in folder.glob(f"*_seed{seeds[0]}") if (path / "config.yaml").is_file()) if seeds else []
-
-
-def _figures(folder: Path) -> list[tuple[str, str]]:
-    """The figure of a finished comparison or sweep, drawn from its numbers."""
-    found = []
-    for name, draw in (("comparison", compare.figure), ("sweep", sweep.figure)):
-        result = _read_json(folder / f"{name}.json")
-        if result:
-            seeds = ", ".join(map(str, result["seeds"]))
-            found.append((f"{name.capitalize()} over seeds {seeds}; the runs below are those of the first", draw(result)))
-    return found
-
-
-def _render(runs: Sequence[RunView], kind: str, title: str, figures: Sequence[tuple[str, str]]) -> str:
-    if kind == "svg":
-        from rlsc_mcore.observability.report.curves import metric_panels
-        from rlsc_mcore.observability.report.figure import standalone_svg
-
-        return standalone_svg([(panel.title, panel.svg) for panel in metric_panels(runs)], title)
-    from rlsc_mcore.observability.report.page import render_page
-
-    return render_page(runs, title=title, version=rlsc_mcore.__version__, figures=figures)
 
 
 def _calibration(side: str, answers: Sequence[AnswerRecord]) -> Calibration | None:
@@ -289,12 +227,3 @@ def _label(name: str) -> str:
         "mean_length": "Mean length in tokens",
     }
     return words.get(name, ROWS.get(name, name))
-
-
-def _told_apart(runs: Sequence[RunView]) -> list[RunView]:
-    """Runs whose folders have the same name get their parent's too."""
-    names = [run.name for run in runs]
-    return [
-        RunView(**{**vars(run), "name": f"{Path(run.folder).resolve().parent.name}/{run.name}"}) if names.count(run.name) > 1 else run
-        for run in runs
-    ]

@@ -6,9 +6,9 @@ from typing import Any
 
 from rlsc_mcore.observability.memory import BORDERS, POOLS, RESIDUE_BORDERS
 from rlsc_mcore.observability.mismatch import LIMITS
-from rlsc_mcore.observability.report.charts import Line, line_chart, stacked_bars
-from rlsc_mcore.observability.report.contents import RunView
-from rlsc_mcore.observability.report.curves import Panel
+from rlsc_mcore.reports.charts import Line, line_chart, stacked_bars
+from rlsc_mcore.reports.contents import RunView
+from rlsc_mcore.reports.curves import Panel
 
 # What is stacked, from below; several pools of one kind share a colour.
 STACKED = {

@@ -1,0 +1,79 @@
+"""Average scores over the seeds of an experiment."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rlsc_mcore.evaluation.records import AnswerRecord, question_means
+from rlsc_mcore.evaluation.statistics import paired_change
+
+GREEDY = 0.0
+
+
+def metric_names(temperatures: Sequence[float]) -> dict[str, tuple[float, str]]:
+    """Name the numbers that experiments report -> (temperature, field of the answers)."""
+    hottest = max(temperatures, default=GREEDY)
+    names = {f"accuracy_t{t:g}": (t, "strict") for t in temperatures} | {"greedy": (GREEDY, "strict")}
+    names |= {f"lenient_t{t:g}": (t, "lenient") for t in temperatures} | {"lenient_greedy": (GREEDY, "lenient")}
+    if 1.0 in temperatures:
+        names["confidence_f"] = (1.0, "probability")
+    return names | {"boxed_share": (hottest, "boxed"), "mean_length": (hottest, "tokens")}
+
+
+def seed_average(per_seed: Sequence[Sequence[AnswerRecord]], temperature: float, field: str) -> dict[int, float]:
+    """Return each question's mean over seeds of its own means: the question stays the sampling unit."""
+    parts = [
+        _probabilities(answers, temperature) if field == "probability" else question_means(answers, temperature, field)
+        for answers in per_seed
+    ]
+    shared = set.intersection(*(set(part) for part in parts)) if parts else set()
+    return {question: sum(part[question] for part in parts) / len(parts) for question in sorted(shared)}
+
+
+def summarize(
+    before: Sequence[Sequence[AnswerRecord]], after: Sequence[Sequence[AnswerRecord]], names: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Score one variant against the base, both given seed by seed: value, paired change with interval and p-value, spread over seeds."""
+    rows: dict[str, Any] = {}
+    for name, (temperature, field) in names.items():
+        first, second = seed_average(before, temperature, field), seed_average(after, temperature, field)
+        if not first.keys() & second.keys():
+            continue
+        change = paired_change(first, second)
+        value = paired_change(dict.fromkeys(second, 0.0), second)
+        per_seed = [_mean(seed_average([answers], temperature, field)) for answers in after]
+        rows[name] = {
+            "mean": value.mean,
+            "standard_error": value.standard_error,
+            "low": value.low,
+            "high": value.high,
+            "per_seed": per_seed,
+            "seed_spread": _spread(per_seed),
+            "change": {
+                "mean": change.mean,
+                "standard_error": change.standard_error,
+                "low": change.low,
+                "high": change.high,
+                "p_value": change.p_value,
+            },
+        }
+    return rows
+
+
+def _probabilities(answers: Sequence[AnswerRecord], temperature: float) -> dict[int, float]:
+    values: dict[int, list[float]] = {}
+    for answer in answers:
+        if answer.temperature == temperature and answer.log_prob is not None:
+            values.setdefault(answer.question, []).append(math.exp(answer.log_prob))
+    return {question: sum(part) / len(part) for question, part in sorted(values.items())}
+
+
+def _mean(values: Mapping[int, float]) -> float:
+    return sum(values.values()) / len(values)
+
+
+def _spread(values: Sequence[float]) -> float | None:
+    if len(values) < 2:
+        return None
+    center = sum(values) / len(values)
+    return math.sqrt(sum((value - center) ** 2 for value in values) / (len(values) - 1))
