@@ -19,9 +19,9 @@ quiet_libraries()
 import torch  # noqa: E402
 
 from benchmarks.harness import RESULTS, about, device_name  # noqa: E402
+from rlsc_mcore.commands.compare import run_compare  # noqa: E402
 from rlsc_mcore.config import ConfigError  # noqa: E402
 from rlsc_mcore.data.questions import read_questions  # noqa: E402
-from rlsc_mcore.training.compare import run_compare  # noqa: E402
 from rlsc_mcore.types import Question  # noqa: E402
 
 HELD_OUT_OF_8 = 2

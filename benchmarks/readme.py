@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from rlsc_mcore.evaluation.table import IN_TOKENS, ROWS
-from rlsc_mcore.training.experiments import combination
+from rlsc_mcore.experiments.runs import combination
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"

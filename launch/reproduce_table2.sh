@@ -30,12 +30,12 @@ if [[ $mode == slurm ]] && ! command -v sbatch >/dev/null; then
     exit 2
 fi
 
-plan=$("$python" -m rlsc_mcore.training.table2 plan "${arguments[@]}")
+plan=$("$python" -m rlsc_mcore.experiments.table2 plan "${arguments[@]}")
 declare -A jobs
 while IFS=$'\t' read -r -a fields; do
     name=${fields[0]} kind=${fields[1]} after=${fields[2]} script=${fields[3]} command=("${fields[@]:4}")
     case $kind in
-        table) program=("$python" -m rlsc_mcore.training.table2) ;;
+        table) program=("$python" -m rlsc_mcore.experiments.table2) ;;
         *) program=("$python" -m rlsc_mcore.cli "$kind") ;;
     esac
     if [[ $mode == print ]]; then

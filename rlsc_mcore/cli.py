@@ -72,7 +72,7 @@ def _run(name: str, rest: list[str]) -> int:
 
         return run_plan(rest)
     if name == "compare":
-        from rlsc_mcore.training.compare import run_compare
+        from rlsc_mcore.commands.compare import run_compare
 
         return run_compare(rest)
     if name == "watch":
@@ -84,7 +84,7 @@ def _run(name: str, rest: list[str]) -> int:
 
         return run_report(rest)
     if name == "sweep":
-        from rlsc_mcore.training.sweep import run_sweep
+        from rlsc_mcore.commands.sweep import run_sweep
 
         return run_sweep(rest)
     quiet_libraries()

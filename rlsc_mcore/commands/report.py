@@ -6,9 +6,9 @@ from pathlib import Path
 
 import rlsc_mcore
 from rlsc_mcore.config import ConfigError
+from rlsc_mcore.experiments import compare, sweep
 from rlsc_mcore.reports.contents import RunView
 from rlsc_mcore.reports.read import _read_json, read_run
-from rlsc_mcore.training import compare, sweep
 
 FORMATS = ("html", "png", "svg")
 

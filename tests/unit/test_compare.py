@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 
+from rlsc_mcore.commands.compare import run_compare
+from rlsc_mcore.commands.sweep import run_sweep
 from rlsc_mcore.config import ConfigError, dump_config, load_config
 from rlsc_mcore.evaluation.over_seeds import summarize
 from rlsc_mcore.evaluation.records import AnswerRecord, QuestionRecord, write_records
-from rlsc_mcore.training.compare import run_compare
-from rlsc_mcore.training.experiments import Experiment, Variant, grid
-from rlsc_mcore.training.sweep import run_sweep
+from rlsc_mcore.experiments.runs import Experiment, Variant, grid
 
 CONFIG = Path(__file__).parents[2] / "configs" / "tiny_cpu.yaml"
 

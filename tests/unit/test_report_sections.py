@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 
 from rlsc_mcore.commands.report import run_report
+from rlsc_mcore.experiments.compare import within_shares
 from rlsc_mcore.reports.axes import short_number
 from rlsc_mcore.reports.contents import RunView
 from rlsc_mcore.reports.curves import calibration_panels
 from rlsc_mcore.reports.read import read_run
-from rlsc_mcore.training.compare import within_shares
 from tests.helpers.run_folders import make_answer, make_metrics, write_run
 
 

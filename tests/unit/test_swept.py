@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
+from rlsc_mcore.experiments.runs import combination
+from rlsc_mcore.experiments.sweep import figure
 from rlsc_mcore.reports.standalone import chart_css
 from rlsc_mcore.reports.swept import SweptLine, SweptPoint, axis_places, swept_chart
-from rlsc_mcore.training.experiments import combination
-from rlsc_mcore.training.sweep import figure
 
 ALPHAS, SAMPLES = ["0", "0.01", "0.1", "1"], ["4", "64"]
 

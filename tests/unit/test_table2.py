@@ -11,7 +11,7 @@ import pytest
 
 from rlsc_mcore.config import ConfigError
 from rlsc_mcore.evaluation.records import QuestionRecord, write_records
-from rlsc_mcore.training.table2 import PAPER, SIZES, chain, main, markdown, read_table
+from rlsc_mcore.experiments.table2 import PAPER, SIZES, chain, main, markdown, read_table
 from tests.helpers.run_folders import make_answer
 
 SCRIPT = Path(__file__).parents[2] / "launch" / "reproduce_table2.sh"

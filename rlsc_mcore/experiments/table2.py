@@ -1,6 +1,6 @@
 """The experiment of arXiv 2506.06395, table 2, as a chain of commands, and its table beside the paper's numbers.
 
-`python -m rlsc_mcore.training.table2 plan ...` checks that everything is there and prints the chain, one command per line;
+`python -m rlsc_mcore.experiments.table2 plan ...` checks that everything is there and prints the chain, one command per line;
 `... table FOLDER` reads what the chain left. launch/reproduce_table2.sh submits the chain or runs it here.
 """
 

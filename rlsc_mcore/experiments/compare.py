@@ -1,9 +1,6 @@
 """`rlsc compare`: the objectives against each other, on the same questions and seeds; one table and one figure."""
 
-import argparse
-import json
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -11,64 +8,12 @@ from rich.table import Table
 
 from rlsc_mcore.config import ConfigError
 from rlsc_mcore.evaluation.over_seeds import metric_names, summarize
-from rlsc_mcore.observability.console import Reporter
+from rlsc_mcore.experiments.runs import Experiment, Variant
 from rlsc_mcore.reports.charts import Dot, dot_chart
 from rlsc_mcore.reports.standalone import standalone_svg
-from rlsc_mcore.training.experiments import Experiment, Variant, check_flags, run_settings
 
 BASE = "base"
-OBJECTIVES: dict[str, tuple[str, ...]] = {
-    "rlsc": (),
-    "rlsc_l1": ("--algorithm.alpha=0",),
-    "rlsc_length_normalized": ("--algorithm.confidence=length_normalized",),
-    "rlsc_token": ("--algorithm.confidence=token",),
-    "rlsc_group_softmax": ("--algorithm.confidence=group_softmax",),
-    "self_sft": ("--algorithm.objective=self_sft",),
-    "ttrl": ("--algorithm.objective=ttrl", "--rollout.num-samples=64"),
-    "entropy": ("--algorithm.objective=entropy",),
-    "rlvr": ("--algorithm.objective=rlvr",),
-}
-LOWER_TEMPERATURE = "lower_temperature"
 FIGURE_METRICS = ("accuracy", "greedy", "lenient")
-DESCRIPTION = """Train and evaluate several objectives on the same questions and seeds.
-
-A comparison that was stopped goes on with the same command. Every other option is one of `rlsc train` and holds for all runs.
-`lower_temperature` trains nothing: it is the base model, answering at `--temperature-factor` times each temperature. `ttrl`
-votes with 64 samples unless --rollout.num-samples is given."""
-
-
-def run_compare(arguments: Sequence[str]) -> int:
-    """`rlsc compare`: returns the exit code."""
-    parser = argparse.ArgumentParser(
-        "rlsc compare", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    known_names = [*OBJECTIVES, LOWER_TEMPERATURE]
-    parser.add_argument("--config", type=Path, required=True, help="configuration file of every run")
-    parser.add_argument("--objectives", default="rlsc,self_sft,ttrl,entropy,rlvr,lower_temperature", help=", ".join(known_names))
-    parser.add_argument("--seeds", default="0,1,2", help="seeds of every objective")
-    parser.add_argument("--output", type=Path, default=Path("runs/compare"), help="folder of the runs and of comparison.json, .svg and .md")
-    parser.add_argument("--temperature-factor", type=float, default=0.5, help="of lower_temperature")
-    known, flags = parser.parse_known_args(arguments)
-    if not 0 < known.temperature_factor < 1:
-        raise ConfigError(f"--temperature-factor: expected a number between 0 and 1, got {known.temperature_factor:g}")
-    variants = [_variant(name, flags, known.temperature_factor) for name in _names(known.objectives, known_names)]
-    experiment = Experiment(known.config, tuple(flags), parse_seeds(known.seeds), known.output)
-    check_flags(flags)
-    config = experiment.config(variants[0], experiment.seeds[0])
-    if config.evaluation.path is None:
-        raise ConfigError("evaluation.path: a comparison needs questions to evaluate on")
-    if all(variant.temperature_factor is not None for variant in variants):
-        raise ConfigError("--objectives: name one that trains; its run evaluates the base model too")
-    report = Reporter(enabled=True)
-    experiment.run(variants, report)
-    trained = next(variant for variant in variants if variant.temperature_factor is None)
-    result = gather(experiment, variants, config.evaluation.temperatures) | run_settings(experiment, trained)
-    (known.output / "comparison.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    (known.output / "comparison.svg").write_text(figure(result), encoding="utf-8")
-    (known.output / "comparison.md").write_text(markdown(result), encoding="utf-8")
-    print_table(result, report.console)
-    report.line(f"wrote {known.output}/comparison.json, .svg and .md")
-    return 0
 
 
 def gather(experiment: Experiment, variants: Sequence[Variant], temperatures: Sequence[float]) -> dict[str, Any]:
@@ -150,21 +95,6 @@ def parse_seeds(text: str) -> tuple[int, ...]:
     if not all(part.strip().isdigit() for part in parts) or len({int(part) for part in parts}) != len(parts):
         raise ConfigError(f"--seeds: expected different whole numbers like 0,1,2, got {text!r}")
     return tuple(int(part) for part in parts)
-
-
-def _names(text: str, known: Sequence[str]) -> list[str]:
-    names = [name.strip() for name in text.split(",")]
-    unknown = [name for name in names if name not in known]
-    if unknown or len(set(names)) != len(names):
-        raise ConfigError(f"--objectives: expected different ones of {', '.join(known)}, got {text!r}")
-    return names
-
-
-def _variant(name: str, flags: Sequence[str], temperature_factor: float) -> Variant:
-    if name == LOWER_TEMPERATURE:
-        return Variant(name, temperature_factor=temperature_factor)
-    given = {flag.partition("=")[0] for flag in flags}
-    return Variant(name, tuple(flag for flag in OBJECTIVES[name] if flag.partition("=")[0] not in given))
 
 
 def _cell(metric: str, name: str, row: Mapping[str, Any] | None) -> str:
