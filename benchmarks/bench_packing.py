@@ -23,7 +23,7 @@ from benchmarks.harness import RESULTS, about
 from rlsc_mcore.data.balance import assign, imbalance, loads
 from rlsc_mcore.data.packing import UniqueSequence, merge_identical, pack
 from rlsc_mcore.model.shape import Architecture
-from rlsc_mcore.training.plan.models import MODELS
+from rlsc_mcore.planning.known_models import MODELS
 from rlsc_mcore.types import Rollout
 
 LENGTHS = Path(__file__).parent / "lengths"

@@ -45,8 +45,8 @@ from rlsc_mcore.model.shape import Architecture  # noqa: E402
 from rlsc_mcore.model.weight_map import export_weights  # noqa: E402
 from rlsc_mcore.parallel.backend import Backend, cpu_linear, get_backend, has_transformer_engine  # noqa: E402
 from rlsc_mcore.parallel.groups import Groups, initialize_groups  # noqa: E402
-from rlsc_mcore.training.plan.models import num_parameters  # noqa: E402
-from rlsc_mcore.training.plan.timing import GPUS  # noqa: E402
+from rlsc_mcore.planning.known_models import num_parameters  # noqa: E402
+from rlsc_mcore.planning.timing import GPUS  # noqa: E402
 from rlsc_mcore.training.step import Trainer  # noqa: E402
 from rlsc_mcore.types import Rollout  # noqa: E402
 

@@ -9,7 +9,7 @@ from rlsc_mcore.model.hf_checkpoint import resolve_model_folder
 from rlsc_mcore.model.shape import Architecture
 from rlsc_mcore.parallel.backend import Backend
 from rlsc_mcore.parallel.groups import Groups
-from rlsc_mcore.training.plan.models import find_model
+from rlsc_mcore.planning.known_models import find_model
 from rlsc_mcore.training.step import Trainer
 
 

@@ -107,7 +107,7 @@ _rlsc_check_input() { # NODES RANKS: the trainer's own parser decides, without t
     local name value facts checker=("$host_python")
     if ((${#in_container[@]})) && { [[ -n $job ]] || command -v "${in_container[0]}" >/dev/null; }; then checker=("${in_container[@]}" "$python"); fi
     if ((${#srun_container[@]})) && [[ -n $job ]]; then checker=(srun --nodes=1 --ntasks=1 "${srun_container[@]}" "$python"); fi
-    facts=$("${checker[@]}" -m rlsc_mcore.training.launch_checks --nodes "$1" --ranks-per-node "$2" \
+    facts=$("${checker[@]}" -m rlsc_mcore.planning.launch_checks --nodes "$1" --ranks-per-node "$2" \
         ${GPU_MEMORY_GIB:+"--gpu-memory-gib=$GPU_MEMORY_GIB"} -- "${trainer[@]}") || {
         if (($? != 2)); then rlsc_die "the checks could not run with ${checker[*]}: bash launch/install.sh makes an environment, or set PYTHON"; fi
         exit 2

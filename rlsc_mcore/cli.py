@@ -68,7 +68,7 @@ def _run(name: str, rest: list[str]) -> int:
 
         return run_show_status(rest)
     if name == "plan":
-        from rlsc_mcore.training.plan.command import run_plan
+        from rlsc_mcore.commands.plan import run_plan
 
         return run_plan(rest)
     if name == "compare":

@@ -34,7 +34,7 @@ def run_train(arguments: Sequence[str]) -> int:
     if {"-h", "--help"} & set(flags):
         parse_config(["--help"], description=TRAIN_HELP)
     if dry_run:
-        from rlsc_mcore.training.plan.command import dry_run_config
+        from rlsc_mcore.commands.plan import dry_run_config
 
         gpus, memory = (options.pop(name, None) for name in ("--gpus", "--gpu-memory-gib"))
         return dry_run_config(resolve_training(options, flags)[0], gpus, memory)

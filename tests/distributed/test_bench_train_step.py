@@ -9,7 +9,7 @@ import torch
 
 from benchmarks import bench_train_step
 from benchmarks.bench_train_step import Bench, default_flags, flag_value, short_name, verdict
-from rlsc_mcore.training.plan.models import MODELS
+from rlsc_mcore.planning.known_models import MODELS
 from tests.helpers.ranks import run_ranks
 from tests.helpers.tiny import make_model_folder
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from rlsc_mcore.model.shape import read_architecture
-from rlsc_mcore.training.plan.memory import Layout, activation_bytes, static_bytes
+from rlsc_mcore.planning.memory import Layout, activation_bytes, static_bytes
 
 ALLOWED_ERROR = 0.10
 CPU_HEAD_WORKSPACE = 16 << 20

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
+from rlsc_mcore.commands.plan import dry_run_config
 from rlsc_mcore.config import dump_config, load_config
 from rlsc_mcore.model.hf_checkpoint import resolve_model_folder
-from rlsc_mcore.training.launch_checks import check_launch, main
-from rlsc_mcore.training.plan.command import dry_run_config
-from rlsc_mcore.training.plan.memory import Layout, rollout_bytes, train_bytes
-from rlsc_mcore.training.plan.models import MODELS
+from rlsc_mcore.planning.known_models import MODELS
+from rlsc_mcore.planning.launch_checks import check_launch, main
+from rlsc_mcore.planning.memory import Layout, rollout_bytes, train_bytes
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 FLAGS = ["--model.path", "embedded:tiny_qwen2", "--model.dtype", "float32", "--data.path", "embedded:train"]
@@ -143,10 +143,10 @@ def test_recipes_fit_the_gpus_that_they_name(name: str, gpus: str, gib: str, cap
 def test_checks_need_no_torch(tmp_path: Path) -> None:
     program = f"""
 import sys
-from rlsc_mcore.training.launch_checks import check_launch, main
-from rlsc_mcore.training.plan.command import dry_run_config
-from rlsc_mcore.training.plan.memory import Layout, rollout_bytes, train_bytes
-from rlsc_mcore.training.plan.models import MODELS
+from rlsc_mcore.planning.launch_checks import check_launch, main
+from rlsc_mcore.commands.plan import dry_run_config
+from rlsc_mcore.planning.memory import Layout, rollout_bytes, train_bytes
+from rlsc_mcore.planning.known_models import MODELS
 code = main(["--nodes", "1", "--ranks-per-node", "1", "--", *{FLAGS!r}, "--run-dir", {str(tmp_path)!r}])
 sys.exit(code or 10 * bool({{"torch", "vllm", "megatron", "transformers"}} & sys.modules.keys()))
 """

@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from rlsc_mcore.commands.plan import dry_run_config, run_plan
 from rlsc_mcore.config import ConfigError
-from rlsc_mcore.training.plan.choose import Candidate, candidates
-from rlsc_mcore.training.plan.command import dry_run_config, run_plan
-from rlsc_mcore.training.plan.memory import (
+from rlsc_mcore.planning.known_models import MODELS
+from rlsc_mcore.planning.layouts import Candidate, candidates
+from rlsc_mcore.planning.memory import (
     Layout,
     activation_bytes,
     engine_weight_bytes,
@@ -18,8 +19,7 @@ from rlsc_mcore.training.plan.memory import (
     static_bytes,
     train_bytes,
 )
-from rlsc_mcore.training.plan.models import MODELS
-from rlsc_mcore.training.plan.timing import GPUS, Work, seconds, swapped_bytes
+from rlsc_mcore.planning.timing import GPUS, Work, seconds, swapped_bytes
 from tests.helpers.tiny import tiny_config
 
 WORK = Work(1024, 256, 1024, 3072)

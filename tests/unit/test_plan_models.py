@@ -7,7 +7,7 @@ import pytest
 
 from rlsc_mcore.config import ConfigError
 from rlsc_mcore.model.weight_map import hf_shapes
-from rlsc_mcore.training.plan.models import MODELS, find_model, num_parameters
+from rlsc_mcore.planning.known_models import MODELS, find_model, num_parameters
 
 PUBLISHED = {
     "qwen2.5-0.5b": 494_032_768,

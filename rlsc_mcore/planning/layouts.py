@@ -3,8 +3,8 @@
 from dataclasses import dataclass, replace
 
 from rlsc_mcore.model.shape import Architecture
-from rlsc_mcore.training.plan.memory import Layout, kv_bytes_per_token, rollout_bytes, train_bytes
-from rlsc_mcore.training.plan.timing import Gpu, Work, seconds
+from rlsc_mcore.planning.memory import Layout, kv_bytes_per_token, rollout_bytes, train_bytes
+from rlsc_mcore.planning.timing import Gpu, Work, seconds
 
 USABLE_SHARE = 0.94  # of a GPU's memory: the rest is fragmentation
 FEWEST_LONGEST = 8  # sequences of the longest kind that the KV cache must hold

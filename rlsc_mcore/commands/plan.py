@@ -3,18 +3,16 @@
 import argparse
 import contextlib
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from importlib import resources
 
 from rlsc_mcore.config import Config, ConfigError
 from rlsc_mcore.model.shape import Architecture
-from rlsc_mcore.training.plan.choose import Candidate, candidates
-from rlsc_mcore.training.plan.memory import Layout
-from rlsc_mcore.training.plan.models import MODELS, find_model, num_parameters
-from rlsc_mcore.training.plan.timing import GPUS, Work, communication_bytes
-
-GIB = 2**30
+from rlsc_mcore.planning.known_models import MODELS, find_model, num_parameters
+from rlsc_mcore.planning.layouts import Candidate, candidates
+from rlsc_mcore.planning.memory import GIB, Layout, config_layout, describe_bytes
+from rlsc_mcore.planning.timing import GPUS, Work, communication_bytes
 
 
 def run_plan(arguments: Sequence[str]) -> int:
@@ -88,29 +86,6 @@ def dry_run_config(config: Config, gpus: str | None, gpu_memory_gib: str | None)
     if num_gpus % config.parallel.tp:
         raise ConfigError(f"parallel.tp: {config.parallel.tp} does not divide {num_gpus:g} GPUs")
     return _plan_config(config, find_model(_local(config.model.path)), int(num_gpus), memory_gib)
-
-
-def config_layout(config: Config, tp: int, dp: int) -> Layout:
-    """Return what a configuration's memory follows from, spread over tp x dp GPUs."""
-    return Layout(
-        tp,
-        dp,
-        recompute=config.training.recompute,
-        dtype=config.model.dtype,
-        distributed=config.optimizer.distributed,
-        tokens_per_micro_batch=config.training.tokens_per_micro_batch,
-        max_num_batched_tokens=config.rollout.max_num_batched_tokens,
-        precision_aware=config.optimizer.precision_aware,
-        cpu_offload=config.optimizer.cpu_offload,
-        engine_tp=config.rollout.tp or tp,
-        offload_during_rollout=config.optimizer.offload_during_rollout,
-    )
-
-
-def describe_bytes(parts: Mapping[str, int]) -> str:
-    """Say the sum and the parts, in GiB per GPU."""
-    told = ", ".join(f"{part} {size / GIB:.2f}" for part, size in parts.items())
-    return f"{sum(parts.values()) / GIB:.1f} GiB per GPU: {told}"
 
 
 def _positive(name: str, text: str | None, default: float) -> float:

@@ -5,10 +5,14 @@ optimizer states sharded over data-parallel ranks, and what autograd saves per t
 is within 10 % of the measured peak (tests/distributed/test_plan_memory.py); on a GPU it has not been compared yet.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
+from rlsc_mcore.config import Config
 from rlsc_mcore.model.shape import Architecture
-from rlsc_mcore.training.plan.models import num_parameters
+from rlsc_mcore.planning.known_models import num_parameters
+
+GIB = 2**30
 
 HEAD_WORKSPACE_BYTES = 1 << 30  # logits alive at once, as in ops/chunks.py on a GPU
 CONTEXT_BYTES = int(1.5 * 2**30)  # CUDA and NCCL contexts of a process; not allocated by torch
@@ -124,3 +128,26 @@ def rollout_bytes(shape: Architecture, layout: Layout, kv_cache: int) -> dict[st
         "engine": engine_weight_bytes(shape, layout) + prefill + ENGINE_RESIDENT_BYTES,
         "contexts": CONTEXT_BYTES,
     }
+
+
+def config_layout(config: Config, tp: int, dp: int) -> Layout:
+    """Return what a configuration's memory follows from, spread over tp x dp GPUs."""
+    return Layout(
+        tp,
+        dp,
+        recompute=config.training.recompute,
+        dtype=config.model.dtype,
+        distributed=config.optimizer.distributed,
+        tokens_per_micro_batch=config.training.tokens_per_micro_batch,
+        max_num_batched_tokens=config.rollout.max_num_batched_tokens,
+        precision_aware=config.optimizer.precision_aware,
+        cpu_offload=config.optimizer.cpu_offload,
+        engine_tp=config.rollout.tp or tp,
+        offload_during_rollout=config.optimizer.offload_during_rollout,
+    )
+
+
+def describe_bytes(parts: Mapping[str, int]) -> str:
+    """Say the sum and the parts, in GiB per GPU."""
+    told = ", ".join(f"{part} {size / GIB:.2f}" for part, size in parts.items())
+    return f"{sum(parts.values()) / GIB:.1f} GiB per GPU: {told}"

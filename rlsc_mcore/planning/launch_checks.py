@@ -1,6 +1,6 @@
 """What can be checked of a run on a login node, before any GPU is asked for: run by launch/lib.sh; imports no torch.
 
-    python -m rlsc_mcore.training.launch_checks --nodes N --ranks-per-node R [--gpu-memory-gib M] -- TRAINER ARGUMENTS
+    python -m rlsc_mcore.planning.launch_checks --nodes N --ranks-per-node R [--gpu-memory-gib M] -- TRAINER ARGUMENTS
 
 Prints the facts of the run, one `name<TAB>value` per line; bad input is one line on stderr and exit code 2.
 """
@@ -17,13 +17,12 @@ from pathlib import Path
 
 from rlsc_mcore.config import Config, ConfigError
 from rlsc_mcore.model.shape import Architecture, check_parallel, read_architecture
+from rlsc_mcore.planning.known_models import find_model, num_parameters
+from rlsc_mcore.planning.layouts import USABLE_SHARE
+from rlsc_mcore.planning.memory import GIB, config_layout, describe_bytes, rollout_bytes, train_bytes
 from rlsc_mcore.run.folder import CONFIG_FILE
 from rlsc_mcore.run.resolve import resolve_training as resolve_training
 from rlsc_mcore.run.resolve import split_options
-from rlsc_mcore.training.plan.choose import USABLE_SHARE
-from rlsc_mcore.training.plan.command import GIB, config_layout, describe_bytes
-from rlsc_mcore.training.plan.memory import rollout_bytes, train_bytes
-from rlsc_mcore.training.plan.models import find_model, num_parameters
 
 EMBEDDED = "embedded:"
 BYTES = {"float32": 4, "bfloat16": 2}

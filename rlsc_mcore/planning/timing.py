@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 
 from rlsc_mcore.model.shape import Architecture
-from rlsc_mcore.training.plan.memory import WIDTH, Layout, kv_bytes_per_token
-from rlsc_mcore.training.plan.models import num_parameters
+from rlsc_mcore.planning.known_models import num_parameters
+from rlsc_mcore.planning.memory import WIDTH, Layout, kv_bytes_per_token
 
 
 @dataclass(frozen=True)
