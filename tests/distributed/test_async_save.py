@@ -287,7 +287,7 @@ def save_and_tell(folder: str, run_dir: str) -> dict[int, dict[str, torch.Tensor
 
 
 def export(run_dir: str, output: str, checkpoint: str) -> str:
-    from rlsc_mcore.training.evaluation import export_run
+    from rlsc_mcore.training.export import export_run
 
     return export_run(Path(run_dir), Path(output), checkpoint).name
 

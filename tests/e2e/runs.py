@@ -42,7 +42,7 @@ def train(runs: list[list[str]], signal_at: tuple[str, int] | None = None) -> li
     import contextlib
     import io
 
-    from rlsc_mcore.training import commands
+    from rlsc_mcore.commands import train as commands
     from rlsc_mcore.training.session import Session
 
     if signal_at is not None:

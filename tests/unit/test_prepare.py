@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from rlsc_mcore.commands import prepare
+from rlsc_mcore.commands.prepare import SMOLLM2_PACKAGE, convert_gguf, prepare_smollm2
 from rlsc_mcore.config import ConfigError
-from rlsc_mcore.model import prepare
-from rlsc_mcore.model.prepare import SMOLLM2_PACKAGE, convert_gguf, prepare_smollm2
 
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}{% endfor %}"

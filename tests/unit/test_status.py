@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from rlsc_mcore.commands.status import describe, run_status
 from rlsc_mcore.config import ConfigError
 from rlsc_mcore.run.progress import duration
 from rlsc_mcore.run.status import RunStatus, read_status, recorded_end, write_end
-from rlsc_mcore.training.show_status import describe, run_show_status
 
 NOW = 2_000_000_000.0
 
@@ -83,8 +83,8 @@ def test_a_folder_without_a_run_is_bad_input(tmp_path: Path) -> None:
 
 
 def test_the_exit_code_tells_a_failed_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run_show_status([str(write_run(tmp_path, state="crash"))]) == 1
-    assert run_show_status([str(tmp_path), "--json"]) == 1
+    assert run_status([str(write_run(tmp_path, state="crash"))]) == 1
+    assert run_status([str(tmp_path), "--json"]) == 1
     assert '"restarts": "1"' in capsys.readouterr().out
 
 

@@ -6,10 +6,9 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from rlsc_mcore.commands.watch import describe, render, run_watch, sparkline
 from rlsc_mcore.config import ConfigError
-from rlsc_mcore.observability.watch import describe, render, sparkline
 from rlsc_mcore.run.progress import seconds_left
-from rlsc_mcore.training.watching import run_watch
 from tests.helpers.run_folders import make_metrics, write_run
 
 

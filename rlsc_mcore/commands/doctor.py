@@ -4,6 +4,7 @@ Imports nothing but the standard library until a check asks for it, so that it c
 else starts. Levels: `ok`; `note`, a fact worth knowing; `warn`, it works but not as measured; `bad`, it will fail.
 """
 
+import argparse
 import contextlib
 import importlib
 import importlib.util
@@ -14,7 +15,7 @@ import shutil
 import subprocess
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -48,8 +49,10 @@ class Finding:
     mend: str = ""
 
 
-def run_doctor() -> int:
+def run_doctor(arguments: Sequence[str] = ()) -> int:
     """Print one line per finding and return 0 if the installation is usable, 1 if something known-bad was found."""
+    parser = argparse.ArgumentParser("rlsc doctor", description="Check versions, devices and combinations that are known to fail.")
+    parser.parse_args(arguments)
     _set_library_defaults()
     findings = []
     show = _printer()

