@@ -33,7 +33,7 @@ import torch  # noqa: E402
 from benchmarks import harness  # noqa: E402
 from benchmarks.plain_transformers import Weigh, accumulate, pad_by_length  # noqa: E402
 from rlsc_mcore.algorithm.objective import WeightedObjective  # noqa: E402
-from rlsc_mcore.config import parse_config, read_flags  # noqa: E402
+from rlsc_mcore.config_file import parse_config, read_flags  # noqa: E402
 from rlsc_mcore.data.packing import merge_identical, pack  # noqa: E402
 from rlsc_mcore.rollout.engine import SamplingRequest  # noqa: E402
 from rlsc_mcore.rollout.sampling import sample_seed  # noqa: E402
@@ -163,7 +163,7 @@ def compare_rollout(session: Session, export: Path, repeats: int, correct: dict[
 def stock_engine(pipe: Connection, folder: str, dtype: str, max_model_len: int, max_num_seqs: int, stop_token_ids: Sequence[int]) -> None:
     """Serve the same requests from a plain `vllm.LLM` with its defaults (its own oneDNN-packed weights)."""
     quiet_libraries()
-    from rlsc_mcore.parallel.backend import hide_broken_torchvision
+    from rlsc_mcore.parallel.packages import hide_broken_torchvision
 
     hide_broken_torchvision()
     from vllm import LLM, SamplingParams

@@ -28,7 +28,7 @@ quiet_libraries()
 import torch  # noqa: E402
 
 from benchmarks.harness import MEAN_GAP_LIMIT, RESULTS, about, device_name  # noqa: E402
-from rlsc_mcore.parallel.backend import hide_broken_torchvision  # noqa: E402
+from rlsc_mcore.parallel.packages import hide_broken_torchvision  # noqa: E402
 
 LEARNING_RATE = 1e-6
 
@@ -116,7 +116,7 @@ def _questions(options: argparse.Namespace) -> tuple[Any, list[Any], list[list[i
 
 def ours(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     """The product's loop: sample, train, swap, record."""
-    from rlsc_mcore.config import parse_config
+    from rlsc_mcore.config_file import parse_config
     from rlsc_mcore.training.session import Session
     from rlsc_mcore.training.signals import StopRequest
 

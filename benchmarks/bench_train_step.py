@@ -43,8 +43,10 @@ from rlsc_mcore.data.packing import UniqueSequence, pack  # noqa: E402
 from rlsc_mcore.model.architecture import DTYPES  # noqa: E402
 from rlsc_mcore.model.shape import Architecture  # noqa: E402
 from rlsc_mcore.model.weight_map import export_weights  # noqa: E402
-from rlsc_mcore.parallel.backend import Backend, cpu_linear, get_backend, has_transformer_engine  # noqa: E402
+from rlsc_mcore.parallel.backend import Backend, get_backend  # noqa: E402
+from rlsc_mcore.parallel.cpu_products import cpu_linear  # noqa: E402
 from rlsc_mcore.parallel.groups import Groups, initialize_groups  # noqa: E402
+from rlsc_mcore.parallel.packages import has_transformer_engine  # noqa: E402
 from rlsc_mcore.planning.known_models import num_parameters  # noqa: E402
 from rlsc_mcore.planning.timing import GPUS  # noqa: E402
 from rlsc_mcore.training.step import Trainer  # noqa: E402

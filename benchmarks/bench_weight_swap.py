@@ -26,7 +26,8 @@ import torch  # noqa: E402
 
 from benchmarks.harness import RESULTS, Task, about, device_name, measure  # noqa: E402
 from benchmarks.trainers import find_shape, write_config  # noqa: E402
-from rlsc_mcore.config import Config, parse_config  # noqa: E402
+from rlsc_mcore.config import Config  # noqa: E402
+from rlsc_mcore.config_file import parse_config  # noqa: E402
 from rlsc_mcore.model.architecture import DTYPES  # noqa: E402
 from rlsc_mcore.model.build import Policy, build_policy  # noqa: E402
 from rlsc_mcore.model.weight_map import export_weights  # noqa: E402

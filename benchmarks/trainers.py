@@ -4,7 +4,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from rlsc_mcore.config import parse_config
+from rlsc_mcore.config_file import parse_config
 from rlsc_mcore.model.hf_checkpoint import resolve_model_folder
 from rlsc_mcore.model.shape import Architecture
 from rlsc_mcore.parallel.backend import Backend

@@ -1,39 +1,14 @@
-"""The configuration tree: one frozen dataclass per stage, validated field by field; imports no torch.
+"""Declare the configuration: one frozen dataclass per stage, validated field by field. Imports no torch."""
 
-A YAML file is read as a list of flags (`optimizer: {lr: 1e-5}` is the same text as `--optimizer.lr 1e-5`), so the
-file and the command line share one parser, one source of types and one style of error message.
-"""
-
-import contextlib
-import dataclasses
-import io
-import itertools
 import math
-import re
-from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, Literal
-
-import tyro
-import yaml
+from typing import Literal
 
 LogProbTemperature = Literal["sampling", "1.0"]
 Confidence = Literal["sequence", "length_normalized", "token", "group_softmax"]
 Objective = Literal["rlsc", "self_sft", "ttrl", "entropy", "rlvr"]
 TTRL_NUM_SAMPLES = 64  # its authors' number of votes
 TEMPLATES = ("chat", "qwen25-math", "evalchemy", "none")
-
-
-_YAML_WORDS = {"null": "None", "~": "None", "": "None", "true": "True", "false": "False"}  # YAML's spellings of Python's words
-
-
-class _TextLoader(yaml.BaseLoader):
-    """Keeps every scalar text, so that 1e-5 and `no` are read by their declared types; unquoted null, true and false become Python's."""
-
-    def construct_scalar(self, node: yaml.ScalarNode) -> str:
-        text = str(super().construct_scalar(node))
-        return _YAML_WORDS.get(text, text) if node.style is None else text
 
 
 class ConfigError(Exception):
@@ -364,102 +339,3 @@ class Config:
         if max(tp, engine_tp) % min(tp, engine_tp):
             legal = ", ".join(str(size) for size in range(1, min(2 * tp, 64) + 1) if max(tp, size) % min(tp, size) == 0)
             _check(False, "rollout.tp", f"a divisor or a multiple of parallel.tp = {tp} ({legal}, ...)", engine_tp)
-
-
-def parse_config(flags: Sequence[str], *, prog: str = "rlsc train", description: str | None = None) -> Config:
-    """Build a `Config` from flags (`--optimizer.lr 1e-5 ...`); a later flag wins.
-
-    Raises `ConfigError` naming the field on an unknown flag, a missing field, a value of the wrong type or out of range.
-    """
-    printed = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(printed):
-            return tyro.cli(
-                Config,
-                args=[*_objective_defaults(flags), *flags],
-                prog=prog,
-                description=description,
-                config=(tyro.conf.FlagConversionOff,),
-            )
-    except SystemExit as exit_:
-        if exit_.code in (0, None):  # --help
-            raise
-        raise ConfigError(_one_line(printed.getvalue())) from None
-
-
-def read_flags(file: Path) -> list[str]:
-    """Read a YAML configuration file as a list of flags.
-
-    Raises `ConfigError` naming the file (and the line, where YAML knows it) when it is absent or not a YAML mapping.
-    """
-    if not file.is_file():
-        raise ConfigError(f"--config {file}: no such file")
-    try:
-        tree = yaml.load(file.read_text(encoding="utf-8"), Loader=_TextLoader)  # noqa: S506  # a BaseLoader: text only
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--config {file}: not a YAML file: {' '.join(str(error).split())}") from None
-    if not isinstance(tree, Mapping):
-        raise ConfigError(f"--config {file}: expected a mapping of sections, got {type(tree).__name__}")
-    return list(_flags(tree))
-
-
-def load_config(file: Path, overrides: Sequence[str] = ()) -> Config:
-    """Build a `Config` from a YAML file and flags that win over it."""
-    return parse_config([*read_flags(file), *overrides])
-
-
-def dump_config(config: Config) -> str:
-    """Return the resolved configuration as YAML; `load_config` reads it back to an equal object."""
-    return yaml.safe_dump(_plain(config), sort_keys=False)
-
-
-def changed_fields(old: Config, new: Config) -> list[str]:
-    """List the fields in which two configurations differ, as `section.field: old -> new`."""
-
-    def walk(a: Any, b: Any, prefix: str) -> Iterator[str]:
-        for entry in dataclasses.fields(a):
-            left, right, name = getattr(a, entry.name), getattr(b, entry.name), prefix + entry.name
-            if dataclasses.is_dataclass(left):
-                yield from walk(left, right, name + ".")
-            elif left != right:
-                yield f"{name}: {left!r} -> {right!r}"
-
-    return list(walk(old, new, ""))
-
-
-def _objective_defaults(flags: Sequence[str]) -> list[str]:
-    """Return defaults that the objective changes, to stand before the flags, which win over them."""
-    values = [
-        after if separator else following
-        for flag, following in itertools.zip_longest(flags, flags[1:], fillvalue="")
-        for name, separator, after in (flag.partition("="),)
-        if name == "--algorithm.objective"
-    ]
-    return [f"--rollout.num-samples={TTRL_NUM_SAMPLES}"] if values[-1:] == ["ttrl"] else []
-
-
-def _one_line(box: str) -> str:
-    """Reduce tyro's framed, wrapped error to what it says before its hints."""
-    lines = [line.strip("│ ") for line in box.splitlines()]
-    frame = [i for i, line in enumerate(lines) if "──" in line or "----" in line]  # first the title's, then one before the hints
-    said = " ".join(lines[frame[0] + 1 : frame[1]] if len(frame) > 1 else lines)
-    if said.startswith("Missing from"):
-        return "missing " + ", ".join(line.split()[0] for line in lines if re.match(r"--\w", line))
-    meant = re.search(r"Perhaps you meant:?\s+(--\S+)", " ".join(lines))
-    return said + (f"; perhaps you meant {meant[1]}" if meant else "")
-
-
-def _flags(node: Mapping[str, Any], prefix: str = "--") -> Iterator[str]:
-    for key, value in node.items():
-        if isinstance(value, Mapping):
-            yield from _flags(value, f"{prefix}{key}.")
-        else:
-            name = f"{prefix}{key}".replace("_", "-")
-            # With "=", a value that begins with a dash is not taken for a flag.
-            yield from (name, *value) if isinstance(value, list) else (f"{name}={value}",)
-
-
-def _plain(value: Any) -> Any:
-    if dataclasses.is_dataclass(value):
-        return {entry.name: _plain(getattr(value, entry.name)) for entry in dataclasses.fields(value)}
-    return list(value) if isinstance(value, tuple) else value

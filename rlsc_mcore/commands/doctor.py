@@ -21,6 +21,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
+from rlsc_mcore.parallel.packages import TORCHVISION_FAMILY, hide_broken_torchvision  # standard library only
+
 Level = Literal["ok", "note", "warn", "bad"]
 
 PINS: dict[str, dict[str, str]] = {
@@ -36,7 +38,6 @@ PINS: dict[str, dict[str, str]] = {
 """Versions that were measured together, by stack; launch/requirements-*.txt are made from them."""
 
 REINSTALL = "bash launch/install.sh"
-TORCHVISION_FAMILY = ("torchvision", "torchaudio", "torchcodec")
 
 
 @dataclass(frozen=True)
@@ -130,9 +131,7 @@ def check_torchvision() -> Iterator[Finding]:
         text = "; ".join(f"{name} does not load ({failure})" for name, failure in broken.items())
         text += "; rlsc hides it from vLLM and transformers, other programs fail on it"
         yield Finding("bad", "torchvision", text, "pip uninstall -y " + " ".join(TORCHVISION_FAMILY))
-        backend, _ = _import("rlsc_mcore.parallel.backend")
-        if backend is not None:
-            backend.hide_broken_torchvision()  # as every command of rlsc does before it imports vLLM
+        hide_broken_torchvision()  # as every command of rlsc does before it imports vLLM
     else:
         there = [f"{name} {_version(name)}" for name in TORCHVISION_FAMILY if _version(name)]
         yield Finding("ok", "torchvision", ", ".join(there) + " load" if there else "not installed, as it should be on a CPU")

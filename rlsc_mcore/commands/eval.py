@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rlsc_mcore.config import TEMPLATES, Config, ConfigError, parse_config, read_flags
+from rlsc_mcore.config import TEMPLATES, Config, ConfigError
+from rlsc_mcore.config_file import parse_config, read_flags
 from rlsc_mcore.data.templates import check_prompt_lengths, render_prompt
 from rlsc_mcore.evaluation.benchmarks import BENCHMARKS, load_benchmark
 from rlsc_mcore.evaluation.evaluate import evaluate

@@ -65,7 +65,7 @@ def convert_gguf(weights: Path, output_dir: Path, *, model_max_length: int) -> N
     Expanding is exact: the folder computes what the quantized file means. Tied embeddings stay tied and the chat template
     stays in the tokenizer's folder.
     """
-    from rlsc_mcore.parallel.backend import hide_broken_torchvision
+    from rlsc_mcore.parallel.packages import hide_broken_torchvision
 
     hide_broken_torchvision()
     import torch

@@ -10,7 +10,8 @@ from time import perf_counter
 
 import rlsc_mcore
 from rlsc_mcore.commands.train import run_session
-from rlsc_mcore.config import ConfigError, load_config
+from rlsc_mcore.config import ConfigError
+from rlsc_mcore.config_file import load_config
 from rlsc_mcore.run.files import write_atomically
 
 REPOSITORY = Path(rlsc_mcore.__file__).parent.parent

@@ -8,7 +8,8 @@ from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
-from rlsc_mcore.config import Config, parse_config
+from rlsc_mcore.config import Config
+from rlsc_mcore.config_file import parse_config
 from rlsc_mcore.run.files import write_atomically
 from rlsc_mcore.run.resolve import TRAIN_HELP, resolve_training, split_options
 from rlsc_mcore.run.status import recorded_end, write_end

@@ -15,7 +15,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from rlsc_mcore.config import ConfigError, load_config
+from rlsc_mcore.config import ConfigError
+from rlsc_mcore.config_file import load_config
 from rlsc_mcore.observability.metrics import read_metrics
 from rlsc_mcore.run.progress import seconds_left
 from rlsc_mcore.run.status import ENDED, read_status

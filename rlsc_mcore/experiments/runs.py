@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rlsc_mcore.config import Config, ConfigError, RunError, changed_fields, load_config, parse_config, read_flags
+from rlsc_mcore.config import Config, ConfigError, RunError
+from rlsc_mcore.config_file import changed_fields, load_config, parse_config, read_flags
 from rlsc_mcore.evaluation.records import AnswerRecord, read_answers
 from rlsc_mcore.observability.console import Reporter
 

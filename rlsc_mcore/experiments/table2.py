@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import rlsc_mcore
-from rlsc_mcore.config import TEMPLATES, ConfigError, load_config
+from rlsc_mcore.config import TEMPLATES, ConfigError
+from rlsc_mcore.config_file import load_config
 from rlsc_mcore.evaluation.benchmarks import BENCHMARKS, missing_benchmarks
 from rlsc_mcore.evaluation.records import question_means, read_answers
 from rlsc_mcore.evaluation.statistics import bootstrap_interval

@@ -14,7 +14,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from rlsc_mcore.config import ConfigError, ModelConfig
 from rlsc_mcore.model.shape import Architecture
-from rlsc_mcore.parallel.backend import Backend, has_transformer_engine
+from rlsc_mcore.parallel.backend import Backend
+from rlsc_mcore.parallel.packages import has_transformer_engine
 
 # Head sizes of vLLM's CPU attention; another size starts up and dies at the first generate.
 CPU_HEAD_DIMS = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)

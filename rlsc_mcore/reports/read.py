@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rlsc_mcore.config import Config, ConfigError, changed_fields, load_config, parse_config
+from rlsc_mcore.config import Config, ConfigError
+from rlsc_mcore.config_file import changed_fields, load_config, parse_config
 from rlsc_mcore.data.questions import read_questions
 from rlsc_mcore.evaluation.over_seeds import metric_names, seed_average
 from rlsc_mcore.evaluation.records import AnswerRecord, question_means, read_answers, read_question_records

@@ -16,8 +16,9 @@ import torch
 from torch import nn
 
 from rlsc_mcore.config import Config, ConfigError, RolloutConfig
-from rlsc_mcore.observability.memory import storages
-from rlsc_mcore.parallel.backend import Backend, cpu_linear
+from rlsc_mcore.observability.memory_pools import storages
+from rlsc_mcore.parallel.backend import Backend
+from rlsc_mcore.parallel.cpu_products import cpu_linear
 from rlsc_mcore.parallel.groups import Groups
 from rlsc_mcore.rollout.shared_memory import name_segments_by_run, unlink_segments
 

@@ -3,7 +3,8 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from rlsc_mcore.config import Config, ConfigError, changed_fields, load_config, parse_config, read_flags
+from rlsc_mcore.config import Config, ConfigError
+from rlsc_mcore.config_file import changed_fields, load_config, parse_config, read_flags
 from rlsc_mcore.run.folder import find_resumable, latest_checkpoint
 
 TRAIN_HELP = """Train a language model by RLSC.

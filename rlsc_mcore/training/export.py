@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-from rlsc_mcore.config import Config, ConfigError, load_config
+from rlsc_mcore.config import Config, ConfigError
+from rlsc_mcore.config_file import load_config
 from rlsc_mcore.model.hf_checkpoint import resolve_model_folder, write_hf_folder
 from rlsc_mcore.model.weight_map import export_weights
 from rlsc_mcore.parallel.backend import get_backend

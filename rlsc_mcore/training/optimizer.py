@@ -11,7 +11,8 @@ from megatron.core.optimizer import get_megatron_optimizer
 from rlsc_mcore.config import Config, ConfigError, OptimizerConfig
 from rlsc_mcore.model.architecture import DTYPES
 from rlsc_mcore.model.build import Policy
-from rlsc_mcore.parallel.backend import Backend, has_transformer_engine
+from rlsc_mcore.parallel.backend import Backend
+from rlsc_mcore.parallel.packages import has_transformer_engine
 
 
 def wrap_data_parallel(policy: Policy, config: Config, backend: Backend) -> DistributedDataParallel:

@@ -5,7 +5,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rlsc_mcore.config import Config, ConfigError, changed_fields, dump_config, load_config
+from rlsc_mcore.config import Config, ConfigError
+from rlsc_mcore.config_file import changed_fields, dump_config, load_config
 from rlsc_mcore.data.packing import UniqueSequence
 from rlsc_mcore.parallel.groups import Groups
 from rlsc_mcore.run.files import write_atomically

@@ -29,14 +29,14 @@ from rlsc_mcore.rollout.engine import GenerationInterrupted, RolloutEngine
 from rlsc_mcore.rollout.sampling import sample_rollouts, spread_samples
 from rlsc_mcore.run.status import RunStatus
 from rlsc_mcore.training import checkpoint
-from rlsc_mcore.training.exchange import exchange_sequences, hand_to_trainers
 from rlsc_mcore.training.faults import start_watchdog
 from rlsc_mcore.training.inputs import read_inputs
-from rlsc_mcore.training.memory import MemoryLedger
+from rlsc_mcore.training.memory_ledger import MemoryLedger
+from rlsc_mcore.training.metrics_row import step_row
 from rlsc_mcore.training.outputs import SKIPPED_FOLDER, claim_run_folder, dump_batch, write_rollouts
+from rlsc_mcore.training.redistribute import gather_rollouts, redistribute_sequences
 from rlsc_mcore.training.signals import AbortPoll, StopRequest
 from rlsc_mcore.training.step import StepOutcome, Trainer
-from rlsc_mcore.training.summary import step_row
 from rlsc_mcore.types import Rollout
 from rlsc_mcore.weight_sync.swap import HotSwap
 from rlsc_mcore.weight_sync.verify import compare_with_export
@@ -146,7 +146,7 @@ class Session:
         self.check_stop()
         self.memory.measure("rollout")
         places = {question: place for place, question in enumerate(zip(asked, repeats, strict=True))}
-        rollouts, self.engine_imbalance = hand_to_trainers(rollouts, places, num_samples, self.groups)
+        rollouts, self.engine_imbalance = gather_rollouts(rollouts, places, num_samples, self.groups)
         return rollouts
 
     def train(self, step: int, rollouts: Sequence[Rollout]) -> StepOutcome:
@@ -163,7 +163,7 @@ class Session:
                 stop_token_ids=frozenset(self.inputs.stop_token_ids),
                 advantages=advantages(algorithm.objective, rollouts, self.inputs.questions),
             )
-            self.exchange = exchange_sequences(sequences, self.inputs.architecture.cost_model(), self.groups)
+            self.exchange = redistribute_sequences(sequences, self.inputs.architecture.cost_model(), self.groups)
             batches = pack(self.exchange.sequences, self.config.training.tokens_per_micro_batch, multiple_of=self.trainer.token_multiple)
         self.engine.sleep()
         self.memory.measure("sleep")

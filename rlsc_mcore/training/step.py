@@ -16,7 +16,7 @@ from rlsc_mcore.algorithm.objective import WeightedObjective, entropy_loss
 from rlsc_mcore.config import Config
 from rlsc_mcore.data.packing import padding_batch
 from rlsc_mcore.model.build import Policy, build_policy
-from rlsc_mcore.observability.memory import storages
+from rlsc_mcore.observability.memory_pools import storages
 from rlsc_mcore.ops import linear_token_log_probs, linear_weighted_loss, sequence_sums
 from rlsc_mcore.ops.chunks import live_tokens
 from rlsc_mcore.parallel.backend import Backend

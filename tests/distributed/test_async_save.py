@@ -270,7 +270,7 @@ def save_with_scores(folder: str, run_dir: str) -> dict[int, list[str]]:
 
 def save_and_tell(folder: str, run_dir: str) -> dict[int, dict[str, torch.Tensor]]:
     """Save three steps, of which the second scores best; returns the weights of each."""
-    from rlsc_mcore.config import dump_config
+    from rlsc_mcore.config_file import dump_config
     from rlsc_mcore.model.weight_map import export_weights
 
     trainer = make_trainer(folder)

@@ -31,7 +31,7 @@ def tokens(answers: list[Any]) -> list[tuple[int, ...]]:
 
 def train_and_export(folder: str, run_dir: str, tp: int, *flags: str) -> dict[str, Any]:
     """Three steps of the loop; rows of the metrics, greedy answers before and after, and the swap checked against the export."""
-    from rlsc_mcore.config import parse_config
+    from rlsc_mcore.config_file import parse_config
     from rlsc_mcore.training.session import Session
     from rlsc_mcore.training.signals import StopRequest
 
@@ -61,7 +61,7 @@ def train_and_export(folder: str, run_dir: str, tp: int, *flags: str) -> dict[st
 
 def greedy_answers(folder: str, run_dir: str, tp: int = 1, *flags: str) -> list[Any]:
     """What a fresh engine answers."""
-    from rlsc_mcore.config import parse_config
+    from rlsc_mcore.config_file import parse_config
     from rlsc_mcore.training.session import Session
     from rlsc_mcore.training.signals import StopRequest
 

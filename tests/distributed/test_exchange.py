@@ -31,10 +31,10 @@ def exchanged(num_ranks: int) -> tuple[Any, list[tuple[int, tuple[int, ...], tup
     from rlsc_mcore.data.packing import merge_identical
     from rlsc_mcore.parallel.backend import get_backend
     from rlsc_mcore.parallel.groups import initialize_groups
-    from rlsc_mcore.training.exchange import exchange_sequences
+    from rlsc_mcore.training.redistribute import redistribute_sequences
 
     groups = initialize_groups(get_backend(), 1)
-    found = exchange_sequences(merge_identical(skewed(num_ranks, groups.dp_rank), **OPTIONS), COST, groups)
+    found = redistribute_sequences(merge_identical(skewed(num_ranks, groups.dp_rank), **OPTIONS), COST, groups)
     rows = [(s.group, s.rollout.prompt_ids, s.rollout.response_ids, s.multiplicity, sum(s.trained)) for s in found.sequences]
     return found, rows
 
@@ -68,7 +68,7 @@ def train_skewed(folder: str, num_sampling_ranks: int, tp: int, confidence: str)
     from rlsc_mcore.model.weight_map import export_weights
     from rlsc_mcore.parallel.backend import get_backend
     from rlsc_mcore.parallel.groups import initialize_groups
-    from rlsc_mcore.training.exchange import exchange_sequences
+    from rlsc_mcore.training.redistribute import redistribute_sequences
     from rlsc_mcore.training.step import Trainer
 
     backend = get_backend()
@@ -77,7 +77,7 @@ def train_skewed(folder: str, num_sampling_ranks: int, tp: int, confidence: str)
     trainer = Trainer(tiny_config(folder, flags), Path(folder), backend, groups)
     all_rollouts = everything(num_sampling_ranks)
     mine = skewed(num_sampling_ranks, groups.dp_rank) if groups.dp_size > 1 else all_rollouts
-    found = exchange_sequences(merge_identical(mine, **OPTIONS), trainer.policy.architecture.cost_model(), groups)
+    found = redistribute_sequences(merge_identical(mine, **OPTIONS), trainer.policy.architecture.cost_model(), groups)
     batches = pack(found.sequences, 64, multiple_of=groups.tp_size)
     outcomes = [trainer.step(batches, step, len(all_rollouts)) for step in range(3)]
     weights = export_weights(trainer.policy.weights, trainer.policy.architecture, groups.tp_group, groups.tp_size)

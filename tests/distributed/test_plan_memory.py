@@ -18,7 +18,7 @@ MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", 
 
 
 def make_model(folder: Path, **sizes: int) -> Path:
-    from rlsc_mcore.parallel.backend import hide_broken_torchvision
+    from rlsc_mcore.parallel.packages import hide_broken_torchvision
 
     hide_broken_torchvision()
     from transformers import Qwen2Config, Qwen2ForCausalLM

@@ -44,7 +44,7 @@ def update(folder: str, tp: int, flags: list[str], budget: int) -> dict[str, Any
 
 def oracle(folder: str, confidence: str) -> dict[str, Any]:
     """The same with transformers, a loop over rollouts and torch's AdamW, in float64."""
-    from rlsc_mcore.parallel.backend import hide_broken_torchvision
+    from rlsc_mcore.parallel.packages import hide_broken_torchvision
 
     hide_broken_torchvision()
     from transformers import AutoModelForCausalLM

@@ -11,7 +11,7 @@ import torch
 
 from rlsc_mcore.commands.status import describe
 from rlsc_mcore.config import RunError
-from rlsc_mcore.observability.memory import BORDERS, POOLS, STEPS_OF_GROWTH
+from rlsc_mcore.observability.memory_pools import BORDERS, POOLS, STEPS_OF_GROWTH
 from rlsc_mcore.run.folder import find_resumable
 from rlsc_mcore.training.checkpoint_files import read_state, verify_files
 from tests.e2e.runs import FLAGS

@@ -20,7 +20,7 @@ FLAGS = [
 
 
 def make_session(run_dir: Path, model: str, *flags: str) -> Any:
-    from rlsc_mcore.config import parse_config
+    from rlsc_mcore.config_file import parse_config
     from rlsc_mcore.training.session import Session
     from rlsc_mcore.training.signals import StopRequest
 

@@ -21,7 +21,7 @@ LONG = [
 
 def abort_a_long_rollout(run: str, model: str) -> dict[str, Any]:
     """SIGTERM arrives two seconds into a rollout that would take minutes; then what a session does with it, timed."""
-    from rlsc_mcore.config import parse_config
+    from rlsc_mcore.config_file import parse_config
     from rlsc_mcore.rollout.engine import GenerationInterrupted
     from rlsc_mcore.training.session import Session
     from rlsc_mcore.training.signals import StopRequest

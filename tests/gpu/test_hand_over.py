@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from rlsc_mcore.observability.memory import BORDERS
+from rlsc_mcore.observability.memory_pools import BORDERS
 from tests.helpers.folders import make_runnable_folder
 from tests.helpers.ranks import run_ranks
 from tests.helpers.tiny import tiny_config

@@ -5,9 +5,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rlsc_mcore.config import dump_config, load_config
+from rlsc_mcore.config_file import dump_config, load_config
 from rlsc_mcore.evaluation.records import AnswerRecord, QuestionRecord, write_records
-from rlsc_mcore.observability.memory import BORDERS, POOLS
+from rlsc_mcore.observability.memory_pools import BORDERS, POOLS
 
 CONFIG = Path(__file__).parents[2] / "configs" / "tiny_cpu.yaml"
 

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import torch
 
-from rlsc_mcore.config import Config, parse_config
+from rlsc_mcore.config import Config
+from rlsc_mcore.config_file import parse_config
 from rlsc_mcore.types import Rollout
 
 VOCAB_SIZE = 300  # no multiple of 64: the padded rows take part in every test
@@ -23,7 +24,7 @@ def make_model_folder(
     num_kv_heads: int = 2,
 ) -> Path:
     """Write a random Hugging Face model (2 layers, 4 heads, 2 KV heads unless told otherwise, biases not zero) to `folder`."""
-    from rlsc_mcore.parallel.backend import hide_broken_torchvision
+    from rlsc_mcore.parallel.packages import hide_broken_torchvision
 
     hide_broken_torchvision()
     from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM

@@ -14,7 +14,7 @@ import megatron.core.distributed
 import megatron.core.models.gpt
 import megatron.core.optimizer
 
-from rlsc_mcore.parallel.backend import hide_broken_torchvision
+from rlsc_mcore.parallel.packages import hide_broken_torchvision
 
 hide_broken_torchvision()
 

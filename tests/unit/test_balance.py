@@ -85,7 +85,7 @@ def test_cost_model_counts_what_torch_counts() -> None:
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
-    from rlsc_mcore.parallel.backend import hide_broken_torchvision
+    from rlsc_mcore.parallel.packages import hide_broken_torchvision
 
     hide_broken_torchvision()
     from transformers import Qwen2Config, Qwen2ForCausalLM

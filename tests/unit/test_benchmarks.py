@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from rlsc_mcore.commands.eval import run_eval
-from rlsc_mcore.config import ConfigError, parse_config
+from rlsc_mcore.config import ConfigError
+from rlsc_mcore.config_file import parse_config
 from rlsc_mcore.data.templates import render_text
 from rlsc_mcore.evaluation.benchmarks import BENCHMARKS, load_benchmark, missing_benchmarks, read_question
 from rlsc_mcore.evaluation.sampling_scores import sampling_scores

@@ -12,7 +12,8 @@ from megatron.core import parallel_state
 
 from rlsc_mcore import cli
 from rlsc_mcore.commands import train as commands
-from rlsc_mcore.config import CollectiveRunError, RunError, dump_config, parse_config
+from rlsc_mcore.config import CollectiveRunError, RunError
+from rlsc_mcore.config_file import dump_config, parse_config
 from rlsc_mcore.model.hf_checkpoint import resolve_model_folder
 from tests.helpers.folders import EMBEDDED, copy_embedded, edit_config, make_runnable_folder
 

@@ -9,7 +9,8 @@ import pytest
 
 from rlsc_mcore.commands.compare import run_compare
 from rlsc_mcore.commands.sweep import run_sweep
-from rlsc_mcore.config import ConfigError, dump_config, load_config
+from rlsc_mcore.config import ConfigError
+from rlsc_mcore.config_file import dump_config, load_config
 from rlsc_mcore.evaluation.over_seeds import summarize
 from rlsc_mcore.evaluation.records import AnswerRecord, QuestionRecord, write_records
 from rlsc_mcore.experiments.runs import Experiment, Variant, grid

@@ -18,15 +18,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import rlsc_mcore
-from rlsc_mcore.config import (
-    Config,
-    ConfigError,
-    changed_fields,
-    dump_config,
-    load_config,
-    parse_config,
-    read_flags,
-)
+from rlsc_mcore.config import Config, ConfigError
+from rlsc_mcore.config_file import changed_fields, dump_config, load_config, parse_config, read_flags
 
 REQUIRED = ["--run-dir", "run", "--model.path", "model", "--data.path", "data"]
 PACKAGE = Path(rlsc_mcore.__file__).parent

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from rlsc_mcore.parallel import backend
+from rlsc_mcore.parallel import backend, cpu_products
 
 ONEDNN = "mkldnn::_linear_pointwise"
 
@@ -26,16 +26,20 @@ class Recorded(TorchDispatchMode):
 @pytest.fixture(params=["AVX512", "AVX2", "DEFAULT"])
 def capability(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: request.param)
-    backend.multiplies_with_onednn.cache_clear()
+    cpu_products.multiplies_with_onednn.cache_clear()
     yield request.param
-    backend.multiplies_with_onednn.cache_clear()
+    cpu_products.multiplies_with_onednn.cache_clear()
 
 
 def test_the_engines_product(capability: str) -> None:
     x, weight, bias = torch.randn(3, 7, 48), torch.randn(40, 48), torch.randn(40)
     with torch.no_grad(), Recorded() as recorded:
-        plain, biased, empty = backend.cpu_linear(x, weight), backend.cpu_linear(x, weight, bias), backend.cpu_linear(x[:0], weight)
-        half = backend.cpu_linear(x.bfloat16(), weight.bfloat16())
+        plain, biased, empty = (
+            cpu_products.cpu_linear(x, weight),
+            cpu_products.cpu_linear(x, weight, bias),
+            cpu_products.cpu_linear(x[:0], weight),
+        )
+        half = cpu_products.cpu_linear(x.bfloat16(), weight.bfloat16())
     assert recorded.names.count(ONEDNN) == (2 if capability == "AVX512" else 0)
     expected = x.double() @ weight.double().T
     torch.testing.assert_close(plain.double(), expected, rtol=1e-5, atol=1e-5)

@@ -98,7 +98,10 @@ def test_the_broken_torchvision_is_a_real_one(sick_site: Path) -> None:
 
 def test_a_transformer_engine_that_does_not_load_takes_megatron_with_it(tmp_path: Path) -> None:
     _add_package(tmp_path, "transformer_engine", "raise OSError('libcuda.so.1: cannot open shared object file')", "2.11.0")
-    code = "from rlsc_mcore.commands import doctor\nfor c in (doctor.check_transformer_engine, doctor.check_megatron):\n for f in c(): print(f)"
+    code = (
+        "from rlsc_mcore.commands import doctor\n"
+        "for c in (doctor.check_transformer_engine, doctor.check_megatron):\n for f in c(): print(f)"
+    )
     done = _python("-c", code, site=tmp_path)
     engine, megatron = done.stdout.splitlines()
     assert "level='bad'" in engine and "libcuda.so.1" in engine and "pip uninstall -y transformer-engine" in engine

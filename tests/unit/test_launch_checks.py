@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from rlsc_mcore.commands.plan import dry_run_config
-from rlsc_mcore.config import dump_config, load_config
+from rlsc_mcore.config_file import dump_config, load_config
 from rlsc_mcore.model.hf_checkpoint import resolve_model_folder
 from rlsc_mcore.planning.known_models import MODELS
 from rlsc_mcore.planning.launch_checks import check_launch, main

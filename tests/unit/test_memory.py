@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rlsc_mcore.observability.memory import (
+from rlsc_mcore.observability.memory_pools import (
     BORDERS,
     GROWTH_PER_STEP,
     POOLS,

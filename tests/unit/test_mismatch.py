@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rlsc_mcore.observability.mismatch import GAPS, LIMITS, coarser, mismatch_warnings, mismatched_steps, stop_limit
-from rlsc_mcore.training.summary import _gaps
+from rlsc_mcore.training.metrics_row import _gaps
 
 # Measured, mean / p99 / largest per token. Honest: the embedded model and SmolLM2-135M, on a CPU, at temperature 0.5.
 HONEST = [

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from rlsc_mcore.commands.doctor import PINS, TORCHVISION_FAMILY
+from rlsc_mcore.commands.doctor import PINS
+from rlsc_mcore.parallel.packages import TORCHVISION_FAMILY
 
 ROOT = Path(__file__).resolve().parents[2]
 LAUNCH = ROOT / "launch"

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from rlsc_mcore.commands.report import run_report
 from rlsc_mcore.config import ConfigError
 from rlsc_mcore.evaluation.records import QuestionRecord
-from rlsc_mcore.observability.memory import BORDERS, POOLS
+from rlsc_mcore.observability.memory_pools import BORDERS, POOLS
 from rlsc_mcore.observability.mismatch import GAPS, LIMITS
 from rlsc_mcore.reports.axes import round_ticks, short_number
 from rlsc_mcore.reports.charts import Dot, Line, dot_chart, line_chart, stacked_bars

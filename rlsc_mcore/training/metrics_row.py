@@ -12,7 +12,7 @@ from rlsc_mcore.config import Config
 from rlsc_mcore.grading.answers import extract_boxed
 from rlsc_mcore.observability.mismatch import GAPS
 from rlsc_mcore.parallel.groups import Groups
-from rlsc_mcore.training.exchange import Exchange
+from rlsc_mcore.training.redistribute import Exchange
 from rlsc_mcore.training.step import SequenceScores, StepOutcome
 from rlsc_mcore.types import Rollout
 

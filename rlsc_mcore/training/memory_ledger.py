@@ -1,6 +1,6 @@
 """The hand-over of memory between trainer and engine, measured at every border of a step's phases."""
 
-from rlsc_mcore.observability.memory import STEPS_OF_GROWTH, Table, residue_warnings, worst_of
+from rlsc_mcore.observability.memory_pools import STEPS_OF_GROWTH, Table, residue_warnings, worst_of
 from rlsc_mcore.parallel.backend import Backend
 from rlsc_mcore.parallel.groups import Groups
 from rlsc_mcore.rollout.engine import RolloutEngine

@@ -35,7 +35,7 @@ class _Header:
     multiplicity: int
 
 
-def hand_to_trainers(
+def gather_rollouts(
     rollouts: Sequence[Rollout], positions: Mapping[Asked, int], num_samples: int, groups: Groups
 ) -> tuple[list[Rollout], float]:
     """Turn what this rank's engine sampled into what its trainer group holds; collective over the ranks of one place per engine.
@@ -51,7 +51,7 @@ def hand_to_trainers(
     return [rollout for _, _, rollout in mine], imbalance(tokens)
 
 
-def exchange_sequences(sequences: Sequence[UniqueSequence], cost: CostModel, groups: Groups) -> Exchange:
+def redistribute_sequences(sequences: Sequence[UniqueSequence], cost: CostModel, groups: Groups) -> Exchange:
     """Spread the step's distinct sequences over the data-parallel ranks by estimated FLOPs; collective over that group.
 
     Only lengths and digests travel to every rank, and the tokens of those that move. Questions are numbered over all ranks, so
