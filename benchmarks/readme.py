@@ -8,7 +8,8 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from rlsc_mcore.evaluation.table import IN_TOKENS, ROWS
+from rlsc_mcore.evaluation.table import IN_TOKENS, table_rows
+from rlsc_mcore.experiments.compare import title
 from rlsc_mcore.experiments.runs import combination
 
 ROOT = Path(__file__).parent.parent
@@ -62,7 +63,7 @@ def quickstart_lines() -> list[str]:
     columns = {"before": summary["before"], "RLSC": summary["after"]}
     columns.update({COLUMN_NAMES.get(name, name): scores for name, scores in summary.get("baselines", {}).items()})
     lines = ["| held-out questions, mean ± standard error | " + " | ".join(columns) + " |", "| --- |" + " ---: |" * len(columns)]
-    for name, label in ROWS.items():
+    for name, label in table_rows(columns).items():
         if name in summary["before"]:
             lines.append(f"| {label} | " + " | ".join(_cell(name, scores[name]) for scores in columns.values()) + " |")
     return [*lines, "", f"`{summary['command']}`, {_versions(summary['versions'])}: `benchmarks/results/cpu/quickstart.json`"]
@@ -71,14 +72,8 @@ def quickstart_lines() -> list[str]:
 def comparison_lines() -> list[str]:
     """One row per objective of `rlsc compare`."""
     result = _read("cpu/comparison.json")
-    columns = {
-        "accuracy_t0.5": "T = 0.5, boxed",
-        "accuracy_t1": "T = 1, boxed",
-        "greedy": "greedy, boxed",
-        "lenient_t0.5": "T = 0.5, last number",
-        "lenient_t1": "T = 1, last number",
-        "confidence_f": "F",
-    }
+    keys = ("accuracy_t0.5", "accuracy_t1", "greedy", "lenient_t0.5", "lenient_t1", "confidence_f")
+    columns = {key: title(key) for key in keys}
     lines = [
         f"| {result['questions']} test questions, {len(result['seeds'])} seeds | " + " | ".join(columns.values()) + " |",
         "| --- |" + " ---: |" * len(columns),
@@ -198,7 +193,7 @@ def grading_lines() -> list[str]:
 def sweep_lines() -> list[str]:
     """One row per combination of the committed sweep."""
     result = _read("cpu/sweep.json")
-    columns = {"accuracy_t0.5": "T = 0.5, boxed", "accuracy_t1": "T = 1, boxed", "greedy": "greedy, boxed", "confidence_f": "F"}
+    columns = {key: title(key) for key in ("accuracy_t0.5", "accuracy_t1", "greedy", "confidence_f")}
     fields = [field.rpartition(".")[2].replace("_", " ") for field in result["over"]]
     lines = [
         "| " + " | ".join([*fields, *columns.values()]) + " |",

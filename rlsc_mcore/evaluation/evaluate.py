@@ -6,7 +6,7 @@ from typing import Any
 
 from rlsc_mcore.config import Config
 from rlsc_mcore.evaluation.records import AnswerRecord, QuestionRecord
-from rlsc_mcore.evaluation.scores import SampleOutcome, score
+from rlsc_mcore.evaluation.scores import GREEDY, HIGHEST_TEMPERATURE_SCORES, UNTEMPERED, score, score_key
 from rlsc_mcore.grading.answers import Grade
 from rlsc_mcore.grading.formats import grade_answers
 from rlsc_mcore.observability.console import Reporter
@@ -14,9 +14,6 @@ from rlsc_mcore.parallel.groups import Groups
 from rlsc_mcore.rollout.engine import Completion, GenerationInterrupted, RolloutEngine, SamplingRequest
 from rlsc_mcore.rollout.sampling import sample_seed
 from rlsc_mcore.types import Question
-
-GREEDY = 0.0
-UNTEMPERED = 1.0
 
 
 def evaluate(
@@ -34,13 +31,13 @@ def evaluate(
     """Answer every question greedily and `evaluation.num_samples` times at each temperature, and score it.
 
     Returns {"scores": name -> {"mean", "standard_error"}, "answers": [AnswerRecord], "questions": [QuestionRecord]}. Names:
-    `greedy`, `accuracy_t05` (strict: the last box), `lenient_t05` (else the last number), per temperature; `boxed_share`,
+    `greedy`, `accuracy_t0.5` (strict: the last box), `lenient_t0.5` (else the last number), per temperature; `boxed_share`,
     `mean_length`, `truncated_share`, `distinct_share` and `confidence_f` (F) at the highest temperature. The same seeds for
     every `label`, so that before and after are paired. Raises `GenerationInterrupted` soon after `should_stop` answers True.
     Collective over the world: questions are spread over the engines, results are the same on every rank.
     """
     local = range(groups.engine_index, len(questions), groups.num_engines)
-    outcomes: dict[float, dict[int, list[SampleOutcome]]] = {}
+    outcomes: dict[float, dict[int, list[AnswerRecord]]] = {}
     answers: list[AnswerRecord] = []
     temperatures = [GREEDY, *config.evaluation.temperatures]
     interrupted = False
@@ -75,11 +72,11 @@ def evaluate(
         record = partial(_record, temperature, engine.tempered)
         records = map(record, asked_of, numbers, sampled, texts, grades)
         graded = [[next(records) for _ in group] for group in completions]
-        outcomes[temperature] = {i: [_outcome(record) for record in group] for i, group in zip(local, graded, strict=True)}
+        outcomes[temperature] = dict(zip(local, graded, strict=True))
         answers += [record for group in graded for record in group]
     if groups.any(interrupted):  # a rank that left early would miss the others in the collection below
         raise GenerationInterrupted
-    merged: dict[float, dict[int, list[SampleOutcome]]] = {temperature: {} for temperature in temperatures}
+    merged: dict[float, dict[int, list[AnswerRecord]]] = {temperature: {} for temperature in temperatures}
     rows: list[AnswerRecord] = []
     for part, part_answers in groups.gather_objects_over_engines((outcomes, answers)):
         for temperature in temperatures:
@@ -93,16 +90,15 @@ def evaluate(
     return {"scores": _scores(merged, config.evaluation.temperatures), "answers": rows, "questions": asked}
 
 
-def _scores(outcomes: dict[float, dict[int, list[SampleOutcome]]], temperatures: Sequence[float]) -> dict[str, Any]:
+def _scores(outcomes: dict[float, dict[int, list[AnswerRecord]]], temperatures: Sequence[float]) -> dict[str, Any]:
     by_temperature = {t: score([group for _, group in sorted(groups.items())]) for t, groups in outcomes.items()}
-    scores: dict[str, Any] = {"greedy": by_temperature[GREEDY]["accuracy"], "lenient_greedy": by_temperature[GREEDY]["lenient"]}
-    for temperature in temperatures:
-        suffix = f"t{temperature:.1f}".replace(".", "")
-        scores[f"accuracy_{suffix}"] = by_temperature[temperature]["accuracy"]
-        scores[f"lenient_{suffix}"] = by_temperature[temperature]["lenient"]
+    scores: dict[str, Any] = {}
+    for temperature in (GREEDY, *temperatures):
+        for kind in ("accuracy", "lenient"):
+            scores[score_key(kind, temperature)] = by_temperature[temperature][kind]
     if temperatures:
-        shared = by_temperature[max(temperatures)]
-        scores.update({name: shared[name] for name in ("boxed_share", "mean_length", "truncated_share", "distinct_share")})
+        highest = by_temperature[max(temperatures)]
+        scores.update({name: highest[name] for name in HIGHEST_TEMPERATURE_SCORES})
     if UNTEMPERED in by_temperature:
         scores["confidence_f"] = by_temperature[UNTEMPERED]["confidence_f"]
     return scores
@@ -126,16 +122,4 @@ def _record(
         truncated=completion.finish_reason == "length",
         tokens=len(completion.token_ids),
         log_prob=sum(completion.log_probs) if scored else None,
-    )
-
-
-def _outcome(record: AnswerRecord) -> SampleOutcome:
-    return SampleOutcome(
-        strict=record.strict,
-        lenient=record.lenient,
-        boxed=record.boxed,
-        truncated=record.truncated,
-        num_tokens=record.tokens,
-        response=record.text,
-        log_prob=record.log_prob if record.temperature == UNTEMPERED else None,  # F is that of p itself
     )

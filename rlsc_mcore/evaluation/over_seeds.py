@@ -5,18 +5,17 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rlsc_mcore.evaluation.records import AnswerRecord, question_means
+from rlsc_mcore.evaluation.scores import GREEDY, UNTEMPERED, score_key
 from rlsc_mcore.evaluation.statistics import paired_change
-
-GREEDY = 0.0
 
 
 def metric_names(temperatures: Sequence[float]) -> dict[str, tuple[float, str]]:
     """Name the numbers that experiments report -> (temperature, field of the answers)."""
     hottest = max(temperatures, default=GREEDY)
-    names = {f"accuracy_t{t:g}": (t, "strict") for t in temperatures} | {"greedy": (GREEDY, "strict")}
-    names |= {f"lenient_t{t:g}": (t, "lenient") for t in temperatures} | {"lenient_greedy": (GREEDY, "lenient")}
-    if 1.0 in temperatures:
-        names["confidence_f"] = (1.0, "probability")
+    names = {score_key("accuracy", t): (t, "strict") for t in (*temperatures, GREEDY)}
+    names |= {score_key("lenient", t): (t, "lenient") for t in (*temperatures, GREEDY)}
+    if UNTEMPERED in temperatures:
+        names["confidence_f"] = (UNTEMPERED, "probability")
     return names | {"boxed_share": (hottest, "boxed"), "mean_length": (hottest, "tokens")}
 
 

@@ -6,23 +6,25 @@ and its standard error is that of those question means: clustering by question, 
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TypedDict
 
 import numpy as np
 
+from rlsc_mcore.evaluation.records import AnswerRecord
 
-@dataclass(frozen=True)
-class SampleOutcome:
-    """What became of one sampled answer."""
-
-    strict: bool
-    lenient: bool
-    boxed: bool
-    truncated: bool
-    num_tokens: int
-    response: str | tuple[int, ...]  # text or token ids; equal responses are the same answer
-    log_prob: float | None = None  # sum of log p over the answer; None where it has no meaning (greedy, nucleus sampling)
+GREEDY = 0.0
+UNTEMPERED = 1.0
+_RULES = {"accuracy": "boxed", "lenient": "last number"}
+_LABELS = {
+    "greedy": "accuracy, greedy (boxed)",
+    "lenient_greedy": "accuracy, greedy (last number)",
+    "confidence_f": "F, chance that two samples agree",
+    "boxed_share": "answers that are boxed",
+    "distinct_share": "distinct answers",
+    "truncated_share": "answers cut at the length limit",
+    "mean_length": "mean length in tokens",
+}
+HIGHEST_TEMPERATURE_SCORES = ("boxed_share", "mean_length", "truncated_share", "distinct_share")
 
 
 class Estimate(TypedDict):
@@ -30,6 +32,32 @@ class Estimate(TypedDict):
 
     mean: float
     standard_error: float | None
+
+
+def score_key(kind: str, temperature: float) -> str:
+    """Return the key under which `accuracy` or `lenient` is reported at a temperature: `accuracy_t0.5`, `lenient_t1`, `greedy`.
+
+    Different temperatures have different keys: as many digits are kept as tell them apart.
+    """
+    if temperature == GREEDY:
+        return "greedy" if kind == "accuracy" else f"{kind}_greedy"
+    short = f"{temperature:g}"
+    return f"{kind}_t{short if float(short) == temperature else repr(float(temperature))}"
+
+
+def score_label(key: str, highest_temperature: float | None = None) -> str:
+    """Describe a score for tables and figures; `highest_temperature` is that of the scores which are reported at it alone."""
+    if key in _LABELS:
+        at_highest = key in HIGHEST_TEMPERATURE_SCORES and highest_temperature is not None
+        return _LABELS[key] + (f", T = {highest_temperature:g}" if at_highest else "")
+    kind, separator, temperature = key.partition("_t")
+    return f"accuracy, T = {temperature} ({_RULES[kind]})" if separator and kind in _RULES else key
+
+
+def key_temperature(key: str) -> float | None:
+    """Return the temperature in a key of `score_key`; None for greedy answers and for other scores."""
+    kind, separator, temperature = key.partition("_t")
+    return float(temperature) if separator and kind in _RULES else None
 
 
 def estimate(question_means: Sequence[float]) -> Estimate:
@@ -42,7 +70,7 @@ def estimate(question_means: Sequence[float]) -> Estimate:
     return Estimate(mean=float(values.mean()), standard_error=standard_error)
 
 
-def question_scores(samples: Sequence[SampleOutcome]) -> dict[str, float]:
+def question_scores(samples: Sequence[AnswerRecord]) -> dict[str, float]:
     """Return one question's own means by name; `confidence_f` only where every sample has a log-prob.
 
     `confidence_f` is the mean of exp(sum of log p) over answers sampled from p, which estimates F = sum_y p(y)^2 without bias.
@@ -54,9 +82,9 @@ def question_scores(samples: Sequence[SampleOutcome]) -> dict[str, float]:
         "accuracy": sum(sample.strict for sample in samples) / count,
         "lenient": sum(sample.lenient for sample in samples) / count,
         "boxed_share": sum(sample.boxed for sample in samples) / count,
-        "mean_length": sum(sample.num_tokens for sample in samples) / count,
+        "mean_length": sum(sample.tokens for sample in samples) / count,
         "truncated_share": sum(sample.truncated for sample in samples) / count,
-        "distinct_share": len({sample.response for sample in samples}) / count,
+        "distinct_share": len({sample.text for sample in samples}) / count,
     }
     log_probs = [sample.log_prob for sample in samples if sample.log_prob is not None]
     if len(log_probs) == count:
@@ -64,22 +92,10 @@ def question_scores(samples: Sequence[SampleOutcome]) -> dict[str, float]:
     return scores
 
 
-def score(questions: Sequence[Sequence[SampleOutcome]]) -> dict[str, Estimate]:
+def score(questions: Sequence[Sequence[AnswerRecord]]) -> dict[str, Estimate]:
     """Return every score over all questions (outer sequence) and their samples (inner; counts may differ)."""
     per_question = [question_scores(samples) for samples in questions]
     return {name: estimate([scores[name] for scores in per_question]) for name in _shared_names(per_question)}
-
-
-def paired_difference(before: Sequence[Sequence[SampleOutcome]], after: Sequence[Sequence[SampleOutcome]]) -> dict[str, Estimate]:
-    """Return after - before of every score, paired by question: the same questions in the same order.
-
-    The difference's own spread over questions gives the standard error, which leaves out what makes questions hard or easy.
-    """
-    if len(before) != len(after):
-        raise ValueError(f"paired scores need the same questions: {len(before)} before, {len(after)} after")
-    pairs = [(question_scores(first), question_scores(second)) for first, second in zip(before, after, strict=True)]
-    names = _shared_names([scores for pair in pairs for scores in pair])
-    return {name: estimate([second[name] - first[name] for first, second in pairs]) for name in names}
 
 
 def _shared_names(per_question: Sequence[dict[str, float]]) -> list[str]:

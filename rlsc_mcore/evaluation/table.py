@@ -6,20 +6,24 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-ROWS = {
-    "accuracy_t05": "accuracy, T = 0.5 (boxed)",
-    "accuracy_t10": "accuracy, T = 1 (boxed)",
-    "greedy": "accuracy, greedy (boxed)",
-    "lenient_t05": "accuracy, T = 0.5 (last number)",
-    "lenient_t10": "accuracy, T = 1 (last number)",
-    "lenient_greedy": "accuracy, greedy (last number)",
-    "confidence_f": "F, chance that two samples agree",
-    "boxed_share": "answers that are boxed, T = 1",
-    "distinct_share": "distinct answers, T = 1",
-    "truncated_share": "answers cut at the length limit, T = 1",
-    "mean_length": "mean length in tokens, T = 1",
-}
+from rlsc_mcore.evaluation.scores import GREEDY, HIGHEST_TEMPERATURE_SCORES, key_temperature, score_label
+
+ORDER = ("accuracy", "greedy", "lenient", "lenient_greedy", "confidence_f", *HIGHEST_TEMPERATURE_SCORES)
 IN_TOKENS = ("mean_length",)
+
+
+def table_rows(columns: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
+    """Return key -> label of every score in `columns`, in the order of the table: known kinds first, each by temperature."""
+    keys = {name for scores in columns.values() for name in scores}
+    temperatures = [temperature for temperature in map(key_temperature, keys) if temperature is not None]
+    highest = max(temperatures, default=None)
+
+    def position(key: str) -> tuple[int, float, str]:
+        temperature = key_temperature(key)
+        kind = key if temperature is None else key.partition("_t")[0]
+        return ORDER.index(kind) if kind in ORDER else len(ORDER), temperature or GREEDY, key
+
+    return {key: score_label(key, highest) for key in sorted(keys, key=position)}
 
 
 def print_comparison(
@@ -32,19 +36,9 @@ def print_comparison(
     table.add_column("")
     for name in columns:
         table.add_column(name, justify="right")
-    known = [name for name in ROWS if any(name in scores for scores in columns.values())]
-    others = sorted({name for scores in columns.values() for name in scores} - set(ROWS))
-    for name in [*known, *others]:
-        table.add_row(_label(name, columns), *(_cell(name, scores.get(name)) for scores in columns.values()))
+    for name, label in table_rows(columns).items():
+        table.add_row(label, *(_cell(name, scores.get(name)) for scores in columns.values()))
     (console or Console(highlight=False)).print(table)
-
-
-def _label(name: str, columns: Mapping[str, Mapping[str, Any]]) -> str:
-    """Shares and lengths are those of the highest temperature: the rows' T = 1 unless that one was not sampled."""
-    label = ROWS.get(name, name)
-    is_shared = name in ROWS and not name.startswith(("accuracy", "greedy", "lenient"))
-    untempered = any("accuracy_t10" in scores for scores in columns.values())
-    return label if untempered or not is_shared else label.replace("T = 1", "highest T")
 
 
 def _cell(name: str, value: Any) -> str:

@@ -8,6 +8,7 @@ from rich.table import Table
 
 from rlsc_mcore.config import ConfigError
 from rlsc_mcore.evaluation.over_seeds import metric_names, summarize
+from rlsc_mcore.evaluation.scores import score_label
 from rlsc_mcore.experiments.runs import Experiment, Variant
 from rlsc_mcore.reports.charts import Dot, dot_chart
 from rlsc_mcore.reports.standalone import standalone_svg
@@ -63,17 +64,8 @@ def markdown(result: Mapping[str, Any]) -> str:
 
 
 def title(metric: str) -> str:
-    """Spell out a metric's name."""
-    kind, _, temperature = metric.partition("_t")
-    words = {
-        "accuracy": "boxed",
-        "greedy": "greedy, boxed",
-        "lenient": "last number",
-        "lenient_greedy": "greedy, last number",
-        "confidence_f": "F",
-    }
-    text = words.get(kind, kind.replace("_", " "))
-    return f"T = {temperature}, {text}" if temperature else text
+    """Describe a score in as few words as a column or panel has room for."""
+    return score_label(metric).removeprefix("accuracy, ")
 
 
 def print_table(result: Mapping[str, Any], console: Console) -> None:

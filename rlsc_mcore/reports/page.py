@@ -9,6 +9,7 @@ from importlib import resources
 import jinja2
 from markupsafe import Markup
 
+from rlsc_mcore.evaluation.scores import key_temperature
 from rlsc_mcore.reports.charts import Dot, dot_chart
 from rlsc_mcore.reports.contents import AnswerGroup, Change, QuestionView, RunView
 from rlsc_mcore.reports.curves import calibration_panels, gpu_panels, memory_panels, metric_panels, phase_panels
@@ -19,7 +20,6 @@ from rlsc_mcore.reports.standalone import chart_css
 MOST_PAGE_BYTES = 2_800_000  # the answers fill what charts, tables and style leave
 FEWEST_ANSWER_BYTES = 200_000
 LONGEST_ANSWER = 6000  # characters shown of one answer, from both ends
-HEADLINE_SCORES = ("accuracy_t0.5", "accuracy_t1", "greedy", "lenient_t1", "confidence_f", "boxed_share")
 
 
 def render_page(runs: Sequence[RunView], *, title: str, version: str, figures: Sequence[tuple[str, str]] = ()) -> str:
@@ -70,8 +70,8 @@ def verdict(run: RunView) -> list[str]:
         share = 1 - (lenient.difference or 0.0) / (boxed.difference or 1.0)
         if share > 0.1:
             sentences.append(
-                f"About {_percent(min(1.0, share))} of the gain at {boxed.label.partition(', ')[2]} is formatting: where the last number "
-                f"of an unboxed answer counts too, the gain is {_signed(lenient.difference)}."
+                f"About {_percent(min(1.0, share))} of the gain at T = {key_temperature(boxed.name):g} is formatting: "
+                f"where the last number of an unboxed answer counts too, the gain is {_signed(lenient.difference)}."
             )
     spread = by_name.get("distinct_share")
     if spread is not None and spread.is_clear and (spread.difference or 0) < 0:

@@ -12,15 +12,14 @@ from rlsc_mcore.data.questions import read_questions
 from rlsc_mcore.evaluation.over_seeds import metric_names, seed_average
 from rlsc_mcore.evaluation.records import AnswerRecord, question_means, read_answers, read_question_records
 from rlsc_mcore.evaluation.sampling_scores import calibration
+from rlsc_mcore.evaluation.scores import score_label
 from rlsc_mcore.evaluation.statistics import paired_change
-from rlsc_mcore.evaluation.table import ROWS
 from rlsc_mcore.grading.formats import grade_answers
 from rlsc_mcore.observability.metrics import read_metrics
 from rlsc_mcore.observability.mismatch import coarser
 from rlsc_mcore.reports.contents import AnswerGroup, Calibration, Change, QuestionView, RunView, Sampling, Step
 
 MOST_GRADED_ROLLOUTS = 20_000  # of a run, spread over its steps: seconds, also where answers need algebra
-EXTRA_SCORES = {"truncated_share": "truncated", "mean_length": "tokens"}
 
 
 def read_run(folder: Path) -> RunView:
@@ -58,7 +57,7 @@ def changes(before: Sequence[AnswerRecord], after: Sequence[AnswerRecord], tempe
         first, second = _means(before, temperature, field), _means(after, temperature, field)
         if not first:
             continue
-        label, digits = _label(name), 1 if name == "mean_length" else 3
+        label, digits = capitalised(score_label(name)), 1 if name == "mean_length" else 3
         start = paired_change(dict.fromkeys(first, 0.0), first)
         if not first.keys() & second.keys():
             found.append(Change(name, label, start.mean, None, start.standard_error, digits=digits))
@@ -208,23 +207,12 @@ def _read_json(file: Path) -> dict[str, Any]:
         raise ConfigError(f"{file}: malformed JSON ({error})") from None
 
 
+def capitalised(text: str) -> str:
+    """Return `text` with its first letter in upper case and the others as they are."""
+    return text[:1].upper() + text[1:]
+
+
 def _settings(config: Config) -> list[tuple[str, str]]:
     defaults = parse_config(["--run-dir", "-", "--model.path", "-", "--data.path", "-"])
     pairs = [change.partition(": ") for change in changed_fields(defaults, config)]
     return [(name, value.partition(" -> ")[2]) for name, _, value in pairs]
-
-
-def _label(name: str) -> str:
-    kind, _, temperature = name.partition("_t")
-    if kind in ("accuracy", "lenient") and temperature:
-        return f"Accuracy, T = {temperature}" + (" (last number)" if kind == "lenient" else "")
-    words = {
-        "greedy": "Accuracy, greedy",
-        "lenient_greedy": "Accuracy, greedy (last number)",
-        "confidence_f": "F, two samples agree",
-        "boxed_share": "Boxed answers",
-        "distinct_share": "Distinct answers",
-        "truncated_share": "Truncated answers",
-        "mean_length": "Mean length in tokens",
-    }
-    return words.get(name, ROWS.get(name, name))

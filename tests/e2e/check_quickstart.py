@@ -10,8 +10,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-MEASURES = ("accuracy_t05", "accuracy_t10", "greedy", "lenient_t05", "lenient_t10", "boxed_share", "confidence_f", "mean_length")
-SAMPLED = ("accuracy_t05", "accuracy_t10")
+MEASURES = ("accuracy_t0.5", "accuracy_t1", "greedy", "lenient_t0.5", "lenient_t1", "boxed_share", "confidence_f", "mean_length")
+SAMPLED = ("accuracy_t0.5", "accuracy_t1")
 PHASES = ("install", "train", "total")
 REQUIRED_STANDARD_ERRORS = 3.0
 

@@ -117,7 +117,7 @@ def test_export_and_eval_of_a_run(tmp_path: Path) -> None:
     ((code, lines),) = run_ranks(1, train, [["--run-dir", str(run_dir), *FLAGS, *evaluation]])[0]
     assert code == 0 and any("after" in line for line in lines)
     summary = json.loads((run_dir / "summary.json").read_text(encoding="utf-8"))
-    for name in ("accuracy_t05", "accuracy_t10", "greedy", "lenient_t05", "lenient_t10", "boxed_share", "confidence_f", "mean_length"):
+    for name in ("accuracy_t0.5", "accuracy_t1", "greedy", "lenient_t0.5", "lenient_t1", "boxed_share", "confidence_f", "mean_length"):
         for when in ("before", "after"):
             assert summary[when][name].keys() >= {"mean", "standard_error"}, name
     assert summary["seconds"].keys() >= {"install", "train", "total"}

@@ -34,16 +34,16 @@ def test_a_clear_rise_passes(summary: dict[str, Any]) -> None:
 
 
 def test_exactly_three_standard_errors_are_not_enough(summary: dict[str, Any]) -> None:
-    for name in ("accuracy_t05", "accuracy_t10"):
+    for name in ("accuracy_t0.5", "accuracy_t1"):
         summary["before"][name] = {"mean": 0.5, "standard_error": 0.0}
         summary["after"][name] = {"mean": 0.5 + 3 * 0.0625, "standard_error": 0.0625}
     assert "rose too little" in check(summary)[0]
-    summary["after"]["accuracy_t10"]["mean"] += 0.001
+    summary["after"]["accuracy_t1"]["mean"] += 0.001
     assert check(summary) == []
 
 
 def test_a_rise_in_other_measures_does_not_count(summary: dict[str, Any]) -> None:
-    for name in ("accuracy_t05", "accuracy_t10"):
+    for name in ("accuracy_t0.5", "accuracy_t1"):
         summary["after"][name] = dict(summary["before"][name])
     assert "rose too little" in check(summary)[0]
 
@@ -51,10 +51,10 @@ def test_a_rise_in_other_measures_does_not_count(summary: dict[str, Any]) -> Non
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        (lambda s: s["after"].pop("lenient_t10"), "after.lenient_t10"),
+        (lambda s: s["after"].pop("lenient_t1"), "after.lenient_t1"),
         (lambda s: s["before"]["confidence_f"].update(mean=float("nan")), "before.confidence_f"),
         (lambda s: s["after"]["mean_length"].update(standard_error=None), "after.mean_length"),
-        (lambda s: s.pop("before"), "before.accuracy_t05"),
+        (lambda s: s.pop("before"), "before.accuracy_t0.5"),
         (lambda s: s["seconds"].pop("install"), "seconds.install"),
         (lambda s: s["seconds"].update(train=True), "seconds.train"),
         (lambda s: s.update(engine_equals_export="true"), "engine_equals_export"),

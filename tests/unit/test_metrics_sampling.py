@@ -102,7 +102,7 @@ def test_all_scores_of_a_temperature() -> None:
 
 def test_shares_are_labelled_by_the_temperature_they_come_from() -> None:
     value = {"mean": 0.5, "standard_error": None}
-    for names, expected in ((("accuracy_t05", "accuracy_t10"), "boxed, T = 1"), (("accuracy_t05",), "boxed, highest T")):
+    for names, expected in ((("accuracy_t0.5", "accuracy_t1"), "boxed, T = 1"), (("accuracy_t0.5",), "boxed, T = 0.5")):
         console = Console(width=120, file=io.StringIO())
         print_comparison({"before": dict.fromkeys((*names, "boxed_share"), value)}, console)
         assert f"answers that are {expected} " in console.file.getvalue()  # type: ignore[attr-defined]

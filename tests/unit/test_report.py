@@ -187,7 +187,7 @@ def test_page_holds_everything_and_nothing_runs(tmp_path: Path) -> None:
     assert found.tags.count("details") == 14 + 2 and "7 * 7" in page
     assert "length collapse: &lt;b&gt;answers&lt;/b&gt;" in page and "step 3" in page
     # Half of the questions went from 2 to 4 right of 4 samples, the others stayed at 3.
-    assert "Accuracy, T = 1 rose from 0.625 to 0.875" in page and "0.625" in page
+    assert "Accuracy, T = 1 (boxed) rose from 0.625 to 0.875" in page and "0.625" in page
     # Every image has a name, every table a caption, every input a label.
     assert all(re.search(r'aria-label="[^"]+"|aria-hidden="true"', svg) for svg in re.findall(r"<svg[^>]*>", page))
     assert page.count("<table") == page.count("<caption")

@@ -8,19 +8,26 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rlsc_mcore.evaluation.scores import SampleOutcome, estimate, paired_difference, question_scores, score
+from rlsc_mcore.evaluation.over_seeds import metric_names
+from rlsc_mcore.evaluation.records import AnswerRecord
+from rlsc_mcore.evaluation.scores import estimate, key_temperature, question_scores, score, score_key, score_label
 
 
 def outcome(
     strict: bool = False, *, num_tokens: int = 10, response: str = "a", log_prob: float | None = -1.0, **flags: bool
-) -> SampleOutcome:
-    return SampleOutcome(
+) -> AnswerRecord:
+    return AnswerRecord(
+        question=0,
+        temperature=1.0,
+        sample=0,
+        gold="",
+        text=response,
+        extracted=None,
         strict=strict,
         lenient=flags.get("lenient", strict),
         boxed=flags.get("boxed", strict),
         truncated=flags.get("truncated", False),
-        num_tokens=num_tokens,
-        response=response,
+        tokens=num_tokens,
         log_prob=log_prob,
     )
 
@@ -76,34 +83,31 @@ def test_more_samples_of_the_same_outcomes_do_not_shrink_the_error() -> None:
 def test_confidence_is_absent_where_a_log_prob_is() -> None:
     questions = [QUESTIONS[0], [outcome(log_prob=None)]]
     assert "confidence_f" not in score(questions) and "accuracy" in score(questions)
-    assert "confidence_f" not in paired_difference(questions, [QUESTIONS[0], QUESTIONS[1]])
 
 
 def test_one_question_has_no_standard_error() -> None:
     assert score(QUESTIONS[:1])["accuracy"] == {"mean": 1.0, "standard_error": None}
 
 
-def test_paired_difference_by_hand_and_tighter_than_unpaired() -> None:
-    # Hard and easy questions, each a little better after: the pairing removes the spread between questions.
-    before = [[outcome(sample < right) for sample in range(10)] for right in (1, 3, 5, 7)]
-    after = [[outcome(sample < right, num_tokens=7) for sample in range(10)] for right in (2, 5, 6, 9)]
-    difference = paired_difference(before, after)
-    assert difference["accuracy"]["mean"] == pytest.approx(0.15)
-    assert difference["accuracy"]["standard_error"] == pytest.approx(statistics.stdev([0.1, 0.2, 0.1, 0.2]) / 2)
-    assert difference["mean_length"] == {"mean": -3.0, "standard_error": 0.0}
-    unpaired = math.hypot(*(score(side)["accuracy"]["standard_error"] or math.nan for side in (before, after)))
-    assert (difference["accuracy"]["standard_error"] or math.nan) < 0.2 * unpaired
+@pytest.mark.parametrize("temperatures", [(0.2, 0.25), (0.55, 0.6), (0.1234567, 0.1234568), (1.0, 1.05, 0.05)])
+def test_different_temperatures_have_different_keys(temperatures: tuple[float, ...]) -> None:
+    keys = [score_key(kind, temperature) for kind in ("accuracy", "lenient") for temperature in (0.0, *temperatures)]
+    assert len(set(keys)) == len(keys)
+    assert [key_temperature(key) for key in keys] == [None, *temperatures] * 2
+    assert set(metric_names(temperatures)) >= set(keys)
+
+
+def test_labels() -> None:
+    assert score_label("accuracy_t0.5") == "accuracy, T = 0.5 (boxed)"
+    assert score_label("lenient_t1") == "accuracy, T = 1 (last number)"
+    assert score_label("boxed_share", 0.7) == "answers that are boxed, T = 0.7"
+    assert score_label("greedy", 0.7) == "accuracy, greedy (boxed)" and score_label("other") == "other"
 
 
 @pytest.mark.parametrize("questions", [[], [[]], [[outcome()], []]])
-def test_nothing_to_score_is_an_error(questions: list[list[SampleOutcome]]) -> None:
+def test_nothing_to_score_is_an_error(questions: list[list[AnswerRecord]]) -> None:
     with pytest.raises(ValueError, match=r"at least one (question|sample)"):
         score(questions)
-
-
-def test_unpaired_lists_are_an_error() -> None:
-    with pytest.raises(ValueError, match="2 before, 3 after"):
-        paired_difference(QUESTIONS[:2], QUESTIONS)
 
 
 @given(st.lists(st.lists(st.booleans(), min_size=1, max_size=6), min_size=2, max_size=12), st.randoms(use_true_random=False))
@@ -114,8 +118,6 @@ def test_order_of_questions_and_samples_changes_nothing(flags: list[list[bool]],
     for name in first:
         assert first[name]["mean"] == pytest.approx(second[name]["mean"])
         assert first[name]["standard_error"] == pytest.approx(second[name]["standard_error"])
-    null = paired_difference(questions, questions)
-    assert all(value == {"mean": 0.0, "standard_error": 0.0} for value in null.values())
 
 
 def test_intervals_cover_the_truth_and_would_not_without_clustering() -> None:
@@ -149,4 +151,4 @@ def test_confidence_f_estimates_the_chance_that_two_samples_agree() -> None:
     value = score(questions)["confidence_f"]
     assert value["standard_error"] is not None and value["standard_error"] < 0.01
     assert abs(value["mean"] - truth) < 4 * value["standard_error"]
-    assert question_scores(questions[0])["distinct_share"] == len({sample.response for sample in questions[0]}) / 8
+    assert question_scores(questions[0])["distinct_share"] == len({sample.text for sample in questions[0]}) / 8

@@ -24,6 +24,15 @@ def test_the_papers_numbers() -> None:
     assert PAPER["7b"]["rlsc"]["gpqa_diamond"] == 24.1 and PAPER["1.5b"]["base"]["math500"] == 35.6
 
 
+def test_another_benchmark_changes_no_number_of_the_paper() -> None:
+    code = (
+        "from rlsc_mcore.evaluation import benchmarks as b; b.BENCHMARKS['ninth'] = b.BENCHMARKS['gsm8k']\n"
+        "from rlsc_mcore.experiments.table2 import PAPER; print(len(PAPER['7b']['rlsc']))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["8"]
+
+
 def test_the_chain_can_run_in_its_order(tmp_path: Path) -> None:
     tasks = chain([SIZES["1.5b"], SIZES["7b"]], tmp_path, tmp_path / "data", 16, ["--optimizer.lr", "2e-5"])
     names = [task.name for task in tasks]
