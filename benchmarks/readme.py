@@ -11,17 +11,12 @@ from typing import Any
 from rlsc_mcore.evaluation.table import IN_TOKENS, table_rows
 from rlsc_mcore.experiments.compare import title
 from rlsc_mcore.experiments.runs import combination
+from rlsc_mcore.objectives import OBJECTIVES
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 PAGES = ("README.md", "docs/evaluation.md")
-COLUMN_NAMES = {
-    "rlsc": "RLSC",
-    "self_sft": "self-SFT (equal weights)",
-    "ttrl": "TTRL (majority vote)",
-    "rlvr": "RLVR (labels)",
-    "lower_temperature": "no training, half the temperature",
-}
+COLUMN_NAMES = {row.name: row.label for row in OBJECTIVES.values()} | {"lower_temperature": "no training, half the temperature"}
 
 
 def main() -> None:

@@ -2,12 +2,18 @@
 
 import math
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import tyro
+
+from rlsc_mcore.objectives import OBJECTIVES, describe_objectives
 
 LogProbTemperature = Literal["sampling", "1.0"]
 Confidence = Literal["sequence", "length_normalized", "token", "group_softmax"]
-Objective = Literal["rlsc", "self_sft", "ttrl", "entropy", "rlvr"]
-TTRL_NUM_SAMPLES = 64  # its authors' number of votes
+if TYPE_CHECKING:
+    ObjectiveName = str
+else:
+    ObjectiveName = Literal[tuple(OBJECTIVES)]
 TEMPLATES = ("chat", "qwen25-math", "evalchemy", "none")
 
 
@@ -126,12 +132,8 @@ class RolloutConfig:
 class AlgorithmConfig:
     """RLSC itself (arXiv 2506.06395): weights of the sampled answers and the loss."""
 
-    objective: Objective = "rlsc"
-    """`rlsc`: weight = confidence + alpha (alpha = 0 is the paper's L1, alpha > 0 its L2); `self_sft`: every sample weighs 1;
-    `ttrl`: reward 1 for the majority's boxed answer, minus the question's mean (votes with `rollout.num_samples` = 64, as its
-    authors do, where that is not given);
-    `entropy`: minimise the token entropy along the samples; `rlvr`: reward 1 for the right boxed answer, minus the question's
-    mean. `rlvr` alone reads `answer`."""
+    objective: Annotated[ObjectiveName, tyro.conf.arg(help=describe_objectives())] = "rlsc"
+    """What the sampled answers are trained for; the help text is made from the table in objectives.py."""
     alpha: float = 0.1
     """Smoothing added to every weight (paper: 0.1). On answers of hundreds of tokens the confidence underflows against it
     and alpha is the whole weight: watch `alpha_share` in metrics.jsonl."""

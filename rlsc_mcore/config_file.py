@@ -16,7 +16,8 @@ from typing import Any
 import tyro
 import yaml
 
-from rlsc_mcore.config import TTRL_NUM_SAMPLES, Config, ConfigError
+from rlsc_mcore.config import Config, ConfigError
+from rlsc_mcore.objectives import OBJECTIVES
 
 _YAML_WORDS = {"null": "None", "~": "None", "": "None", "true": "True", "false": "False"}  # YAML's spellings of Python's words
 
@@ -98,7 +99,8 @@ def _objective_defaults(flags: Sequence[str]) -> list[str]:
         for name, separator, after in (flag.partition("="),)
         if name == "--algorithm.objective"
     ]
-    return [f"--rollout.num-samples={TTRL_NUM_SAMPLES}"] if values[-1:] == ["ttrl"] else []
+    chosen = OBJECTIVES.get(values[-1]) if values else None
+    return [] if chosen is None or chosen.num_samples is None else [f"--rollout.num-samples={chosen.num_samples}"]
 
 
 def _one_line(box: str) -> str:

@@ -8,27 +8,20 @@ from pathlib import Path
 from rlsc_mcore.config import ConfigError
 from rlsc_mcore.experiments.compare import figure, gather, markdown, parse_seeds, print_table
 from rlsc_mcore.experiments.runs import Experiment, Variant, check_flags, run_settings
+from rlsc_mcore.objectives import OBJECTIVES
 from rlsc_mcore.observability.console import Reporter
 
-OBJECTIVES: dict[str, tuple[str, ...]] = {
-    "rlsc": (),
-    "rlsc_l1": ("--algorithm.alpha=0",),
-    "rlsc_length_normalized": ("--algorithm.confidence=length_normalized",),
-    "rlsc_token": ("--algorithm.confidence=token",),
-    "rlsc_group_softmax": ("--algorithm.confidence=group_softmax",),
-    "self_sft": ("--algorithm.objective=self_sft",),
-    "ttrl": ("--algorithm.objective=ttrl", "--rollout.num-samples=64"),
-    "entropy": ("--algorithm.objective=entropy",),
-    "rlvr": ("--algorithm.objective=rlvr",),
+# Name -> flags of every run that can be compared: each objective, and its variants.
+VARIANTS: dict[str, tuple[str, ...]] = {
+    name: (*row.flags, *flags) for row in OBJECTIVES.values() for name, flags in ({row.name: ()} | dict(row.variants)).items()
 }
-
 LOWER_TEMPERATURE = "lower_temperature"
+DEFAULT_OBJECTIVES = (*OBJECTIVES, LOWER_TEMPERATURE)
 
 DESCRIPTION = """Train and evaluate several objectives on the same questions and seeds.
 
 A comparison that was stopped goes on with the same command. Every other option is one of `rlsc train` and holds for all runs.
-`lower_temperature` trains nothing: it is the base model, answering at `--temperature-factor` times each temperature. `ttrl`
-votes with 64 samples unless --rollout.num-samples is given."""
+`lower_temperature` trains nothing: it is the base model, answering at `--temperature-factor` times each temperature. """
 
 
 def run_compare(arguments: Sequence[str]) -> int:
@@ -36,9 +29,9 @@ def run_compare(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(
         "rlsc compare", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    known_names = [*OBJECTIVES, LOWER_TEMPERATURE]
+    known_names = [*VARIANTS, LOWER_TEMPERATURE]
     parser.add_argument("--config", type=Path, required=True, help="configuration file of every run")
-    parser.add_argument("--objectives", default="rlsc,self_sft,ttrl,entropy,rlvr,lower_temperature", help=", ".join(known_names))
+    parser.add_argument("--objectives", default=",".join(DEFAULT_OBJECTIVES), help=", ".join(known_names))
     parser.add_argument("--seeds", default="0,1,2", help="seeds of every objective")
     parser.add_argument("--output", type=Path, default=Path("runs/compare"), help="folder of the runs and of comparison.json, .svg and .md")
     parser.add_argument("--temperature-factor", type=float, default=0.5, help="of lower_temperature")
@@ -77,4 +70,4 @@ def _variant(name: str, flags: Sequence[str], temperature_factor: float) -> Vari
     if name == LOWER_TEMPERATURE:
         return Variant(name, temperature_factor=temperature_factor)
     given = {flag.partition("=")[0] for flag in flags}
-    return Variant(name, tuple(flag for flag in OBJECTIVES[name] if flag.partition("=")[0] not in given))
+    return Variant(name, tuple(flag for flag in VARIANTS[name] if flag.partition("=")[0] not in given))

@@ -7,13 +7,16 @@ nothing.
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
-from rlsc_mcore.config import ConfigError, Objective
+from rlsc_mcore.config import ConfigError
 from rlsc_mcore.grading.answers import answer_key, extract_boxed, is_correct
 from rlsc_mcore.grading.symbolic import NUM_WORKERS
+from rlsc_mcore.objectives import OBJECTIVES
 from rlsc_mcore.types import Question, Rollout
 
+Reward = Callable[[Sequence[str], Question], list[float]]  # the responses to one question -> a reward for each
 
-def majority_rewards(responses: Sequence[str]) -> list[float]:
+
+def majority_rewards(responses: Sequence[str], question: Question | None = None) -> list[float]:
     """Return 1 for each response to one question whose boxed answer is the most frequent one, else 0.
 
     Answers agree when they are equal as `is_correct` has it. Of equally frequent ones the first sampled wins.
@@ -26,10 +29,10 @@ def majority_rewards(responses: Sequence[str]) -> list[float]:
     return [float(label == majority) for label in classes]
 
 
-def label_rewards(responses: Sequence[str], gold: str) -> list[float]:
-    """Return 1 for each response whose boxed answer is the gold answer, else 0."""
+def label_rewards(responses: Sequence[str], question: Question) -> list[float]:
+    """Return 1 for each response whose boxed answer is the question's `answer`, else 0."""
     boxed = [extract_boxed(response) for response in responses]
-    return [float(answer is not None and is_correct(answer, gold)) for answer in boxed]
+    return [float(answer is not None and is_correct(answer, question.answer or "")) for answer in boxed]
 
 
 def answer_classes(answers: Sequence[str | None], agree: Callable[[str, str], bool] = is_correct) -> list[int]:
@@ -54,20 +57,20 @@ def answer_classes(answers: Sequence[str | None], agree: Callable[[str, str], bo
     return found
 
 
-def advantages(objective: Objective, rollouts: Sequence[Rollout], questions: Sequence[Question]) -> list[float] | None:
+def advantages(objective: str, rollouts: Sequence[Rollout], questions: Sequence[Question]) -> list[float] | None:
     """Return each rollout's reward minus its question's mean; None where the objective has no reward.
 
     All samples of a question must be among `rollouts`; `questions[i].index` is i.
     """
-    if objective not in ("ttrl", "rlvr"):
+    reward_of: Reward | None = OBJECTIVES[objective].load_reward()
+    if reward_of is None:
         return None
     groups: dict[int, list[int]] = {}
     for position, rollout in enumerate(rollouts):
         groups.setdefault(rollout.question_index, []).append(position)
 
     def graded(index: int) -> list[float]:
-        texts = [rollouts[position].text for position in groups[index]]
-        return majority_rewards(texts) if objective == "ttrl" else label_rewards(texts, questions[index].answer or "")
+        return reward_of([rollouts[position].text for position in groups[index]], questions[index])
 
     rewards = [0.0] * len(rollouts)
     with ThreadPoolExecutor(NUM_WORKERS) as threads:
@@ -77,11 +80,11 @@ def advantages(objective: Objective, rollouts: Sequence[Rollout], questions: Seq
     return group_advantages(rewards, [rollout.question_index for rollout in rollouts])
 
 
-def check_labels(objective: Objective, questions: Sequence[Question], source: str) -> None:
+def check_labels(objective: str, questions: Sequence[Question], source: str) -> None:
     """Raise ConfigError at the first question without a label where the objective needs labels."""
     unlabelled = next((question for question in questions if question.answer is None), None)
-    if objective == "rlvr" and unlabelled is not None:
-        raise ConfigError(f"algorithm.objective: rlvr needs labels, and question {unlabelled.index} of {source} has no `answer`")
+    if OBJECTIVES[objective].needs_labels and unlabelled is not None:
+        raise ConfigError(f"algorithm.objective: {objective} needs labels, and question {unlabelled.index} of {source} has no `answer`")
 
 
 def group_advantages(rewards: Sequence[float], groups: Sequence[int]) -> list[float]:

@@ -12,7 +12,8 @@ from megatron.core.distributed import DistributedDataParallel, finalize_model_gr
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 
 from rlsc_mcore.algorithm.confidence import group_log_normalizer
-from rlsc_mcore.algorithm.objective import WeightedObjective, entropy_loss
+from rlsc_mcore.algorithm.entropy import entropy_loss
+from rlsc_mcore.algorithm.objective import WeightedObjective
 from rlsc_mcore.config import Config
 from rlsc_mcore.data.packing import padding_batch
 from rlsc_mcore.model.build import Policy, build_policy

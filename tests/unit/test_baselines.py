@@ -10,7 +10,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rlsc_mcore.algorithm.objective import WeightedObjective, entropy_loss
+from rlsc_mcore.algorithm.entropy import entropy_loss
+from rlsc_mcore.algorithm.objective import WeightedObjective
 from rlsc_mcore.config import AlgorithmConfig, ConfigError
 from rlsc_mcore.grading.rewards import advantages, answer_classes, check_labels, group_advantages, label_rewards, majority_rewards
 from rlsc_mcore.types import Question, Rollout
@@ -39,7 +40,7 @@ def test_majority_rewards(answers: list[str | None], expected: list[float]) -> N
 
 
 def test_label_rewards_need_the_box() -> None:
-    assert label_rewards(["so \\boxed{8}", "8", "\\boxed{9}", "8, no: \\boxed{8.0}"], "8") == [1, 0, 0, 1]
+    assert label_rewards(["so \\boxed{8}", "8", "\\boxed{9}", "8, no: \\boxed{8.0}"], Question(0, "?", "8")) == [1, 0, 0, 1]
 
 
 @given(st.lists(st.none() | st.integers(0, 5), max_size=20))
@@ -87,7 +88,7 @@ def test_coefficients_are_advantages(objective: Any, reduction: Any) -> None:
     )
     scale = 8 if reduction == "mean" else 1
     assert found.tolist() == pytest.approx([0, 0.75 / scale, 0.75 / scale, 0, -0.75 / scale])
-    assert made.needs_rewards and not made.needs_group and not made.trains_entropy and made.alpha == 0
+    assert not made.needs_group and not made.trains_entropy and made.alpha == 0
 
 
 def test_entropy_loss_by_hand() -> None:

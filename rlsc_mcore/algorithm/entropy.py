@@ -1,0 +1,23 @@
+"""Entropy minimisation: loss = sum_y sum_t H(p(.|x, y_<t)) along the samples."""
+
+import torch
+
+from rlsc_mcore.algorithm.rule import ObjectiveRule
+
+
+class Entropy(ObjectiveRule):
+    """Train the tokens' entropies; every sample counts once."""
+
+    trains_entropy = True
+
+
+def entropy_loss(
+    token_entropy_T: torch.Tensor, response_mask_T: torch.Tensor, cu_seqlens: torch.Tensor, multiplicity_S: torch.Tensor, divisor: float
+) -> torch.Tensor:
+    """Compute the samples' summed token entropy / divisor; differentiable in the entropies.
+
+    float32 [T], bool [T], int32 [S + 1], float64 [S] -> float64 []. `divisor` is the number of samples for a mean, 1 for a sum.
+    """
+    lengths_S = cu_seqlens.diff().long()
+    counts_T = torch.repeat_interleave(multiplicity_S, lengths_S, output_size=len(token_entropy_T))
+    return torch.where(response_mask_T, token_entropy_T.double() * counts_T, 0.0).sum() / divisor

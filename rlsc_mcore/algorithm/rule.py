@@ -1,0 +1,45 @@
+"""Define what every objective may decide: the weight of each sample, factors of its tokens, and what must be known first."""
+
+from dataclasses import dataclass
+
+import torch
+
+from rlsc_mcore.config import AlgorithmConfig
+
+
+@dataclass(frozen=True)
+class ScoredSequences:
+    """Log-probs of packed sequences, detached. T: packed tokens, S: sequences."""
+
+    token_log_probs_T: torch.Tensor  # float32
+    response_mask_T: torch.Tensor  # bool, True at trained tokens
+    cu_seqlens: torch.Tensor  # int32 [S + 1]
+    log_normalizer_S: torch.Tensor | None = None  # float64, where `needs_group`
+    advantages_S: torch.Tensor | None = None  # float64, where the objective has a reward
+
+
+class ObjectiveRule:
+    """One objective's rule; the base class gives every sample the weight 1 (maximum likelihood of the samples)."""
+
+    trains_entropy = False  # the loss is the tokens' entropy: no coefficients, the gradient passes through every logit
+
+    def __init__(self, algorithm: AlgorithmConfig) -> None:
+        self.algorithm = algorithm
+
+    @property
+    def needs_group(self) -> bool:
+        """True when a weight depends on the other samples of its question, so that all of them are scored first."""
+        return False
+
+    @property
+    def alpha(self) -> float:
+        """The alpha in effect: 0 for objectives without one."""
+        return 0.0
+
+    def sequence_weights(self, scored: ScoredSequences) -> torch.Tensor:
+        """Return the weight of one sample of each sequence, float64 [S]."""
+        return torch.ones(len(scored.cu_seqlens) - 1, dtype=torch.float64, device=scored.cu_seqlens.device)
+
+    def token_weights(self, scored: ScoredSequences) -> torch.Tensor | None:
+        """Return a weight of each token, float64 [T], which takes the place of its sequence's; None where all are equal."""
+        return None
