@@ -18,20 +18,11 @@ from rich.text import Text
 from rlsc_mcore.config import ConfigError
 from rlsc_mcore.config_file import load_config
 from rlsc_mcore.observability.metrics import read_metrics
+from rlsc_mcore.observability.step_metrics import DESCRIPTIONS
 from rlsc_mcore.run.progress import seconds_left
 from rlsc_mcore.run.status import ENDED, read_status
 
-CURVES = {
-    "loss": "loss",
-    "f_estimate": "F",
-    "mean_length": "length",
-    "distinct_share": "distinct",
-    "boxed_share": "boxed",
-    "alpha_share": "alpha share",
-    "grad_norm": "grad norm",
-    "log_prob_gap_mean": "engine gap",
-    "rollout_tokens_per_s": "sampling tokens/s",
-}
+CURVES = {name: description.watch for name, description in DESCRIPTIONS.items() if description.watch}
 WARNINGS_SHOWN = 5
 _BLOCKS = "▁▂▃▄▅▆▇█"
 

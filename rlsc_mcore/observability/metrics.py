@@ -8,7 +8,9 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-FILE_NAME = "metrics.jsonl"
+from rlsc_mcore.observability.step_metrics import DESCRIPTIONS, numbers
+from rlsc_mcore.run.folder import METRICS_FILE
+
 LENGTH_COLLAPSE_SHARE = 0.5  # mean length below this share of the first step's
 DIVERSITY_LOSS_SHARE = 0.5  # distinct answers below this share of the first step's while F has doubled
 TRUNCATED_ALARM_SHARE = 0.9
@@ -41,7 +43,7 @@ class MetricsWriter:
 
         `wandb_run` (of `open_wandb`) gets the same numbers, and is finished by `close`.
         """
-        self.file = run_dir / FILE_NAME
+        self.file = run_dir / METRICS_FILE
         self.rows = [row for row in read_metrics(run_dir) if row["step"] < first_step]
         self._enabled = enabled
         self._events: Any = None
@@ -58,7 +60,7 @@ class MetricsWriter:
             self._events, self._event_type = EventFileWriter(str(run_dir / "tensorboard")), Event
 
     def write(self, row: dict[str, Any]) -> None:
-        """Append one step."""
+        """Append one step, a row of `StepMetrics`."""
         self.rows.append(row)
         if not self._enabled:
             return
@@ -67,7 +69,7 @@ class MetricsWriter:
         if self._events is not None:
             self._write_events(row)
         if self._wandb_run is not None:
-            self._wandb_run.log({name: value for name, value in _flatten(row) if name != "step"}, step=row["step"])
+            self._wandb_run.log(dict(numbers(row)), step=row["step"])
 
     def close(self) -> None:
         """Flush the TensorBoard events and end the Weights & Biases run."""
@@ -79,14 +81,14 @@ class MetricsWriter:
     def _write_events(self, row: Mapping[str, Any]) -> None:
         from tensorboard.compat.proto.summary_pb2 import Summary
 
-        values = [Summary.Value(tag=name, simple_value=value) for name, value in _flatten(row) if name != "step"]
+        values = [Summary.Value(tag=name, simple_value=value, metadata=_metadata(name)) for name, value in numbers(row)]
         self._events.add_event(self._event_type(step=row["step"], summary=Summary(value=values)))
         self._events.flush()
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
     """Read a run's rows; a half-written last line (the run was killed) is left out."""
-    file = run_dir / FILE_NAME
+    file = run_dir / METRICS_FILE
     rows = []
     for line in file.read_text(encoding="utf-8").splitlines() if file.is_file() else []:
         try:
@@ -111,9 +113,11 @@ def alarms(row: Mapping[str, Any], first: Mapping[str, Any]) -> list[str]:
     return found
 
 
-def _flatten(row: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
-    for name, value in row.items():
-        if isinstance(value, Mapping):
-            yield from _flatten(value, f"{prefix}{name}/")
-        elif isinstance(value, (int, float)) and not isinstance(value, bool):
-            yield prefix + name, float(value)
+def _metadata(name: str) -> Any:
+    """Return the label and help text that TensorBoard shows beside a curve."""
+    from tensorboard.compat.proto.summary_pb2 import SummaryMetadata
+
+    description = DESCRIPTIONS.get(name)
+    if description is None:
+        return None
+    return SummaryMetadata(display_name=description.label, summary_description=description.help)

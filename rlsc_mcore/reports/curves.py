@@ -1,25 +1,12 @@
 """Which numbers of a run become curves, and what each of them says."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from rlsc_mcore.observability.step_metrics import DESCRIPTIONS, Description, read_number
 from rlsc_mcore.reports.charts import Line, line_chart, stacked_bars
 from rlsc_mcore.reports.contents import Calibration, RunView
-
-Read = Callable[[Mapping[str, Any]], float | None]
-
-
-@dataclass(frozen=True)
-class Curve:
-    """One chart of metrics.jsonl."""
-
-    title: str
-    help: str
-    read: Read
-    unit: str = ""
-    low: Read | None = None
-    high: Read | None = None
 
 
 @dataclass(frozen=True)
@@ -32,46 +19,7 @@ class Panel:
     legend: tuple[str, ...] = ()  # names of stacked series, in the order of the colours
 
 
-def _key(*path: str) -> Read:
-    def read(row: Mapping[str, Any]) -> float | None:
-        value: Any = row
-        for name in path:
-            value = value.get(name) if isinstance(value, Mapping) else None
-        return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else None
-
-    return read
-
-
-CURVES = (
-    Curve(
-        "F, chance that two samples agree",
-        "What RLSC raises. It rises too while accuracy collapses: no success by itself.",
-        _key("f_estimate"),
-    ),
-    Curve("loss", "The weighted loss; its level depends on answer lengths, so only its fall within a run means something.", _key("loss")),
-    Curve(
-        "log p of the answers",
-        "Median, with the 10 % and 90 % quantiles, of log p(y|x) at the trained temperature.",
-        _key("log_p_old", "q50"),
-        low=_key("log_p_old", "q10"),
-        high=_key("log_p_old", "q90"),
-    ),
-    Curve(
-        "mean length",
-        "Tokens per answer. A product of probabilities prefers short answers: watch for collapse.",
-        _key("mean_length"),
-        " tokens",
-    ),
-    Curve("distinct answers", "Share of a step's answers that differ. Falls as the policy sharpens.", _key("distinct_share")),
-    Curve("boxed answers", "Share of answers with a closed box: how much of a gain may be formatting.", _key("boxed_share")),
-    Curve("alpha's share of the weight", "1 means that confidence has underflowed and every answer weighs the same.", _key("alpha_share")),
-    Curve("effective samples", "(sum w)² / sum w²: how many answers carry the step.", _key("effective_samples")),
-    Curve("gradient norm", "Before clipping.", _key("grad_norm")),
-    Curve("learning rate", "As applied.", _key("lr")),
-    Curve("truncated answers", "Share cut at the length limit.", _key("truncated_share")),
-    Curve("sampling speed", "Tokens per second while sampling.", _key("rollout_tokens_per_s"), " tokens/s"),
-    Curve("training speed", "Tokens per second while training, prompts included.", _key("train_tokens_per_s"), " tokens/s"),
-)
+CURVES = {name: description for name, description in DESCRIPTIONS.items() if description.is_curve}
 
 
 def metric_panels(runs: Sequence[RunView]) -> list[Panel]:
@@ -80,9 +28,9 @@ def metric_panels(runs: Sequence[RunView]) -> list[Panel]:
         _derived("accuracy of the sampled answers", "Graded after the fact; training never saw a label (but rlvr).", runs, "accuracy"),
         _derived("entropy", "Mean -log p per sampled token, in nats: an estimate of the policy's entropy.", runs, "entropy"),
     ]
-    for curve in CURVES:
-        lines = [_line(run, index, curve) for index, run in enumerate(runs)]
-        panels.append(_panel(curve.title, curve.help, lines, curve.unit))
+    for name, curve in CURVES.items():
+        lines = [_line(run, index, name, curve) for index, run in enumerate(runs)]
+        panels.append(_panel(curve.label, curve.help, lines, curve.unit))
     return [panel for panel in panels if panel.svg.startswith("<svg")]
 
 
@@ -152,27 +100,33 @@ def gpu_panels(runs: Sequence[RunView]) -> list[Panel]:
         for index, run in enumerate(runs):
             phases = list(dict.fromkeys(name for row in run.metrics for name in row.get("gpu", {}).get("phases", {})))
             for number, phase in enumerate(phases):
-                points = [(row["step"] + 1, _key("gpu", "phases", phase, key)(row)) for row in run.metrics]
+                points = [(row["step"] + 1, read_number(row, "gpu", "phases", phase, key)) for row in run.metrics]
                 name = phase if len(runs) == 1 else f"{run.name}, {phase}"
                 lines.append(Line(name, points, number if len(runs) == 1 else index, number))
         panels.append(_panel(title, "Mean of each phase, from NVML: " + ", ".join(line.name for line in lines), lines, unit))
     energy = [
-        Line(run.name, [(row["step"] + 1, _key("gpu", "energy_j_per_token")(row)) for row in run.metrics], i, i)
+        Line(run.name, [(row["step"] + 1, read_number(row, "gpu", "energy_j_per_token")) for row in run.metrics], i, i)
         for i, run in enumerate(runs)
     ]
     panels.append(_panel("energy per sampled token", "Joule, over the whole step.", energy, " J"))
     return [panel for panel in panels if panel.svg.startswith("<svg")]
 
 
-def _line(run: RunView, index: int, curve: Curve) -> Line:
-    points = [(row["step"] + 1, curve.read(row)) for row in run.metrics]
-    band = []
-    if curve.low is not None and curve.high is not None:
-        for row in run.metrics:
-            low, high = curve.low(row), curve.high(row)
-            if low is not None and high is not None:
-                band.append((row["step"] + 1, low, high))
-    return Line(run.name, points, index, index, band)
+def _line(run: RunView, index: int, name: str, curve: Description) -> Line:
+    return Line(run.name, curve_points(run.metrics, name, curve.path), index, index, curve_band(run.metrics, name, curve))
+
+
+def curve_points(rows: Sequence[Mapping[str, Any]], name: str, path: Sequence[str] = ()) -> list[tuple[float, float | None]]:
+    """Return (steps done, value) of a field of metrics.jsonl; None where a row has no number there."""
+    return [(row["step"] + 1, read_number(row, name, *path)) for row in rows]
+
+
+def curve_band(rows: Sequence[Mapping[str, Any]], name: str, curve: Description) -> list[tuple[float, float, float]]:
+    """Return (steps done, low, high) of a curve's band where a row has both; empty for a curve without one."""
+    if not curve.low:
+        return []
+    edges = [(row["step"] + 1, read_number(row, name, *curve.low), read_number(row, name, *curve.high)) for row in rows]
+    return [(x, low, high) for x, low, high in edges if low is not None and high is not None]
 
 
 def _derived(title: str, text: str, runs: Sequence[RunView], field: str) -> Panel:

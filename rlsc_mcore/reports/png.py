@@ -5,7 +5,7 @@ from pathlib import Path
 
 from rlsc_mcore.config import ConfigError
 from rlsc_mcore.reports.contents import RunView
-from rlsc_mcore.reports.curves import CURVES
+from rlsc_mcore.reports.curves import CURVES, curve_band, curve_points
 
 _SHOWN = 8  # curves of metrics.jsonl, beside the two derived ones
 _COLUMNS = 2
@@ -28,16 +28,15 @@ def write_png(runs: Sequence[RunView], file: Path, title: str) -> None:
             points = [(step.step + 1, getattr(step, name)) for step in run.steps]
             axis.plot(*_columns(points), marker="o", markersize=3, label=run.name)
         axis.set_title({"accuracy": "accuracy of the sampled answers", "entropy": "entropy, nats per token"}[name], fontsize=10)
-    for axis, curve in zip(panels[2:], CURVES[:_SHOWN], strict=True):
+    shown = list(CURVES.items())[:_SHOWN]
+    for axis, (name, curve) in zip(panels[2:], shown, strict=True):
         for run in runs:
-            axis.plot(*_columns([(row["step"] + 1, curve.read(row)) for row in run.metrics]), marker="o", markersize=3, label=run.name)
-            if curve.low is not None and curve.high is not None:
-                band = [(row["step"] + 1, curve.low(row), curve.high(row)) for row in run.metrics]
-                kept = [(x, low, high) for x, low, high in band if low is not None and high is not None]
-                if kept:
-                    x, low, high = zip(*kept, strict=True)
-                    axis.fill_between(x, low, high, alpha=0.15)
-        axis.set_title(curve.title, fontsize=10)
+            axis.plot(*_columns(curve_points(run.metrics, name, curve.path)), marker="o", markersize=3, label=run.name)
+            band = curve_band(run.metrics, name, curve)
+            if band:
+                x, low, high = zip(*band, strict=True)
+                axis.fill_between(x, low, high, alpha=0.15)
+        axis.set_title(curve.label, fontsize=10)
     for axis in panels:
         axis.grid(alpha=0.3)
         axis.xaxis.set_major_locator(ticker.MaxNLocator(integer=True))

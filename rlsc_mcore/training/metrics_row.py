@@ -30,10 +30,9 @@ def step_row(
     seconds: Mapping[str, float],
     memory_bytes: Mapping[str, int],
 ) -> dict[str, Any]:
-    """Summarise one step over all data-parallel ranks; collective over the data-parallel group.
+    """Summarise one step over all data-parallel ranks, as fields of `StepMetrics`; collective over the data-parallel group.
 
-    Log-probs are natural logarithms at the trained temperature; shares are fractions of the step's rollouts. F, the
-    quantiles, alpha's share and the effective samples are over the rollouts that have a token to train.
+    F, the quantiles, alpha's share and the effective samples are over the rollouts that have a token to train.
     """
     gathered = groups.gather_objects_over_dp((list(rollouts), outcome.scores, outcome.num_tokens))
     all_rollouts = [rollout for part, _, _ in gathered for rollout in part]
@@ -62,7 +61,7 @@ def step_row(
         "grad_norm": outcome.grad_norm,
         "lr": outcome.lr,
         "skipped": not outcome.updated,
-        **({"updates": [vars(update) for update in outcome.updates]} if config.training.updates_per_rollout > 1 else {}),
+        "updates": [vars(update) for update in outcome.updates] if config.training.updates_per_rollout > 1 else None,
         "seconds": {name: round(value, 4) for name, value in seconds.items()},
         "rollout_tokens_per_s": round(response_tokens / max(1e-9, seconds["rollout"]), 1),
         "train_tokens_per_s": round(num_tokens / max(1e-9, seconds["train"]), 1),

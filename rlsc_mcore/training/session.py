@@ -22,6 +22,7 @@ from rlsc_mcore.observability.console import ProgressBar, Reporter
 from rlsc_mcore.observability.metrics import MetricsWriter, PhaseTimer, alarms
 from rlsc_mcore.observability.mismatch import coarser, mismatch_warnings, mismatched_steps, stop_limit
 from rlsc_mcore.observability.nvml import GpuSampler, open_device
+from rlsc_mcore.observability.step_metrics import StepMetrics, console_line
 from rlsc_mcore.observability.wandb_log import open_wandb
 from rlsc_mcore.parallel.backend import get_backend
 from rlsc_mcore.parallel.groups import initialize_groups
@@ -198,7 +199,7 @@ class Session:
             self.config,
             self.groups,
             step,
-            self.swap.policy_version,
+            self.swap.policy_version - 1,  # the rollouts are of the weights before the hot swap
             rollouts,
             self.exchange,
             outcome,
@@ -210,20 +211,15 @@ class Session:
         row["memory"], grown = self.memory.close_step(self.groups)
         row["warnings"] = alarms(row, first) + mismatch_warnings(row, self._compared_dtype()) + grown
         # A rank stands for the ranks of its tensor-parallel group, whose tokens are the same.
-        gpu = self.gpu.take(sum(len(rollout.response_ids) for rollout in rollouts) // self.groups.tp_size)
-        if gpu is not None:
-            row["gpu"] = gpu
+        row["gpu"] = self.gpu.take(sum(len(rollout.response_ids) for rollout in rollouts) // self.groups.tp_size)
         if row["skipped"]:
             dumped = dump_batch(self.run_dir, step, self.exchange.sequences, self.groups)
             row["warnings"].append(f"loss {row['loss']} or gradient norm {row['grad_norm']} is not finite: step skipped, batch in {dumped}")
-        self.metrics.write(row)
+        self.metrics.write(StepMetrics(**row).row())
         if self.config.observability.save_rollouts:
             write_rollouts(self.run_dir, step, rollouts, self.groups)
-        self.report.line(
-            f"step {step + 1}/{self.config.training.num_steps}  loss {row['loss']:.4f}  F {row['f_estimate']:.4f}  "
-            f"length {row['mean_length']:.1f}  boxed {row['boxed_share']:.0%}  distinct {row['distinct_share']:.0%}  "
-            f"grad {row['grad_norm']:.3f}  {sum(self.timer.seconds.values()):.1f} s"
-        )
+        seconds = sum(self.timer.seconds.values())
+        self.report.line(f"step {step + 1}/{self.config.training.num_steps}  {console_line(row)}  {seconds:.1f} s")
         for warning in row["warnings"]:
             if warning.split(":")[0] not in self._warned:  # told once; metrics.jsonl has it at every step
                 self.report.warn(warning)

@@ -30,7 +30,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_run_learnt_something_and_wrote_it_all(whole: Path) -> None:
     rows = metrics(whole)
-    assert [row["step"] for row in rows] == [0, 1, 2, 3] and [row["policy_version"] for row in rows] == [1, 2, 3, 4]
+    assert [row["step"] for row in rows] == [0, 1, 2, 3] and [row["policy_version"] for row in rows] == [0, 1, 2, 3]
     assert all(row["log_prob_gap_max"] < 1e-4 and row["grad_norm"] > 0 for row in rows)
     assert {"config.yaml", "metrics.jsonl", "rollouts", "checkpoints", "export", "summary.json", "tensorboard"} <= {
         p.name for p in whole.iterdir()

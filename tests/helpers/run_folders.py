@@ -44,7 +44,7 @@ def make_metrics(step: int, **changes: Any) -> dict[str, Any]:
     """A row of metrics.jsonl."""
     row = {
         "step": step,
-        "policy_version": step + 1,
+        "policy_version": step,
         "loss": 0.4 - 0.01 * step,
         "f_estimate": 0.4 + 0.01 * step,
         "log_p_old": {"min": -9.0, "q10": -3.0, "q50": -0.5, "q90": -0.3, "max": -0.1},

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from rlsc_mcore.observability.metrics import FILE_NAME, MetricsWriter, PhaseTimer, alarms, read_metrics
+from rlsc_mcore.observability.metrics import MetricsWriter, PhaseTimer, alarms, read_metrics
+from rlsc_mcore.run.folder import METRICS_FILE
 
 
 def rows(count: int) -> list[dict[str, Any]]:
@@ -24,7 +25,7 @@ def write(folder: Path, entries: list[dict[str, Any]], *, first_step: int = 0, t
 def test_rows_come_back(tmp_path: Path) -> None:
     write(tmp_path, rows(3))
     assert read_metrics(tmp_path) == rows(3)
-    assert [json.loads(line)["step"] for line in (tmp_path / FILE_NAME).read_text(encoding="utf-8").splitlines()] == [0, 1, 2]
+    assert [json.loads(line)["step"] for line in (tmp_path / METRICS_FILE).read_text(encoding="utf-8").splitlines()] == [0, 1, 2]
 
 
 def test_no_file_is_no_row(tmp_path: Path) -> None:
@@ -34,7 +35,7 @@ def test_no_file_is_no_row(tmp_path: Path) -> None:
 @pytest.mark.parametrize("cut", range(1, 40, 3))
 def test_a_half_written_last_line_is_left_out(tmp_path: Path, cut: int) -> None:
     write(tmp_path, rows(3))
-    file = tmp_path / FILE_NAME
+    file = tmp_path / METRICS_FILE
     file.write_bytes(file.read_bytes()[:-cut])
     assert read_metrics(tmp_path) == rows(3 if cut == 1 else 2)
     writer = write(tmp_path, rows(4)[3:], first_step=2)
