@@ -4,6 +4,7 @@ import argparse
 import json
 import re
 import sys
+from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,8 @@ from rlsc_mcore.objectives import OBJECTIVES
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-PAGES = ("README.md", "docs/evaluation.md")
+PAGES = ("README.md", "docs/evaluation.md", "docs/results.md")
+SHORT_ROWS = ("accuracy_t0.5", "lenient_t0.5", "lenient_t1", "greedy", "confidence_f", "distinct_share")
 COLUMN_NAMES = {row.name: row.label for row in OBJECTIVES.values()} | {"lower_temperature": "no training, half the temperature"}
 
 
@@ -38,6 +40,7 @@ def render(text: str) -> str:
     """Return a page with each section between its markers replaced."""
     sections = {
         "quickstart": quickstart_lines(),
+        "quickstart_short": quickstart_lines(SHORT_ROWS),
         "comparison": comparison_lines(),
         "cpu": cpu_lines(),
         "train_step": train_step_lines(),
@@ -52,14 +55,14 @@ def render(text: str) -> str:
     return text
 
 
-def quickstart_lines() -> list[str]:
-    """The before/after table of the embedded model."""
+def quickstart_lines(kept: Sequence[str] = ()) -> list[str]:
+    """Return the before/after table of the embedded model; `kept` names its rows, by default all."""
     summary = _read("cpu/quickstart.json")
     columns = {"before": summary["before"], "RLSC": summary["after"]}
     columns.update({COLUMN_NAMES.get(name, name): scores for name, scores in summary.get("baselines", {}).items()})
     lines = ["| held-out questions, mean ± standard error | " + " | ".join(columns) + " |", "| --- |" + " ---: |" * len(columns)]
     for name, label in table_rows(columns).items():
-        if name in summary["before"]:
+        if name in summary["before"] and (not kept or name in kept):
             lines.append(f"| {label} | " + " | ".join(_cell(name, scores[name]) for scores in columns.values()) + " |")
     return [*lines, "", f"`{summary['command']}`, {_versions(summary['versions'])}: `benchmarks/results/cpu/quickstart.json`"]
 

@@ -114,7 +114,7 @@ class RolloutConfig:
     """Run the engine without CUDA graphs (slower; for debugging). A CPU always runs eagerly."""
     sleep_level: Literal[0, 1, 2] = 2
     """What the engine frees while training (GPU): 0 nothing, 1 KV cache (weights move to the host), 2 KV cache and its own
-    weights. The default is 2: parameters alias the trainer's and the few others are rewritten at each swap (docs/colocation.md)."""
+    weights. The default is 2: parameters alias the trainer's and the few others are rewritten at each swap (docs/hot_swap.md)."""
 
     def __post_init__(self) -> None:
         _check(self.num_samples >= 1, "rollout.num_samples", "at least 1", self.num_samples)

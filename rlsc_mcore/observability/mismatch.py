@@ -1,7 +1,7 @@
 """The mismatch watch: engine and trainer score the same tokens at every step, and what they disagree about says what is wrong.
 
 Rounding is small and stays; an engine on other weights is not. Limits are in nats (natural logarithms), measured where they
-could be (docs/colocation.md has the numbers): an honest run stays well below every warning, wrong weights are far above.
+could be (docs/hot_swap.md has the numbers): an honest run stays well below every warning, wrong weights are far above.
 """
 
 from collections.abc import Mapping, Sequence

@@ -11,7 +11,7 @@ def train(session: Session) -> dict[str, Any] | None:
     """Run the steps that are left; returns the before and after evaluation, or None when a stop signal ended the run early.
 
     The run is saved every `training.save_every` steps, at the end, and when it is stopped. A stop during sampling discards all of
-    that step's answers: they are sampled again, bit for bit, after resuming (docs/colocation.md says why none are kept). An
+    that step's answers: they are sampled again, bit for bit, after resuming (docs/hot_swap.md says why none are kept). An
     evaluation that was stopped is made then too.
     """
     start = perf_counter()
