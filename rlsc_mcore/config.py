@@ -182,8 +182,12 @@ class OptimizerConfig:
     """Shard optimizer states and fp32 master weights over the data-parallel ranks (Megatron's distributed optimizer)."""
     precision_aware: bool = False
     """Keep Adam's moments in bfloat16 beside fp32 master weights (TransformerEngine's FusedAdam: a GPU, `distributed`)."""
+    grad_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Data type in which gradients are accumulated over micro-batches and summed over the data-parallel ranks. bfloat16 halves the
+    memory and the traffic of gradients and rounds every sum (needs `model.dtype` bfloat16)."""
     cpu_offload: float = 0.0
-    """Share of the parameters whose optimizer state lives in host memory and is updated there (a GPU); 0 is none, 1 all."""
+    """Share of the parameters whose optimizer state lives in host memory and is updated there (a GPU, `distributed`); 0 is none,
+    1 all."""
     offload_during_rollout: bool = False
     """Move the optimizer's state (moments, fp32 master weights) to page-locked host memory while the engine samples, which leaves
     its place to the KV cache (a GPU). Costs two copies per step; the update stays on the GPU."""
@@ -199,6 +203,7 @@ class OptimizerConfig:
         _check(0 <= self.min_lr <= self.lr, "optimizer.min_lr", "between 0 and optimizer.lr", self.min_lr)
         _check(0 <= self.cpu_offload <= 1, "optimizer.cpu_offload", "in [0, 1]", self.cpu_offload)
         _check(self.distributed or not self.precision_aware, "optimizer.precision_aware", "optimizer.distributed with it", True)
+        _check(self.distributed or not self.cpu_offload, "optimizer.cpu_offload", "0 without optimizer.distributed", self.cpu_offload)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -337,6 +342,8 @@ class Config:
         _check(self.optimizer.distributed or not gathers, "parallel.overlap_param_gather", "optimizer.distributed with it", True)
         bf16 = self.model.dtype == "bfloat16"
         _check(bf16 or not self.optimizer.precision_aware, "optimizer.precision_aware", "model.dtype bfloat16 with it", True)
+        grad_dtype = self.optimizer.grad_dtype
+        _check(bf16 or grad_dtype == "float32", "optimizer.grad_dtype", "float32 with model.dtype float32", grad_dtype)
         tp, engine_tp = self.parallel.tp, self.rollout.tp or self.parallel.tp
         if max(tp, engine_tp) % min(tp, engine_tp):
             legal = ", ".join(str(size) for size in range(1, min(2 * tp, 64) + 1) if max(tp, size) % min(tp, size) == 0)

@@ -22,7 +22,7 @@ BORDERS = {
 }
 POOLS = {
     "weights": "the trainer's parameters, which the engine shares",
-    "gradients": "fp32 gradient buffers",
+    "gradients": "gradient buffers, which hold nothing while the engine samples",
     "optimizer": "moments and fp32 master weights on the device",
     "engine_weights": "the engine's own parameters and buffers",
     "kv_cache": "keys and values",

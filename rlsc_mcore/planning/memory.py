@@ -1,6 +1,6 @@
 """Bytes on one GPU by part and phase, from shapes alone.
 
-The counts are those of the tensors that this trainer keeps: parameters and fp32 gradients in Megatron's contiguous buffers,
+The counts are those of the tensors that this trainer keeps: parameters and gradients in Megatron's contiguous buffers,
 optimizer states sharded over data-parallel ranks, and what autograd saves per token and layer. On a CPU the sum for a step
 is within 10 % of the measured peak (tests/distributed/test_plan_memory.py); on a GPU it has not been compared yet.
 """
@@ -20,6 +20,7 @@ ENGINE_RESIDENT_BYTES = 1 << 30  # CUDA graphs and workspaces that a sleeping en
 EXCHANGE_BUCKET_BYTES = 32 << 20  # weight_sync/exchange.py
 MASTER_BYTES = {"bfloat16": 12, "float32": 8}  # fp32 master (for bfloat16) and two fp32 moments
 PRECISION_AWARE_BYTES = 8  # fp32 master and two bfloat16 moments
+UPDATE_PART_ELEMENTS = 64 << 20  # parameters that TransformerEngine's FusedAdam updates at once, see training/optimizer.py
 WIDTH = {"bfloat16": 2, "float32": 4}
 
 
@@ -38,6 +39,7 @@ class Layout:
     cpu_offload: float = 0.0  # share of the optimizer's states that is not on the GPU
     engine_tp: int | None = None  # of the engines; None: the trainer's
     offload_during_rollout: bool = False  # no optimizer state is on the GPU while sampling
+    grad_dtype: str = "float32"
 
     @property
     def engine_ranks(self) -> int:
@@ -51,13 +53,13 @@ class Layout:
 
 
 def static_bytes(shape: Architecture, layout: Layout) -> dict[str, int]:
-    """Return weights, gradients and optimizer states of one rank: resident in every phase."""
+    """Return weights, gradients and optimizer states of one rank: what it holds all the time that it trains."""
     numel = num_parameters(shape, layout.tp, padded=True)
     shards = layout.dp if layout.distributed else 1
     states = PRECISION_AWARE_BYTES if layout.precision_aware else MASTER_BYTES[layout.dtype]
     return {
         "weights": WIDTH[layout.dtype] * numel,
-        "gradients": 4 * numel,
+        "gradients": WIDTH[layout.grad_dtype] * numel,
         "optimizer": int(states * numel // shards * (1 - layout.cpu_offload)),
     }
 
@@ -83,13 +85,29 @@ def activation_bytes(shape: Architecture, layout: Layout) -> int:
     return int(layout.tokens_per_micro_batch * WIDTH[layout.dtype] * (kept + ends))
 
 
+def update_bytes(shape: Architecture, layout: Layout) -> int:
+    """Return what an update allocates for its time, after the activations are freed: float32 copies of its bfloat16 inputs.
+
+    TransformerEngine's FusedAdam (2.12 and earlier) copies both moments of the parameters that it updates at once, and frees the
+    copies of one part after it made those of the next. Megatron's optimizer copies the gradients of this rank's shard, unless
+    `precision_aware` or `cpu_offload` reads them as they are.
+    """
+    shard = num_parameters(shape, layout.tp, padded=True) // (layout.dp if layout.distributed else 1)
+    if layout.precision_aware:
+        largest = max(shape.padded_vocab_size(layout.tp), 2 * shape.ffn_hidden_size) * shape.hidden_size // layout.tp
+        return 8 * min(shard, max(largest, UPDATE_PART_ELEMENTS) + UPDATE_PART_ELEMENTS)
+    return 4 * shard if layout.grad_dtype == "bfloat16" and not layout.cpu_offload else 0
+
+
 def train_bytes(shape: Architecture, layout: Layout) -> dict[str, int]:
     """Return what one GPU holds while training, by part; the engine sleeps (level 2)."""
     gathered = layout.tokens_per_micro_batch * shape.hidden_size * WIDTH[layout.dtype] * 2 if layout.tp > 1 else 0
+    activations, head = activation_bytes(shape, layout), HEAD_WORKSPACE_BYTES + gathered
     return {
         **static_bytes(shape, layout),
-        "activations": activation_bytes(shape, layout),
-        "logits workspace": HEAD_WORKSPACE_BYTES + gathered,
+        "activations": activations,
+        "logits workspace": head,
+        "update beyond them": max(0, update_bytes(shape, layout) - activations - head),
         "engine": ENGINE_RESIDENT_BYTES,
         "contexts": CONTEXT_BYTES,
     }
@@ -120,6 +138,7 @@ def rollout_bytes(shape: Architecture, layout: Layout, kv_cache: int) -> dict[st
         layout.max_num_batched_tokens * WIDTH[layout.dtype] * (4 * shape.hidden_size + 3 * shape.ffn_hidden_size // layout.engine_ranks)
     )
     resident = static_bytes(shape, layout)
+    resident["gradients"] = 0  # `Trainer.release_memory` frees the buffers before the engine wakes
     if layout.offload_during_rollout:
         resident["optimizer"] = 0
     return {
@@ -144,6 +163,7 @@ def config_layout(config: Config, tp: int, dp: int) -> Layout:
         cpu_offload=config.optimizer.cpu_offload,
         engine_tp=config.rollout.tp or tp,
         offload_during_rollout=config.optimizer.offload_during_rollout,
+        grad_dtype=config.optimizer.grad_dtype,
     )
 
 

@@ -1,31 +1,35 @@
 """Megatron-Core's data-parallel wrapper and optimizer, and the learning rate of a step."""
 
+import functools
 import math
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer import get_megatron_optimizer
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
 
 from rlsc_mcore.config import Config, ConfigError, OptimizerConfig
 from rlsc_mcore.model.architecture import DTYPES
 from rlsc_mcore.model.build import Policy
 from rlsc_mcore.parallel.backend import Backend
 from rlsc_mcore.parallel.packages import has_transformer_engine
+from rlsc_mcore.planning.memory import UPDATE_PART_ELEMENTS
 
 
 def wrap_data_parallel(policy: Policy, config: Config, backend: Backend) -> DistributedDataParallel:
-    """Wrap the policy so that gradients are summed over data-parallel ranks in fp32.
+    """Wrap the policy so that gradients are accumulated and summed over data-parallel ranks in `optimizer.grad_dtype`.
 
-    Mutates the policy's parameters: their storage moves into one contiguous buffer (before an engine aliases them). Raises
-    `ConfigError` where overlapped reduction would make a layout whose checkpoints are corrupt.
+    Mutates the policy's parameters: their storage moves into one contiguous buffer (before an engine aliases them).
     """
     with backend.megatron():
-        ddp = DistributedDataParallel(
+        return DistributedDataParallel(
             policy.megatron_config,
             DistributedDataParallelConfig(
-                grad_reduce_in_fp32=True,
+                grad_reduce_in_fp32=config.optimizer.grad_dtype == "float32",
                 use_distributed_optimizer=config.optimizer.distributed,
                 overlap_grad_reduce=config.parallel.overlap_grad_reduce,
                 overlap_param_gather=config.parallel.overlap_param_gather,
@@ -35,21 +39,6 @@ def wrap_data_parallel(policy: Policy, config: Config, backend: Backend) -> Dist
             ),
             policy.model,
         )
-    if config.optimizer.distributed:
-        _refuse_padded_buckets(ddp)
-    return ddp
-
-
-def _refuse_padded_buckets(ddp: DistributedDataParallel) -> None:
-    """Megatron-Core 0.16.1 saves several padded buckets wrongly: weights and moments come back shifted, with a log line at most."""
-    for buffer in ddp.buffers:
-        for number, bucket in enumerate(buffer.buckets):
-            padding = bucket.grad_data.numel() - bucket.numel_unpadded
-            if padding and len(buffer.buckets) > 1:
-                raise ConfigError(
-                    f"parallel.overlap_grad_reduce: bucket {number + 1} of {len(buffer.buckets)} would be padded by {padding} elements, "
-                    "and Megatron-Core 0.16.1 corrupts the checkpoints of such a layout; turn it off or choose another parallel.bucket_size"
-                )
 
 
 def check_optimizer(config: Config, backend: Backend) -> None:
@@ -73,38 +62,133 @@ def build_optimizer(config: Config, ddp: DistributedDataParallel, backend: Backe
 
     Its moments exist from the start, so that a run that is stopped before its first step can be saved.
     """
-    options, dtype = config.optimizer, DTYPES[config.model.dtype]
     check_optimizer(config, backend)
+    with backend.megatron():
+        optimizer = get_megatron_optimizer(megatron_optimizer_config(config), [ddp], use_gloo_process_groups=False)
+        for member in members(optimizer):
+            initialize_state(member)
+    return optimizer
+
+
+def megatron_optimizer_config(config: Config) -> MegatronOptimizerConfig:
+    """Translate `config` to Megatron's configuration of the optimizer."""
+    options, dtype = config.optimizer, DTYPES[config.model.dtype]
     extra: dict[str, Any] = {}
     if options.precision_aware:
-        extra.update(use_precision_aware_optimizer=True, exp_avg_dtype=torch.bfloat16, exp_avg_sq_dtype=torch.bfloat16)
-    if options.cpu_offload:
-        extra.update(optimizer_cpu_offload=True, optimizer_offload_fraction=options.cpu_offload, overlap_cpu_optimizer_d2h_h2d=True)
-    with backend.megatron():
-        optimizer = get_megatron_optimizer(
-            MegatronOptimizerConfig(
-                optimizer="adam",
-                lr=options.lr,
-                min_lr=options.min_lr,
-                adam_beta1=options.beta1,
-                adam_beta2=options.beta2,
-                adam_eps=options.eps,
-                weight_decay=options.weight_decay,
-                decoupled_weight_decay=True,
-                clip_grad=options.clip_grad,
-                bf16=dtype is torch.bfloat16,
-                params_dtype=dtype,
-                use_distributed_optimizer=options.distributed,
-                overlap_param_gather=config.parallel.overlap_param_gather,
-                **extra,
-            ),
-            [ddp],
+        extra.update(
+            use_precision_aware_optimizer=True,
+            exp_avg_dtype=torch.bfloat16,
+            exp_avg_sq_dtype=torch.bfloat16,
+            main_grads_dtype=DTYPES[options.grad_dtype],
+            # Megatron-Core 0.16.1 saves the 16-bit remainders as if they were weights, and cannot load them.
+            store_param_remainders=False,
         )
-        for chained in getattr(optimizer, "chained_optimizers", [optimizer]):
-            chained.init_state_fn(chained.optimizer, chained.config)
-            for group in chained.optimizer.param_groups:
-                group.setdefault("step", 0)
-    return optimizer
+    if options.cpu_offload:
+        # Without the precision-aware layout the fp32 masters would stay on the GPU beside their copies on the host.
+        extra.update(
+            use_precision_aware_optimizer=True,
+            main_grads_dtype=DTYPES[options.grad_dtype],
+            optimizer_cpu_offload=True,
+            optimizer_offload_fraction=options.cpu_offload,
+            overlap_cpu_optimizer_d2h_h2d=True,
+        )
+    return MegatronOptimizerConfig(
+        optimizer="adam",
+        lr=options.lr,
+        min_lr=options.min_lr,
+        adam_beta1=options.beta1,
+        adam_beta2=options.beta2,
+        adam_eps=options.eps,
+        weight_decay=options.weight_decay,
+        decoupled_weight_decay=True,
+        clip_grad=options.clip_grad,
+        bf16=dtype is torch.bfloat16,
+        params_dtype=dtype,
+        use_distributed_optimizer=options.distributed,
+        overlap_param_gather=config.parallel.overlap_param_gather,
+        **extra,
+    )
+
+
+def members(optimizer: Any) -> list[Any]:
+    """Return the optimizers that Megatron chained, or the one that it built."""
+    return list(getattr(optimizer, "chained_optimizers", [optimizer]))
+
+
+def initialize_state(member: Any) -> None:
+    """Allocate the moments (zero), and the master weights that Adam itself keeps, of one of Megatron's optimizers.
+
+    Mutates its state. Megatron's own `init_state_fn` is None for an optimizer on the host, and misses an argument of
+    TransformerEngine's `FusedAdam.initialize_state`.
+    """
+    inner = member.optimizer
+    if isinstance(inner, HybridDeviceOptimizer):
+        for sub_optimizer in inner.sub_optimizers:
+            is_on_host = sub_optimizer is not inner.gpu_optimizer
+            for parameter in parameters_of(sub_optimizer):
+                state = {"exp_avg": torch.zeros_like(parameter), "exp_avg_sq": torch.zeros_like(parameter)}
+                if is_on_host:  # torch's AdamW counts steps per parameter, FusedAdam per group
+                    state["step"] = torch.zeros((), dtype=torch.float32)
+                sub_optimizer.state[parameter] = state
+        inner._sync_sub_optimizers_state_to_hdo()
+        return
+    if member.config.use_precision_aware_optimizer:
+        for parameter in parameters_of(inner):
+            inner.initialize_state(parameter, store_param_remainders=False)
+        if not hasattr(inner, "fuse_unscale"):  # TransformerEngine 2.13 reads bfloat16 moments without float32 copies
+            inner.step = functools.partial(step_in_parts, inner, inner.step)
+    else:
+        member.init_state_fn(inner, member.config)
+    for group in inner.param_groups:
+        group.setdefault("step", 0)
+
+
+def parameters_of(optimizer: Any) -> Iterator[torch.Tensor]:
+    """Yield the parameters of a torch optimizer, group by group."""
+    for group in optimizer.param_groups:
+        yield from group["params"]
+
+
+def step_in_parts(optimizer: Any, step: Callable[[], Any], largest: int = UPDATE_PART_ELEMENTS) -> None:
+    """Update `largest` elements, or one parameter, at a time: `step` sees the parameters of one part after the other.
+
+    TransformerEngine's FusedAdam (2.12 and earlier) copies both bfloat16 moments of a whole parameter group to float32, 8 bytes
+    per element, before it updates the group. Mutates parameters, state and the groups' step counts like one call of `step`.
+    """
+    groups = optimizer.param_groups
+    try:
+        for group in groups:
+            count = group["step"]
+            for part in _parts(group["params"], largest):
+                optimizer.param_groups = [{**group, "params": part}]
+                step()
+            group["step"] = count + 1
+    finally:
+        optimizer.param_groups = groups
+
+
+def _parts(parameters: Sequence[torch.Tensor], largest: int) -> Iterator[list[torch.Tensor]]:
+    part: list[torch.Tensor] = []
+    numel = 0
+    for parameter in parameters:
+        if part and numel + parameter.numel() > largest:
+            yield part
+            part, numel = [], 0
+        part.append(parameter)
+        numel += parameter.numel()
+    if part:
+        yield part
+
+
+def clip_gradients(optimizer: Any, largest_norm: float, norm: float) -> None:
+    """Scale the gradients in place so that their global norm, `norm` before, is at most `largest_norm`; no collective."""
+    for member in members(optimizer):
+        parameters = member.get_parameters()
+        decoupled = bool(member.config.use_precision_aware_optimizer_no_fp8_or_ds_fp8)
+        attribute = "decoupled_grad" if decoupled else "grad"
+        has_gradients = any(getattr(parameter, attribute, None) is not None for parameter in parameters)
+        assert has_gradients or not parameters, f"no parameter has a gradient in its {attribute}: nothing would be clipped"
+        clip_grad_by_total_norm_fp32(parameters, largest_norm, norm, use_decoupled_grad=decoupled)
 
 
 def learning_rate(options: OptimizerConfig, step: int, num_steps: int) -> float:

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
-from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 
 from rlsc_mcore.algorithm.confidence import group_log_normalizer
 from rlsc_mcore.algorithm.entropy import entropy_loss
@@ -23,7 +22,7 @@ from rlsc_mcore.ops.chunks import live_tokens
 from rlsc_mcore.parallel.backend import Backend
 from rlsc_mcore.parallel.groups import Groups
 from rlsc_mcore.training.offload import StateOffload, state_tensors
-from rlsc_mcore.training.optimizer import build_optimizer, learning_rate, set_learning_rate, wrap_data_parallel
+from rlsc_mcore.training.optimizer import build_optimizer, clip_gradients, learning_rate, set_learning_rate, wrap_data_parallel
 from rlsc_mcore.types import PackedBatch
 
 FP8_ROWS = 16  # TransformerEngine's fp8 products want so many rows at a time
@@ -143,10 +142,13 @@ class Trainer:
         )
 
     def release_memory(self) -> None:
-        """Let go of what only training needs, before the engine wakes: cached workspaces, and the optimizer's state if so configured.
+        """Free what only training needs, before the engine wakes: gradients, cached workspaces and, if configured, the optimizer's state.
 
-        cuBLAS keeps its own workspaces: the engine's captured graphs use them.
+        The gradient buffers keep their views and lose their storage; the next pass allocates it again. cuBLAS keeps its own
+        workspaces: the engine's captured graphs use them.
         """
+        self.optimizer.zero_grad()  # drops the optimizer's views of the buffers, and its float32 copies of bfloat16 gradients
+        self.ddp.offload_grad_buffers(synchronize=False, empty_cache=False)
         if self.offload is not None:
             self.offload.out()
         parallel_state.get_global_memory_buffer().buffer.clear()  # Megatron's gathered activations
@@ -181,6 +183,7 @@ class Trainer:
         losses = [torch.zeros((), dtype=torch.float64, device=self.backend.device)]
         log_probs = []
         with self.backend.megatron():
+            self.ddp.restore_grad_buffers(synchronize=False)  # where `release_memory` freed them
             self.ddp.zero_grad_buffer()
             self.optimizer.zero_grad()
             normalizers: list[torch.Tensor | None] = [None] * len(batches)
@@ -293,7 +296,7 @@ class Trainer:
             return False, grad_norm
         largest = self.config.optimizer.clip_grad
         if largest > 0:
-            clip_grad_by_total_norm_fp32(self.optimizer.get_parameters(), largest, grad_norm)
+            clip_gradients(self.optimizer, largest, grad_norm)
         return bool(self.optimizer.step_with_ready_grads()), grad_norm
 
     def _head_options(self) -> dict[str, Any]:

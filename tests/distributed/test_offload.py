@@ -81,13 +81,13 @@ def test_training_goes_on_bit_for_bit(tmp_path: Path, world: int, tp: int, flags
 
 
 def test_the_pools_are_what_the_shapes_say(tmp_path: Path) -> None:
-    """Per parameter: its own bytes, 4 of gradient, and 12 of master and moments (8 without a master), over the data-parallel ranks."""
+    """Per parameter: its own bytes, and 12 of master and moments (8 without a master), over the data-parallel ranks; no gradient."""
     folder = str(make_model_folder(tmp_path / "model"))
     for flags, dp, weight, state in (([], 1, 4, 8), ([*BF16, *WHOLE], 1, 2, 12), (BF16, 2, 2, 12)):
         for rank in run_ranks(dp, train, folder, 1, flags, False):
             numel = sum(tensor.numel() for tensor in rank["weights"].values())
             assert rank["bytes"]["weights"] == pytest.approx(weight * numel, rel=0.01)  # buffers are padded
-            assert rank["bytes"]["gradients"] == pytest.approx(4 * numel, rel=0.01)
+            assert rank["bytes"]["gradients"] == 0  # freed with the workspace
             assert rank["bytes"]["optimizer"] == pytest.approx(state * numel / dp, rel=0.02)
 
 

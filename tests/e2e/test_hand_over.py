@@ -79,10 +79,11 @@ def seen(folder: Path) -> dict[str, Any]:
 def test_every_border_of_every_step_is_accounted_for(seen: dict[str, Any]) -> None:
     for row in seen["rows"][:3]:
         assert list(row["memory"]) == list(BORDERS)
-        for pools in row["memory"].values():
+        for border, pools in row["memory"].items():
             assert list(pools) == list(POOLS)
             # A float32 model: 4 bytes of weight and of gradient per parameter, 8 of moments; buffers are padded.
-            assert pools["weights"] == pytest.approx(4 * seen["numel"], rel=0.01) == pytest.approx(pools["gradients"], rel=0.01)
+            assert pools["weights"] == pytest.approx(4 * seen["numel"], rel=0.01)
+            assert pools["gradients"] == (pools["weights"] if border == "train" else 0)  # buffers of one size, only while it trains
             assert pools["optimizer"] == pytest.approx(8 * seen["numel"], rel=0.01)
             assert pools["engine_weights"] == seen["own"] < 0.5 * pools["weights"]  # all else is the trainer's
             assert pools["kv_cache"] == seen["kv"] == 64 << 20

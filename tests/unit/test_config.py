@@ -38,8 +38,9 @@ RANGES: dict[str, st.SearchStrategy[Any]] = {
     "optimizer.eps": st.floats(1e-12, 1),
     "optimizer.weight_decay": st.floats(0, 1),
     "optimizer.clip_grad": st.floats(0, 10),
-    "optimizer.cpu_offload": st.floats(0, 1),
     "parallel.hang_timeout_s": st.floats(1e-3, 1e6),
+    "optimizer.grad_dtype": st.just("float32"),
+    "optimizer.cpu_offload": st.just(0.0),
     "optimizer.precision_aware": st.just(False),  # what wants another option with it: see the combinations below
     "parallel.overlap_param_gather": st.just(False),
     "data.template": st.sampled_from(["chat", "none", "qwen25-math", "mine.jinja"]),

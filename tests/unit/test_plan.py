@@ -18,6 +18,7 @@ from rlsc_mcore.planning.memory import (
     rollout_bytes,
     static_bytes,
     train_bytes,
+    update_bytes,
 )
 from rlsc_mcore.planning.timing import GPUS, Work, seconds, swapped_bytes
 from tests.helpers.tiny import tiny_config
@@ -46,6 +47,16 @@ def test_one_gpu_s_bytes_written_out() -> None:
     kept, moved = (rollout_bytes(shape, Layout(1, 4, offload_during_rollout=out), 0) for out in (False, True))
     assert sum(kept.values()) - sum(moved.values()) == 3 * 7_615_616_512  # and training needs what it needs
     assert train_bytes(shape, Layout(1, 4, offload_during_rollout=True)) == train_bytes(shape, Layout(1, 4))
+    assert kept["gradients"] == moved["gradients"] == 0  # the buffers are freed before the engine wakes
+    assert static_bytes(shape, Layout(1, 1, grad_dtype="bfloat16"))["gradients"] == 2 * 7_615_616_512
+    # An update's float32 copies count where they outlast the activations: both moments, or the gradients of a shard.
+    assert update_bytes(shape, Layout(1, 4)) == 0
+    assert update_bytes(shape, Layout(1, 1, precision_aware=True)) == 8 * (152064 * 3584 + (64 << 20))  # the largest parameter, a part
+    assert update_bytes(shape, Layout(4, 64, precision_aware=True)) == 8 * (static_bytes(shape, Layout(4, 1))["weights"] // 2 // 64)
+    assert update_bytes(shape, Layout(1, 4, grad_dtype="bfloat16")) == 7_615_616_512
+    update = train_bytes(shape, Layout(1, 1, "full", tokens_per_micro_batch=64, precision_aware=True))
+    workspace = update["activations"] + update["logits workspace"] + update["update beyond them"]
+    assert workspace == update_bytes(shape, Layout(1, 1, precision_aware=True))
     # Keys and values of 28 layers, 4 KV heads of 128, in bfloat16.
     assert kv_bytes_per_token(shape, Layout(1, 1)) == 2 * 28 * 4 * 128 * 2
     assert kv_bytes_per_token(shape, Layout(4, 1)) == 2 * 28 * 1 * 128 * 2
