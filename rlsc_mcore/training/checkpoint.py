@@ -46,11 +46,12 @@ from rlsc_mcore.training.checkpoint_files import (
     write_json,
     write_manifest,
 )
+from rlsc_mcore.training.optimizer_state import load_groups, sharded_optimizer, sharded_weights
 from rlsc_mcore.training.step import Trainer
 
 _EXTRA_STATE = "_extra_state"
-# The layout that reshards. With several padded buckets Megatron-Core 0.16.1 corrupts it silently: the trainer refuses those.
-OPTIMIZER_FORMAT = "fully_reshardable"
+# Without this, Megatron-Core 0.16.1 prefixes the keys of an optimizer that is not distributed.
+_WHOLE_STATE = {"chained_optim_avoid_prefix": True}
 logging.getLogger(filesystem_async.__name__).setLevel(logging.CRITICAL)  # a failed write is reported once, as a CheckpointError
 
 
@@ -246,7 +247,10 @@ def load_checkpoint(checkpoint: Path, trainer: Trainer) -> RunState:
         with torch.no_grad():  # Megatron-Core 0.16.1 writes into views of fp32 leaves
             missing, unexpected = trainer.ddp.module.load_state_dict(loaded["model"], strict=False)
             assert not unexpected and all(name.endswith(_EXTRA_STATE) for name in missing), (missing, unexpected)
-            trainer.optimizer.load_state_dict(loaded["optimizer"])
+            if trainer.config.optimizer.distributed:
+                load_groups(trainer.optimizer, loaded["optimizer"])
+            else:
+                trainer.optimizer.load_state_dict(loaded["optimizer"])
     torch.random.set_rng_state(torch.frombuffer(bytearray(base64.b64decode(state.torch_rng)), dtype=torch.uint8))
     return state
 
@@ -309,9 +313,7 @@ def _sharded_state(trainer: Trainer, *, is_loading: bool) -> dict[str, Any]:
     model = trainer.ddp.module.sharded_state_dict(metadata={"dp_cp_group": group})
     # Layers' extra state (fp8 scales) is stored as pickles, which a load would have to execute: it is left out.
     model = {name: value for name, value in model.items() if not name.endswith(_EXTRA_STATE)}
-    optimizer = trainer.optimizer.sharded_state_dict(
-        model,
-        is_loading=is_loading,
-        metadata={"distrib_optim_sharding_type": OPTIMIZER_FORMAT, "chained_optim_avoid_prefix": True},
-    )
-    return {"model": model, "optimizer": optimizer}
+    if trainer.config.optimizer.distributed:
+        optimizer = sharded_optimizer(trainer.optimizer, model)
+        return {"model": model if is_loading else sharded_weights(trainer.optimizer, model), "optimizer": optimizer}
+    return {"model": model, "optimizer": trainer.optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=_WHOLE_STATE)}

@@ -70,7 +70,7 @@ def test_the_gradient_norm_counts_every_shard_once(tmp_path: Path, tied: bool) -
 def buckets_and_processes(folder: str, run_dir: str) -> dict[str, Any]:
     from megatron.core.dist_checkpointing.strategies import filesystem_async
 
-    from rlsc_mcore.training.checkpoint import OPTIMIZER_FORMAT, save_checkpoint
+    from rlsc_mcore.training.checkpoint import save_checkpoint
 
     trainer, batches, count = make(folder, 1)
     trainer.step(batches, 0, count)
@@ -78,7 +78,6 @@ def buckets_and_processes(folder: str, run_dir: str) -> dict[str, Any]:
     buffers = [*trainer.ddp.buffers, *trainer.ddp.expert_parallel_buffers]
     return {
         "buckets": [len(buffer.buckets) for buffer in buffers],
-        "format": OPTIMIZER_FORMAT,
         "overlap": (trainer.ddp.ddp_config.overlap_grad_reduce, trainer.ddp.ddp_config.overlap_param_gather),
         "queue": type(filesystem_async._results_queue).__module__,
         "children": [process.name for process in multiprocessing.active_children()],
@@ -87,13 +86,13 @@ def buckets_and_processes(folder: str, run_dir: str) -> dict[str, Any]:
 
 @pytest.mark.parametrize("world", [1, 2])
 def test_one_bucket_per_buffer(tmp_path: Path, world: int) -> None:
-    """Trap 2: several padded buckets corrupt weights and moments in the resharding format. Trap 6: no process is spawned to save.
+    """Trap 2: by default nothing is split into buckets. Trap 6: no process is spawned to save.
 
     Trap 3: without overlapped gathering no rank's parameters are stale after a step.
     """
     folder = str(make_model_folder(tmp_path / "model"))
     for rank in run_ranks(world, buckets_and_processes, folder, str(tmp_path / "run")):
-        assert rank["format"] == "fully_reshardable" and set(rank["buckets"]) == {1}
+        assert set(rank["buckets"]) == {1}
         assert rank["overlap"] == (False, False)
         assert rank["queue"] == "queue"  # and not a proxy of a multiprocessing manager, which would import the entry script again
         assert not [name for name in rank["children"] if "Manager" in name]
