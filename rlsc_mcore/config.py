@@ -248,7 +248,8 @@ class TrainingConfig:
     max_skipped_steps: int = 3
     """Steps in a row whose loss or gradient norm is not finite, and that are skipped, before the run saves and stops."""
     recompute: Literal["none", "selective", "full"] = "none"
-    """Activation recomputation."""
+    """What the backward pass computes again instead of keeping it: nothing, the MLP of each layer (`selective`), or each whole layer
+    (`full`). `rlsc plan` counts what each saves and costs."""
     save_every: int = 5
     """Steps between checkpoints; 0 saves only at the end and when stopped."""
     keep_last: int = 2

@@ -1,5 +1,8 @@
 """From a Hugging Face folder's config.json to a Megatron-Core `TransformerConfig` and layer spec."""
 
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -41,14 +44,17 @@ def transformer_config(
     dtype = DTYPES[model.dtype]
     options: dict[str, Any] = {}
     if recompute == "selective":
-        options.update(recompute_granularity="selective")
+        # Megatron's default module, the core of attention, keeps next to nothing in a fused kernel: there is little to recompute.
+        options.update(recompute_granularity="selective", recompute_modules=["mlp"])
     elif recompute == "full":
         options.update(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
     if not backend.is_cuda:
         options.update(use_cpu_initialization=True)
     check_fp8(model, backend)
     if model.fp8 != "none":
-        options.update(fp8=model.fp8)
+        # Scales of the current tensor. Delayed scaling, Megatron's default, all-reduces its statistics over the data-parallel
+        # ranks after every pass, and ranks with unequal numbers of micro-batches would wait for ever.
+        options.update(fp8=model.fp8, fp8_recipe="tensorwise")
     return TransformerConfig(
         num_layers=architecture.num_layers,
         hidden_size=architecture.hidden_size,
@@ -78,7 +84,8 @@ def transformer_config(
         gradient_accumulation_fusion=False,
         masked_softmax_fusion=False,
         persist_layer_norm=False,
-        bias_activation_fusion=False,  # its jit_fuser is torch.compile, which wants a C++ compiler at run time
+        # Without it autograd keeps 5 instead of 3 MLP widths per token. It is a torch.compile, which a CPU needs a C++ compiler for.
+        bias_activation_fusion=backend.is_cuda,
         bias_dropout_fusion=False,
         apply_rope_fusion=backend.is_cuda and uses_transformer_engine(model, backend),
         **options,
@@ -146,6 +153,30 @@ class RMSNorm(torch.nn.RMSNorm):
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
 
+@dataclass(frozen=True)
+class RotaryFactors:
+    """Cosine and sine of every packed token's angles, [T, 1, dim] in the layers' data type; made once per batch."""
+
+    cos: torch.Tensor
+    sin: torch.Tensor
+
+    @classmethod
+    def of(cls, angles: torch.Tensor, sequence_lengths: Sequence[int], dtype: torch.dtype) -> "RotaryFactors":
+        """Gather the factors of whole sequences laid end to end from `angles`, float32 [longest, 1, 1, dim]; never waits for a GPU.
+
+        Megatron-Core's own function for packed sequences reads their lengths back from the device in every layer, and keeps
+        factors of its own for the backward pass of each.
+        """
+        positions = torch.cat([torch.arange(length) for length in sequence_lengths])
+        chosen = angles[:, 0].index_select(0, positions.to(angles.device, non_blocking=True))
+        return cls(chosen.cos().to(dtype), chosen.sin().to(dtype))
+
+    def rotate(self, heads: torch.Tensor) -> torch.Tensor:
+        """Rotate [T, heads, dim] by each token's angles: halves of a head are the two parts of each pair."""
+        first, second = heads.chunk(2, dim=-1)
+        return heads * self.cos + torch.cat((-second, first), dim=-1) * self.sin
+
+
 class SDPACoreAttention(MegatronModule):
     """Causal attention on torch's `scaled_dot_product_attention`, for packed (thd) and padded (sbhd) input."""
 
@@ -163,12 +194,18 @@ class SDPACoreAttention(MegatronModule):
         attention_bias: torch.Tensor | None = None,
         packed_seq_params: PackedSeqParams | None = None,
     ) -> torch.Tensor:
-        """Attend within each sequence: [T, heads, dim] packed, or [s, b, heads, dim]; returns [.., heads * dim]."""
+        """Attend within each sequence: [T, heads, dim] packed, or [s, b, heads, dim]; returns [.., heads * dim].
+
+        Rotates queries and keys first where the batch carries its rotary factors (see `PolicyModel`).
+        """
         if packed_seq_params is None:
             q, k, v = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))
             mask = None if attention_mask is None else ~attention_mask  # Megatron's True means masked out
             output = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=self.scale, enable_gqa=True)
             return output.permute(2, 0, 1, 3).reshape(query.size(0), query.size(1), -1)
+        rotary = getattr(packed_seq_params, "rotary", None)
+        if rotary is not None:
+            query, key = rotary.rotate(query), rotary.rotate(key)
         if query.is_cuda and query.dtype in (torch.float16, torch.bfloat16):
             return self._varlen(query, key, value, packed_seq_params).reshape(query.size(0), -1)
         return self._per_sequence(query, key, value, packed_seq_params).reshape(query.size(0), -1)
@@ -176,11 +213,14 @@ class SDPACoreAttention(MegatronModule):
     def _varlen(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, packed: PackedSeqParams) -> torch.Tensor:
         from torch.nn.attention.varlen import varlen_attn
 
-        repeat = query.size(1) // key.size(1)  # torch 2.11's varlen_attn has no grouped-query option
-        if repeat > 1:
+        repeat = query.size(1) // key.size(1)
+        options: dict[str, Any] = {}
+        if repeat > 1 and "enable_gqa" in inspect.signature(varlen_attn).parameters:
+            options.update(enable_gqa=True)
+        elif repeat > 1:  # torch 2.11
             key, value = key.repeat_interleave(repeat, dim=1), value.repeat_interleave(repeat, dim=1)
         cu_seqlens, longest = packed.cu_seqlens_q, packed.max_seqlen_q
-        output = varlen_attn(query, key, value, cu_seqlens, cu_seqlens, longest, longest, scale=self.scale, window_size=(-1, 0))
+        output = varlen_attn(query, key, value, cu_seqlens, cu_seqlens, longest, longest, scale=self.scale, window_size=(-1, 0), **options)
         assert isinstance(output, torch.Tensor)  # a pair only where the log-sum-exp is asked for
         return output
 

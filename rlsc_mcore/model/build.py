@@ -11,7 +11,7 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from rlsc_mcore.config import Config
-from rlsc_mcore.model.architecture import layer_spec, transformer_config, uses_transformer_engine
+from rlsc_mcore.model.architecture import RotaryFactors, layer_spec, transformer_config, uses_transformer_engine
 from rlsc_mcore.model.hf_checkpoint import load_weights
 from rlsc_mcore.model.shape import Architecture, read_architecture
 from rlsc_mcore.model.weight_map import BoundWeight, bind_weights
@@ -34,6 +34,13 @@ class PolicyModel(GPTModel):
         """Run the packed batch and return what `head` makes of the last hidden states; collectives over the TP group."""
         return self(batch, head=head)
 
+    def free_quantized_weights(self) -> None:
+        """Free the fp8 copies of the weights that TransformerEngine's layers keep; the next pass makes them again."""
+        for module in self.modules():
+            workspaces = getattr(module, "_fp8_workspaces", None)
+            if workspaces:
+                workspaces.clear()
+
     def forward(self, batch: Any, *args: Any, head: Head | None = None, **kwargs: Any) -> Any:
         """Score a `PackedBatch` with `head`; with token ids instead of a batch, behave as `GPTModel`."""
         if head is None:
@@ -44,6 +51,16 @@ class PolicyModel(GPTModel):
             return super().forward(token_ids, torch.zeros_like(token_ids), None, packed_seq_params=packed_seq_params(batch))
         finally:
             self._head = None
+
+    def _preprocess(self, *args: Any, packed_seq_params: PackedSeqParams | None = None, **kwargs: Any) -> Any:
+        """Embed the tokens; where attention rotates by itself (`SDPACoreAttention`), put a packed batch's factors beside it."""
+        prepared = super()._preprocess(*args, packed_seq_params=packed_seq_params, **kwargs)
+        lengths = getattr(packed_seq_params, "sequence_lengths", None)
+        if lengths is None or self.config.apply_rope_fusion:
+            return prepared
+        decoder_input, angles, *rest = prepared
+        packed_seq_params.rotary = RotaryFactors.of(angles, lengths, self.config.params_dtype)  # type: ignore[union-attr]
+        return (decoder_input, None, *rest)  # no angles: Megatron's attention then rotates nothing
 
     def _postprocess(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         head = getattr(self, "_head", None)
@@ -110,11 +127,24 @@ def build_policy(config: Config, folder: Path, backend: Backend, groups: Groups,
             rope_scaling=architecture.rope_scaling_factor is not None,
             rope_scaling_factor=architecture.rope_scaling_factor or 8.0,
         ).to(backend.device)
+    if transformer_engine:
+        fuse_gradient_accumulation(model)
     weights = bind_weights(model, architecture)
     if load:
         with Reporter(groups.is_main).progress("loading weights, parameters", len(weights)) as bar:
             load_weights(weights, architecture, folder, groups.tp_rank, groups.tp_size, progress=lambda each: _advance(each, bar))
     return Policy(model, megatron_config, architecture, weights, folder, padded_vocab_size, transformer_engine)
+
+
+def fuse_gradient_accumulation(model: PolicyModel) -> None:
+    """Let TransformerEngine's linear layers add weight gradients to Megatron's buffers within their products.
+
+    Spares one bfloat16 copy of each gradient, and its rounding, per micro-batch. Megatron's own flag would concern its output layer
+    too, which needs Apex for it; that layer is not called here.
+    """
+    for module in model.decoder.modules():
+        if hasattr(module, "fuse_wgrad_accumulation"):
+            module.fuse_wgrad_accumulation = True
 
 
 def _advance(weights: Iterable[BoundWeight], bar: ProgressBar) -> Iterator[BoundWeight]:

@@ -40,6 +40,7 @@ class Layout:
     engine_tp: int | None = None  # of the engines; None: the trainer's
     offload_during_rollout: bool = False  # no optimizer state is on the GPU while sampling
     grad_dtype: str = "float32"
+    fused_swiglu: bool = True  # as on a GPU
 
     @property
     def engine_ranks(self) -> int:
@@ -68,18 +69,19 @@ def activation_bytes(shape: Architecture, layout: Layout) -> int:
     """Return the peak of what one micro-batch's forward and backward hold, without the head's logits.
 
     Per token and layer, in elements: 7.5 hidden states (norms in and out, residuals, dropout of rate 0), queries four times and
-    keys and values three times (projected, rotated, attended), 4 heads' rotary factors, and 5 MLP widths (gate and up, their
-    offsets, activation, product). Sequence parallelism splits all but the rotary factors.
+    keys and values three times (projected, rotated, attended), and 3 MLP widths (gate and up, product), 5 where SwiGLU is not fused.
+    `selective` recomputes the MLP: its widths are alive in one layer at a time. Sequence parallelism splits all of it; each token's
+    rotary factors are made once.
     """
     hidden, queries = shape.hidden_size, shape.num_heads * shape.head_dim
     keys = shape.num_kv_heads * shape.head_dim
-    split = 7.5 * hidden + 4 * queries + 3 * keys + 5 * shape.ffn_hidden_size
-    layer = split / layout.tp + 4 * shape.head_dim
-    ends = 5 * hidden / layout.tp
+    mlp = (3 if layout.fused_swiglu else 5) * shape.ffn_hidden_size / layout.tp
+    layer = (7.5 * hidden + 4 * queries + 3 * keys) / layout.tp + mlp
+    ends = 5 * hidden / layout.tp + 2 * shape.head_dim
     if layout.recompute == "full":
         kept = shape.num_layers * hidden / layout.tp + layer
     elif layout.recompute == "selective":
-        kept = shape.num_layers * (layer - queries / layout.tp)
+        kept = shape.num_layers * (layer - mlp) + mlp
     else:
         kept = shape.num_layers * layer
     return int(layout.tokens_per_micro_batch * WIDTH[layout.dtype] * (kept + ends))

@@ -46,8 +46,8 @@ def seconds(shape: Architecture, layout: Layout, work: Work, gpu: Gpu, gpus_per_
     length = work.prompt_tokens + work.response_tokens
     passes = 4 / 3 if layout.recompute == "full" else 1.0
     flops = work.num_rollouts * cost.flops(length, work.response_tokens) * passes
-    if layout.recompute == "selective":  # attention's forward once more
-        flops += work.num_rollouts * cost.per_token_pair * length * (length + 1) / 6
+    if layout.recompute == "selective":  # the MLP's forward once more: three products of 2 operations per weight and token
+        flops += work.num_rollouts * length * shape.num_layers * 6 * shape.hidden_size * shape.ffn_hidden_size
     train = flops / (layout.tp * layout.dp * gpu.bf16_tflops * 1e12 * TRAIN_EFFICIENCY)
     numel, width = num_parameters(shape, layout.tp, padded=True), WIDTH[layout.dtype]
     per_engine = work.num_rollouts / layout.num_engines

@@ -142,15 +142,17 @@ class Trainer:
         )
 
     def release_memory(self) -> None:
-        """Free what only training needs, before the engine wakes: gradients, cached workspaces and, if configured, the optimizer's state.
+        """Free what only training needs, before the engine wakes.
 
-        The gradient buffers keep their views and lose their storage; the next pass allocates it again. cuBLAS keeps its own
-        workspaces: the engine's captured graphs use them.
+        Frees gradients, fp8 copies of the weights, cached workspaces and, if configured, the optimizer's state. The gradient
+        buffers keep their views and lose their storage; the next pass allocates it again. cuBLAS keeps its own workspaces: the
+        engine's captured graphs use them.
         """
         self.optimizer.zero_grad()  # drops the optimizer's views of the buffers, and its float32 copies of bfloat16 gradients
         self.ddp.offload_grad_buffers(synchronize=False, empty_cache=False)
         if self.offload is not None:
             self.offload.out()
+        self.policy.model.free_quantized_weights()
         parallel_state.get_global_memory_buffer().buffer.clear()  # Megatron's gathered activations
         self.backend.release_cached_memory()
 
@@ -190,7 +192,10 @@ class Trainer:
             if first is not None:
                 normalizers = first.normalizers
             elif objective.needs_group:
+                self.policy.model.set_is_first_microbatch()
                 normalizers = [*self._group_normalizers(batches)]
+            # TransformerEngine's layers keep fp8 copies of the weights until they are told that a pass is the first on new ones.
+            self.policy.model.set_is_first_microbatch()
             for index, batch in enumerate(batches):
                 old_log_probs = None if first is None else first.log_probs[index]
                 # Overlapped reduction begins with the last micro-batch's gradients.

@@ -139,11 +139,15 @@ def test_a_configuration_s_engines_are_planned(capsys: pytest.CaptureFixture[str
 
 
 def test_where_nothing_fits_the_least_costly_remedy_is_told(capsys: pytest.CaptureFixture[str]) -> None:
-    """7B on one GPU of 141 GiB: not as it comes, but with bfloat16 moments and micro-batches of one longest sequence."""
+    """7B on one GPU: on 141 GiB with micro-batches of one longest sequence, on 125 GiB with bfloat16 moments too."""
     one = ["--model", "qwen2.5-7b", "--gpus", "1", "--gpu-memory-gib", "141"]
     assert run_plan(one) == 1
     out = capsys.readouterr().out
-    told = "with --tokens-per-micro-batch 3328 --precision-aware parallel.tp 1, training.recompute none fits:"
+    assert "nothing fits" in out and "with --tokens-per-micro-batch 3328 parallel.tp 1, training.recompute full fits:" in out
+    one[-1] = "125"
+    assert run_plan(one) == 1
+    out = capsys.readouterr().out
+    told = "with --tokens-per-micro-batch 3328 --precision-aware parallel.tp 1, training.recompute selective fits:"
     assert "nothing fits" in out and told in out
     assert run_plan([*one, *told.split()[1:4]]) == 0  # what is told is true
     assert "optimizer 56.74" in capsys.readouterr().out  # 8 bytes per parameter
