@@ -208,11 +208,17 @@ class OptimizerConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelConfig:
-    """How the model is spread over ranks; data parallel size = world size / tp."""
+    """How the model is spread over ranks; data parallel size = world size / (tp x pp)."""
 
     tp: int = 1
     """Tensor-parallel size of the trainer and, unless `rollout.tp` says otherwise, of the engines; sequence parallelism is on for
     tp > 1."""
+    pp: int = 1
+    """Pipeline-parallel size of the trainer: stages of consecutive layers, run in Megatron's 1F1B schedule. Engines stay
+    tensor-parallel: each holds all layers, and receives those of other stages at every hot swap."""
+    stage_layers: tuple[int, ...] | None = None
+    """Layers of each pipeline stage, first stage first; by default stages of equal work, where the output head counts as the
+    layers that cost as much."""
     overlap_grad_reduce: bool = False
     """Reduce gradients over the data-parallel ranks bucket by bucket, while the last micro-batch's backward pass still runs."""
     overlap_param_gather: bool = False
@@ -226,6 +232,10 @@ class ParallelConfig:
 
     def __post_init__(self) -> None:
         _check(self.tp >= 1, "parallel.tp", "at least 1", self.tp)
+        _check(self.pp >= 1, "parallel.pp", "at least 1", self.pp)
+        layers = self.stage_layers
+        fits = layers is None or (len(layers) == self.pp and min(layers) >= 1)
+        _check(fits, "parallel.stage_layers", f"parallel.pp = {self.pp} numbers, each at least 1", layers)
         _check(self.hang_timeout_s > 0, "parallel.hang_timeout_s", "more than 0", self.hang_timeout_s)
         _check(self.bucket_size is None or self.bucket_size >= 1, "parallel.bucket_size", "at least 1", self.bucket_size)
         needed = self.overlap_grad_reduce or not self.overlap_param_gather

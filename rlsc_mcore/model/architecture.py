@@ -12,7 +12,7 @@ from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec, g
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec
-from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from rlsc_mcore.config import ConfigError, ModelConfig
@@ -38,11 +38,29 @@ def check_head_dim(architecture: Architecture, backend: Backend, source: Path) -
 
 
 def transformer_config(
-    architecture: Architecture, model: ModelConfig, backend: Backend, *, tp: int, recompute: str = "none"
+    architecture: Architecture,
+    model: ModelConfig,
+    backend: Backend,
+    *,
+    tp: int,
+    recompute: str = "none",
+    stage_layers: Sequence[int] = (),
 ) -> TransformerConfig:
-    """Build Megatron's configuration of the model for `tp` tensor-parallel ranks (sequence parallel for tp > 1)."""
+    """Build Megatron's configuration of the model for `tp` tensor-parallel ranks (sequence parallel for tp > 1).
+
+    `stage_layers`: layers of each pipeline stage; without it, or with one stage, there is no pipeline.
+    """
     dtype = DTYPES[model.dtype]
     options: dict[str, Any] = {}
+    if len(stage_layers) > 1:
+        options.update(
+            pipeline_model_parallel_size=len(stage_layers),
+            pipeline_model_parallel_layout=_pipeline_layout(stage_layers),
+            variable_seq_lengths=True,  # micro-batches differ in length: shapes travel before tensors
+            moe_token_dispatcher_type="alltoall",  # unused; Megatron refuses varying lengths with the default, experts or not
+            batch_p2p_comm=True,
+            deallocate_pipeline_outputs=True,
+        )
     if recompute == "selective":
         # Megatron's default module, the core of attention, keeps next to nothing in a fused kernel: there is little to recompute.
         options.update(recompute_granularity="selective", recompute_modules=["mlp"])
@@ -90,6 +108,14 @@ def transformer_config(
         apply_rope_fusion=backend.is_cuda and uses_transformer_engine(model, backend),
         **options,
     )
+
+
+def _pipeline_layout(stage_layers: Sequence[int]) -> list[list[str]]:
+    """Name each stage's parts as Megatron's pipeline layout wants them: embedding first, loss last."""
+    layout = [["decoder"] * layers for layers in stage_layers]
+    layout[0].insert(0, "embedding")
+    layout[-1].append("loss")
+    return layout
 
 
 def uses_transformer_engine(model: ModelConfig, backend: Backend) -> bool:
@@ -142,7 +168,7 @@ def layer_spec(config: TransformerConfig, transformer_engine: bool) -> ModuleSpe
     if config.qk_layernorm:
         attention.q_layernorm = attention.k_layernorm = RMSNorm
     # A block spec, because the block's own final norm would otherwise be one that refuses sequence parallelism.
-    return TransformerBlockSubmodules(layer_specs=[spec] * config.num_layers, layer_norm=RMSNorm)
+    return TransformerBlockSubmodules(layer_specs=[spec] * get_num_layers_to_build(config), layer_norm=RMSNorm)
 
 
 class RMSNorm(torch.nn.RMSNorm):

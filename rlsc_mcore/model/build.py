@@ -14,7 +14,7 @@ from rlsc_mcore.config import Config
 from rlsc_mcore.model.architecture import RotaryFactors, layer_spec, transformer_config, uses_transformer_engine
 from rlsc_mcore.model.hf_checkpoint import load_weights
 from rlsc_mcore.model.shape import Architecture, read_architecture
-from rlsc_mcore.model.weight_map import BoundWeight, bind_weights
+from rlsc_mcore.model.weight_map import BoundWeight, bind_weights, describe_weights, join_stages
 from rlsc_mcore.observability.console import ProgressBar, Reporter
 from rlsc_mcore.parallel.backend import Backend
 from rlsc_mcore.parallel.groups import Groups
@@ -66,12 +66,14 @@ class PolicyModel(GPTModel):
         head = getattr(self, "_head", None)
         if head is None:
             return super()._postprocess(hidden_states, *args, **kwargs)
-        if self.share_embeddings_and_output_weights:
+        if not self.post_process:  # a pipeline stage before the last: its hidden states travel on
+            return hidden_states
+        if self.share_embeddings_and_output_weights and self.pre_process:
             return head(hidden_states.squeeze(1), self.shared_embedding_or_output_weight())
         # The output layer is not called, only its weight is used: run what waits for an overlapped gather of it.
         for hook in self.output_layer._forward_pre_hooks.values():
             hook(self.output_layer, ())
-        weight = self.output_layer.weight
+        weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else self.output_layer.weight
         return head(hidden_states.squeeze(1), weight)
 
 
@@ -95,7 +97,8 @@ class Policy:
     model: PolicyModel
     megatron_config: TransformerConfig
     architecture: Architecture
-    weights: list[BoundWeight]
+    weights: list[BoundWeight]  # of this rank's pipeline stage
+    model_weights: list[BoundWeight]  # of all stages, in one order on all ranks; those of other stages on the meta device
     source: Path  # Hugging Face folder it came from
     padded_vocab_size: int
     transformer_engine: bool
@@ -110,7 +113,10 @@ class Policy:
 def build_policy(config: Config, folder: Path, backend: Backend, groups: Groups, *, load: bool = True) -> Policy:
     """Build the model on this rank's device and fill it from `folder` (unless `load` is off); collective over the world."""
     architecture = read_architecture(folder)
-    megatron_config = transformer_config(architecture, config.model, backend, tp=groups.tp_size, recompute=config.training.recompute)
+    layers = config.parallel.stage_layers or architecture.stage_layers(groups.pp_size)
+    megatron_config = transformer_config(
+        architecture, config.model, backend, tp=groups.tp_size, recompute=config.training.recompute, stage_layers=layers
+    )
     transformer_engine = uses_transformer_engine(config.model, backend)
     backend.seed(config.training.seed)
     padded_vocab_size = architecture.padded_vocab_size(groups.tp_size)
@@ -126,14 +132,17 @@ def build_policy(config: Config, folder: Path, backend: Backend, groups: Groups,
             rotary_base=architecture.rotary_base,  # type: ignore[arg-type]  # annotated int, used as a float
             rope_scaling=architecture.rope_scaling_factor is not None,
             rope_scaling_factor=architecture.rope_scaling_factor or 8.0,
+            pre_process=groups.pp_rank == 0,
+            post_process=groups.is_last_stage,
         ).to(backend.device)
     if transformer_engine:
         fuse_gradient_accumulation(model)
-    weights = bind_weights(model, architecture)
+    weights = bind_weights(model, architecture, [layer.layer_number - 1 for layer in model.decoder.layers])
     if load:
         with Reporter(groups.is_main).progress("loading weights, parameters", len(weights)) as bar:
             load_weights(weights, architecture, folder, groups.tp_rank, groups.tp_size, progress=lambda each: _advance(each, bar))
-    return Policy(model, megatron_config, architecture, weights, folder, padded_vocab_size, transformer_engine)
+    model_weights = join_stages(weights, groups.pp_rank, groups.gather_objects_over_model(describe_weights(weights))[:: groups.tp_size])
+    return Policy(model, megatron_config, architecture, weights, model_weights, folder, padded_vocab_size, transformer_engine)
 
 
 def fuse_gradient_accumulation(model: PolicyModel) -> None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rlsc_mcore.config import ConfigError
+from rlsc_mcore.config import ConfigError, ParallelConfig
 from rlsc_mcore.data.balance import CostModel
 
 if TYPE_CHECKING:
@@ -50,6 +50,22 @@ class Architecture:
             per_token_pair=12.0 * self.num_layers * queries,
             per_trained_token=6.0 * hidden * self.vocab_size,
         )
+
+    def stage_layers(self, pp: int) -> tuple[int, ...]:
+        """Split the layers into `pp` pipeline stages of nearly equal FLOPs; the last stage has the output head as well.
+
+        The head scores trained tokens only; all are taken to be trained. Every stage has a layer where there are enough.
+        """
+        cost = self.cost_model()
+        head = cost.per_trained_token / (cost.per_token / self.num_layers)
+        best: tuple[int, ...] = (self.num_layers,)
+        if pp > 1:
+            # The most layers that the last stage may have without being the slowest; one if the head alone is slower.
+            fitting = [last for last in range(1, self.num_layers) if last + head <= -(-(self.num_layers - last) // (pp - 1))]
+            last = max(fitting, default=1)
+            each, more = divmod(self.num_layers - last, pp - 1)
+            best = (*(each + (stage >= pp - 1 - more) for stage in range(pp - 1)), last)
+        return best
 
     def padded_vocab_size(self, tp_size: int) -> int:
         """Return the number of embedding rows over all ranks."""
@@ -117,6 +133,16 @@ def check_parallel(architecture: Architecture, tp: int, source: Path, option: st
     ):
         if size % tp:
             raise ConfigError(f"{option}: {tp} does not divide {field} = {size} of {source}")
+
+
+def check_stages(architecture: Architecture, parallel: ParallelConfig, source: Path) -> None:
+    """Raise `ConfigError` unless the model's layers fill the pipeline stages."""
+    layers = architecture.num_layers
+    if parallel.pp > layers:
+        raise ConfigError(f"parallel.pp: {parallel.pp} stages, but {source} has {layers} layers; expected at most {layers}")
+    if parallel.stage_layers is not None and sum(parallel.stage_layers) != layers:
+        given = " + ".join(map(str, parallel.stage_layers))
+        raise ConfigError(f"parallel.stage_layers: {given} = {sum(parallel.stage_layers)}, but {source} has {layers} layers")
 
 
 def _llama3_factor(rope: dict[str, Any], file: Path) -> float | None:

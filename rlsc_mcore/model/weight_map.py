@@ -7,8 +7,9 @@ Layouts of a parameter on one tensor-parallel rank, as Megatron holds it:
 - ``qkv``: per query group its queries, its key, its value (vLLM: all queries, all keys, all values of the rank).
 """
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -34,11 +35,9 @@ class WeightRule:
     tp_dim: int | None = None
 
 
-TOP_RULES = (
-    WeightRule(("embedding.word_embeddings.weight",), ("model.embed_tokens.weight",), "model.embed_tokens.weight", tp_dim=0),
-    WeightRule(("decoder.final_layernorm.weight",), ("model.norm.weight",), "model.norm.weight"),
-    WeightRule(("output_layer.weight",), ("lm_head.weight",), "lm_head.weight", tp_dim=0),
-)
+EMBEDDING = WeightRule(("embedding.word_embeddings.weight",), ("model.embed_tokens.weight",), "model.embed_tokens.weight", tp_dim=0)
+HEAD = WeightRule(("output_layer.weight",), ("lm_head.weight",), "lm_head.weight", tp_dim=0)
+TOP_RULES = (EMBEDDING, WeightRule(("decoder.final_layernorm.weight",), ("model.norm.weight",), "model.norm.weight"), HEAD)
 LAYER_RULES = (
     WeightRule(
         ("input_layernorm.weight", "self_attention.linear_qkv.layer_norm_weight"), ("input_layernorm.weight",), "input_layernorm.weight"
@@ -81,14 +80,29 @@ class BoundWeight:
     layout: Layout
     tp_dim: int | None
     is_vocabulary: bool  # rows are the padded vocabulary
+    stages: tuple[int, ...] = (0,)  # pipeline stages that hold it: tied embeddings lie on the first and the last
+
+    @property
+    def is_local(self) -> bool:
+        """False for a weight of another pipeline stage, whose parameter is on the meta device."""
+        return not self.parameter.is_meta
 
 
-def bind_weights(model: nn.Module, architecture: Architecture) -> list[BoundWeight]:
-    """Match every parameter of `model` with its rule; fails when one is left over."""
+def bind_weights(model: nn.Module, architecture: Architecture, stage_layers: Sequence[int] | None = None) -> list[BoundWeight]:
+    """Match every parameter of `model` with its rule; fails when one is left over.
+
+    `stage_layers`: the layers that a pipeline stage holds, numbered over the model from 0; Megatron numbers them from 0 in each
+    stage. Where the embeddings are tied, the last stage's head is a copy of the embedding.
+    """
     parameters = dict(model.named_parameters())
-    bound = [_bind(rule, name, parameters.pop(name), "", "") for rule in TOP_RULES for name in rule.megatron if name in parameters]
-    for layer in range(architecture.num_layers):
-        megatron_prefix, hf_prefix = f"decoder.layers.{layer}.", f"model.layers.{layer}."
+    bound = []
+    for rule in TOP_RULES:
+        for name in rule.megatron:
+            if name in parameters:
+                held = EMBEDDING if rule is HEAD and architecture.tied_embeddings else rule
+                bound.append(_bind(held, name, parameters.pop(name), "", ""))
+    for number, layer in enumerate(range(architecture.num_layers) if stage_layers is None else stage_layers):
+        megatron_prefix, hf_prefix = f"decoder.layers.{number}.", f"model.layers.{layer}."
         for rule in LAYER_RULES:
             for name in rule.megatron:
                 if megatron_prefix + name in parameters:
@@ -96,6 +110,38 @@ def bind_weights(model: nn.Module, architecture: Architecture) -> list[BoundWeig
                     bound.append(_bind(rule, full_name, parameters.pop(full_name), hf_prefix, hf_prefix))
     assert not parameters, f"parameters without a rule in the weight map: {sorted(parameters)}"
     return bound
+
+
+def describe_weights(weights: Sequence[BoundWeight]) -> list[BoundWeight]:
+    """Return the same weights with parameters on the meta device: names, rules, shapes and types, no values."""
+    return [replace(weight, parameter=_on_meta(weight.parameter)) for weight in weights]
+
+
+def join_stages(local: Sequence[BoundWeight], stage: int, described: Sequence[Sequence[BoundWeight]]) -> list[BoundWeight]:
+    """Join the weights of all pipeline stages: the same list, in the same order, on every rank of a model group.
+
+    `local` are those of this rank's `stage`, with their parameters; `described` the descriptions of every stage's. The weights
+    outside of the layers come first, then the layers in order.
+    """
+    stages: dict[str, list[int]] = {}
+    joined: dict[str, BoundWeight] = {}
+    for number, weights in enumerate(described):
+        for weight in local if number == stage else weights:
+            stages.setdefault(weight.engine, []).append(number)
+            if weight.engine not in joined or weight.is_local:
+                joined[weight.engine] = weight
+    ordered = sorted(joined.values(), key=lambda weight: _layer_of(weight.engine))
+    return [replace(weight, stages=tuple(stages[weight.engine])) for weight in ordered]
+
+
+def _layer_of(engine_name: str) -> int:
+    """Return the layer's number; -1 for a weight outside of the layers."""
+    match = re.match(r"model\.layers\.(\d+)\.", engine_name)
+    return int(match[1]) if match else -1
+
+
+def _on_meta(parameter: nn.Parameter) -> nn.Parameter:
+    return nn.Parameter(torch.empty(parameter.shape, dtype=parameter.dtype, device="meta"), requires_grad=False)
 
 
 def hf_shapes(architecture: Architecture) -> dict[str, tuple[int, ...]]:
@@ -169,11 +215,20 @@ def shard_pieces(
 
 @torch.no_grad()
 def export_weights(
-    weights: list[BoundWeight], architecture: Architecture, tp_group: dist.ProcessGroup, tp_size: int
+    weights: list[BoundWeight],
+    architecture: Architecture,
+    tp_group: dist.ProcessGroup,
+    tp_size: int,
+    pp_group: dist.ProcessGroup | None = None,
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield (Hugging Face name, full tensor) one parameter at a time; each is an all-gather over `tp_group`."""
+    """Yield (Hugging Face name, full tensor) one parameter at a time; each is an all-gather over `tp_group`.
+
+    With weights of several pipeline stages (`Policy.model_weights`) each is also broadcast over `pp_group`, from the first stage
+    that holds it, before the all-gather.
+    """
+    device = next(weight.parameter.device for weight in weights if weight.is_local)
     for weight in weights:
-        shards = _gather(weight, tp_group, tp_size)
+        shards = _gather(_from_stage(weight, pp_group, device), tp_group, tp_size)
         if weight.layout == "qkv":
             yield from zip(weight.hf, _split_qkv(torch.cat(shards), architecture), strict=True)
         elif weight.layout == "gate_up":
@@ -189,6 +244,18 @@ def _bind(rule: WeightRule, name: str, parameter: nn.Parameter, hf_prefix: str, 
     is_vocabulary = name in ("embedding.word_embeddings.weight", "output_layer.weight")
     hf = tuple(hf_prefix + suffix for suffix in rule.hf)
     return BoundWeight(name, parameter, hf, engine_prefix + rule.engine, rule.layout, rule.tp_dim, is_vocabulary)
+
+
+def _from_stage(weight: BoundWeight, pp_group: dist.ProcessGroup | None, device: torch.device) -> BoundWeight:
+    """Return the weight with the values of the first stage that holds it, on this rank's `device`."""
+    if pp_group is None or pp_group.size() == 1:
+        return weight
+    # A stage must not write into a parameter of its own that another one sends: tied embeddings have two.
+    values = weight.parameter.detach()
+    if pp_group.rank() != weight.stages[0]:
+        values = torch.empty(values.shape, dtype=values.dtype, device=device)
+    dist.broadcast(values, src=dist.get_process_group_ranks(pp_group)[weight.stages[0]], group=pp_group)
+    return replace(weight, parameter=nn.Parameter(values, requires_grad=False))
 
 
 def _gather(weight: BoundWeight, tp_group: dist.ProcessGroup, tp_size: int) -> list[torch.Tensor]:

@@ -15,13 +15,17 @@ from rlsc_mcore.parallel.backend import Backend
 # Seconds after which a rank that waits for others gives up, so that a hung rank ends the run; data-parallel ranks wait for
 # the one whose answers take longest.
 TIMEOUT_VARIABLE, DEFAULT_TIMEOUT_S = "RLSC_COLLECTIVE_TIMEOUT_S", 1800.0
+_host_groups: dict[tuple[int, tuple[int, ...]], dist.ProcessGroup] = {}  # of this process, by its world and the ranks
 
 
 @dataclass(frozen=True)
 class Groups:
-    """This rank's place: world, tensor-parallel and data-parallel rank, size and process group; and its engine's.
+    """This rank's tensor-, pipeline- and data-parallel rank, size and process group, and those of its engine.
 
-    Ranks [i E, (i + 1) E) share engine i of tensor-parallel size E: part of one trainer group, or several of them whole.
+    Ranks are numbered tensor-parallel first, then data-parallel, then by pipeline stage (Megatron's order), so that the ranks
+    of a tensor-parallel group are consecutive. Ranks [i E, (i + 1) E) share engine i of tensor-parallel size E: part of one
+    tensor-parallel group, or several of them whole. The ranks that together hold one copy of the trainer's weights are its
+    model group: P stages of T ranks, member `pp_rank * T + tp_rank`.
     """
 
     rank: int
@@ -32,7 +36,11 @@ class Groups:
     dp_size: int
     tp_group: dist.ProcessGroup
     dp_group: dist.ProcessGroup
-    tp_host_group: dist.ProcessGroup  # the tensor-parallel group over gloo: flags from host to host, no device involved
+    pp_rank: int
+    pp_size: int
+    pp_group: dist.ProcessGroup  # the stages that hold this rank's tensor-parallel part, first stage first
+    model_group: dist.ProcessGroup  # the ranks that together hold one copy of the trainer's weights, in member order
+    model_host_group: dist.ProcessGroup  # the same over gloo: flags from host to host, no device involved
     engine_tp_size: int
     engine_host_group: dist.ProcessGroup  # the ranks of this rank's engine, over gloo
     engines_group: dist.ProcessGroup  # this rank's counterparts in all engines
@@ -41,6 +49,16 @@ class Groups:
     def is_main(self) -> bool:
         """True on the rank that writes files and prints."""
         return self.rank == 0
+
+    @property
+    def member(self) -> int:
+        """This rank's place in its model group."""
+        return self.pp_rank * self.tp_size + self.tp_rank
+
+    @property
+    def is_last_stage(self) -> bool:
+        """True on the ranks that hold the output head."""
+        return self.pp_rank == self.pp_size - 1
 
     @property
     def engine_tp_rank(self) -> int:
@@ -61,9 +79,9 @@ class Groups:
         """Return whether `flag` is set on any rank; collective over the world."""
         return self.max(float(flag)) > 0
 
-    def any_in_tp(self, flag: bool) -> bool:
-        """Return whether `flag` is set on any rank of the tensor-parallel group; collective over that group, on the host."""
-        return flag if self.tp_size == 1 else _any(flag, self.tp_host_group)
+    def any_in_model(self, flag: bool) -> bool:
+        """Return whether `flag` is set on any rank of the model group; collective over that group, on the host."""
+        return flag if self.tp_size * self.pp_size == 1 else _any(flag, self.model_host_group)
 
     def any_in_engine(self, flag: bool) -> bool:
         """Return whether `flag` is set on any rank of this rank's engine; collective over those ranks, on the host."""
@@ -91,9 +109,25 @@ class Groups:
         """Collect `value` of every data-parallel rank in rank order; collective over that group."""
         return _gather_objects(value, self.dp_group, self.dp_size)
 
-    def gather_objects_over_tp(self, value: Any) -> list[Any]:
-        """Collect `value` of every tensor-parallel rank in rank order; collective over that group, on the host."""
-        return _gather_objects(value, self.tp_host_group, self.tp_size)
+    def gather_objects_over_model(self, value: Any) -> list[Any]:
+        """Collect `value` of every rank of the model group in member order; collective over that group, on the host."""
+        return _gather_objects(value, self.model_host_group, self.tp_size * self.pp_size)
+
+    def from_last_stage(self, value: Any) -> Any:
+        """Return the last pipeline stage's `value` on every stage; collective over the pipeline group.
+
+        `value` of the other stages is not looked at. A tensor must have the same shape and type on every stage and is written in
+        place; any other value is pickled.
+        """
+        if self.pp_size == 1:
+            return value
+        source = dist.get_process_group_ranks(self.pp_group)[-1]
+        if isinstance(value, torch.Tensor):
+            dist.broadcast(value, src=source, group=self.pp_group)
+            return value
+        values = [value]
+        dist.broadcast_object_list(values, src=source, group=self.pp_group)
+        return values[0]
 
     def gather_objects_over_engines(self, value: Any) -> list[Any]:
         """Collect `value` of this rank's counterpart in every engine, in engine order; collective over those ranks."""
@@ -114,28 +148,35 @@ class Groups:
         return torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
 
 
-def initialize_groups(backend: Backend, tp: int, engine_tp: int | None = None) -> Groups:
-    """Join the process group that torchrun (or nobody: one rank) set up, and split it into tp x dp; collective over the world.
+def initialize_groups(backend: Backend, tp: int, engine_tp: int | None = None, *, pp: int = 1) -> Groups:
+    """Join the process group that torchrun (or nobody: one rank) set up, and split it into tp x dp x pp; collective over the world.
 
     `engine_tp` is the engines' tensor-parallel size, by default `tp`. Without a launcher's environment the process is a world
-    of one, without a port or a change to its environment. Raises `ConfigError` when the world size is no multiple of both.
+    of one, without a port or a change to its environment. Raises `ConfigError` when the world size is no multiple of tp x pp and
+    of `engine_tp`.
     """
     engine_tp = engine_tp or tp
     assert max(tp, engine_tp) % min(tp, engine_tp) == 0, f"trainer groups of {tp} ranks and engines of {engine_tp} do not nest"
     launched = "RANK" in os.environ
     world_size = dist.get_world_size() if dist.is_initialized() else int(os.environ["WORLD_SIZE"]) if launched else 1
-    for option, size in (("parallel.tp", tp), ("rollout.tp", engine_tp)):  # before joining: who leaves then breaks the others' joining
+    sizes = [("parallel.tp", tp, f"{tp} does"), ("rollout.tp", engine_tp, f"{engine_tp} does")]
+    if pp > 1:
+        sizes.insert(1, ("parallel.pp", tp * pp, f"parallel.tp {tp} x parallel.pp {pp} = {tp * pp} do"))
+    for option, size, subject in sizes:  # before joining: who leaves then breaks the others' joining
         if world_size % size:
-            raise ConfigError(f"{option}: {size} does not divide the {world_size} processes that were started")
+            raise ConfigError(f"{option}: {subject} not divide the {world_size} processes that were started")
     if not dist.is_initialized():
         alone = {"rank": 0, "world_size": 1}
         options: dict[str, Any] = {} if launched else {"store": dist.HashStore(), **alone}  # type: ignore[attr-defined, unused-ignore]
         timeout = timedelta(seconds=_timeout_s())
         dist.init_process_group(backend.collectives, timeout=timeout, device_id=backend.device if backend.is_cuda else None, **options)
+    # Before Megatron's groups: see `_host_group`.
+    model_host_group, engine_host_group, engines_group = _make_host_groups(world_size, tp, pp, engine_tp)
     if not parallel_state.model_parallel_is_initialized():
-        parallel_state.initialize_model_parallel(tensor_model_parallel_size=tp, distributed_timeout_minutes=_timeout_s() / 60)
-    tp_group, dp_group = parallel_state.get_tensor_model_parallel_group(), parallel_state.get_data_parallel_group()
-    tp_host_group = _blocks_host_group(tp, tp_group)
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp, distributed_timeout_minutes=_timeout_s() / 60
+        )
+    dp_group, model_group = parallel_state.get_data_parallel_group(), parallel_state.get_model_parallel_group()
     return Groups(
         rank=dist.get_rank(),
         world_size=dist.get_world_size(),
@@ -143,12 +184,16 @@ def initialize_groups(backend: Backend, tp: int, engine_tp: int | None = None) -
         tp_size=parallel_state.get_tensor_model_parallel_world_size(),
         dp_rank=parallel_state.get_data_parallel_rank(),
         dp_size=parallel_state.get_data_parallel_world_size(),
-        tp_group=tp_group,
+        tp_group=parallel_state.get_tensor_model_parallel_group(),
         dp_group=dp_group,
-        tp_host_group=tp_host_group,
+        pp_rank=parallel_state.get_pipeline_model_parallel_rank(),
+        pp_size=parallel_state.get_pipeline_model_parallel_world_size(),
+        pp_group=parallel_state.get_pipeline_model_parallel_group(),
+        model_group=model_group,
+        model_host_group=model_host_group or model_group,
         engine_tp_size=engine_tp,
-        engine_host_group=tp_host_group if engine_tp == tp else _blocks_host_group(engine_tp, None),
-        engines_group=dp_group if engine_tp == tp else _counterparts_host_group(engine_tp),
+        engine_host_group=engine_host_group or model_host_group or model_group,
+        engines_group=engines_group or dp_group,
     )
 
 
@@ -177,23 +222,35 @@ def _timeout_s() -> float:
     return seconds
 
 
-def _blocks_host_group(size: int, existing: dist.ProcessGroup | None) -> dist.ProcessGroup:
-    """The gloo group of this rank's block of `size` consecutive ranks; `existing` where that will do."""
-    if existing is not None and (size == 1 or dist.get_backend(existing) == "gloo"):
-        return existing
-    return _host_group([list(range(first, first + size)) for first in range(0, dist.get_world_size(), size)])
+def _make_host_groups(world_size: int, tp: int, pp: int, engine_tp: int) -> list[dist.ProcessGroup | None]:
+    """Make this rank's gloo groups: its model group, its engine, its counterparts in all engines.
+
+    None where a group of Megatron's will do: over gloo its own of the same ranks, and the model group where it is one rank.
+    """
+    rank, per_stage = dist.get_rank(), world_size // pp
+    first = rank % per_stage // tp * tp
+    model = [stage * per_stage + first + place for stage in range(pp) for place in range(tp)]
+    data_parallel = [rank // per_stage * per_stage + place for place in range(rank % tp, per_stage, tp)]
+    engine = [rank // engine_tp * engine_tp + place for place in range(engine_tp)]
+    counterparts = list(range(rank % engine_tp, world_size, engine_tp))
+    is_gloo = dist.get_backend() == "gloo"
+    return [
+        None if is_gloo or len(model) == 1 else _host_group(model),
+        None if engine == model else _host_group(engine),
+        None if counterparts == data_parallel else _host_group(counterparts),
+    ]
 
 
-def _counterparts_host_group(size: int) -> dist.ProcessGroup:
-    """The gloo group of the ranks that have this rank's place in their block of `size`."""
-    return _host_group([list(range(place, dist.get_world_size(), size)) for place in range(size)])
+def _host_group(ranks: list[int]) -> dist.ProcessGroup:
+    """Return the gloo group of `ranks`, of which this rank is one; collective over those ranks only, the first time.
 
-
-def _host_group(partition: list[list[int]]) -> dist.ProcessGroup:
-    mine: dist.ProcessGroup | None = None
-    for ranks in partition:  # every rank takes part in making every group
-        made = dist.new_group(ranks, timeout=timedelta(seconds=_timeout_s()), backend="gloo")
-        if dist.get_rank() in ranks:
-            mine = made
-    assert mine is not None
-    return mine
+    torch names such a group after its ranks and the number of groups that this rank is in: that must be equal on all of
+    them. It is before Megatron's groups are made; afterwards the stages of a pipeline are in different numbers of groups.
+    """
+    key = (id(dist.group.WORLD), tuple(ranks))
+    if key not in _host_groups:
+        timeout = timedelta(seconds=_timeout_s())
+        made = dist.new_group(ranks, timeout=timeout, backend="gloo", use_local_synchronization=True)
+        assert isinstance(made, dist.ProcessGroup)  # torch's marker of a rank outside of the group is none
+        _host_groups[key] = made
+    return _host_groups[key]

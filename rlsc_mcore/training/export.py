@@ -24,11 +24,11 @@ def export_run(run_dir: Path, output: Path, checkpoint: str = LATEST) -> Path:
     chosen = find_checkpoint(run_dir, checkpoint)
     config: Config = load_config(file)
     backend = get_backend()
-    groups = initialize_groups(backend, config.parallel.tp)
+    groups = initialize_groups(backend, config.parallel.tp, pp=config.parallel.pp)
     folder = resolve_model_folder(config.model.path)
     trainer = Trainer(config, folder, backend, groups, load=False)
     load_checkpoint(chosen, trainer)
     policy = trainer.policy
-    tensors = export_weights(policy.weights, policy.architecture, groups.tp_group, groups.tp_size)
+    tensors = export_weights(policy.model_weights, policy.architecture, groups.tp_group, groups.tp_size, groups.pp_group)
     write_hf_folder(tensors, folder, output, dtype=config.model.dtype, write=groups.is_main)
     return chosen

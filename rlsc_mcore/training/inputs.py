@@ -11,7 +11,7 @@ from rlsc_mcore.data.templates import check_prompt_lengths, render_prompt
 from rlsc_mcore.grading.rewards import check_labels
 from rlsc_mcore.model.architecture import check_fp8, check_head_dim, uses_transformer_engine
 from rlsc_mcore.model.hf_checkpoint import check_vocabulary, check_weights, load_tokenizer, resolve_model_folder
-from rlsc_mcore.model.shape import Architecture, check_parallel, read_architecture
+from rlsc_mcore.model.shape import Architecture, check_parallel, check_stages, read_architecture
 from rlsc_mcore.observability.wandb_log import check_wandb
 from rlsc_mcore.parallel.backend import Backend
 from rlsc_mcore.training.optimizer import check_optimizer
@@ -44,6 +44,7 @@ def read_inputs(config: Config, backend: Backend) -> RunInputs:
     check_weights(folder, architecture)
     check_parallel(architecture, config.parallel.tp, folder)
     check_parallel(architecture, config.rollout.tp or config.parallel.tp, folder, "rollout.tp")
+    check_stages(architecture, config.parallel, folder)
     check_head_dim(architecture, backend, folder)
     # Refuse what cannot be had.
     uses_transformer_engine(config.model, backend)

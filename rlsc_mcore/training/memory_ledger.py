@@ -23,8 +23,8 @@ class MemoryLedger:
         self._table[border] = self._backend.account_memory({**trainer, **engine}, self._graph_pool)
 
     def close_step(self, groups: Groups) -> tuple[Table, list[str]]:
-        """Return the step's table of the fullest data-parallel rank and what grows; collective over the data-parallel group."""
-        table = worst_of(groups.gather_objects_over_dp(self._table))
+        """Return the step's table of the fullest rank, pool by pool, and what grows; collective over the world."""
+        table = worst_of(groups.gather_objects(self._table))
         self._table = {}
         self._history = [*self._history[-STEPS_OF_GROWTH:], table]
         return table, residue_warnings(self._history)

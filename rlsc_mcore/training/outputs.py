@@ -44,7 +44,7 @@ def claim_run_folder(run_dir: Path, config: Config, groups: "Groups", *, resumin
 
 def write_rollouts(run_dir: Path, step: int, rollouts: "Sequence[Rollout]", groups: "Groups") -> None:
     """Write a step's answers as JSONL, one file per data-parallel rank."""
-    if groups.tp_rank:
+    if groups.member:
         return
     folder = run_dir / ROLLOUTS
     folder.mkdir(exist_ok=True)
@@ -71,7 +71,7 @@ ROLLOUTS = "rollouts"
 def dump_batch(run_dir: Path, step: int, sequences: Sequence[UniqueSequence], groups: Groups) -> Path:
     """Write this data-parallel rank's sequences of a step that was skipped, token by token; returns the folder."""
     folder = run_dir / SKIPPED_FOLDER
-    if groups.tp_rank == 0:
+    if groups.member == 0:
         folder.mkdir(exist_ok=True)
         with (folder / f"step_{step:06d}.rank{groups.dp_rank}.jsonl").open("w", encoding="utf-8") as out:
             for sequence in sequences:

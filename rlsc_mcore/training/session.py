@@ -58,7 +58,7 @@ class Session:
         self.inputs = read_inputs(config, self.backend)
         architecture = self.inputs.architecture
         engine_tp = config.rollout.tp or config.parallel.tp
-        self.groups = initialize_groups(self.backend, config.parallel.tp, engine_tp)
+        self.groups = initialize_groups(self.backend, config.parallel.tp, engine_tp, pp=config.parallel.pp)
         self.watchdog = start_watchdog(config, self.groups)
         self.report = Reporter(self.groups.is_main)
         if config.data.questions_per_step < self.groups.dp_size:
@@ -210,8 +210,9 @@ class Session:
         row["engine_imbalance"] = self.engine_imbalance
         row["memory"], grown = self.memory.close_step(self.groups)
         row["warnings"] = alarms(row, first) + mismatch_warnings(row, self._compared_dtype()) + grown
-        # A rank stands for the ranks of its tensor-parallel group, whose tokens are the same.
-        row["gpu"] = self.gpu.take(sum(len(rollout.response_ids) for rollout in rollouts) // self.groups.tp_size)
+        # A rank stands for the ranks of its model group, whose tokens are the same.
+        members = self.groups.tp_size * self.groups.pp_size
+        row["gpu"] = self.gpu.take(sum(len(rollout.response_ids) for rollout in rollouts) // members)
         if row["skipped"]:
             dumped = dump_batch(self.run_dir, step, self.exchange.sequences, self.groups)
             row["warnings"].append(f"loss {row['loss']} or gradient norm {row['grad_norm']} is not finite: step skipped, batch in {dumped}")
@@ -274,19 +275,22 @@ class Session:
         """
         self.status.phase("export")
         policy = self.trainer.policy
-        tensors = export_weights(policy.weights, policy.architecture, self.groups.tp_group, self.groups.tp_size)
+        groups = self.groups
+        tensors = export_weights(policy.model_weights, policy.architecture, groups.tp_group, groups.tp_size, groups.pp_group)
         write_hf_folder(tensors, self.inputs.model_folder, output, dtype=self.config.model.dtype, write=self.groups.is_main)
         self.groups.barrier()
-        return compare_with_export(self.engine.module, policy.weights, output, self.swap.place, self.groups.rank)
+        return compare_with_export(self.engine.module, policy.model_weights, output, self.swap.place, self.groups.rank)
 
     def announce(self, resume_from: Path | None) -> None:
         """Print what runs, in a few lines."""
         policy, groups, config = self.trainer.policy, self.groups, self.config
-        millions = sum(weight.parameter.numel() for weight in policy.weights) * groups.tp_size / 1e6
+        millions = sum(weight.parameter.numel() for weight in policy.model_weights) * groups.tp_size / 1e6
+        stages = config.parallel.stage_layers or policy.architecture.stage_layers(groups.pp_size)
+        pipeline = f" x pp {groups.pp_size} ({' + '.join(map(str, stages))} layers)" if groups.pp_size > 1 else ""
         layers = "TransformerEngine layers" if policy.transformer_engine else "torch SDPA layers"
         self.report.line(
             f"model {config.model.path}: {policy.architecture.name}, {millions:.2f} M parameters, {config.model.dtype}, {layers}, "
-            f"tp {groups.tp_size} x dp {groups.dp_size} on {self.backend.device.type}"
+            f"tp {groups.tp_size} x dp {groups.dp_size}{pipeline} on {self.backend.device.type}"
         )
         self.report.line(f"optimizer: {self.backend.adam_source()}; {layers} because {layers_reason(config.model, self.backend)}")
         self.report.line(

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +22,7 @@ from rlsc_mcore.parallel.backend import Backend
 from rlsc_mcore.parallel.groups import Groups
 from rlsc_mcore.training.offload import StateOffload, state_tensors
 from rlsc_mcore.training.optimizer import build_optimizer, clip_gradients, learning_rate, set_learning_rate, wrap_data_parallel
+from rlsc_mcore.training.pipeline import run_schedule
 from rlsc_mcore.types import PackedBatch
 
 FP8_ROWS = 16  # TransformerEngine's fp8 products want so many rows at a time
@@ -82,7 +82,10 @@ class StepOutcome:
 
 @dataclass(frozen=True)
 class _FirstPass:
-    """What the first pass over a step's rollouts fixes for the later ones, per batch: p_old and the questions' normalisers."""
+    """What the first pass over a step's rollouts fixes for the later ones, per batch: p_old and the questions' normalisers.
+
+    Both lie on the last pipeline stage; the lists are empty on the others.
+    """
 
     log_probs: list[torch.Tensor]  # float32 [T]
     normalizers: list[torch.Tensor | None]  # float64 [S]
@@ -137,7 +140,7 @@ class Trainer:
         return StepOutcome(
             updates=tuple(updates),
             lr=lr,
-            scores=_collect(batches, first, objective),
+            scores=self._scores(batches, first, objective),
             num_tokens=len(updates) * sum(len(batch.token_ids) for batch in batches),
         )
 
@@ -176,19 +179,17 @@ class Trainer:
         Returns this rank's loss (float64 []) and its sequences' scores. Mutates the gradient buffers; collective over the world.
         """
         loss, first = self._accumulate(batches, objective, None, on_batch)
-        return loss, _collect(batches, first, objective)
+        return loss, self._scores(batches, first, objective)
 
     def _accumulate(
         self, batches: Sequence[PackedBatch], objective: WeightedObjective, first: _FirstPass | None, on_batch: Callable[[], None]
     ) -> tuple[torch.Tensor, _FirstPass]:
-        """One pass; with `first` given, the weights are those of that pass."""
-        losses = [torch.zeros((), dtype=torch.float64, device=self.backend.device)]
-        log_probs = []
+        """One pass; with `first` given, the weights are those of that pass. The loss is the same on all pipeline stages."""
         with self.backend.megatron():
             self.ddp.restore_grad_buffers(synchronize=False)  # where `release_memory` freed them
             self.ddp.zero_grad_buffer()
             self.optimizer.zero_grad()
-            normalizers: list[torch.Tensor | None] = [None] * len(batches)
+            normalizers: list[torch.Tensor | None] = [None] * len(batches) if self.groups.is_last_stage else []
             if first is not None:
                 normalizers = first.normalizers
             elif objective.needs_group:
@@ -196,39 +197,56 @@ class Trainer:
                 normalizers = [*self._group_normalizers(batches)]
             # TransformerEngine's layers keep fp8 copies of the weights until they are told that a pass is the first on new ones.
             self.policy.model.set_is_first_microbatch()
-            for index, batch in enumerate(batches):
+
+            def forward(index: int) -> Any:
+                batch = batches[index]
+                if not self.groups.is_last_stage:
+                    return self._weighted_loss(batch, objective, None, None)
                 old_log_probs = None if first is None else first.log_probs[index]
-                # Overlapped reduction begins with the last micro-batch's gradients.
-                with self.ddp.no_sync() if index + 1 < len(batches) else nullcontext():
-                    loss, token_log_probs = self._weighted_loss(batch, objective, normalizers[index], old_log_probs)
-                    loss.backward()
-                losses.append(loss.detach())
-                log_probs.append(token_log_probs)
-                on_batch()
+                loss, log_probs = self._weighted_loss(batch, objective, normalizers[index], old_log_probs)
+                return loss, (loss.detach(), log_probs)
+
+            passed = run_schedule(self.ddp, forward, len(batches), on_batch=on_batch)
             finalize_model_grads([self.ddp])
-        return torch.stack(losses).sum(), _FirstPass(log_probs, normalizers)
+        zero = torch.zeros((), dtype=torch.float64, device=self.backend.device)
+        total = self.groups.from_last_stage(torch.stack([zero, *(loss for loss, _ in passed)]).sum())
+        return total, _FirstPass([log_probs for _, log_probs in passed], normalizers)
+
+    def _scores(self, batches: Sequence[PackedBatch], first: _FirstPass, objective: WeightedObjective) -> SequenceScores:
+        """Return the sequences' scores on every pipeline stage; collective over the pipeline group."""
+        return self.groups.from_last_stage(_collect(batches, first, objective) if self.groups.is_last_stage else None)
 
     @torch.no_grad()
-    def token_log_probs(self, batch: PackedBatch) -> torch.Tensor:
-        """Score one batch at the trained temperature: float32 [T], 0 outside the response mask."""
-        batch = batch.to(self.backend.device)
+    def token_log_probs(self, batches: Sequence[PackedBatch]) -> list[torch.Tensor]:
+        """Score batches at the trained temperature; collective over the ranks of a model group.
 
-        def head(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-            return linear_token_log_probs(
-                hidden,
-                weight,
-                batch.target_ids,
-                mask_T=batch.response_mask,
-                num_live=sum(batch.trained_lengths),
-                **self._head_options(),
-            )
+        Returns float32 [T] per batch, 0 outside the response mask; an empty list on pipeline stages before the last.
+        """
+        batches = [batch.to(self.backend.device) for batch in batches]
+
+        def forward(index: int) -> Any:
+            batch = batches[index]
+
+            def head(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+                return linear_token_log_probs(
+                    hidden,
+                    weight,
+                    batch.target_ids,
+                    mask_T=batch.response_mask,
+                    num_live=sum(batch.trained_lengths),
+                    **self._head_options(),
+                )
+
+            output = self.policy.model.score(batch, head)
+            return (output, output) if self.groups.is_last_stage else output
 
         with self.backend.megatron():
-            return self.policy.model.score(batch, head)
+            return run_schedule(self.ddp, forward, len(batches), forward_only=True)
 
     def _weighted_loss(
         self, batch: PackedBatch, objective: WeightedObjective, normalizer: torch.Tensor | None, old_log_probs: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    ) -> Any:
+        """Run forward: (loss, float32 [T] log-probs) on the last pipeline stage, hidden states on the others."""
         old_live = None if old_log_probs is None else old_log_probs[live_tokens(batch.response_mask, None, batch.trained_lengths).positions]
 
         def coefficients(log_probs: torch.Tensor, mask: torch.Tensor, cu_seqlens: torch.Tensor, sequences: slice) -> torch.Tensor:
@@ -271,10 +289,14 @@ class Trainer:
     def _group_normalizers(self, batches: Sequence[PackedBatch]) -> list[torch.Tensor]:
         """Score all samples first (no gradient), because a weight needs its whole question; the policy is the same in both passes.
 
-        A question's samples may lie on several ranks: their log-probs are gathered over the data-parallel group.
+        A question's samples may lie on several ranks: their log-probs are gathered over the data-parallel group. Returns one tensor
+        per batch on the last pipeline stage, none on the others.
         """
+        scored = self.token_log_probs(batches)
+        if not self.groups.is_last_stage:
+            return []
         empty = torch.zeros(0, dtype=torch.float64, device=self.backend.device)
-        sums = [sequence_sums(self.token_log_probs(batch), batch.response_mask, batch.cu_seqlens) for batch in batches]
+        sums = [sequence_sums(log_probs, batch.response_mask, batch.cu_seqlens) for log_probs, batch in zip(scored, batches, strict=True)]
         # An answer with nothing to train (cut, or an end token alone) competes with no other: log p = 0 would be all of the weight.
         groups = [batch.group_ids.masked_fill(_untrained(batch), -1) for batch in batches]
         mine = torch.stack(

@@ -41,10 +41,10 @@ class _Bucket:
 
 
 class WeightExchange:
-    """Moves what this rank's engine needs from the other ranks of its trainer group; built once, holds its two buffers.
+    """Moves what this rank's engine needs from the other ranks of its model group; built once, holds its two buffers.
 
-    With engines of one rank each, every rank needs all of every other's shard: one all-gather per bucket. With larger engines
-    ranks need different parts: one batch of sends and receives per bucket. No sizes or names travel.
+    Without a pipeline and with engines of one rank each, every rank needs all of every other's shard: one all-gather per bucket.
+    Else ranks need different parts: one batch of sends and receives per bucket. No sizes or names travel.
     """
 
     def __init__(
@@ -54,21 +54,26 @@ class WeightExchange:
         self._group, self._plan = group, plan
         self._tensors = parameters
         place = plan.place
-        self._all_gather = place.engine_size == 1
-        self._others = [rank for rank in range(place.tp_size) if rank != place.tp_rank]
+        self._all_gather = place.engine_size == 1 and place.num_stages == 1
+        self._others = [rank for rank in range(place.num_members) if rank != place.member]
         capacity = max(1, bucket_bytes // plan.dtype.itemsize)
         # streams[s][d]: what rank s sends to rank d, cut into buckets; every rank of the group computes the same lists.
-        ranks = range(place.tp_size)
-        streams = [[list(_buckets(plan.moved, s, d, capacity)) for d in ranks] for s in ranks]
+        ranks = range(place.num_members)
+        wanted = _blocks_by_pair(plan.moved, place.num_members)
+        streams = [[list(_buckets(wanted[s][d], capacity)) for d in ranks] for s in ranks]
         count = max(len(buckets) for row in streams for buckets in row)
         sizes = [max(_size(_at(buckets, number)) for row in streams for buckets in row) for number in range(count)]
-        # Ranks whose engines want the same are sent the same part of the buffer.
-        self._part_of = {rank: 0 if self._all_gather else place.engine_ranks[rank] for rank in self._others}
-        num_parts = 1 if self._all_gather else place.engine_size
+        outgoing, incoming = streams[place.member], [streams[s][place.member] for s in ranks]
+        # Ranks that want the same are sent the same part of the buffer.
+        self._part_of: dict[int, int] = {}
+        parts: dict[Any, int] = {}
+        for rank in self._others:
+            content = tuple((piece.weight.engine_name, piece.block) for bucket in outgoing[rank] for piece in bucket)
+            self._part_of[rank] = parts.setdefault(content, len(parts))
+        num_parts = max(1, len(parts))
         device = next(iter(parameters.values())).device
         self._send = [torch.empty(num_parts * max(sizes), dtype=plan.dtype, device=device) for _ in range(2)]
-        self._receive = [torch.empty(place.tp_size * max(sizes), dtype=plan.dtype, device=device) for _ in range(2)]
-        outgoing, incoming = streams[place.tp_rank], [streams[s][place.tp_rank] for s in ranks]
+        self._receive = [torch.empty(place.num_members * max(sizes), dtype=plan.dtype, device=device) for _ in range(2)]
         self._buckets = [
             self._make(
                 number % 2, size, {d: _at(outgoing[d], number) for d in self._others}, {s: _at(incoming[s], number) for s in self._others}
@@ -108,7 +113,7 @@ class WeightExchange:
 
     @torch.no_grad()
     def run(self) -> None:
-        """Send this rank's shards and rewrite the engine's tensors; collective over the trainer's tensor-parallel group."""
+        """Send this rank's shards and rewrite the engine's tensors; collective over the model group."""
         pending: tuple[_Bucket, list[Any]] | None = None
         for number, bucket in enumerate(self._buckets):
             bucket.pack.run()
@@ -122,7 +127,7 @@ class WeightExchange:
     def _start(self, bucket: _Bucket, slot: int) -> list[Any]:
         if self._all_gather:
             size = bucket.num_elements
-            output = self._receive[slot][: size * self._plan.place.tp_size]
+            output = self._receive[slot][: size * self._plan.place.num_members]
             return [dist.all_gather_into_tensor(output, self._send[slot][:size], group=self._group, async_op=True)]
         operations = [dist.P2POp(dist.isend, part, rank, group=self._group, tag=slot) for rank, part in bucket.sends]
         operations += [dist.P2POp(dist.irecv, part, rank, group=self._group, tag=slot) for rank, part in bucket.receives]
@@ -135,27 +140,35 @@ def _finish(bucket: _Bucket, works: Sequence[Any]) -> None:
     bucket.unpack.run()
 
 
-def _buckets(moved: Sequence[MovedWeight], source_rank: int, target_rank: int, capacity: int) -> Iterator[list[_Piece]]:
-    """Cut what `source_rank` sends to `target_rank` into buckets of at most `capacity` elements (one index may be more)."""
+def _blocks_by_pair(moved: Sequence[MovedWeight], num_ranks: int) -> list[list[list[tuple[MovedWeight, Block]]]]:
+    """Sort the blocks that cross ranks: [source][target], in the order of `moved`."""
+    pairs: list[list[list[tuple[MovedWeight, Block]]]] = [[[] for _ in range(num_ranks)] for _ in range(num_ranks)]
+    for weight in moved:
+        for target, blocks in enumerate(weight.wanted):
+            for block in blocks:
+                if block.source_rank != target:
+                    pairs[block.source_rank][target].append((weight, block))
+    return pairs
+
+
+def _buckets(blocks: Sequence[tuple[MovedWeight, Block]], capacity: int) -> Iterator[list[_Piece]]:
+    """Cut what one rank sends to another into buckets of at most `capacity` elements (one index may be more)."""
     pieces: list[_Piece] = []
     filled = 0
-    for weight in moved if source_rank != target_rank else ():
+    for weight, block in blocks:
         per_index = weight.source.numel() // weight.source.shape[weight.axis]
-        for block in weight.wanted[target_rank]:
-            if block.source_rank != source_rank:
+        done = 0
+        while done < block.length:
+            room = (capacity - filled) // per_index
+            if room <= 0 and pieces:
+                yield pieces
+                pieces, filled = [], 0
                 continue
-            done = 0
-            while done < block.length:
-                room = (capacity - filled) // per_index
-                if room <= 0 and pieces:
-                    yield pieces
-                    pieces, filled = [], 0
-                    continue
-                length = min(block.length - done, max(room, 1))
-                part = replace(block, source_start=block.source_start + done, target_start=block.target_start + done, length=length)
-                pieces.append(_Piece(weight, part, filled))
-                filled += _aligned(length * per_index)
-                done += length
+            length = min(block.length - done, max(room, 1))
+            part = replace(block, source_start=block.source_start + done, target_start=block.target_start + done, length=length)
+            pieces.append(_Piece(weight, part, filled))
+            filled += _aligned(length * per_index)
+            done += length
     if pieces:
         yield pieces
 

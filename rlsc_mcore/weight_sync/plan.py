@@ -15,17 +15,42 @@ from rlsc_mcore.model.weight_map import BoundWeight
 
 @dataclass(frozen=True)
 class Place:
-    """This rank's place in its trainer group of size T, and the engine rank (of E) of every rank of that group."""
+    """This rank's place in its model group, and the engine rank (of E) of every member of that group.
+
+    A model group is P pipeline stages of T tensor-parallel ranks; member `stage * T + tp_rank`.
+    """
 
     tp_rank: int
     tp_size: int
     engine_size: int
-    engine_ranks: tuple[int, ...]  # [T]
+    engine_ranks: tuple[int, ...]  # [P T]
+    stage: int = 0
+    num_stages: int = 1
+
+    @property
+    def member(self) -> int:
+        """This rank's place in the model group."""
+        return self.stage * self.tp_size + self.tp_rank
+
+    @property
+    def num_members(self) -> int:
+        """Ranks of the model group."""
+        return self.num_stages * self.tp_size
 
     @property
     def engine_rank(self) -> int:
         """This rank's own place inside its engine."""
-        return self.engine_ranks[self.tp_rank]
+        return self.engine_ranks[self.member]
+
+    @property
+    def holds_engine(self) -> bool:
+        """True where the trainer's shards on this rank are its engine's: no rank needs another one's bytes."""
+        return self.num_stages == 1 and self.tp_size == self.engine_size
+
+    def source_stage(self, stages: Sequence[int], member: int) -> int:
+        """Return the stage that `member` takes a weight from, of the `stages` that hold it: its own where it is one of them."""
+        own = member // self.tp_size
+        return own if own in stages else stages[own % len(stages)]
 
 
 @dataclass(frozen=True)
@@ -40,9 +65,9 @@ class Interval:
 
 @dataclass(frozen=True)
 class Block:
-    """`length` indices of a shard's sharded dimension: from `source_start` on trainer rank `source_rank` to `target_start`."""
+    """`length` indices of a shard's sharded dimension: from `source_start` on member `source_rank` to `target_start`."""
 
-    source_rank: int
+    source_rank: int  # place in the model group
     source_start: int
     target_start: int
     length: int
@@ -61,19 +86,19 @@ class CopiedWeight:
     """The engine keeps its own tensor; each swap rewrites it from `blocks`, of this rank's shard and, if need be, of others'."""
 
     engine_name: str
-    source: torch.Tensor  # this rank's shard
+    source: torch.Tensor  # this rank's shard; on the meta device where another pipeline stage holds the weight
     axis: int
     blocks: tuple[Block, ...]
 
 
 @dataclass(frozen=True)
 class MovedWeight:
-    """A parameter of which some rank of the trainer group needs another one's bytes, whatever becomes of it on this rank."""
+    """A parameter of which some rank of the model group needs another one's bytes, whatever becomes of it on this rank."""
 
     engine_name: str
-    source: torch.Tensor  # this rank's shard
+    source: torch.Tensor  # this rank's shard; on the meta device where another pipeline stage holds the weight
     axis: int
-    wanted: tuple[tuple[Block, ...], ...]  # [T]: what the engine of each rank of the trainer group needs
+    wanted: tuple[tuple[Block, ...], ...]  # [P T]: what the engine of each member needs
 
 
 @dataclass(frozen=True)
@@ -84,7 +109,7 @@ class SwapPlan:
     dtype: torch.dtype  # of the engine's parameters
     aliases: tuple[AliasWeight, ...]
     copies: tuple[CopiedWeight, ...]
-    moved: tuple[MovedWeight, ...]  # the same parameters, in the same order, on every rank of the trainer group
+    moved: tuple[MovedWeight, ...]  # the same parameters, in the same order, on every rank of the model group
 
 
 def build_plan(
@@ -95,6 +120,7 @@ def build_plan(
 ) -> SwapPlan:
     """Plan the swap for one rank; pure arithmetic, no collective.
 
+    `weights` are those of all pipeline stages in one order (`Policy.model_weights`).
     `engine_shapes` gives shape and type of every parameter of the engine on this rank. A parameter whose bytes lie in one piece
     of this rank's shard and in the same type is aliased, every other one copied. Raises `ValueError` naming the parameter
     when one is missing on either side, has another shape than its rule says, or the engine mixes types.
@@ -123,9 +149,9 @@ def build_plan(
                 f"hot swap: {weight.engine} is {tuple(shape)} in the engine, expected {tuple(expected)}: "
                 f"{weight.name} is {tuple(source.shape)} on each of {place.tp_size} trainer ranks"
             )
-        wanted = tuple(_blocks(weight, architecture, place, rank) for rank in range(place.tp_size))
-        blocks = wanted[place.tp_rank]
-        in_one_piece = len(blocks) == 1 and blocks[0].source_rank == place.tp_rank and (axis == 0 or list(source.shape) == expected)
+        wanted = tuple(_blocks(weight, architecture, place, member) for member in range(place.num_members))
+        blocks = wanted[place.member]
+        in_one_piece = len(blocks) == 1 and blocks[0].source_rank == place.member and (axis == 0 or list(source.shape) == expected)
         if in_one_piece and dtype == source.dtype:
             aliases.append(AliasWeight(weight.engine, source.narrow(axis, blocks[0].source_start, blocks[0].length)))
         else:
@@ -137,20 +163,21 @@ def build_plan(
     return SwapPlan(place, next(iter(dtypes)), tuple(aliases), tuple(copies), tuple(moved))
 
 
-def _blocks(weight: BoundWeight, architecture: Architecture, place: Place, rank: int) -> tuple[Block, ...]:
-    """What the engine of trainer rank `rank` needs of one weight, by source rank and then by place in the source."""
+def _blocks(weight: BoundWeight, architecture: Architecture, place: Place, member: int) -> tuple[Block, ...]:
+    """Return what the engine of `member` needs of one weight, by source and then by place in the source."""
+    first = place.source_stage(weight.stages, member) * place.tp_size  # member of tensor-parallel rank 0 of the source's stage
     if weight.tp_dim is None:
-        return (Block(rank, 0, 0, weight.parameter.shape[0]),)
+        return (Block(first + member % place.tp_size, 0, 0, weight.parameter.shape[0]),)
     total = weight.parameter.shape[weight.tp_dim] * place.tp_size
-    needed = _engine_intervals(weight, architecture, total, place.engine_size, place.engine_ranks[rank])
+    needed = _engine_intervals(weight, architecture, total, place.engine_size, place.engine_ranks[member])
     blocks: list[Block] = []
-    for source_rank in range(place.tp_size):
-        for held in _trainer_intervals(weight, architecture, total, place.tp_size, source_rank):
+    for tp_rank in range(place.tp_size):
+        for held in _trainer_intervals(weight, architecture, total, place.tp_size, tp_rank):
             for interval in needed:
                 start, stop = max(held.start, interval.start), min(held.stop, interval.stop)
                 if held.section == interval.section and start < stop:
                     source_start, target_start = held.local + start - held.start, interval.local + start - interval.start
-                    _append(blocks, Block(source_rank, source_start, target_start, stop - start))
+                    _append(blocks, Block(first + tp_rank, source_start, target_start, stop - start))
     return tuple(blocks)
 
 

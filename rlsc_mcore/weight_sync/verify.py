@@ -3,6 +3,7 @@
 None of it reads the swap's plan: rows are found by the two layouts' own rules, so that a wrong plan cannot hide.
 """
 
+import math
 import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -39,10 +40,13 @@ class SampledRow:
 
 
 class RowSampler:
-    """Chooses the rows that each swap compares: the same, in the same order, on every rank of a trainer group."""
+    """Chooses the rows that each swap compares: the same, in the same order, on every rank of a model group."""
 
     def __init__(self, weights: Sequence[BoundWeight], architecture: Architecture, place: Place) -> None:
-        self._tensors = [(weight, section) for weight in weights for section in range(len(weight.hf))]
+        tensors = [(weight, section) for weight in weights for section in range(len(weight.hf))]
+        # Strided, so that every swap takes rows from all over the model: of each layer kind and of each pipeline stage.
+        stride = _coprime_stride(len(tensors))
+        self._tensors = [tensors[number * stride % len(tensors)] for number in range(len(tensors))]
         self._num_rows = [_num_rows(weight, section, architecture, place) for weight, section in self._tensors]
         self._architecture, self._place = architecture, place
 
@@ -60,18 +64,23 @@ class RowSampler:
         return sampled
 
 
+def _coprime_stride(count: int) -> int:
+    """Return a step near `count` x 0.62 that visits all of `count` places: the golden ratio spreads any number of them."""
+    return next((step for step in range(int(0.618 * count), 0, -1) if math.gcd(step, count) == 1), 1)
+
+
 @torch.no_grad()
 def compare_checksums(
     sampled: Sequence[SampledRow], parameters: Mapping[str, torch.Tensor], place: Place, group: dist.ProcessGroup, dtype: torch.dtype
 ) -> list[SampledRow]:
     """Return the sampled rows that differ between engine and trainer on this rank.
 
-    With equal sizes a rank holds what its engine needs: no communication. Else one sum of int64 checksums over the trainer's
-    tensor-parallel group; a row whose columns are sharded is compared in as many parts as the larger of the two sizes.
+    With equal layouts a rank holds what its engine needs: no communication. Else one sum of int64 checksums over the model group;
+    a row whose columns are sharded is compared in as many parts as the larger of the two sizes.
     """
     held, needed = _parts(sampled, parameters, place)
     parts = max(place.tp_size, place.engine_size)
-    if place.tp_size == place.engine_size:
+    if place.holds_engine:
         first, second = _checksums_of(held, needed, dtype)
         return [sampled[needed[number][0] // parts] for number in (first != second).nonzero().flatten().tolist()]
     device = next(iter(parameters.values())).device
@@ -82,7 +91,7 @@ def compare_checksums(
         rows, firsts = [row for _, row, _ in slices], [first for _, _, first in slices]
         if rows:
             checksums[positions] = row_checksums(rows, firsts, dtype)
-    if place.tp_size > 1:
+    if place.num_members > 1:
         dist.all_reduce(trainer, group=group)
     mine = torch.zeros_like(trainer, dtype=torch.bool)
     mine[torch.tensor([position for position, _, _ in needed], device=device, dtype=torch.int64)] = True
@@ -99,7 +108,7 @@ def compare_with_tensors(
 ) -> int:
     """Compare every engine parameter of this rank with exported whole tensors, one at a time; returns how many were compared.
 
-    `exported` must be consumed by every rank of the trainer group (it gathers). Raises `SwapMismatch` at the end, for the first
+    `exported` must be consumed by every rank of the model group (it gathers). Raises `SwapMismatch` at the end, for the first
     tensor that differs, so that no rank leaves a gather early.
     """
     stream = iter(exported)
@@ -230,14 +239,16 @@ def _parts(sampled: Sequence[SampledRow], parameters: Mapping[str, torch.Tensor]
     held: list[_Slice] = []
     needed: list[_Slice] = []
     for number, sample in enumerate(sampled):
-        # In a sum over the group, a row that every rank holds counts once.
-        replicated_elsewhere = sample.weight.tp_dim is None and place.tp_rank > 0 and place.tp_size != place.engine_size
+        # In a sum over the group, a row that several ranks hold counts once.
+        first_stage = sample.weight.stages[0]
+        replicated_elsewhere = place.stage != first_stage or (sample.weight.tp_dim is None and place.tp_rank > 0)
+        counted = place.holds_engine or not replicated_elsewhere
         sides = (
             (held, sample.trainer_row, sample.weight.parameter.detach(), place.tp_rank, place.tp_size),
             (needed, sample.engine_row, parameters[sample.weight.engine], place.engine_rank, place.engine_size),
         )
         for slices, row, tensor, rank, size in sides:
-            if row is None or (replicated_elsewhere and slices is held):
+            if row is None or (slices is held and not counted):
                 continue
             line = tensor[row : row + 1] if tensor.dim() == 1 else tensor[row]
             if sample.weight.tp_dim != 1:

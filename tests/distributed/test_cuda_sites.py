@@ -64,7 +64,7 @@ def record(folder: str, run_dir: str, tp: int, flags: list[str]) -> set[str]:
     batches = pack(sequences[groups.dp_rank :: groups.dp_size], 64, multiple_of=trainer.token_multiple)
     for step in range(2):
         trainer.step(batches, step, len(rollouts))
-        trainer.token_log_probs(batches[0])
+        trainer.token_log_probs(batches[:1])
     checkpoint = save_checkpoint(Path(run_dir), trainer, 2, 2, "questions", 1)
     groups.barrier()
     load_checkpoint(checkpoint, trainer)

@@ -120,6 +120,32 @@ def test_engines_of_another_size(world: int, tp: int, engine_tp: int, architectu
     assert tokens(ranks[0]["after"]) != tokens(ranks[0]["before"])
 
 
+STAGES = [
+    pytest.param(2, 1, 1, True, id="pp2-tied"),
+    pytest.param(2, 1, 2, False, id="pp2-engine-of-both-stages"),
+    pytest.param(4, 2, 1, False, id="tp2-pp2-engine-1", marks=pytest.mark.slow),
+    pytest.param(4, 1, 1, True, id="pp2-dp2", marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize(("world", "tp", "engine_tp", "tied"), STAGES)
+def test_engines_of_a_trainer_in_stages(world: int, tp: int, engine_tp: int, tied: bool, tmp_path: Path) -> None:
+    """The whole loop with pipeline stages: engines hold all layers, their own stage's as the trainer's bytes."""
+    model = str(make_runnable_folder(tmp_path / "model", tied=tied, num_kv_heads=4, vocab_size=520))
+    flags = ("--parallel.pp", "2", "--rollout.tp", str(engine_tp), "--rollout.verify-swap", "full", "--training.updates-per-rollout", "2")
+    ranks = run_ranks(world, train_and_export, model, str(tmp_path / "run"), tp, *flags)
+    for rank in ranks:
+        assert rank["compared"] == rank["parameters"] == rank["aliased"] + rank["copied"]
+        assert rank["after"] == ranks[0]["after"]
+        assert len(rank["rows"]) == 3
+        assert all(row["log_prob_gap_max"] < 1e-4 and not row["skipped"] for row in rank["rows"])
+    if engine_tp == tp:  # what is not interleaved of a stage's one layer, norms and embedding is shared
+        assert all(rank["aliased"] >= 5 for rank in ranks)
+    fresh = run_ranks(engine_tp, greedy_answers, str(tmp_path / "run" / "export"), str(tmp_path / "fresh"), engine_tp)
+    assert ranks[0]["after"] == fresh[0]
+    assert tokens(ranks[0]["after"]) != tokens(ranks[0]["before"])
+
+
 def test_bfloat16_engine_of_a_float32_trainer(folder: str, tmp_path: Path) -> None:
     flags = ("--rollout.dtype", "bfloat16", "--observability.max-log-prob-gap", "0.2")
     (rank,) = run_ranks(1, train_and_export, folder, str(tmp_path / "run"), 1, *flags)

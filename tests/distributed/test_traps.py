@@ -125,10 +125,10 @@ def test_every_rank_has_every_parameter_right_after_the_step(tmp_path: Path) -> 
 
 def step_after_scoring(folder: str, tp: int, score_first: bool) -> dict[str, Any]:
     trainer, batches, count = make(folder, tp)
-    scored = [trainer.token_log_probs(batch) for batch in batches] if score_first else []
+    scored = trainer.token_log_probs(batches) if score_first else []
     assert all(not values.requires_grad and not values.is_inference() for values in scored)
     outcome = trainer.step(batches, 0, count)
-    again = [trainer.token_log_probs(batch) for batch in batches] if score_first else []
+    again = trainer.token_log_probs(batches) if score_first else []
     return {"loss": outcome.loss, "norm": outcome.grad_norm, "scored": scored, "again": again}
 
 

@@ -43,6 +43,7 @@ RANGES: dict[str, st.SearchStrategy[Any]] = {
     "optimizer.cpu_offload": st.just(0.0),
     "optimizer.precision_aware": st.just(False),  # what wants another option with it: see the combinations below
     "parallel.overlap_param_gather": st.just(False),
+    "parallel.stage_layers": st.none(),
     "data.template": st.sampled_from(["chat", "none", "qwen25-math", "mine.jinja"]),
     "rollout.max_model_len": st.none() | st.integers(2, 10**6),
     "evaluation.temperatures": st.lists(st.floats(1e-3, 10), max_size=3).map(tuple),
@@ -114,6 +115,10 @@ PRECISE = ["--optimizer.precision-aware", "True"]
             ["--parallel.tp", "4", "--rollout.tp", "3"],
             "rollout.tp: expected a divisor or a multiple of parallel.tp = 4 (1, 2, 4, 8, ...), got 3",
         ),
+        (["--parallel.pp", "2", "--parallel.stage-layers", "3", "5"], None),
+        (["--parallel.pp", "3", "--parallel.stage-layers", "3", "5"], "parallel.stage_layers: expected parallel.pp = 3 numbers"),
+        (["--parallel.pp", "2", "--parallel.stage-layers", "8", "0"], "parallel.stage_layers: expected parallel.pp = 2 numbers"),
+        (["--parallel.pp", "0"], "parallel.pp: expected at least 1, got 0"),
     ],
 )
 def test_options_that_want_another_with_them(flags: list[str], refused: str | None) -> None:
