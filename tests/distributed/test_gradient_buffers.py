@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 import torch
 
-from rlsc_mcore.config import ConfigError, parse_config
+from rlsc_mcore.config import ConfigError
+from rlsc_mcore.config_file import parse_config
 from tests.distributed.test_overlap import GATHER, UPDATES, make_batches, make_trainer
 from tests.helpers.ranks import run_ranks
 from tests.helpers.tiny import make_model_folder
