@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
+from rlsc_mcore.config import ConfigError
 from rlsc_mcore.observability.memory_pools import Pools, device_pools, host_pools
 from rlsc_mcore.parallel.cpu_products import MATMULS, multiplies_with_onednn, product_or_none
 from rlsc_mcore.parallel.packages import hide_broken_torchvision
@@ -60,7 +61,7 @@ class Backend:
         self.collectives = "nccl" if self.is_cuda else "gloo"
         hide_broken_torchvision()
         if self.is_cuda:
-            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+            torch.cuda.set_device(local_device_index(int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()))
             self.device = torch.device("cuda", torch.cuda.current_device())
         else:
             self.device = torch.device("cpu")
@@ -161,6 +162,20 @@ class Backend:
             optimizer.Adam = distributed.Adam = TorchFusedAdam
             optimizer.USING_PYTORCH_OPTIMIZER = False
             distributed.HAVE_APEX_OR_TE = distributed.USING_TE_OPTIMIZER = True
+
+
+def local_device_index(local_rank: int, visible: int) -> int:
+    """Return which of the `visible` GPUs a process takes: the only one where its task is bound to it, else that of its local rank.
+
+    Raises `ConfigError` where there are fewer GPUs than processes.
+    """
+    if visible == 1:
+        return 0
+    if local_rank >= visible:
+        raise ConfigError(
+            f"LOCAL_RANK: process {local_rank} of this node sees {visible} GPUs; start one process per GPU, or bind one GPU to each task"
+        )
+    return local_rank
 
 
 @functools.cache

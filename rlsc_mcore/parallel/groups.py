@@ -152,8 +152,8 @@ def initialize_groups(backend: Backend, tp: int, engine_tp: int | None = None, *
     """Join the process group that torchrun (or nobody: one rank) set up, and split it into tp x dp x pp; collective over the world.
 
     `engine_tp` is the engines' tensor-parallel size, by default `tp`. Without a launcher's environment the process is a world
-    of one, without a port or a change to its environment. Raises `ConfigError` when the world size is no multiple of tp x pp and
-    of `engine_tp`.
+    of one, without a change to its environment, and on a CPU without a port. Raises `ConfigError` when the world size is no
+    multiple of tp x pp and of `engine_tp`.
     """
     engine_tp = engine_tp or tp
     assert max(tp, engine_tp) % min(tp, engine_tp) == 0, f"trainer groups of {tp} ranks and engines of {engine_tp} do not nest"
@@ -166,15 +166,17 @@ def initialize_groups(backend: Backend, tp: int, engine_tp: int | None = None, *
         if world_size % size:
             raise ConfigError(f"{option}: {subject} not divide the {world_size} processes that were started")
     if not dist.is_initialized():
-        alone = {"rank": 0, "world_size": 1}
-        options: dict[str, Any] = {} if launched else {"store": dist.HashStore(), **alone}  # type: ignore[attr-defined, unused-ignore]
+        options: dict[str, Any] = {} if launched else {"store": _store_of_one(backend), "rank": 0, "world_size": 1}
         timeout = timedelta(seconds=_timeout_s())
         dist.init_process_group(backend.collectives, timeout=timeout, device_id=backend.device if backend.is_cuda else None, **options)
     # Before Megatron's groups: see `_host_group`.
     model_host_group, engine_host_group, engines_group = _make_host_groups(world_size, tp, pp, engine_tp)
     if not parallel_state.model_parallel_is_initialized():
         parallel_state.initialize_model_parallel(
-            tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp, distributed_timeout_minutes=_timeout_s() / 60
+            tensor_model_parallel_size=tp,
+            pipeline_model_parallel_size=pp,
+            distributed_timeout_minutes=_timeout_s() / 60,
+            create_gloo_process_groups=False,  # nothing gathers over the data-parallel ranks' hosts
         )
     dp_group, model_group = parallel_state.get_data_parallel_group(), parallel_state.get_model_parallel_group()
     return Groups(
@@ -195,6 +197,12 @@ def initialize_groups(backend: Backend, tp: int, engine_tp: int | None = None, *
         engine_host_group=engine_host_group or model_host_group or model_group,
         engines_group=engines_group or dp_group,
     )
+
+
+def _store_of_one(backend: Backend) -> Any:
+    """Make the key-value store of a world of one rank: in memory, and over a free loopback port where NCCL reads it."""
+    stores: Any = dist  # its types are not exported
+    return stores.TCPStore("127.0.0.1", 0, 1, is_master=True) if backend.is_cuda else stores.HashStore()
 
 
 def _any(flag: bool, host_group: dist.ProcessGroup) -> bool:

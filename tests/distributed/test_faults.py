@@ -66,6 +66,54 @@ def train_until_the_fault(rank: int, world: int, port: int, folder: str, scratch
         os._exit(1)
 
 
+def wait_as_under_nccl(rank: int, world: int, port: int, scratch: str) -> None:
+    """Begin collectives that return at once, all ranks but the culprit, and wait outside of torch.distributed."""
+    import sys
+
+    environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in environment.items()})
+    os.environ["RLSC_DEAD_AFTER_S"] = str(PATIENT_S)
+    errors = os.open(f"{scratch}/rank{rank}.err", os.O_WRONLY | os.O_CREAT)
+    os.dup2(errors, 2)
+    sys.stderr = os.fdopen(errors, "w")
+
+    import torch.distributed as dist
+
+    from rlsc_mcore.parallel.backend import get_backend
+    from rlsc_mcore.parallel.groups import initialize_groups
+    from rlsc_mcore.training.faults import start_watchdog
+
+    groups = initialize_groups(get_backend(), 1)
+    watchdog = start_watchdog(tiny_config("unused", ["--parallel.hang-timeout-s", str(HANG_AFTER_S)], run_dir=scratch), groups)
+    dist.barrier()
+    watchdog.phase("training", 2)
+    if rank != CULPRIT:
+        dist.all_reduce(torch.ones(4), async_op=True)
+    while True:
+        time.sleep(0.1)
+
+
+def test_the_rank_that_is_waited_for_is_named_where_collectives_return_at_once(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("forkserver")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    ranks = [context.Process(target=wait_as_under_nccl, args=(rank, 3, port, str(tmp_path)), daemon=True) for rank in range(3)]
+    try:
+        for process in ranks:
+            process.start()
+        for process in ranks:
+            process.join(120)
+        assert [process.exitcode for process in ranks] == [1, 1, 1]
+    finally:
+        for process in ranks:
+            process.kill()
+            process.join()
+    (message,) = verdicts([(tmp_path / f"rank{rank}.err").read_text(encoding="utf-8") for rank in range(3)])
+    assert message.startswith(f"rlsc: rank {CULPRIT} hangs: no progress for ")
+    assert "2 of 3 ranks wait for it in a collective that it has not begun" in message
+
+
 def meet(fault: str) -> None:
     if fault in ("killed", "stopped"):
         time.sleep(600)  # until the test's signal
