@@ -38,8 +38,9 @@ _default TOKENIZERS_PARALLELISM false # forks after threads
 _default HF_HUB_DISABLE_PROGRESS_BARS 1
 
 # Left alone on purpose:
-#   PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True  vLLM's sleep mode frees its own pool; expandable segments take the pool's
-#                                                     memory elsewhere (0 GiB freed, then an assertion). lib.sh warns of it.
+#   PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True  vLLM's sleep mode frees its own pool, and expandable segments take the pool's
+#                                                     memory elsewhere. vLLM 0.26 turns them off around the pool, but only where they
+#                                                     are spelt exactly so, in this variable. lib.sh warns of all spellings.
 #   NCCL_IB_HCA, NCCL_SOCKET_IFNAME, GLOO_SOCKET_IFNAME, NCCL_IB_SL, NCCL_IB_TIMEOUT  belong to the site; see docs/cluster.md.
 #   NCCL_NVLS_ENABLE  NCCL finds out by itself whether the switch can do it.
 #   OMP_NUM_THREADS   1 by default in rlsc: spinning threads cost more than they bring; set it to the cores a rank owns on a CPU.

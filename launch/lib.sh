@@ -117,6 +117,7 @@ _rlsc_check_input() { # NODES RANKS: the trainer's own parser decides, without t
         if [[ $name == run_dir ]]; then run_dir=$value; fi
         plan+=("$(printf '%-11s %s' "$name" "$value")")
     done <<<"$facts"
+    # vLLM turns them off around its sleep pool only where PYTORCH_CUDA_ALLOC_CONF spells them exactly so.
     if [[ ${PYTORCH_CUDA_ALLOC_CONF:-}${PYTORCH_ALLOC_CONF:-} == *expandable_segments:[Tt]rue* ]]; then
         rlsc_say "warning: expandable_segments and the engine's sleep mode exclude each other; unset PYTORCH_CUDA_ALLOC_CONF"
     fi

@@ -11,7 +11,7 @@ from rlsc_mcore.config import Config, ConfigError
 from rlsc_mcore.model.shape import Architecture
 from rlsc_mcore.planning.known_models import MODELS, find_model, num_parameters
 from rlsc_mcore.planning.layouts import Candidate, candidates
-from rlsc_mcore.planning.memory import GIB, Layout, config_layout, describe_bytes
+from rlsc_mcore.planning.memory import GIB, Layout, config_layout, describe_bytes, host_bytes
 from rlsc_mcore.planning.timing import GPUS, Work, communication_bytes
 
 
@@ -175,6 +175,8 @@ def _print_plan(
     print(f"\n{title}: parallel.tp {shown.layout.tp}, {engine}training.recompute {shown.layout.recompute}")
     for phase, parts in (("training", shown.training), ("rollout", shown.rollout)):
         print(f"  {phase}: {describe_bytes(parts)}")
+    on_host = ", ".join(f"{reason} {size / GIB:.2f}" for reason, size in host_bytes(shape, shown.layout).items())
+    print(f"  host memory per GPU, GiB: {on_host}")
     moved = ", ".join(f"{group} {size / GIB:.2f}" for group, size in communication_bytes(shape, shown.layout, work).items())
     print(f"  moved per GPU and step, GiB: {moved}")
     print("  estimated seconds: " + ", ".join(f"{phase} {value:.1f}" for phase, value in shown.seconds.items()))

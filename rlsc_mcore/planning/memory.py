@@ -151,6 +151,21 @@ def rollout_bytes(shape: Architecture, layout: Layout, kv_cache: int) -> dict[st
     }
 
 
+def host_bytes(shape: Architecture, layout: Layout) -> dict[str, int]:
+    """Return what one GPU's process holds in host memory, by reason; those of a node add up.
+
+    A save copies this rank's part of weights and optimizer state, equal parts of both where the optimizer is distributed
+    (`training/optimizer_state.py`), else all of them on one data-parallel rank; a load copies nothing.
+    """
+    numel = num_parameters(shape, layout.tp, padded=True)
+    shard = numel // (layout.dp if layout.distributed else 1)
+    states = PRECISION_AWARE_BYTES if layout.precision_aware else MASTER_BYTES[layout.dtype]
+    offloaded = states * shard if layout.offload_during_rollout else 0
+    # Masters, moments and a page-locked copy of the gradients.
+    updated_there = int((states + 4) * shard * layout.cpu_offload)
+    return {"a save": (WIDTH[layout.dtype] + states) * shard, "optimizer state": offloaded + updated_there}
+
+
 def config_layout(config: Config, tp: int, dp: int) -> Layout:
     """Return what a configuration's memory follows from, spread over tp x dp GPUs."""
     return Layout(

@@ -14,6 +14,7 @@ from rlsc_mcore.planning.memory import (
     Layout,
     activation_bytes,
     engine_weight_bytes,
+    host_bytes,
     kv_bytes_per_token,
     rollout_bytes,
     static_bytes,
@@ -57,6 +58,13 @@ def test_one_gpu_s_bytes_written_out() -> None:
     update = train_bytes(shape, Layout(1, 1, "full", tokens_per_micro_batch=64, precision_aware=True))
     workspace = update["activations"] + update["logits workspace"] + update["update beyond them"]
     assert workspace == update_bytes(shape, Layout(1, 1, precision_aware=True))
+    # On the host: what a save copies, and what was moved or is updated there.
+    shard = 7_615_616_512 // 4
+    assert host_bytes(shape, Layout(1, 4)) == {"a save": 14 * shard, "optimizer state": 0}
+    assert host_bytes(shape, Layout(1, 4, distributed=False))["a save"] == 14 * 7_615_616_512
+    assert host_bytes(shape, Layout(1, 4, precision_aware=True))["a save"] == 10 * shard
+    assert host_bytes(shape, Layout(1, 4, offload_during_rollout=True))["optimizer state"] == 12 * shard
+    assert host_bytes(shape, Layout(1, 4, cpu_offload=0.5))["optimizer state"] == 8 * shard
     # Keys and values of 28 layers, 4 KV heads of 128, in bfloat16.
     assert kv_bytes_per_token(shape, Layout(1, 1)) == 2 * 28 * 4 * 128 * 2
     assert kv_bytes_per_token(shape, Layout(4, 1)) == 2 * 28 * 1 * 128 * 2
