@@ -1,40 +1,42 @@
-"""Grading: take the final answer out of a response and compare it with the gold answer."""
+"""Grade a response against the gold answer, and say when two answers are equal.
+
+Each kind of answer has one rule, which decides before math-verify is asked:
+
+- numbers are exact rationals in any notation; nothing is rounded;
+- a percentage equals the same number with or without the sign, and the fraction that it is;
+- a unit that one side leaves out does not matter; two known units are converted; other ones must agree;
+- numbers in a base are equal digit by digit in the same base;
+- tuples, vectors, intervals and matrices agree item by item, brackets included; sets and lists in any order;
+- unions of intervals and inequalities in one letter are compared as sets;
+- equations are equal where one is a multiple of the other; `x = 5` also equals `5`;
+- words are compared without regard to case;
+- other expressions are equal where their values agree, with all letters in their case; math-verify decides what is left.
+"""
 
 import os
 import re
 import threading
+from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
 from fractions import Fraction
 
+from rlsc_mcore.grading import structures
+from rlsc_mcore.grading.expressions import is_constant, proportional, same_expression
+from rlsc_mcore.grading.extraction import extract_boxed, extract_last_number, extract_stated, last_boxes
+from rlsc_mcore.grading.latex import compact, normalize
+from rlsc_mcore.grading.numbers import read_base_number, read_number
 from rlsc_mcore.grading.symbolic import compare_symbolically
+from rlsc_mcore.grading.units import same_unit, split_measure
+from rlsc_mcore.grading.words import is_words, same_words, single_letter
 
 MAX_ANSWER_CHARACTERS = 1000  # a longer final answer is wrong unless it is the gold text itself
+_MAX_DEPTH = 6
+_MAX_ITEMS = 40
 
-_BOX_OR_BRACE = re.compile(r"\\(?:boxed|fbox)(?:\s*(?P<open>\{)|[ \t]+(?P<bare>[-+]?[0-9][0-9.,/]*))|(?P<escaped>\\[{}])|(?P<brace>[{}])")
-_DIGITS = r"(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)"
-_DECIMAL = rf"(?:{_DIGITS}(?:\.[0-9]+)?|\.[0-9]+)(?:[eE][-+]?[0-9]{{1,3}}(?![0-9]))?"
-_LATEX_FRACTION = r"\\[dt]?frac\{[0-9]+\}\{[0-9]+\}"
-_LAST_NUMBER = re.compile(
-    rf"[\^_]\{{?[-+]?[0-9.]+|(?P<number>(?:(?<![\w)\]}}])[-+])?(?:{_LATEX_FRACTION}|{_DECIMAL}(?:/[0-9]+(?!\.?[0-9]))?))"
-)
-_PLAIN_NUMBER = re.compile(
-    rf"(?P<sign>[-+]?)(?:(?P<decimal>{_DECIMAL})(?:/(?P<over>[0-9]+))?|\\frac\{{(?P<top>[0-9]+)\}}\{{(?P<bottom>[0-9]+)\}})"
-)
-_MAX_PLAIN_CHARACTERS = 100
-
-_SPACING = re.compile(r"(?<!\\)\\[,;: ]|~|\\q?quad\b")
-_GROUP_SPACING = re.compile(r"(?<=[0-9])\\[,;: ](?=[0-9]{3}(?![0-9]))")
-_BARE_FRACTION = re.compile(r"\\[dt]?frac\s*([0-9])\s*([0-9])")
-_SIZING = re.compile(r"\\(?:left|right|displaystyle)(?![A-Za-z])\s*")
-_TEXT_COMMAND = re.compile(r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mbox)\s*\{([^{}]*)\}")
-_DELIMITERS = (("$$", "$$"), ("$", "$"), ("\\(", "\\)"), ("\\[", "\\]"))
-_WORDS = re.compile(r"[A-Za-z]{3,}(?:[ '-][A-Za-z]+)*")
-_NUMBER_WITH_UNIT = re.compile(r"(?P<number>[-+]?[0-9][0-9.,/]*)\s+(?P<unit>[A-Za-z]{2,}(?: [A-Za-z]+)*)\.?")
-_NOT_UNITS = re.compile(
-    r"\b(?:hundred|thousand|million|billion|trillion|dozen|pi|percent|half|halves|thirds?|quarters?|squared|cubed|factorial"
-    r"|plus|minus|times|over|mod|base|sqrt|log|ln|sin|cos|tan|and|or|to)\b"
-)
+_ELLIPSIS = "\\ldots"
+_MEMBER = re.compile(r"^[A-Za-z] ?\\in ?(?=[\[(\\])")
+_LETTERS = re.compile(r"\\[A-Za-z]+|([A-Za-z])")
 
 
 @dataclass(frozen=True)
@@ -42,9 +44,9 @@ class Grade:
     """How one response fared against the gold answer. `lenient` holds wherever `strict` does."""
 
     strict: bool  # the last box holds the gold answer
-    lenient: bool  # the same, or nothing is boxed and the last number anywhere is the gold answer
+    lenient: bool  # the same, or nothing is boxed and the stated answer or the last number is the gold answer
     boxed: bool  # a box with something in it was closed
-    extracted: str | None  # what was compared: the last box, else the last number, else None
+    extracted: str | None  # what was compared: the last box, else the stated answer, else the last number, else None
 
 
 class _Verdicts:
@@ -81,105 +83,358 @@ class _Verdicts:
 _verdicts = _Verdicts()
 
 
-def grade(response_text: str, gold: str) -> Grade:
-    """Grade a response. A box that is empty or never closed counts as none."""
+def grade(response_text: str, gold: str, equal: "Callable[[str, str], bool] | None" = None) -> Grade:
+    """Grade a response by `equal` (`is_correct` by default). A box that is empty or never closed counts as none.
+
+    Where the gold answer is a list of n items, n boxes in the last sentence with boxes count as one list.
+    """
+    equal = equal or is_correct
     boxed = extract_boxed(response_text)
     if boxed is not None:
-        correct = is_correct(boxed, gold)
+        correct = equal(boxed, gold)
+        if not correct and (count := list_length(gold)) > 1:
+            together = last_boxes(response_text, count)
+            if together is not None and equal(", ".join(together), gold):
+                boxed, correct = ", ".join(together), True
         return Grade(strict=correct, lenient=correct, boxed=True, extracted=boxed)
+    stated = extract_stated(response_text)
+    if stated is not None and equal(stated, gold):
+        return Grade(strict=False, lenient=True, boxed=False, extracted=stated)
     number = extract_last_number(response_text)
-    return Grade(strict=False, lenient=number is not None and is_correct(number, gold), boxed=False, extracted=number)
-
-
-def extract_boxed(text: str) -> str | None:
-    r"""Return what the last complete, non-empty \boxed{...} or \fbox{...} holds; of nested boxes the innermost.
-
-    Braces balance, \{ and \} apart. A number after `\boxed` without braces counts too: prompts that ask for `\boxed` invite it.
-    """
-    last_start, last_content = -1, None
-    open_boxes: list[int | None] = []  # where each open group's content starts if it is a box
-    for match in _BOX_OR_BRACE.finditer(text):
-        start: int | None = None
-        content = ""
-        if match["bare"]:
-            start, content = match.start(), match["bare"].rstrip(".,;:")
-        elif match["open"]:
-            open_boxes.append(match.end())
-        elif match["brace"] == "{":
-            open_boxes.append(None)
-        elif match["brace"] == "}" and open_boxes:
-            start = open_boxes.pop()
-            content = text[start : match.start()].strip() if start is not None else ""
-        if start is not None and content and start > last_start:
-            last_start, last_content = start, content
-    return last_content
-
-
-def extract_last_number(text: str) -> str | None:
-    r"""Return the last number of the text as it is written: 1,234.5, -3, 2/3 or \frac{2}{3}; exponents and indices are none."""
-    last = None
-    for match in _LAST_NUMBER.finditer(text.replace("\N{MINUS SIGN}", "-")):
-        last = match["number"] or last
-    return last
+    return Grade(strict=False, lenient=number is not None and equal(number, gold), boxed=False, extracted=number)
 
 
 def is_correct(answer_text: str, gold: str) -> bool:
-    """Say whether an extracted answer equals the gold answer.
+    """Say whether an extracted answer equals the gold answer, by the rule of its kind (see the module's docstring).
 
-    Plain numbers (integers, decimals, thousands separators, simple fractions) compare exactly and fast, words by letters,
-    everything else symbolically by math-verify (algebra, sets, intervals, units). Never raises on any text; an answer that
-    is too long or takes too long is wrong. An empty gold answer is matched by nothing.
+    Never raises on any text; an answer that is too long or takes too long is wrong. An empty gold answer is matched by
+    nothing.
     """
-    answer, expected = _normalize(answer_text), _normalize(gold)
+    answer, expected = normalize(answer_text), normalize(gold)
     if not answer or not expected:
         return False
     if answer == expected:
         return True
     if max(len(answer), len(expected)) > MAX_ANSWER_CHARACTERS:
         return False
-    number, expected_number = _to_number(answer), _to_number(expected)
-    if number is not None and expected_number is not None:
-        return number == expected_number
-    answer_words, expected_words = _unwrap_text(answer), _unwrap_text(expected)
-    if _WORDS.fullmatch(expected_words):  # to algebra a word is a product of letters, equal to its anagrams
-        return answer_words.casefold() == expected_words.casefold()
-    if expected_number is not None and (with_unit := _NUMBER_WITH_UNIT.fullmatch(answer_words)):
-        return not _NOT_UNITS.search(with_unit["unit"].lower()) and _to_number(with_unit["number"]) == expected_number
-    return _verdicts.of(answer, expected)
+    try:
+        return _equal(answer, expected, 0)
+    except RecursionError:
+        return False
 
 
 def answer_key(text: str) -> str:
     """Return a spelling that equal plain numbers and equal texts share; unequal keys may still be equal answers."""
-    normal = _normalize(text)
-    number = _to_number(normal)
-    return str(number) if number is not None else normal
+    normal = normalize(text)
+    number = read_number(normal)
+    return _show(number) if number is not None else normal
 
 
-def _normalize(text: str) -> str:
-    if len(text) > 20 * MAX_ANSWER_CHARACTERS:
-        return text
-    text = text.strip()
-    for opening, closing in _DELIMITERS:
-        if len(text) > len(opening) + len(closing) and text.startswith(opening) and text.endswith(closing):
-            text = text[len(opening) : -len(closing)]
-    text = text.replace("\N{MINUS SIGN}", "-").replace("{,}", ",")
-    if "\\" in text or "$" in text or "~" in text:
-        text = _BARE_FRACTION.sub(r"\\frac{\1}{\2}", text).replace("\\dfrac", "\\frac").replace("\\tfrac", "\\frac")
-        text = _SPACING.sub(" ", _GROUP_SPACING.sub("", text.replace("\\!", "")))
-        text = _SIZING.sub("", text).replace("\\$", "").replace("$", "")
-    return " ".join(text.split()).rstrip(". ")
+def list_length(gold: str) -> int:
+    """Return how many items a gold answer has that is a list or a set; 1 for anything else."""
+    normal = normalize(gold)
+    brackets = structures.read_brackets(normal)
+    if brackets is not None and brackets.opening == "\\{":
+        normal = brackets.inside
+    return len(structures.item_readings(normal)[0])
 
 
-def _to_number(text: str) -> Fraction | None:
-    match = _PLAIN_NUMBER.fullmatch(text) if len(text) <= _MAX_PLAIN_CHARACTERS else None
-    if match is None:
+def _show(number: Fraction) -> str:
+    # Python refuses to print integers of more than 4300 digits.
+    return str(number) if max(abs(number.numerator), number.denominator) < 10**1000 else f"{number.numerator:x}/{number.denominator:x}"
+
+
+def _equal(answer: str, gold: str, depth: int) -> bool:
+    """Compare two normalized answers."""
+    if compact(answer) == compact(gold):
+        return True
+    if depth > _MAX_DEPTH:
+        return False
+    number, gold_number = read_number(answer), read_number(gold)
+    if number is not None and gold_number is not None and "," not in answer + gold:
+        return number == gold_number
+    if _ELLIPSIS in answer + gold:
+        return _same_with_ellipsis(answer, gold, depth)
+    if "\\approx" in answer:
+        return any(_equal(side.strip(), gold, depth + 1) for side in answer.split("\\approx") if side.strip())
+    base, gold_base = read_base_number(answer), read_base_number(gold)
+    if base is not None or gold_base is not None:
+        return base == gold_base
+    letter, gold_letter = single_letter(answer), single_letter(gold)
+    if letter is not None and gold_letter is not None:
+        return letter == gold_letter
+    if is_words(gold) and "\\text{and}" not in gold and "," not in gold:
+        return same_words(answer, gold) and (is_words(answer) or "\\text" in answer or not gold.isupper())
+    for compare in (_same_list, _same_region, _same_bracketed, _same_matrix, _same_relation):
+        same = compare(answer, gold, depth)
+        if same is not None:
+            return same
+    if is_words(answer):
+        return False
+    return _same_measure(answer, gold)
+
+
+def _same_with_ellipsis(answer: str, gold: str, depth: int) -> bool:
+    """Compare what has an ellipsis part by part, in order: what the ellipsis stands for cannot be computed."""
+    if read_number(answer) is not None or read_number(gold) is not None:
+        return _same_measure(answer, gold) if not (_ELLIPSIS in answer and _ELLIPSIS in gold) else read_number(answer) == read_number(gold)
+    parts, gold_parts = (
+        [part.strip(" ,;") for text_part in text.split(_ELLIPSIS) for part in structures.split_items(text_part) or [""]] for text in (answer, gold)
+    )
+    if answer.count(_ELLIPSIS) != gold.count(_ELLIPSIS) or len(parts) != len(gold_parts):
+        return False
+    pairs = zip(parts, gold_parts, strict=True)
+    return all(compact(a) == compact(b) or (a[:1] not in "+-*" and bool(a) and bool(b) and _equal(a, b, depth + 1)) for a, b in pairs)
+
+
+def _same_list(answer: str, gold: str, depth: int) -> bool | None:
+    """Compare lists in any order; assignments of several names by their names. None where neither side is a list."""
+    readings, gold_readings = structures.item_readings(answer), structures.item_readings(gold)
+    if max(map(len, readings)) < 2 and max(map(len, gold_readings)) < 2:
         return None
-    numerator = Fraction((match["decimal"] or match["top"]).replace(",", ""))
-    denominator = int(match["over"] or match["bottom"] or 1)
-    if denominator == 0:
+    for items in readings:
+        for gold_items in gold_readings:
+            if len(items) == len(gold_items) == 1:
+                number, gold_number = read_number(items[0]), read_number(gold_items[0])
+                if number is not None and number == gold_number:
+                    return True
+                continue
+            if _same_items(items, gold_items, depth):
+                return True
+    if len(readings) == len(gold_readings) == 1 or max(map(len, gold_readings)) > 1:
+        return _same_set_and_list(answer, gold, depth) or _same_measure_lists(answer, gold)
+    return _same_measure(answer, gold) if min(map(len, readings)) == 1 else False
+
+
+def _same_measure_lists(answer: str, gold: str) -> bool:
+    return "," not in gold and "\\text{and}" not in gold and "\\pm" not in answer + gold and _same_measure(answer, gold)
+
+
+def _same_set_and_list(answer: str, gold: str, depth: int) -> bool:
+    """Compare a list with a set: `1, 2` equals `\\{2, 1\\}`, and `x = 1, 2` equals `1, 2`."""
+    stripped = [_without_name(text) for text in (answer, gold)]
+    inner = []
+    for text in stripped:
+        brackets = structures.read_brackets(text)
+        inner.append(brackets.inside if brackets is not None and brackets.opening == "\\{" else text)
+    if inner == [answer, gold]:
+        return False
+    return any(
+        _same_items(items, gold_items, depth)
+        for items in structures.item_readings(inner[0])
+        for gold_items in structures.item_readings(inner[1])
+    )
+
+
+def _without_name(text: str) -> str:
+    text = _MEMBER.sub("", text)
+    relation = structures.read_relation(structures.split_items(text)[0]) if structures.split_items(text) else None
+    if relation is not None and relation[1] == ["="] and structures.is_name(relation[0][0]):
+        rest = text[text.index("=") + 1 :].strip()
+        return text if "=" in rest else rest
+    return text
+
+
+def _same_items(items: list[str], gold_items: list[str], depth: int) -> bool:
+    if len(items) != len(gold_items) or len(items) > _MAX_ITEMS:
+        return False
+    names, gold_names = _assigned_names(items), _assigned_names(gold_items)
+    if gold_names is not None and len(set(gold_names)) == len(gold_names) > 1:
+        if names is None:
+            return all(_equal(a, b, depth + 1) for a, b in zip(items, gold_items, strict=True))
+        if sorted(names) != sorted(gold_names):
+            return False
+    return _match_any_order(items, gold_items, lambda a, b: _equal(a, b, depth + 1))
+
+
+def _assigned_names(items: list[str]) -> list[str] | None:
+    names = []
+    for item in items:
+        relation = structures.read_relation(item)
+        if relation is None or relation[1] != ["="] or not structures.is_name(relation[0][0]):
+            return None
+        names.append(compact(relation[0][0]))
+    return names
+
+
+def _match_any_order(items: list[str], gold_items: list[str], same: Callable[[str, str], bool]) -> bool:
+    """Pair each item with a different equal gold item; equality is transitive, so the first free one will do."""
+    free = list(gold_items)
+    for item in items:
+        match = next((candidate for candidate in free if same(item, candidate)), None)
+        if match is None:
+            return False
+        free.remove(match)
+    return True
+
+
+def _same_region(answer: str, gold: str, depth: int) -> bool | None:
+    """Compare subsets of the real line; None where neither side is written as one."""
+    marks = re.compile(r"\\cup|\\setminus|\\R(?![A-Za-z])|\\infty|[<>]|\\le(?![A-Za-z])|\\ge(?![A-Za-z])|\\ne(?![A-Za-z])|\\in(?![A-Za-z])")
+    if not marks.search(answer) and not marks.search(gold):
         return None
-    return (-numerator if match["sign"] == "-" else numerator) / denominator
+    region, gold_region = structures.read_real_set(answer), structures.read_real_set(gold)
+    if region is None or gold_region is None:
+        shorter, gold_shorter = _MEMBER.sub("", answer), _MEMBER.sub("", gold)
+        return _equal(shorter, gold_shorter, depth + 1) if (shorter, gold_shorter) != (answer, gold) else None
+    names = [_letter_of_region(text) for text in (answer, gold)]
+    if None not in names and names[0] != names[1]:
+        return False
+    return structures.same_real_set(region, gold_region, lambda a, b: _equal(a, b, depth + 1))
 
 
-def _unwrap_text(text: str) -> str:
-    return " ".join(_TEXT_COMMAND.sub(r" \1", text).split()).rstrip(".")
+def _letter_of_region(text: str) -> str | None:
+    relation = structures.read_relation(text)
+    if relation is None:
+        return None
+    return next((side for side in relation[0] if structures.is_name(side)), None)
+
+
+def _same_bracketed(answer: str, gold: str, depth: int) -> bool | None:
+    brackets, gold_brackets = structures.read_brackets(_without_name(answer)), structures.read_brackets(_without_name(gold))
+    if brackets is None and gold_brackets is None:
+        return None
+    single = [side is not None and side.opening in "([" and len(structures.split_items(side.inside)) < 2 for side in (brackets, gold_brackets)]
+    if (single[0] or brackets is None) and (single[1] or gold_brackets is None):
+        inner = [side.inside if side is not None and side.opening == "(" else text for side, text in ((brackets, answer), (gold_brackets, gold))]
+        return _equal(inner[0], inner[1], depth + 1) if inner != [answer, gold] and all(inner) else None
+    if brackets is None or gold_brackets is None:
+        either = brackets or gold_brackets
+        if either is not None and either.opening == "\\{":
+            other, items = (gold, either.inside) if gold_brackets is None else (answer, either.inside)
+            return len(structures.expand_signs(structures.split_items(items))) == 1 and _equal(other, items, depth + 1)
+        return _same_vector(answer, gold, depth)
+    if (brackets.opening, brackets.closing) != (gold_brackets.opening, gold_brackets.closing):
+        return False
+    for items in structures.item_readings(brackets.inside):
+        for gold_items in structures.item_readings(gold_brackets.inside):
+            if brackets.opening == "\\{":
+                if _same_members(items, gold_items, depth):
+                    return True
+            elif len(items) == len(gold_items) and all(_equal(a, b, depth + 1) for a, b in zip(items, gold_items, strict=True)):
+                return True
+    return False
+
+
+def _same_members(items: list[str], gold_items: list[str], depth: int) -> bool:
+    """Compare sets: repeated members count once."""
+    if max(len(items), len(gold_items)) > _MAX_ITEMS:
+        return False
+    return all(any(_equal(a, b, depth + 1) for b in gold_items) for a in items) and all(
+        any(_equal(a, b, depth + 1) for a in items) for b in gold_items
+    )
+
+
+def _same_vector(answer: str, gold: str, depth: int) -> bool | None:
+    """Compare a column with a tuple: `(1, 2)` equals the matrix with the rows 1 and 2."""
+    texts = []
+    for text in (_without_name(answer), _without_name(gold)):
+        matrix = structures.read_matrix(text)
+        brackets = structures.read_brackets(text)
+        if matrix is not None and matrix[0] == "matrix" and all(len(row) == 1 for row in matrix[1]):
+            texts.append([row[0] for row in matrix[1]])
+        elif brackets is not None and matrix is None and brackets.opening == "(" and brackets.closing == ")":
+            texts.append(structures.item_readings(brackets.inside)[-1])
+        else:
+            return None
+    return len(texts[0]) == len(texts[1]) and all(_equal(a, b, depth + 1) for a, b in zip(*texts, strict=True))
+
+
+def _same_matrix(answer: str, gold: str, depth: int) -> bool | None:
+    matrix, gold_matrix = structures.read_matrix(_without_name(answer)), structures.read_matrix(_without_name(gold))
+    if matrix is None or gold_matrix is None:
+        return None if "\\begin" in answer or "\\begin" in gold or matrix is gold_matrix else False
+    (kind, rows), (gold_kind, gold_rows) = matrix, gold_matrix
+    if kind != gold_kind or [len(row) for row in rows] != [len(row) for row in gold_rows]:
+        return False if kind == gold_kind else None
+    return all(_equal(a, b, depth + 1) for row, gold_row in zip(rows, gold_rows, strict=True) for a, b in zip(row, gold_row, strict=True))
+
+
+def _same_relation(answer: str, gold: str, depth: int) -> bool | None:
+    """Compare equations and inequalities; a single named value equals the value."""
+    relation, gold_relation = structures.read_relation(answer), structures.read_relation(gold)
+    if relation is None and gold_relation is None:
+        return None
+    value, gold_value = _assigned_value(relation), _assigned_value(gold_relation)
+    if relation is None:
+        return gold_value is not None and _equal(answer, gold_value[1], depth + 1)
+    if gold_relation is None:
+        return value is not None and _equal(value[1], gold, depth + 1)
+    (sides, signs), (gold_sides, gold_signs) = relation, gold_relation
+    if value is not None and gold_value is not None and _base_letter(value[0]) == _base_letter(gold_value[0]):
+        if _equal(value[1], gold_value[1], depth + 1):
+            return True
+    if gold_value is not None and is_constant(gold_value[1]) and gold_signs == ["="]:
+        swapped = signs == ["="] and compact(sides[1]) == compact(gold_value[0])
+        return swapped and _equal(sides[0], gold_value[1], depth + 1)
+    if len(sides) != 2 or len(gold_sides) != 2:
+        return _equal_sides(sides, signs, gold_sides, gold_signs, depth)
+    return _same_two_sided(sides, signs[0], gold_sides, gold_signs[0], depth)
+
+
+def _same_two_sided(sides: list[str], sign: str, gold_sides: list[str], gold_sign: str, depth: int) -> bool:
+    flipped = {">": "<", "\\ge": "\\le"}
+    if sign in flipped:
+        sides, sign = sides[::-1], flipped[sign]
+    if gold_sign in flipped:
+        gold_sides, gold_sign = gold_sides[::-1], flipped[gold_sign]
+    if sign != gold_sign:
+        return False
+    texts = [structures.tokens(side) for side in (*sides, *gold_sides)]
+    if any(is_words(side) for side in (*sides, *gold_sides)) or not texts:
+        orders = [sides, sides[::-1]] if sign in ("=", "\\ne") else [sides]
+        return any(all(_equal(a, b, depth + 1) for a, b in zip(order, gold_sides, strict=True)) for order in orders)
+    same = proportional((sides[0], sides[1]), (gold_sides[0], gold_sides[1]), positive=sign in ("<", "\\le"))
+    if same is None:
+        return _guarded(sign.join(sides), gold_sign.join(gold_sides))
+    return same
+
+
+def _equal_sides(sides: list[str], signs: list[str], gold_sides: list[str], gold_signs: list[str], depth: int) -> bool:
+    flipped = {">": "<", "\\ge": "\\le"}
+    if all(sign in flipped for sign in signs):
+        sides, signs = sides[::-1], [flipped[sign] for sign in reversed(signs)]
+    if all(sign in flipped for sign in gold_signs):
+        gold_sides, gold_signs = gold_sides[::-1], [flipped[sign] for sign in reversed(gold_signs)]
+    return signs == gold_signs and all(_equal(a, b, depth + 1) for a, b in zip(sides, gold_sides, strict=True))
+
+
+def _assigned_value(relation: tuple[list[str], list[str]] | None) -> tuple[str, str] | None:
+    """Return name and value of `x = 5` or `f(x) = 2x`; of a chain `x = 10/2 = 5` the last value."""
+    if relation is None or set(relation[1]) != {"="} or not structures.is_name(relation[0][0]):
+        return None
+    return relation[0][0], relation[0][-1]
+
+
+def _base_letter(name: str) -> str:
+    return compact(re.sub(r"_ ?(?:\{.*\}|\S)$", "", name))
+
+
+def _same_measure(answer: str, gold: str) -> bool:
+    """Compare expressions with their units and percent signs."""
+    measure, gold_measure = split_measure(answer), split_measure(gold)
+    scale = same_unit(measure.unit, gold_measure.unit)
+    if scale is None:
+        return False
+    scales = [scale]
+    if measure.percent != gold_measure.percent:
+        scales.append(Fraction(1, 100) if measure.percent else Fraction(100))
+    undecided = False
+    for factor in scales:
+        same = same_expression(measure.core, gold_measure.core, factor)
+        if same:
+            return True
+        undecided |= same is None
+    if not undecided or scale != 1:
+        return False
+    if (measure.core, gold_measure.core) != (answer, gold):
+        return compact(measure.core) == compact(gold_measure.core) or _equal(measure.core, gold_measure.core, _MAX_DEPTH)
+    return _guarded(answer, gold)
+
+
+def _guarded(answer: str, gold: str) -> bool:
+    """Ask math-verify, which ignores letter case and reads words as products: the letters of both sides must be the same."""
+    letters, gold_letters = ({letter for letter in _LETTERS.findall(text) if letter} for text in (answer, gold))
+    if letters != gold_letters or is_words(answer) or is_words(gold):
+        return False
+    return _verdicts.of(answer, gold)
