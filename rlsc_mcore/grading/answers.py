@@ -35,7 +35,10 @@ _MAX_DEPTH = 6
 _MAX_ITEMS = 40
 
 _ELLIPSIS = "\\ldots"
+_OPEN_END = re.compile(r"(?:^| )[-+*/=<>]|(?:[-+*/=<>]|\\(?:cdot|times|le|ge))(?: |$)|(?:^| )\\(?:cdot|times|le|ge)")
+_INFINITE = re.compile(r"[-+]? ?\\infty")
 _MEMBER = re.compile(r"^[A-Za-z] ?\\in ?(?=[\[(\\])")
+_NUMBER_AFTER_FACTOR = re.compile(r"[)}][0-9]|\\(?!sqrt|log|ln|sin|cos|tan)[A-Za-z]+[0-9]|(?<![\\A-Za-z_^{])[A-Za-z][0-9]")
 _LETTERS = re.compile(r"\\[A-Za-z]+|([A-Za-z])")
 
 
@@ -157,7 +160,7 @@ def _equal(answer: str, gold: str, depth: int) -> bool:
         return _same_with_ellipsis(answer, gold, depth)
     if "\\approx" in answer:
         return any(_equal(side.strip(), gold, depth + 1) for side in answer.split("\\approx") if side.strip())
-    base, gold_base = read_base_number(answer), read_base_number(gold)
+    base, gold_base = read_base_number(_without_name(answer)), read_base_number(_without_name(gold))
     if base is not None or gold_base is not None:
         return base == gold_base
     letter, gold_letter = single_letter(answer), single_letter(gold)
@@ -165,7 +168,7 @@ def _equal(answer: str, gold: str, depth: int) -> bool:
         return letter == gold_letter
     if is_words(gold) and "\\text{and}" not in gold and "," not in gold:
         return same_words(answer, gold) and (is_words(answer) or "\\text" in answer or not gold.isupper())
-    for compare in (_same_list, _same_region, _same_bracketed, _same_matrix, _same_relation):
+    for compare in (_same_region, _same_list, _same_matrix, _same_bracketed, _same_relation):
         same = compare(answer, gold, depth)
         if same is not None:
             return same
@@ -184,7 +187,7 @@ def _same_with_ellipsis(answer: str, gold: str, depth: int) -> bool:
     if answer.count(_ELLIPSIS) != gold.count(_ELLIPSIS) or len(parts) != len(gold_parts):
         return False
     pairs = zip(parts, gold_parts, strict=True)
-    return all(compact(a) == compact(b) or (a[:1] not in "+-*" and bool(a) and bool(b) and _equal(a, b, depth + 1)) for a, b in pairs)
+    return all(compact(a) == compact(b) or (not _OPEN_END.search(a + " " + b) and bool(a) and _equal(a, b, depth + 1)) for a, b in pairs)
 
 
 def _same_list(answer: str, gold: str, depth: int) -> bool | None:
@@ -217,7 +220,8 @@ def _same_set_and_list(answer: str, gold: str, depth: int) -> bool:
     for text in stripped:
         brackets = structures.read_brackets(text)
         inner.append(brackets.inside if brackets is not None and brackets.opening == "\\{" else text)
-    if inner == [answer, gold]:
+    names = [text[: len(text) - len(rest)] for text, rest in zip((answer, gold), stripped, strict=True)]
+    if inner == [answer, gold] or (all(names) and compact(names[0]) != compact(names[1])):
         return False
     return any(
         _same_items(items, gold_items, depth)
@@ -303,7 +307,8 @@ def _same_bracketed(answer: str, gold: str, depth: int) -> bool | None:
         if either is not None and either.opening == "\\{":
             other, items = (gold, either.inside) if gold_brackets is None else (answer, either.inside)
             return len(structures.expand_signs(structures.split_items(items))) == 1 and _equal(other, items, depth + 1)
-        return _same_vector(answer, gold, depth)
+        same = _same_vector(answer, gold, depth)
+        return False if same is None and "\\begin" not in answer + gold and "\\cup" not in answer + gold else same
     if (brackets.opening, brackets.closing) != (gold_brackets.opening, gold_brackets.closing):
         return False
     for items in structures.item_readings(brackets.inside):
@@ -362,8 +367,7 @@ def _same_relation(answer: str, gold: str, depth: int) -> bool | None:
         return value is not None and _equal(value[1], gold, depth + 1)
     (sides, signs), (gold_sides, gold_signs) = relation, gold_relation
     if value is not None and gold_value is not None and _base_letter(value[0]) == _base_letter(gold_value[0]):
-        if _equal(value[1], gold_value[1], depth + 1):
-            return True
+        return _equal(value[1], gold_value[1], depth + 1)
     if gold_value is not None and is_constant(gold_value[1]) and gold_signs == ["="]:
         swapped = signs == ["="] and compact(sides[1]) == compact(gold_value[0])
         return swapped and _equal(sides[0], gold_value[1], depth + 1)
@@ -403,7 +407,8 @@ def _assigned_value(relation: tuple[list[str], list[str]] | None) -> tuple[str, 
     """Return name and value of `x = 5` or `f(x) = 2x`; of a chain `x = 10/2 = 5` the last value."""
     if relation is None or set(relation[1]) != {"="} or not structures.is_name(relation[0][0]):
         return None
-    return relation[0][0], relation[0][-1]
+    name, value = relation[0][0], relation[0][-1]
+    return None if value.isalpha() and value.isupper() and len(value) > 1 else (name, value)
 
 
 def _base_letter(name: str) -> str:
@@ -412,6 +417,8 @@ def _base_letter(name: str) -> str:
 
 def _same_measure(answer: str, gold: str) -> bool:
     """Compare expressions with their units and percent signs."""
+    if _INFINITE.fullmatch(answer) or _INFINITE.fullmatch(gold):
+        return compact(answer).lstrip("+") == compact(gold).lstrip("+")
     measure, gold_measure = split_measure(answer), split_measure(gold)
     scale = same_unit(measure.unit, gold_measure.unit)
     if scale is None:
@@ -435,6 +442,6 @@ def _same_measure(answer: str, gold: str) -> bool:
 def _guarded(answer: str, gold: str) -> bool:
     """Ask math-verify, which ignores letter case and reads words as products: the letters of both sides must be the same."""
     letters, gold_letters = ({letter for letter in _LETTERS.findall(text) if letter} for text in (answer, gold))
-    if letters != gold_letters or is_words(answer) or is_words(gold):
+    if letters != gold_letters or _NUMBER_AFTER_FACTOR.search(answer) or is_words(answer) or is_words(gold):
         return False
     return _verdicts.of(answer, gold)

@@ -9,6 +9,7 @@ import hashlib
 import math
 import re
 import threading
+from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
 from typing import Any
@@ -21,6 +22,7 @@ Value = Any  # Fraction, or a real or complex number of the thread's mpmath cont
 
 POSITIVE_POINTS = 3
 POINTS = POSITIVE_POINTS + 1  # at the last one letters are negative
+STEP_POINTS = range(POINTS, POINTS + 24)  # letters are integers: floors differ at few points
 _DIGITS = 60
 _EQUAL, _DIFFERENT = 1e-40, 1e-25  # relative differences; between them nothing is decided
 _MAX_DEPTH, _MAX_BITS, _MAX_FACTORIAL, _MAX_EXPONENT = 40, 100_000, 3000, 10**6
@@ -43,32 +45,40 @@ _CLOSING = {"(": ")", "[": "]", "{": "}", "|": "|", "\\lfloor": "\\rfloor", "\\l
 _DIFFERENTIAL = re.compile(r"(?:d|\\partial)(?:\^\{?[0-9]\}?)?(?![0-9^_'])(?:\\?[A-Za-z].*)?")
 
 
+@dataclass(frozen=True)
+class Result:
+    """A value, and whether a root, power or logarithm had several values to choose from."""
+
+    value: Value
+    on_branch: bool
+
+
 class UnsupportedError(Exception):
     """The text is no expression that this module evaluates."""
 
 
 def same_expression(answer: str, gold: str, scale: Fraction = Fraction(1)) -> bool | None:
     """Say whether answer * scale equals gold; None where that cannot be decided here. Both texts are normalized."""
-    if read_number(answer) is None or read_number(gold) is None:
-        if not (is_expression(answer) and is_expression(gold)):
-            return None
+    if any(read_number(side) is None and not is_expression(side) for side in (answer, gold)):
+        return None
+    constant = is_constant(answer) and is_constant(gold)
+    has_steps = any(command in answer + gold for command in ("\\lfloor", "\\lceil"))
     decided = 0
-    for point in range(POINTS):
+    for point in (*range(POINTS), *(STEP_POINTS if has_steps else ())):
         first, second = value_at(answer, point), value_at(gold, point)
         if first is None or second is None:
             continue
-        same = _same_value(first * _as(scale, first), second)
+        same = _same_value(first.value * _as(scale, first.value), second.value)
         if same is None:
             return None
-        constant = is_constant(answer) and is_constant(gold)
-        if not same:
-            if constant or (point < POSITIVE_POINTS and _is_real(first) and _is_real(second)):
-                return False
-            if point == POSITIVE_POINTS and not (_is_real(first) and _is_real(second)):
-                continue
-            return None
         if constant:
-            return True
+            return same
+        if not same:
+            if point == POSITIVE_POINTS:  # sqrt(x^2) and x differ here; math-verify knows which letters are real
+                return None
+            if first.on_branch or second.on_branch:
+                continue
+            return False
         decided += 1
     return True if decided >= 2 else None
 
@@ -82,9 +92,10 @@ def proportional(answer: tuple[str, str], gold: tuple[str, str], *, positive: bo
         return None
     ratios = []
     for point in range(POINTS):
-        values = [value_at(side, point) for side in (*answer, *gold)]
-        if any(value is None for value in values):
+        results = [value_at(side, point) for side in (*answer, *gold)]
+        if any(result is None for result in results):
             continue
+        values = [result.value for result in results if result is not None]
         first = _difference(values[0], values[1])
         second = _difference(values[2], values[3])
         if first is None or second is None or second == 0 or first == 0:
@@ -105,8 +116,8 @@ def number_value(text: str) -> float | None:
         return float(number)
     if not is_expression(text) or not is_constant(text):
         return None
-    value = value_at(text, 0)
-    return float(value) if value is not None and _is_real(value) else None
+    result = value_at(text, 0)
+    return float(result.value.real) if result is not None and _is_real(result.value) else None
 
 
 def is_expression(text: str) -> bool:
@@ -121,11 +132,11 @@ def is_constant(text: str) -> bool:
 
 
 @lru_cache(maxsize=16384)
-def value_at(text: str, point: int) -> Value | None:
+def value_at(text: str, point: int) -> Result | None:
     """Return the value of a text at a point; None where it has none there or is no expression."""
     number = read_number(text)
     if number is not None:
-        return number
+        return Result(number, False)
     parsed = _parsed(text)
     if parsed is None:
         return None
@@ -137,18 +148,19 @@ def value_at(text: str, point: int) -> Value | None:
         return None
 
 
-def _settle(tree: tuple[Any, ...], point: int) -> Value:
+def _settle(tree: tuple[Any, ...], point: int) -> Result:
     """Evaluate; a value that is nearly zero is evaluated with more digits to see whether it is zero."""
     context = _context(_DIGITS)
-    value = _Evaluator(context, point).value(tree)
+    evaluator = _Evaluator(context, point)
+    value = evaluator.value(tree)
     if isinstance(value, Fraction):
-        return value
+        return Result(value, evaluator.on_branch)
     if abs(value) < 1e-25:
         again = _Evaluator(_context(3 * _DIGITS), point).value(tree)
         if abs(again) < abs(value) * 1e-60 or abs(again) < 1e-140:
-            return Fraction(0)
+            return Result(Fraction(0), evaluator.on_branch)
         value = again
-    return value if context.isfinite(value) else _unsupported("not finite")
+    return Result(value, evaluator.on_branch) if context.isfinite(value) else _unsupported("not finite")
 
 
 _local = threading.local()  # a context of mpmath changes its precision while it computes, so each thread has its own
@@ -205,7 +217,7 @@ def _parsed(text: str) -> tuple[tuple[Any, ...], frozenset[str]] | None:
     try:
         parser = _Parser(text)
         return parser.whole(), frozenset(parser.names)
-    except (UnsupportedError, RecursionError):
+    except (UnsupportedError, RecursionError, ValueError):
         return None
 
 
@@ -274,8 +286,11 @@ class _Parser:
         return ("product", tuple(factors)) if len(factors) > 1 else factors[0][1]
 
     def check_juxtaposed_numbers(self) -> None:
-        if self.next[0].isdigit() and self.tokens[self.position - 1][-1].isdigit():
-            _unsupported("two numbers side by side")  # neither a product nor one number
+        """Refuse `18 18`, `x2` and `\\frac{1}{2}3`: neither clearly a product nor one number."""
+        before = self.tokens[self.position - 1]
+        touching = self.position < len(self.starts) and not self.text[self.starts[self.position]].isspace()
+        if self.next[0].isdigit() and (before[-1].isdigit() or touching):
+            _unsupported("a number after a factor")
 
     def begins_factor(self) -> bool:
         token = self.next
@@ -286,7 +301,7 @@ class _Parser:
             return name in _GREEK or name in _FUNCTIONS or name in _DECORATIONS or name in (
                 "pi", "frac", "sqrt", "binom", "lfloor", "lceil", "text", "dbinom", "tbinom",
             )  # fmt: skip
-        return token[0].isalnum() or token[0] == "." or token in ("(", "[", "{", "|")
+        return token[0].isalnum() or (token[0] == "." and len(token) > 1) or token in ("(", "[", "{", "|")
 
     def power(self) -> tuple[Any, ...]:
         base = self.atom()
@@ -327,7 +342,7 @@ class _Parser:
         token = self.next
         if not token:
             _unsupported("nothing where a value is expected")
-        if token[0].isdigit() or token[0] == ".":
+        if token[0].isdigit() or (token[0] == "." and len(token) > 1):
             return self.read_mixed(self.number(self.take()), token)
         if token in ("(", "[", "{"):
             return self.group()
@@ -411,7 +426,8 @@ class _Parser:
     def letter(self, letter: str) -> tuple[Any, ...]:
         if letter in ("e", "i") and self.next not in ("_", "'"):
             return (letter,)
-        if letter in _OPAQUE_FUNCTIONS and self.next == "(":
+        at_zero = self.tokens[self.position : self.position + 3] == ["(", "0", ")"]
+        if self.next == "(" and (letter in _OPAQUE_FUNCTIONS or at_zero):
             self.names.add(letter)
             return ("opaque", letter, self.group())
         return self.name(letter)
@@ -445,6 +461,7 @@ class _Evaluator:
     def __init__(self, context: Any, point: int) -> None:
         self.context = context
         self.point = point
+        self.on_branch = False
 
     def value(self, tree: tuple[Any, ...]) -> Value:
         result = getattr(self, "of_" + tree[0], self.of_function)(*tree[1:] if hasattr(self, "of_" + tree[0]) else tree)
@@ -469,6 +486,8 @@ class _Evaluator:
 
     def of_name(self, name: str) -> Value:
         digest = hashlib.sha256(f"{name}/{self.point}".encode()).digest()
+        if self.point in STEP_POINTS:
+            return Fraction(1 + int.from_bytes(digest[:4], "big") % (3 * 2 ** (self.point - POINTS)))
         size = Fraction(101 + int.from_bytes(digest[:2], "big") % 900, 211 + 2 * (int.from_bytes(digest[2:4], "big") % 60))
         return -size if self.point == POSITIVE_POINTS else size
 
@@ -512,7 +531,13 @@ class _Evaluator:
             root = _exact_root(base, exponent.denominator)
             if root is not None and abs(exponent.numerator) <= 64 and root != 0:
                 return Fraction(root**exponent.numerator)
+        integral = isinstance(exponent, Fraction) and exponent.denominator == 1
+        if base_tree != ("e",) and not integral:
+            self.note_branch(base)
         return self.context.power(self.inexact(base), self.inexact(exponent))
+
+    def note_branch(self, value: Value) -> None:
+        self.on_branch |= not (_is_real(value) and value.real >= 0)
 
     def of_root(self, radicand_tree: tuple[Any, ...], degree_tree: tuple[Any, ...]) -> Value:
         radicand, degree = self.value(radicand_tree), self.value(degree_tree)
@@ -525,7 +550,9 @@ class _Evaluator:
             inexact = self.inexact(radicand)
             if number % 2 and _is_real(inexact) and inexact.real < 0:
                 return -self.context.root(-inexact.real, number)
+            self.note_branch(inexact)
             return self.context.sqrt(inexact) if number == 2 else self.context.root(inexact, number)
+        self.note_branch(radicand)
         return self.context.power(self.inexact(radicand), 1 / self.inexact(degree))
 
     def of_factorial(self, tree: tuple[Any, ...]) -> Value:
@@ -567,6 +594,10 @@ class _Evaluator:
             _unsupported("large argument")
         if name == "ln" and value == 0:
             raise ZeroDivisionError
+        if name in ("ln", "log10"):
+            self.note_branch(value)
+        if name in ("asin", "acos"):
+            self.on_branch |= not (_is_real(value) and abs(value) <= 1)
         return getattr(self.context, name)(value)
 
 

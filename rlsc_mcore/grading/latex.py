@@ -10,8 +10,6 @@ _CHARACTERS = str.maketrans(
         **{minus: "-" for minus in "\N{MINUS SIGN}\N{EN DASH}\N{NON-BREAKING HYPHEN}\N{FULLWIDTH HYPHEN-MINUS}"},
         **{space: " " for space in "\u00a0\u2002\u2003\u2004\u2005\u2006\u2007\u2008\u2009\u200a\u202f\u3000"},
         **{character: None for character in "\u200b\u200c\u200d\u2060\ufeff"},
-        **{str_: f"^{{{digit}}}" for digit, str_ in enumerate("⁰¹²³⁴⁵⁶⁷⁸⁹")},
-        **{str_: f"_{{{digit}}}" for digit, str_ in enumerate("₀₁₂₃₄₅₆₇₈₉")},
         **{chr(0xFF10 + digit): str(digit) for digit in range(10)},
         **{"×": "\\times ", "✕": "\\times ", "·": "\\cdot ", "⋅": "\\cdot ", "∙": "\\cdot ", "∗": "*", "÷": "\\div ", "∕": "/", "⁄": "/"},
         **{"∞": "\\infty ", "≤": "\\le ", "≥": "\\ge ", "≠": "\\ne ", "°": "\\degree ", "º": "\\degree ", "±": "\\pm ", "∓": "\\mp "},
@@ -25,6 +23,9 @@ _CHARACTERS = str.maketrans(
         **{"⟨": "\\langle ", "⟩": "\\rangle ", "⌊": "\\lfloor ", "⌋": "\\rfloor ", "⌈": "\\lceil ", "⌉": "\\rceil "},
     }
 )
+_SUPERSCRIPTS, _SUBSCRIPTS = "⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿ", "₀₁₂₃₄₅₆₇₈₉"
+_RAISED = re.compile(f"([{_SUPERSCRIPTS}]+)|([{_SUBSCRIPTS}]+)")
+_LOWERED = str.maketrans(_SUPERSCRIPTS + _SUBSCRIPTS, "0123456789+-n0123456789")
 _ROOT_SIGN = re.compile(r"√\s*(?=[({])|√\s*(?P<argument>[0-9]+(?:\.[0-9]+)?|[A-Za-z])")
 
 _DELIMITER = re.compile(r"(?<!\\)\\[()\[\]]")
@@ -68,6 +69,8 @@ _TEXT_NUMBER = re.compile(r"\\text\{([-+]?[0-9][0-9.,/ %]*|\([A-Za-z]\)|[\s.,;:]
 _TEXT_CONJUNCTION = re.compile(r"\\text\{,?\s*(and|or)\s*\}")
 _TEXT_PART = re.compile(r"(\\text\{[^{}]*\})")
 _COMPACT = re.compile(r"\s+(?![0-9A-Za-z])|(?<![0-9A-Za-z])\s+")
+_UNIT_FRACTION = re.compile(r"\\frac\{(\\text\{[^{}]*\}(?: ?\^ ?\{?[0-9]\}?)?)\}\{(\\text\{[^{}]*\}(?: ?\^ ?\{?[0-9]\}?)?)\}")
+_REVERSED_BRACKETS = re.compile(r"([\[\]])([^\[\](),]*,[^\[\](),]*)([\[\]])")
 _OUTER_DELIMITERS = (("$$", "$$"), ("$", "$"), ("\\(", "\\)"), ("\\[", "\\]"))
 
 
@@ -85,6 +88,7 @@ def normalize(text: str) -> str:
             text = text[len(opening) : -len(closing)]
     if not text.isascii():
         text = _ROOT_SIGN.sub(lambda match: "\\sqrt" + (f"{{{match['argument']}}}" if match["argument"] else ""), text)
+        text = _RAISED.sub(lambda match: ("^" if match[1] else "_") + "{" + match[0].translate(_LOWERED) + "}", text)
         text = re.sub("[€£¥₹]", "", text).translate(_CHARACTERS)
     text = text.replace("*{10}", "*10").replace("**", "^").replace("<=", "\\le ").replace(">=", "\\ge ").replace("!=", "\\ne ")
     text = text.replace("...", "\\ldots ")
@@ -92,6 +96,8 @@ def normalize(text: str) -> str:
         text = _normalize_commands(text)
     text = _outside_text(text, _WORD_COMMAND, lambda match: "\\" + _WORD_COMMANDS.get(match[1], match[1]) + " ")
     text = re.sub(r"\\sqrt (?=[({\[])", r"\\sqrt", text)
+    if "[" in text and "]" in text:  # ]1,2[ is the open interval
+        text = _REVERSED_BRACKETS.sub(_in_round_brackets, text)
     text = " ".join(text.split()).strip(" ;").rstrip(". ,:\\")
     return unwrap(text)
 
@@ -146,6 +152,7 @@ def _normalize_commands(text: str) -> str:
     for _ in range(3):
         text = _OVER.sub(lambda match: f"\\frac{{{match[1].strip()}}}{{{match[2].strip()}}}", text)
         text = _FRACTION_ARGUMENTS.sub(lambda match: "\\frac" + _braced(match[1]) + _braced(match[2]), text)
+    text = _UNIT_FRACTION.sub(r"\1/\2", text)
     return _ROOT_ARGUMENT.sub(r"\\sqrt{\1}", text)
 
 
@@ -154,6 +161,10 @@ def _replace_command(match: re.Match[str]) -> str:
     if replacement in _PLAIN:
         return _PLAIN[replacement]
     return replacement if not replacement.isalpha() else f"\\{replacement} "
+
+
+def _in_round_brackets(match: re.Match[str]) -> str:
+    return {"]": "(", "[": "["}[match[1]] + match[2] + {"[": ")", "]": "]"}[match[3]]
 
 
 def _braced(argument: str) -> str:

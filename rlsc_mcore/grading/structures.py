@@ -12,7 +12,7 @@ _OPENING = {"(": ")", "[": "]", "\\{": "\\}", "\\langle": "\\rangle"}
 _TOKEN = re.compile(r"\\text\{[^{}]*\}|\\[A-Za-z]+|\\.|.", re.DOTALL)
 _GROUPED = re.compile(r"(?<![0-9.])[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])")
 _MATRIX = re.compile(r"\(?\\begin\{(p|b|small|v|B|)matrix\}(.*)\\end\{\1matrix\}\)?", re.DOTALL)
-_ARRAY = re.compile(r"[(\[]\\begin\{array\}\{[^{}]*\}(.*)\\end\{array\}[)\]]", re.DOTALL)
+_ARRAY = re.compile(r"[(\[]?\\begin\{array\}\{[^{}]*\}(.*)\\end\{array\}[)\]]?", re.DOTALL)
 _RELATION = re.compile(r"\\(?:le|ge|ne|in|approx|equiv|to)(?![A-Za-z])|[=<>]")
 _CONJUNCTION = re.compile(r"\\text\{\s*,?\s*(?:and|or)\s*,?\s*\}|\b(?:and|or)\b")
 _ONE_NAME = re.compile(
@@ -131,7 +131,7 @@ def read_relation(text: str) -> tuple[list[str], list[str]] | None:
 
 def is_name(text: str) -> bool:
     """Say whether a text names one quantity, as the left side of `x = 5`, `f(x) = 2x` or `AB = 3` does."""
-    if re.fullmatch(r"(?:\\text\{[^{}]*\}|[A-Za-z]{3,}(?: [A-Za-z]+)*)", text):
+    if re.fullmatch(r"\\text\{[^{}]*\}|[A-Za-z]{3,}(?: [A-Za-z]+)*|\([A-Za-z](?:, ?[A-Za-z])+\)", text):
         return True
     return _ONE_NAME.fullmatch(text) is not None and not _KNOWN_FUNCTION.match(text)
 
@@ -223,7 +223,7 @@ def _read_piece(text: str) -> tuple[list[Interval], set[str]] | None:
     low, high = _end(items[0], -1), _end(items[1], 1)
     if low is False or high is False:
         return None
-    return [Interval(low, high, brackets.opening == "[" and low is not None, brackets.closing == "]" and high is not None)], set()
+    return [Interval(low, high, brackets.opening == "[", brackets.closing == "]")], set()
 
 
 def _end(text: str, direction: int) -> str | None | bool:

@@ -63,12 +63,64 @@ CHOICES = [
     ],
     *[("thinking...\nC\n", "C"), ("it must be (D)", "D"), ("Therefore the choice is option B.", "B"), ("(A), no: (C)", "C")],
 ]
-NO_CHOICE = ["\\boxed{5}", "\\boxed{Both}", "I am not sure", "\\boxed{b}", "\\boxed{}", "", "A dog ran", "\\boxed{BC}"]
+NO_CHOICE = ["\\boxed{5}", "\\boxed{Both}", "I am not sure", "\\boxed{}", "", "A dog ran", "\\boxed{BC}"]
+# What a box or a response says -> the letter that it names, None where it names none or several.
+BOXED_CHOICES = {
+    **dict.fromkeys(
+        (
+            *("b", "(b)", "B", "(B)", "[B]", "{B}", "B.", "B)", "B:", " B ", "**B**", "$B$", "`B`", '"B"', "\\text{Option B}", "Option B", "option (b)"),
+            *("\\text{choice (B)}", "\\boldsymbol{B}", "\\mathsf{B}", "\\mathbf{(B)}", "\\textbf{B}", "\\mathrm{B}", "\\text{(B) }5", "B 5 m/s"),
+            *("B \\text{ (5 m/s)}", "\\text{The answer is B}", "\\text{B: 5 m/s}", "(B) 5 m/s", "B. 5 m/s", "B: 5", "\\textbf{(B)}\\ 5", "\\text{B. both A and C}"),
+            *("\\fbox{B}", "\\color{red}{B}", "The correct answer is (B).", "B \\quad 7", "B)", "B, since 5 is larger"),
+        ),
+        "B",
+    ),
+    **dict.fromkeys(
+        (
+            *("B, C", "B, D", "B and C", "B or C", "B/C", "B & D", "(B), (C)", "(B)(C)", "BC", "\\text{B and C}", "B; C", "both", "5", "none"),
+            *("a catalyst", "A catalyst", "I think so", "K", "AB", "B C", "\\text{B, C}", "B, C, D", "b, c"),
+        ),
+        None,
+    ),
+    **{"A": "A", "a": "A", "(a)": "A", "A 5 m/s": "A", "A. a catalyst": "A", "\\text{(A) a catalyst}": "A", "I": "I", "j": "J"},
+}  # fmt: skip
+SAID_CHOICES = {
+    "The right choice is a catalyst.": None,
+    "The answer is I think not listed.": None,
+    "The best choice is a longer wire: (B)": "B",
+    "Hence (D) is right, as (A) has the wrong sign.": "D",
+    'The answer is "C".': "C",
+    "The answer is $C$.": "C",
+    "It must be C": "C",
+    "It must be C, because A is too small.": "C",
+    "**B**": "B",
+    "$B$": "B",
+    "... so B": "B",
+    "Therefore, the answer is **(C)**.": "C",
+    "The answer is \\text{B}.": "B",
+    "Answer: b": "B",
+    "the answer is (c) 5 m/s": "C",
+    "The correct option is D.": "D",
+    "I would choose option C.": "C",
+    "(A) is wrong, (B) is wrong. The correct answer is (C), not (D).": "C",
+    "The answer is B and C.": None,
+    "The answer is (A) or (B).": None,
+    "The answer is B: a catalyst": "B",
+    "A catalyst speeds up a reaction.": None,
+    "Both options are possible": None,
+    "First answer: A. No, the final answer is D.": "D",
+    "Option (B) is correct.": "B",
+    "I pick E": "E",
+    "The answer is A.": "A",
+    "The answer is A 5 m/s wind": "A",
+    "": None,
+}
 # (boxed answer, gold, tolerance): OlympiadBench.
 CLOSE = [
     *[("3.14", "3.1416", 0.01), ("2.05", "2.0", 0.05), ("1.5 \\text{ m}", "1.52", 0.1), ("6.7 \\times 10^{-3}", "0.0067", 1e-4)],
     *[("1.1, 2.1", "1.0, 2.0", 0.1), ("2.1, 1.1", "1.0, 2.0", 0.1), ("$12.34$", "$12.3$", 0.1), ("1,000.4", "1000", 0.5)],
     *[("-0.5", "-0.46", 0.05), ("42.3 cm", "42.25", 0.1), ("5.0e-3", "0.005", 1e-5)],
+    *[("\\frac{22}{7}", "3.1416", 0.01), ("\\sqrt{2}", "1.41", 0.01), ("x = 2\\pi", "6.28", 0.01), ("1.5\\times 10^3", "1500.2", 0.5)],
 ]
 FAR = [
     *[("3.2", "3.1416", 0.01), ("2.06", "2.0", 0.05), ("1.1", "1.0, 2.0", 0.1), ("1.1, 2.1, 3", "1.0, 2.0", 0.1), ("x", "1", 0.5)],
@@ -109,8 +161,21 @@ def test_no_choice_is_right_for_no_letter(response: str) -> None:
     assert not any(grade_answer(response, Question(0, "q", gold, answer_format="choice")).lenient for gold in "ABCD")
 
 
+@pytest.mark.parametrize(("boxed", "letter"), BOXED_CHOICES.items())
+def test_boxed_choices(boxed: str, letter: str | None) -> None:
+    for gold in "ABCDEIJ":
+        assert grade_answer(f"so $\\boxed{{{boxed}}}$.", Question(0, "q", gold, answer_format="choice")).strict == (gold == letter)
+
+
+@pytest.mark.parametrize(("response", "letter"), SAID_CHOICES.items())
+def test_said_choices(response: str, letter: str | None) -> None:
+    for gold in "ABCDEI":
+        result = grade_answer(response, Question(0, "q", gold, answer_format="choice"))
+        assert result.lenient == (gold == letter) and not result.strict
+
+
 def test_a_letter_is_one_letter() -> None:
-    assert [extract_choice(text) for text in ("B", "(b)", "AB", "K", "A and B", "A. first", "")] == ["B", None, None, None, None, "A", None]
+    assert [extract_choice(text) for text in ("B", "(b)", "AB", "K", "A and B", "A. first", "")] == ["B", "B", None, None, None, "A", None]
 
 
 @pytest.mark.parametrize(("answer", "gold", "tolerance"), CLOSE)
