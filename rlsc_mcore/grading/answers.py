@@ -52,13 +52,13 @@ class Grade:
     extracted: str | None  # what was compared: the last box, else the stated answer, else the last number, else None
 
 
-class _Verdicts:
+class _Comparisons:
     """Remembers symbolic comparisons; a pair that another thread is comparing already is waited for, not compared again."""
 
     def __init__(self, most: int = 65536) -> None:
         self._most = most
         self._forget()
-        os.register_at_fork(after_in_child=self._forget)  # the lock may be held, and threads that owe a verdict do not fork
+        os.register_at_fork(after_in_child=self._forget)  # the lock may be held, and threads that compute an outcome do not fork
 
     def _forget(self) -> None:
         self._lock = threading.Lock()
@@ -67,23 +67,23 @@ class _Verdicts:
     def of(self, answer: str, gold: str) -> bool:
         """Compare in a worker, once."""
         with self._lock:
-            verdict = self._known.get((answer, gold))
-            is_new = verdict is None
-            if verdict is None:
+            outcome = self._known.get((answer, gold))
+            is_new = outcome is None
+            if outcome is None:
                 if len(self._known) >= self._most:
                     del self._known[next(iter(self._known))]
-                verdict = self._known[answer, gold] = Future()
+                outcome = self._known[answer, gold] = Future()
         if is_new:
             try:
-                verdict.set_result(compare_symbolically(answer, gold))
+                outcome.set_result(compare_symbolically(answer, gold))
             except BaseException as error:
                 with self._lock:
                     self._known.pop((answer, gold), None)
-                verdict.set_exception(error)
-        return verdict.result()
+                outcome.set_exception(error)
+        return outcome.result()
 
 
-_verdicts = _Verdicts()
+_comparisons = _Comparisons()
 
 
 def grade(response_text: str, gold: str, equal: "Callable[[str, str], bool] | None" = None) -> Grade:
@@ -444,4 +444,4 @@ def _guarded(answer: str, gold: str) -> bool:
     letters, gold_letters = ({letter for letter in _LETTERS.findall(text) if letter} for text in (answer, gold))
     if letters != gold_letters or _NUMBER_AFTER_FACTOR.search(answer) or is_words(answer) or is_words(gold):
         return False
-    return _verdicts.of(answer, gold)
+    return _comparisons.of(answer, gold)

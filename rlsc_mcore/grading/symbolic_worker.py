@@ -1,9 +1,9 @@
 """The process that does the algebra: it reads pairs of expressions and answers one byte for each.
 
 A program of its own (see symbolic.py for its client); it imports nothing of this package, and of the others only where it runs.
-The verdicts are math-verify's. Three things make them cheaper without changing one: a parser that predicts without context
-first, a memory of what was parsed, and numbers that show two expressions to be different before simplification fails to show
-them equal. `benchmarks/bench_grading.py` compares verdicts and cost with math-verify as it comes.
+The result is math-verify's, with two guards: letters keep their case, and expressions whose values differ clearly are
+different, however small both are. Three things make it cheaper: a parser that predicts without context first, a cache of
+parsed expressions, and the comparison of values before `simplify`.
 """
 
 import cmath
@@ -35,6 +35,7 @@ def load_comparison() -> Callable[[str, str], bool]:
     logging.disable(logging.CRITICAL)
     _parse_in_two_stages()
     _look_for_a_difference_first()
+    _keep_letter_case()
 
     @functools.lru_cache(maxsize=_MOST_PARSED)
     def parsed(text: str) -> Any:
@@ -77,15 +78,32 @@ def _parse_in_two_stages() -> None:
 
 
 def _look_for_a_difference_first() -> None:
-    """Ask `simplify(a - b) == 0` only where the two do not differ clearly at one point."""
+    """Ask math-verify only where the two do not differ clearly at one point."""
     from math_verify import grader
 
     are_symbolically_equal = grader.sympy_symbolic_eq
 
+    are_numerically_equal = grader.sympy_numeric_eq
+
     def are_equal(a: Any, b: Any) -> bool:
         return not differ_clearly(a, b) and bool(are_symbolically_equal(a, b))
 
+    def are_equal_numbers(a: Any, b: Any, *precision: Any) -> bool:
+        # math-verify rounds to 6 decimals, so that small numbers are all equal to it
+        return not differ_clearly(a, b) and bool(are_numerically_equal(a, b, *precision))
+
     grader.sympy_symbolic_eq = are_equal
+    grader.sympy_numeric_eq = are_equal_numbers
+
+
+def _keep_letter_case() -> None:
+    """Parse R and r as different symbols; math-verify has no option that reaches this default of its parser."""
+    from latex2sympy2_extended.latex2sympy2 import ConversionConfig, _Latex2Sympy, latex2sympy
+
+    for function in (latex2sympy, _Latex2Sympy.__init__):
+        for default in function.__defaults__ or ():
+            if isinstance(default, ConversionConfig):
+                object.__setattr__(default, "lowercase_symbols", False)
 
 
 def differ_clearly(a: Any, b: Any) -> bool:
@@ -101,10 +119,11 @@ def differ_clearly(a: Any, b: Any) -> bool:
     try:
         names = sorted(a.free_symbols | b.free_symbols, key=str)
         point = {name: sympy.Rational(1009 + 211 * place, 997) for place, name in enumerate(names)}
-        left, right = (complex(side.subs(point).evalf(30)) for side in (a, b))
+        # strict: digits lost to cancellation raise, so that a small value is not the rounding error of zero
+        left, right = (complex(side.subs(point).evalf(30, strict=True)) for side in (a, b))
     except Exception:
         return False
-    size = max(1.0, abs(left), abs(right))
+    size = max(abs(left), abs(right))
     return cmath.isfinite(left) and cmath.isfinite(right) and abs(left - right) > _CLEAR_DIFFERENCE * size
 
 

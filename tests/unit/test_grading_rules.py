@@ -199,3 +199,110 @@ def test_equal_spellings(kind: str, gold: str, answer: str) -> None:
 @pytest.mark.parametrize(("kind", "gold", "answer"), WRONG)
 def test_different_answers(kind: str, gold: str, answer: str) -> None:
     assert not is_correct(answer, gold)
+
+
+RESPONSES = [
+    # (response, gold, extracted, strict, lenient)
+    (r"$\boxed{(2, 2)}$ and $\boxed{(6, 2)}$", "(2, 2), (6, 2)", "(2, 2), (6, 2)", True, True),
+    (r"So $x = \boxed{3}$ or $x = \boxed{-1}$.", r"\{-1, 3\}", "3, -1", True, True),
+    (r"First $\boxed{3}$. Then, after more work, $\boxed{-1}$.", "3, -1", "-1", False, False),
+    (r"$\boxed{3}$ and $\boxed{4}$", "4", "4", True, True),
+    (r"$\boxed{3}$ and $\boxed{4}$", "3, 5", "4", False, False),
+    (r"= \boxed \frac12", r"\frac12", r"\frac12", True, True),
+    (r"$\boxed x+1$", "x+1", "x+1", True, True),
+    (r"so $\boxed 42$.", "42", "42", True, True),
+    (r"$$\boxed \frac{1}{2}$$", "1/2", r"\frac{1}{2}", True, True),
+    (r"\boxed \sqrt{2}.", r"\sqrt2", r"\sqrt{2}", True, True),
+    (r"\boxed is what I was asked for, 42", "42", "42", False, True),
+    (r"Therefore, the answer is $\frac{1}{2}$.", "0.5", r"\frac{1}{2}", False, True),
+    ("The final answer is: 12,345 dollars.", "12345", "12,345 dollars", False, True),
+    ("Thus the answer is 4.5 x 10^33 erg/s.", "4.5e33", "4.5 x 10^33 erg/s", False, True),
+    ("The answer is 5. Let me check 3 more times.", "5", "5", False, True),
+    ("**The answer is 7**", "7", "7", False, True),
+    ("So it is 10 000", "10000", "10 000", False, True),
+    (r"\boxed{5}, so the answer is 7", "7", "5", False, False),
+]
+
+
+@pytest.mark.parametrize(("response", "gold", "extracted", "strict", "lenient"), RESPONSES)
+def test_what_counts_as_the_answer(response: str, gold: str, extracted: str, strict: bool, lenient: bool) -> None:
+    result = grade(response, gold)
+    assert (result.extracted, result.strict, result.lenient) == (extracted, strict, lenient)
+
+
+def spellings(value: Fraction) -> list[str]:
+    """Spell a rational number whose denominator has no prime factors but 2 and 5."""
+    digits = 0
+    while (value * 10**digits).denominator != 1:
+        digits += 1
+    scaled = int(value * 10**digits)
+    sign, size = ("-" if scaled < 0 else ""), str(abs(scaled)).rjust(digits + 1, "0")
+    decimal = sign + (size[: len(size) - digits] + "." + size[len(size) - digits :] if digits else size)
+    whole, _, rest = decimal.partition(".")
+    grouped = f"{int(whole.lstrip('-')):,}" + ("." + rest if rest else "")
+    tops = (value.numerator, value.denominator)
+    return [
+        decimal,
+        sign + grouped,
+        sign + grouped.replace(",", "{,}"),
+        sign + grouped.replace(",", r"\,"),
+        sign + grouped.replace(",", r",\!"),
+        decimal + ("0" if rest else ".0"),
+        f"{tops[0]}/{tops[1]}",
+        rf"\frac{{{tops[0]}}}{{{tops[1]}}}",
+        rf"\dfrac{{{3 * tops[0]}}}{{{3 * tops[1]}}}",
+        rf"{sign}\frac{{{abs(tops[0])}}}{{{tops[1]}}}",
+        rf"{scaled}\times 10^{{{-digits}}}",
+        rf"{scaled} \cdot 10^{{{-digits}}}\text{{ kg}}",
+        f"{scaled}e{-digits}",
+        rf"{value * 100}\%" if (value * 100).denominator == 1 else rf"\frac{{{tops[0]}}}{{{tops[1]}}}",
+        rf"\text{{{decimal}}}",
+        rf"$x = {decimal}$",
+        decimal + " m/s",
+    ]
+
+
+DECIMALS = st.builds(lambda digits, places: Fraction(digits, 10**places), st.integers(-(10**7), 10**7), st.integers(0, 5))
+
+
+@settings(deadline=None, max_examples=60)
+@given(DECIMALS, DECIMALS)
+def test_numbers_are_equal_in_every_notation_and_to_no_other_number(value: Fraction, other: Fraction) -> None:
+    golds = [spellings(value)[index] for index in (0, 7, 10)]
+    for gold in golds:
+        for spelling in spellings(value):
+            assert is_correct(spelling, gold), (spelling, gold)
+        if other not in (value, 100 * value, value / 100):
+            for spelling in spellings(other):
+                assert not is_correct(spelling, gold), (spelling, gold)
+
+
+@given(st.integers(0, 999), st.integers(0, 3), st.integers(1, 6), st.data())
+def test_repeating_decimals(whole: int, fixed_length: int, block_length: int, data: st.DataObject) -> None:
+    fixed = data.draw(st.text("0123456789", min_size=fixed_length, max_size=fixed_length))
+    block = data.draw(st.text("0123456789", min_size=block_length, max_size=block_length))
+    shown = read_number(f"{whole}.{fixed}\\overline{{{block}}}")
+    # Long division, digit by digit, must give the digits back.
+    assert shown is not None
+    rest, digits = shown - int(shown), ""
+    if set(block) != {"9"}:  # 0.999... is 1
+        assert int(shown) == whole
+        for _ in range(fixed_length + 3 * block_length):
+            rest *= 10
+            digits += str(int(rest))
+            rest -= int(rest)
+        assert digits == fixed + 3 * block
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.lists(st.tuples(st.integers(-9, 9).filter(bool), st.sampled_from(["x", "y^2", "x y", r"\sqrt{2}", r"\pi", "R_1", "r_1", "e^{x}"])), min_size=2, max_size=5, unique_by=lambda term: term[1]), st.randoms())  # fmt: skip
+def test_sums_are_equal_in_every_order_and_different_with_another_coefficient(terms: list[tuple[int, str]], stream: object) -> None:
+    def text(row: list[tuple[int, str]]) -> str:
+        return " + ".join(f"{coefficient}{factor}" for coefficient, factor in row).replace("+ -", "- ")
+
+    gold = text(terms)
+    assert is_correct(text(terms[::-1]), gold)
+    assert is_correct(rf"\frac{{{text([(3 * coefficient, factor) for coefficient, factor in terms])}}}{{3}}", gold)
+    for position, (coefficient, factor) in enumerate(terms):
+        changed = [*terms[:position], (coefficient + 1, factor), *terms[position + 1 :]]
+        assert not is_correct(text([term for term in changed if term[0]]), gold)

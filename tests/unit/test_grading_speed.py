@@ -1,4 +1,4 @@
-"""Grading many answers: the fast path's verdicts are math-verify's own, and nothing is compared twice."""
+"""Grading many answers: the fast path's comparisons are math-verify's own, and nothing is compared twice."""
 
 import itertools
 import multiprocessing
@@ -105,9 +105,9 @@ def test_a_pair_is_compared_once_whoever_asks(monkeypatch: pytest.MonkeyPatch) -
         return True
 
     monkeypatch.setattr(grading, "compare_symbolically", compare)
-    verdicts = grading._Verdicts(most=2)
+    comparisons = grading._Comparisons(most=2)
     found: list[bool] = []
-    threads = [threading.Thread(target=lambda: found.append(verdicts.of("a+b", "b+a"))) for _ in range(4)]
+    threads = [threading.Thread(target=lambda: found.append(comparisons.of("a+b", "b+a"))) for _ in range(4)]
     for thread in threads:
         thread.start()
     assert begun.wait(30)
@@ -116,7 +116,7 @@ def test_a_pair_is_compared_once_whoever_asks(monkeypatch: pytest.MonkeyPatch) -
         thread.join()
     assert found == [True] * 4 and calls == [("a+b", "b+a")]
     for answer in ("c", "d", "a+b"):  # the oldest of more than two is forgotten
-        verdicts.of(answer, "b+a")
+        comparisons.of(answer, "b+a")
     assert [answer for answer, _ in calls] == ["a+b", "c", "d", "a+b"]
 
 
@@ -125,16 +125,16 @@ def test_a_comparison_that_cannot_run_is_an_error_each_time(monkeypatch: pytest.
         raise RuntimeError("no worker")
 
     monkeypatch.setattr(grading, "compare_symbolically", fail)
-    verdicts = grading._Verdicts()
+    comparisons = grading._Comparisons()
     for _ in range(2):
         with pytest.raises(RuntimeError, match="no worker"):
-            verdicts.of("a", "b")
+            comparisons.of("a", "b")
     monkeypatch.setattr(grading, "compare_symbolically", lambda answer, gold: True)
-    assert verdicts.of("a", "b")
+    assert comparisons.of("a", "b")
 
 
 def test_a_forked_child_does_not_wait_for_its_parents_threads(monkeypatch: pytest.MonkeyPatch) -> None:
-    verdicts = grading._Verdicts()
+    comparisons = grading._Comparisons()
     begun, go_on = threading.Event(), threading.Event()
 
     def compare(answer: str, gold: str) -> bool:
@@ -142,7 +142,7 @@ def test_a_forked_child_does_not_wait_for_its_parents_threads(monkeypatch: pytes
         return go_on.wait(60)
 
     monkeypatch.setattr(grading, "compare_symbolically", compare)
-    thread = threading.Thread(target=verdicts.of, args=("a", "b"))
+    thread = threading.Thread(target=comparisons.of, args=("a", "b"))
     thread.start()
     assert begun.wait(30)
     context = multiprocessing.get_context("fork")
@@ -150,9 +150,9 @@ def test_a_forked_child_does_not_wait_for_its_parents_threads(monkeypatch: pytes
 
     def grade_in_child() -> None:
         grading.compare_symbolically = lambda answer, gold: True
-        results.put(verdicts.of("a", "b"))
+        results.put(comparisons.of("a", "b"))
 
-    with verdicts._lock:  # as another thread may hold it at that moment
+    with comparisons._lock:  # as another thread may hold it at that moment
         child = context.Process(target=grade_in_child)
         child.start()
     child.join(60)
