@@ -149,6 +149,9 @@ class AlgorithmConfig:
     """Mean or sum over the samples of a step (not stated in the paper). AdamW is nearly invariant to it, clipping is not."""
     train_end_token: bool = True
     """Count the end-of-text token as part of the answer: the policy is trained to stop where its samples stopped."""
+    rewards: Literal["boxed", "any"] = "boxed"
+    """Which answer `ttrl` and `rlvr` compare: `boxed` the last box, so that they teach the box too; `any` the box, else what
+    "the answer is" states, else the last number (as TTRL's own code does)."""
     train_truncated: bool = True
     """Train on answers cut at `max_new_tokens` too. They are counted as truncated either way."""
 
@@ -292,8 +295,17 @@ class EvaluationConfig:
     """Temperatures sampled at, beside one greedy answer."""
     max_questions: int | None = None
     """Use only the first so many questions."""
+    grader: Literal["boxed", "lenient", "qwen"] = "boxed"
+    """What counts as right: `boxed` the last box; `lenient` also a stated answer or the last number where nothing is boxed;
+    `qwen` what the evaluation script of Qwen2.5-Math accepts (relative 1e-4, percentages, last number)."""
+    top_p: float = 1.0
+    """Sample from the most probable tokens whose probabilities sum to this; 1 samples from all."""
+    stop: tuple[str, ...] = ()
+    """Strings that end an answer, beside the end tokens; the answer is graded without them."""
 
     def __post_init__(self) -> None:
+        _check(0 < self.top_p <= 1, "evaluation.top_p", "more than 0 and at most 1", self.top_p)
+        _check(all(self.stop), "evaluation.stop", "strings that are not empty", self.stop)
         _check(self.num_samples >= 1, "evaluation.num_samples", "at least 1", self.num_samples)
         _check(all(0 < t < math.inf for t in self.temperatures), "evaluation.temperatures", "each more than 0", self.temperatures)
         _check(self.max_questions is None or self.max_questions >= 1, "evaluation.max_questions", "at least 1", self.max_questions)

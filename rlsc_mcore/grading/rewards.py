@@ -1,27 +1,31 @@
 """Rewards of sampled answers: agreement with the question's majority (TTRL) or with its label (RLVR).
 
-The answer is what the last box holds, as in both methods' own setups: a sample that boxes nothing casts no vote and earns
-nothing.
+`boxed` reads the last box alone: a sample that boxes nothing casts no vote and earns nothing, so training teaches the box.
+`any` reads what TTRL's own code does: the box, else the stated answer, else the last number.
 """
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from rlsc_mcore.config import ConfigError
-from rlsc_mcore.grading.answers import answer_key, extract_boxed, is_correct
+from rlsc_mcore.grading.answers import answer_key, is_correct
+from rlsc_mcore.grading.choices import extract_choice, find_choice
+from rlsc_mcore.grading.extraction import extract_boxed, extract_last_number, extract_stated
+from rlsc_mcore.grading.formats import grade_answer
 from rlsc_mcore.grading.symbolic import NUM_WORKERS
 from rlsc_mcore.objectives import OBJECTIVES
 from rlsc_mcore.types import Question, Rollout
 
-Reward = Callable[[Sequence[str], Question], list[float]]  # the responses to one question -> a reward for each
+Reward = Callable[[Sequence[str], Question, str], list[float]]  # responses to one question, `algorithm.rewards` -> a reward for each
 
 
-def majority_rewards(responses: Sequence[str], question: Question | None = None) -> list[float]:
-    """Return 1 for each response to one question whose boxed answer is the most frequent one, else 0.
+def majority_rewards(responses: Sequence[str], question: Question | None = None, answers: str = "boxed") -> list[float]:
+    """Return 1 for each response to one question whose answer is the most frequent one, else 0.
 
-    Answers agree when they are equal as `is_correct` has it. Of equally frequent ones the first sampled wins.
+    Answers agree when they are equal as `is_correct` has it, letters of a multiple choice question as `extract_choice` reads
+    them. Of equally frequent ones the first sampled wins. `answers` is `boxed` or `any`.
     """
-    classes = answer_classes([extract_boxed(response) for response in responses])
+    classes = answer_classes([_final_answer(response, question, answers) for response in responses])
     counts = [classes.count(label) if label >= 0 else 0 for label in range(len(responses))]
     if not any(counts):
         return [0.0] * len(responses)
@@ -29,10 +33,20 @@ def majority_rewards(responses: Sequence[str], question: Question | None = None)
     return [float(label == majority) for label in classes]
 
 
-def label_rewards(responses: Sequence[str], question: Question) -> list[float]:
-    """Return 1 for each response whose boxed answer is the question's `answer`, else 0."""
-    boxed = [extract_boxed(response) for response in responses]
-    return [float(answer is not None and is_correct(answer, question.answer or "")) for answer in boxed]
+def label_rewards(responses: Sequence[str], question: Question, answers: str = "boxed") -> list[float]:
+    """Return 1 for each response whose answer is the question's `answer` by its own format, as evaluation grades it, else 0."""
+    grader = "boxed" if answers == "boxed" else "lenient"
+    return [float(grade_answer(response, question, grader).strict) for response in responses]
+
+
+def _final_answer(response: str, question: Question | None, answers: str) -> str | None:
+    boxed = extract_boxed(response)
+    is_choice = question is not None and question.answer_format == "choice"
+    if boxed is not None:
+        return extract_choice(boxed) if is_choice else boxed
+    if answers == "boxed":
+        return None
+    return find_choice(response) if is_choice else extract_stated(response) or extract_last_number(response)
 
 
 def answer_classes(answers: Sequence[str | None], agree: Callable[[str, str], bool] = is_correct) -> list[int]:
@@ -57,7 +71,9 @@ def answer_classes(answers: Sequence[str | None], agree: Callable[[str, str], bo
     return found
 
 
-def advantages(objective: str, rollouts: Sequence[Rollout], questions: Sequence[Question]) -> list[float] | None:
+def advantages(
+    objective: str, rollouts: Sequence[Rollout], questions: Sequence[Question], answers: str = "boxed"
+) -> list[float] | None:
     """Return each rollout's reward minus its question's mean; None where the objective has no reward.
 
     All samples of a question must be among `rollouts`; `questions[i].index` is i.
@@ -70,7 +86,7 @@ def advantages(objective: str, rollouts: Sequence[Rollout], questions: Sequence[
         groups.setdefault(rollout.question_index, []).append(position)
 
     def graded(index: int) -> list[float]:
-        return reward_of([rollouts[position].text for position in groups[index]], questions[index])
+        return reward_of([rollouts[position].text for position in groups[index]], questions[index], answers)
 
     rewards = [0.0] * len(rollouts)
     with ThreadPoolExecutor(NUM_WORKERS) as threads:

@@ -133,6 +133,11 @@ def is_name(text: str) -> bool:
     """Say whether a text names one quantity, as the left side of `x = 5`, `f(x) = 2x` or `AB = 3` does."""
     if re.fullmatch(r"\\text\{[^{}]*\}|[A-Za-z]{3,}(?: [A-Za-z]+)*|\([A-Za-z](?:, ?[A-Za-z])+\)", text):
         return True
+    parts = text.split(":")
+    if len(parts) > 1:
+        return all(is_name(part.strip()) for part in parts)
+    if re.fullmatch(r"\\frac\{[A-Z]{2}\}\{[A-Z]{2}\}|[A-Z]{2} ?/ ?[A-Z]{2}", text):
+        return True
     return _ONE_NAME.fullmatch(text) is not None and not _KNOWN_FUNCTION.match(text)
 
 
@@ -168,7 +173,7 @@ def same_real_set(first: list[Interval], second: list[Interval], same: Callable[
 
 
 def _plain_conjunctions(text: str) -> str:
-    return re.sub(r"(?<![A-Za-z\\{])(?:and|or)(?![A-Za-z}])", lambda match: f"\\text{{{match[0]}}}", text) if " " in text else text
+    return re.sub(r"(?<![A-Za-z\\{])(?:and|or)(?![A-Za-z}])", lambda match: f"\\text{{{match[0]}}}", text)
 
 
 def _balanced(text: str) -> bool:

@@ -161,7 +161,7 @@ class Session:
                 train_end_token=algorithm.train_end_token,
                 train_truncated=algorithm.train_truncated,
                 stop_token_ids=frozenset(self.inputs.stop_token_ids),
-                advantages=advantages(algorithm.objective, rollouts, self.inputs.questions),
+                advantages=advantages(algorithm.objective, rollouts, self.inputs.questions, algorithm.rewards),
             )
             self.exchange = redistribute_sequences(sequences, self.inputs.architecture.cost_model(), self.groups)
             batches = pack(self.exchange.sequences, self.config.training.tokens_per_micro_batch, multiple_of=self.trainer.token_multiple)

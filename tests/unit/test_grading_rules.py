@@ -174,7 +174,9 @@ CASES: dict[str, dict[str, tuple[list[str], list[str]]]] = {
         r"\left\lfloor\log _{2} n\right\rfloor+1": ([r"1+\lfloor\log_2 n\rfloor"], [r"\lceil\log_2 n\rceil+1", r"\lfloor\log_2 n\rfloor"]),
         "np.arcsin(10/13)": ([r"\arcsin(10/13)", r"\sin^{-1}\left(\frac{10}{13}\right)", r"\arcsin\frac{10}{13}"], [r"\arccos(10/13)"]),
         r"\frac{1}{2a}(\exp{a*t} - \exp{-a*t})": ([r"\frac{e^{at}-e^{-at}}{2a}", r"\frac{\sinh(at)}{a}"], [r"\frac{e^{at}+e^{-at}}{2a}"]),
-        "3:4": (["3 : 4", r"3\colon4"], ["4:3", "34"]),
+        "3:4": (["3 : 4", r"3\colon4", "a:b=3:4"], ["4:3", "34"]),
+        r"\frac{1}{\sqrt{6}}": ([r"\frac{NO}{BO}=\frac{1}{\sqrt{6}}", "1/√6", r"\frac{\sqrt6}{6}"], [r"\frac{x}{y}=\frac{1}{\sqrt6}", r"\frac16"]),
+        "(11,7), (7,11)": (["(11,7)or(7,11)", r"(7,11)\text{ and }(11,7)"], ["(11,7)"]),
         r"\sqrt{x^2}": (["|x|"], ["x"]),
     },
 }  # fmt: skip
