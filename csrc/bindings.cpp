@@ -4,7 +4,7 @@
 namespace {
 
 // Raised with every change of a schema or of what an op computes; native.py refuses a library of another version.
-constexpr int64_t kVersion = 1;
+constexpr int64_t kVersion = 2;
 
 int64_t version() { return kVersion; }
 

@@ -71,19 +71,19 @@ INLINE uint16_t float_to_bfloat16(float value) {
 
 }  // namespace
 
-PER_CPU void load(const float* x, float scale, float* out, int n) {
+PER_CPU void load(const float* x, float* out, int n) {
 #pragma omp simd
-  for (int i = 0; i < n; ++i) out[i] = x[i] * scale;
+  for (int i = 0; i < n; ++i) out[i] = x[i];
 }
 
-PER_CPU void load(const BFloat16* x, float scale, float* out, int n) {
+PER_CPU void load(const BFloat16* x, float* out, int n) {
 #pragma omp simd
-  for (int i = 0; i < n; ++i) out[i] = as_float(uint32_t(x[i].bits) << 16) * scale;
+  for (int i = 0; i < n; ++i) out[i] = as_float(uint32_t(x[i].bits) << 16);
 }
 
-PER_CPU void load(const Float16* x, float scale, float* out, int n) {
+PER_CPU void load(const Float16* x, float* out, int n) {
 #pragma omp simd
-  for (int i = 0; i < n; ++i) out[i] = half_to_float(x[i].bits) * scale;
+  for (int i = 0; i < n; ++i) out[i] = half_to_float(x[i].bits);
 }
 
 PER_CPU void store(const float* x, float scale, float* out, int n) {
@@ -108,41 +108,42 @@ PER_CPU float largest(const float* x, int n) {
   return result;
 }
 
-PER_CPU float exp_sum(const float* x, float shift, int n) {
+PER_CPU float exp_sum(const float* x, float shift, float scale, int n) {
   float sum = 0.0f;
 #pragma omp simd reduction(+ : sum)
-  for (int i = 0; i < n; ++i) sum += exp_negative(x[i] - shift);
+  for (int i = 0; i < n; ++i) sum += exp_negative((x[i] - shift) * scale);
   return sum;
 }
 
-PER_CPU float exp_store(const float* x, float shift, float* out, int n) {
+PER_CPU float exp_store(const float* x, float shift, float scale, float* out, int n) {
   float sum = 0.0f;
 #pragma omp simd reduction(+ : sum)
   for (int i = 0; i < n; ++i) {
-    const float e = exp_negative(x[i] - shift);
+    const float e = exp_negative((x[i] - shift) * scale);
     out[i] = e;
     sum += e;
   }
   return sum;
 }
 
-PER_CPU ExpMoments exp_moments(const float* x, float shift, int n) {
+PER_CPU ExpMoments exp_moments(const float* x, float shift, float scale, int n) {
   float sum = 0.0f, weighted = 0.0f;
 #pragma omp simd reduction(+ : sum, weighted)
   for (int i = 0; i < n; ++i) {
-    const float d = x[i] - shift, e = exp_negative(d);
+    const float d = (x[i] - shift) * scale, e = exp_negative(d);
     sum += e;
     weighted += e * (d < -87.0f ? 0.0f : d);  // 0 * -inf
   }
   return {sum, weighted};
 }
 
-PER_CPU void rest_gradient(const float* x, float rest_lse, float scale, float entropy_scale, float rest_entropy, float* out, int n) {
+PER_CPU void rest_gradient(const float* x, const RestGradient& row, float* out, int n) {
+  const RestGradient r = row;
 #pragma omp simd
   for (int i = 0; i < n; ++i) {
-    const float d = x[i] - rest_lse, log_q = d > 0.0f ? 0.0f : d;  // the excluded target may lie above rest_lse
+    const float d = (x[i] - r.shift) * r.scale - r.log_sum, log_q = d > 0.0f ? 0.0f : d;  // the excluded target may lie above
     const float finite = log_q < -87.0f ? 0.0f : log_q;
-    out[i] = exp_negative(log_q) * (scale - entropy_scale * (finite + rest_entropy));
+    out[i] = exp_negative(log_q) * (r.weight - r.entropy_weight * (finite + r.rest_entropy));
   }
 }
 

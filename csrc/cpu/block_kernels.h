@@ -16,31 +16,36 @@ struct Float16 {
   uint16_t bits;
 };
 
-// out = x * scale
-void load(const float* x, float scale, float* out, int n);
-void load(const BFloat16* x, float scale, float* out, int n);
-void load(const Float16* x, float scale, float* out, int n);
+// out = x
+void load(const float* x, float* out, int n);
+void load(const BFloat16* x, float* out, int n);
+void load(const Float16* x, float* out, int n);
 
 // out = x * scale, rounded to nearest even
 void store(const float* x, float scale, float* out, int n);
 void store(const float* x, float scale, BFloat16* out, int n);
 void store(const float* x, float scale, Float16* out, int n);
 
-float largest(const float* x, int n);  // -inf for n = 0
+float largest(const float* x, int n);  // NaN is passed over; -inf for n = 0
 
-// sum of exp(x - shift); x <= shift
-float exp_sum(const float* x, float shift, int n);
+// Below, d = (x - shift) * scale with x <= shift. NaN stays NaN.
 
-// out = exp(x - shift) and their sum; x <= shift; out may be x
-float exp_store(const float* x, float shift, float* out, int n);
+// sum of exp(d)
+float exp_sum(const float* x, float shift, float scale, int n);
+
+// out = exp(d) and their sum; out may be x
+float exp_store(const float* x, float shift, float scale, float* out, int n);
 
 struct ExpMoments {
-  float sum;       // sum exp(d), d = x - shift
+  float sum;       // sum exp(d)
   float weighted;  // sum exp(d) * d
 };
-ExpMoments exp_moments(const float* x, float shift, int n);
+ExpMoments exp_moments(const float* x, float shift, float scale, int n);
 
-// out = q * (scale - entropy_scale * (log q + rest_entropy)), q = exp(x - rest_lse)
-void rest_gradient(const float* x, float rest_lse, float scale, float entropy_scale, float rest_entropy, float* out, int n);
+// out = q * (weight - entropy_weight * (log q + rest_entropy)), log q = d - log_sum; out may be x
+struct RestGradient {
+  float shift, scale, log_sum, weight, entropy_weight, rest_entropy;
+};
+void rest_gradient(const float* x, const RestGradient& row, float* out, int n);
 
 }  // namespace rlsc::cpu

@@ -13,20 +13,20 @@ namespace rlsc::cpu {
 namespace {
 
 struct Stats {
-  float rest_lse = kNegInf, target = 0.0f, rest_entropy = 0.0f;
+  float top = kNegInf, log_sum = kNegInf, target = 0.0f, rest_entropy = 0.0f;
 };
 
-// Fills the block [begin, begin + n) of a row, tempered, the target left out (-inf).
+// Fills the block [begin, begin + n) of a row, the target left out (-inf).
 template <typename T>
-void load_rest(const T* row, int64_t begin, int n, float scale, int64_t target, float* out) {
-  load(row + begin, scale, out, n);
+void load_rest(const T* row, int64_t begin, int n, int64_t target, float* out) {
+  load(row + begin, out, n);
   if (target >= begin && target < begin + n) out[target - begin] = kNegInf;
 }
 
 template <typename T>
-float element(const T* row, int64_t column, float scale) {
+float element(const T* row, int64_t column) {
   float value;
-  load(row + column, scale, &value, 1);
+  load(row + column, &value, 1);
   return value;
 }
 
@@ -38,70 +38,69 @@ struct Target {
       : ignored(id < 0), column(id >= rows.vocab_start && id - rows.vocab_start < rows.num_columns ? id - rows.vocab_start : -1) {}
 };
 
+// A block without a finite logit is shifted by 0, so that NaN among its -inf is summed and not passed over.
+float finite_shift(float top) { return top == kNegInf ? 0.0f : top; }
+
 template <typename T>
 Stats reduce_row(const T* row, Target target, const RowArguments& rows, bool with_entropy) {
   float block[kBlock];
-  float shift = kNegInf;
+  float top = kNegInf;
   double sum = 0.0, weighted = 0.0;
   for (int64_t begin = 0; begin < rows.num_columns; begin += kBlock) {
     const int n = int(std::min<int64_t>(kBlock, rows.num_columns - begin));
-    load_rest(row, begin, n, rows.inv_temperature, target.column, block);
-    const float top = largest(block, n);
-    if (top > shift) {
-      const double drop = shift == kNegInf ? 0.0 : double(shift) - double(top);
+    load_rest(row, begin, n, target.column, block);
+    const float block_top = largest(block, n);
+    if (block_top > top) {
+      const double drop = top == kNegInf ? 0.0 : (double(top) - double(block_top)) * rows.inv_temperature;
       weighted = std::exp(drop) * (weighted + drop * sum);
       sum *= std::exp(drop);
-      shift = top;
+      top = block_top;
     }
-    if (shift == kNegInf) continue;
     if (with_entropy) {
-      const ExpMoments moments = exp_moments(block, shift, n);
+      const ExpMoments moments = exp_moments(block, finite_shift(top), rows.inv_temperature, n);
       sum += moments.sum;
       weighted += moments.weighted;
     } else {
-      sum += exp_sum(block, shift, n);
+      sum += exp_sum(block, finite_shift(top), rows.inv_temperature, n);
     }
   }
   Stats stats;
-  if (shift > kNegInf) {
-    stats.rest_lse = float(double(shift) + std::log(sum));
-    stats.rest_entropy = float(std::log(sum) - weighted / sum);
-  }
-  stats.target = target.column < 0 ? kNegInf : element(row, target.column, rows.inv_temperature);
+  stats.top = top;
+  stats.log_sum = float(std::log(sum));
+  if (sum != 0.0) stats.rest_entropy = float(std::log(sum) - weighted / sum);
+  stats.target = target.column < 0 ? kNegInf : element(row, target.column);
   return stats;
 }
 
-// Reads a row once: exp(x - its block's largest) stays in `exps` (the row itself in float32), then is scaled in place.
-// `finish(stats)` returns the factor of the rest's softmax and the value at the target.
+// Reads a row once: exp((x - its block's largest) / temperature) stays in `exps` (the row itself in float32), then is scaled in
+// place. `finish(stats)` returns the factor of the rest's softmax and the value at the target.
 template <typename T, typename Finish>
 void overwrite_row(T* row, Target target, const RowArguments& rows, std::vector<float>& scratch, const Finish& finish) {
   float block[kBlock];
   const int64_t num_blocks = (rows.num_columns + kBlock - 1) / kBlock;
   scratch.resize(rows.num_columns + 2 * num_blocks);
   float *exps = scratch.data(), *tops = exps + rows.num_columns, *sums = tops + num_blocks;
-  float shift = kNegInf;
-  const Stats at_target{kNegInf, target.column < 0 ? kNegInf : element(row, target.column, rows.inv_temperature)};
+  Stats stats;
+  stats.target = target.column < 0 ? kNegInf : element(row, target.column);
   for (int64_t b = 0; b < num_blocks; ++b) {
     const int64_t begin = b * kBlock;
     const int n = int(std::min<int64_t>(kBlock, rows.num_columns - begin));
-    load_rest(row, begin, n, rows.inv_temperature, target.column, block);
+    load_rest(row, begin, n, target.column, block);
     tops[b] = largest(block, n);
-    sums[b] = tops[b] == kNegInf ? 0.0f : exp_store(block, tops[b], exps + begin, n);
-    shift = std::max(shift, tops[b]);
+    sums[b] = exp_store(block, finite_shift(tops[b]), rows.inv_temperature, exps + begin, n);
+    stats.top = std::max(stats.top, tops[b]);
   }
+  const auto factor = [&](int64_t b) {
+    return tops[b] == kNegInf ? 1.0 : std::exp((double(tops[b]) - double(stats.top)) * rows.inv_temperature);
+  };
   double sum = 0.0;
-  for (int64_t b = 0; b < num_blocks; ++b) {
-    if (tops[b] > kNegInf) sum += double(sums[b]) * std::exp(double(tops[b]) - double(shift));
-  }
-  Stats stats = at_target;
-  if (shift > kNegInf) stats.rest_lse = float(double(shift) + std::log(sum));
+  for (int64_t b = 0; b < num_blocks; ++b) sum += double(sums[b]) * factor(b);
+  stats.log_sum = float(std::log(sum));
   const auto [rest_scale, target_value] = finish(stats);
   for (int64_t b = 0; b < num_blocks; ++b) {
     const int64_t begin = b * kBlock;
     const int n = int(std::min<int64_t>(kBlock, rows.num_columns - begin));
-    const float scale = tops[b] == kNegInf ? 0.0f : float(rest_scale * std::exp(double(tops[b]) - double(shift)) / sum);
-    if (tops[b] == kNegInf) std::fill_n(exps + begin, n, 0.0f);
-    store(exps + begin, scale, row + begin, n);
+    store(exps + begin, float(rest_scale * (sum == 0.0 ? 0.0 : factor(b) / sum)), row + begin, n);
   }
   if (target.column >= 0) store(&target_value, 1.0f, row + target.column, 1);
   std::fill(row + rows.num_columns, row + rows.row_columns, T{});
@@ -123,11 +122,13 @@ void stats_rows(const RowArguments& rows, float* stats, int num_stats) {
   over_rows(rows, [&](int64_t begin, int64_t end) {
     for (int64_t r = begin; r < end; ++r) {
       const Target target(rows.targets[r], rows);
-      const Stats s = target.ignored ? Stats{} : reduce_row(rows.row<T>(r), target, rows, num_stats == 3);
+      const bool with_entropy = num_stats > kNumStats;
+      const Stats s = target.ignored ? Stats{} : reduce_row(rows.row<T>(r), target, rows, with_entropy);
       float* out = stats + r * num_stats;
-      out[0] = s.rest_lse;
-      out[1] = s.target;
-      if (num_stats == 3) out[2] = s.rest_entropy;
+      out[kTop] = s.top;
+      out[kLogSum] = s.log_sum;
+      out[kTarget] = s.target;
+      if (with_entropy) out[kRestEntropy] = s.rest_entropy;
     }
   });
 }
@@ -140,18 +141,26 @@ void dlogits_rows(const RowArguments& rows, const float* grad_stats, const float
       T* to = out + r * out_stride;
       const Target target(rows.targets[r], rows);
       const float *g = grad_stats + r * num_stats, *s = stats + r * num_stats;
-      const bool empty = target.ignored || s[0] == kNegInf;
+      const bool with_entropy = num_stats > kNumStats, empty = s[kLogSum] == kNegInf;
+      const RestGradient rest{
+          finite_shift(s[kTop]), rows.inv_temperature, s[kLogSum], g[kLogSum], with_entropy ? g[kRestEntropy] : 0.0f,
+          with_entropy ? s[kRestEntropy] : 0.0f};
       for (int64_t at = 0; at < rows.num_columns; at += kBlock) {
         const int n = int(std::min<int64_t>(kBlock, rows.num_columns - at));
-        if (empty) {
+        if (target.ignored) {
           std::fill_n(to + at, n, T{});
           continue;
         }
-        load(rows.row<T>(r) + at, rows.inv_temperature, block, n);
-        rest_gradient(block, s[0], g[0], num_stats == 3 ? g[2] : 0.0f, num_stats == 3 ? s[2] : 0.0f, block, n);
+        if (empty) {  // q is 0; a NaN gradient stays one
+          std::fill_n(block, n, g[kLogSum] * 0.0f);
+          store(block, 1.0f, to + at, n);
+          continue;
+        }
+        load(rows.row<T>(r) + at, block, n);
+        rest_gradient(block, rest, block, n);
         store(block, rows.inv_temperature, to + at, n);
       }
-      if (!target.ignored && target.column >= 0) store(g + 1, rows.inv_temperature, to + target.column, 1);
+      if (!target.ignored && target.column >= 0) store(g + kTarget, 1.0f, to + target.column, 1);
       std::fill(to + rows.num_columns, to + rows.row_columns, T{});
     }
   });
@@ -172,8 +181,10 @@ void rest_softmax_rows(const RowArguments& rows, float* stats) {
           return Finished{1.0, -1.0f};
         });
       }
-      stats[2 * r] = seen.rest_lse;
-      stats[2 * r + 1] = seen.target;
+      float* out = stats + r * kNumStats;
+      out[kTop] = seen.top;
+      out[kLogSum] = seen.log_sum;
+      out[kTarget] = seen.target;
     }
   });
 }
@@ -190,7 +201,9 @@ void weighted_rows(const RowArguments& rows, const float* weights, float* log_pr
         continue;
       }
       overwrite_row(rows.row<T>(r), target, rows, scratch, [&](const Stats& s) {
-        const double gap = double(s.rest_lse) - double(s.target), tail = std::exp(-std::abs(gap));
+        // A target of +inf has no probability: NaN, as in log_softmax.
+        const double target_logit = s.target == -kNegInf ? NAN : double(s.target);
+        const double gap = (double(s.top) - target_logit) * rows.inv_temperature + s.log_sum, tail = std::exp(-std::abs(gap));
         log_probs[r] = float(0.0 - (std::max(gap, 0.0) + std::log1p(tail)));
         const double slope = weights[r] * (gap >= 0.0 ? 1.0 : tail) / (1.0 + tail) * rows.inv_temperature;
         return Finished{-slope, float(slope)};
@@ -211,8 +224,9 @@ void with_element(const RowArguments& rows, const F& run) {
 
 void log_prob_stats(Tensor logits, Tensor targets, Tensor stats, double inv_temperature, int64_t vocab_start, int64_t num_columns) {
   const RowArguments rows(logits, targets, inv_temperature, vocab_start, num_columns);
-  float* out = check_floats(stats, "stats", rows.num_rows, stats.size(1));
-  with_element(rows, [&]<typename T>(T*) { stats_rows<T>(rows, out, int(stats.size(1))); });
+  const int num_stats = check_num_stats(stats);
+  float* out = check_floats(stats, "stats", rows.num_rows, num_stats, logits);
+  with_element(rows, [&]<typename T>(T*) { stats_rows<T>(rows, out, num_stats); });
 }
 
 void dlogits(
@@ -220,23 +234,30 @@ void dlogits(
     int64_t num_columns) {
   const RowArguments rows(logits, targets, inv_temperature, vocab_start, num_columns);
   const RowArguments to(out, targets, inv_temperature, vocab_start, num_columns);
-  const int num_stats = int(stats.size(1));
-  const float* g = check_floats(grad_stats, "grad_stats", rows.num_rows, num_stats);
-  const float* s = check_floats(stats, "stats", rows.num_rows, num_stats);
+  to.check_overwritten("out");
+  check_device(out, "out", logits);
+  STD_TORCH_CHECK(
+      to.dtype == rows.dtype && to.row_columns == rows.row_columns, "out: expected the logits' dtype and ", rows.row_columns,
+      " columns, got scalar type ", int(to.dtype), " and ", to.row_columns, " columns");
+  const int num_stats = check_num_stats(stats);
+  const float* g = check_floats(grad_stats, "grad_stats", rows.num_rows, num_stats, logits);
+  const float* s = check_floats(stats, "stats", rows.num_rows, num_stats, logits);
   with_element(rows, [&]<typename T>(T*) { dlogits_rows<T>(rows, g, s, num_stats, to.row<T>(0), to.row_stride); });
 }
 
 void rest_softmax_(Tensor logits, Tensor targets, Tensor stats, double inv_temperature, int64_t vocab_start, int64_t num_columns) {
   const RowArguments rows(logits, targets, inv_temperature, vocab_start, num_columns);
-  float* out = check_floats(stats, "stats", rows.num_rows, 2);
+  rows.check_overwritten("logits");
+  float* out = check_floats(stats, "stats", rows.num_rows, kNumStats, logits);
   with_element(rows, [&]<typename T>(T*) { rest_softmax_rows<T>(rows, out); });
 }
 
 void log_prob_dlogits_(
     Tensor logits, Tensor targets, Tensor weights, Tensor log_probs, double inv_temperature, int64_t vocab_start, int64_t num_columns) {
   const RowArguments rows(logits, targets, inv_temperature, vocab_start, num_columns);
-  const float* w = check_floats(weights, "weights", rows.num_rows, 1);
-  float* out = check_floats(log_probs, "log_probs", rows.num_rows, 1);
+  rows.check_overwritten("logits");
+  const float* w = check_floats(weights, "weights", rows.num_rows, 1, logits);
+  float* out = check_floats(log_probs, "log_probs", rows.num_rows, 1, logits);
   with_element(rows, [&]<typename T>(T*) { weighted_rows<T>(rows, w, out); });
 }
 

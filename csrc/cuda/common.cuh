@@ -9,7 +9,7 @@
 
 namespace rlsc::cuda {
 
-constexpr float kLog2e = 1.4426950408889634f;
+constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
 constexpr int kWarp = 32;
 
 __device__ __forceinline__ float negative_infinity() { return __int_as_float(0xff800000); }
@@ -37,15 +37,26 @@ __device__ __forceinline__ void pack_pair(float low, float high, __half* out) {
   *reinterpret_cast<__half2*>(out) = __floats2half2_rn(low, high);
 }
 
+// The one or two logits of 4 bytes; the last argument only names the type.
+__device__ __forceinline__ void unpack_word(uint32_t word, float* out, const float*) { out[0] = __uint_as_float(word); }
+__device__ __forceinline__ void unpack_word(uint32_t word, float* out, const __nv_bfloat16*) {
+  out[0] = __uint_as_float(word << 16), out[1] = __uint_as_float(word & 0xffff0000u);
+}
+__device__ __forceinline__ void unpack_word(uint32_t word, float* out, const __half*) {
+  const float2 both = __half22float2(*reinterpret_cast<const __half2*>(&word));
+  out[0] = both.x, out[1] = both.y;
+}
+
 // 16 bytes of logits as floats and back.
 template <typename T>
 struct Vector {
   static constexpr int kSize = 16 / sizeof(T);
 
-  static __device__ __forceinline__ void unpack(const uint4& raw, float (&x)[kSize]) {
-    const T* elements = reinterpret_cast<const T*>(&raw);
+  // By value and by words: elements read through a pointer become loads of 2 bytes each.
+  static __device__ __forceinline__ void unpack(uint4 raw, float (&x)[kSize]) {
+    const uint32_t words[4] = {raw.x, raw.y, raw.z, raw.w};
 #pragma unroll
-    for (int k = 0; k < kSize; ++k) x[k] = to_float(elements[k]);
+    for (int k = 0; k < 4; ++k) unpack_word(words[k], x + k * (kSize / 4), static_cast<const T*>(nullptr));
   }
 
   static __device__ __forceinline__ uint4 pack(const float (&x)[kSize]) {
@@ -63,32 +74,35 @@ struct Vector {
   }
 };
 
-// log sum exp as it is gathered: sum of exp(x - top).
+// A running sum of exponentials, in base 2: sum of 2^(x * scale - top) with scale = log2(e) / temperature. `top` is near the
+// largest x * scale; the sum is exact for the float that `top` is. NaN stays NaN in the sum.
 struct Mass {
   float top, sum;
 
   __device__ __forceinline__ static Mass none() { return {negative_infinity(), 0.0f}; }
 
+  __device__ __forceinline__ float finite_top() const { return top == negative_infinity() ? 0.0f : top; }
+
   __device__ __forceinline__ Mass join(const Mass& other) const {
     const float high = fmaxf(top, other.top);
-    if (high == negative_infinity()) return none();
-    return {high, sum * exp2_fast((top - high) * kLog2e) + other.sum * exp2_fast((other.top - high) * kLog2e)};
+    if (high == negative_infinity()) return {high, sum + other.sum};  // 0 or NaN
+    return {high, sum * exp2_fast(top - high) + other.sum * exp2_fast(other.top - high)};
   }
 
-  // Takes N tempered logits at the price of one rescaling.
+  // Takes N logits at the price of one rescaling.
   template <int N>
-  __device__ __forceinline__ void add(const float (&x)[N]) {
-    float high = top;
+  __device__ __forceinline__ void add(const float (&x)[N], float scale) {
+    float high = x[0];
 #pragma unroll
-    for (int k = 0; k < N; ++k) high = fmaxf(high, x[k]);
+    for (int k = 1; k < N; ++k) high = fmaxf(high, x[k]);
+    high = fmaxf(top, high * scale);
     const float finite = high == negative_infinity() ? 0.0f : high;
-    sum *= exp2_fast((top - finite) * kLog2e);
+    float part = 0.0f;
 #pragma unroll
-    for (int k = 0; k < N; ++k) sum += exp2_fast((x[k] - finite) * kLog2e);
+    for (int k = 0; k < N; ++k) part += exp2_fast(fmaf(x[k], scale, -finite));
+    sum = fmaf(sum, exp2_fast(top - finite), part);
     top = high;
   }
-
-  __device__ __forceinline__ float log() const { return sum == 0.0f ? negative_infinity() : top + logf(sum); }
 };
 
 __device__ __forceinline__ Mass warp_join(Mass mass) {
@@ -99,21 +113,29 @@ __device__ __forceinline__ Mass warp_join(Mass mass) {
   return mass;
 }
 
-// What is written over a row: rest_scale * softmax over the rest, and the value at the target.
+// A finished row: what its outputs are, and what is written over it: rest_scale * 2^(x * scale - top), target_value at the target.
 struct Finish {
-  float log_prob, rest_scale, target_value;
+  float outputs[3];  // log p, or (top, log_sum, target) as in rlsc_mcore/ops/reference.py
+  float rest_scale, top, target_value;
 };
 
-// See log_prob_dlogits_ and rest_softmax_ in rlsc_mcore/ops/reference.py.
+// See log_prob_dlogits_ and rest_softmax_ in rlsc_mcore/ops/reference.py. `target` is the target's logit, -inf where no rank has it.
 template <bool kWeighted>
-__device__ __forceinline__ Finish finish_row(float rest_lse, float target, float weight, float inv_temperature) {
-  if (!kWeighted) return {0.0f, 1.0f, -1.0f};
-  const float gap = rest_lse - target, tail = expf(-fabsf(gap));
-  const float slope = weight * inv_temperature * (gap >= 0.0f ? 1.0f : tail) / (1.0f + tail);
-  return {0.0f - (fmaxf(gap, 0.0f) + log1pf(tail)), -slope, slope};
+__device__ __forceinline__ Finish finish_row(const Mass& rest, float target, float weight, float inv_temperature, float scale) {
+  const float log2_sum = log2f(rest.sum), per_sum = rest.sum == 0.0f ? 0.0f : 1.0f / rest.sum;  // -inf and 0 for an empty rest
+  if (kWeighted) {
+    // A target of +inf has no probability: NaN, as in log_softmax.
+    const float gap = target == -negative_infinity() ? target - target : (fmaf(-target, scale, rest.top) + log2_sum) * kLn2;
+    const float tail = expf(-fabsf(gap)), slope = weight * inv_temperature * (gap >= 0.0f ? 1.0f : tail) / (1.0f + tail);
+    const float log_p = 0.0f - (fmaxf(gap, 0.0f) + log1pf(tail));
+    return {{log_p, 0.0f, 0.0f}, -slope * per_sum, rest.finite_top(), slope};
+  }
+  // `top` as a logit, and the sum seen from exactly that logit.
+  const float top = rest.top / scale, log_sum = (log2_sum + (rest.sum == 0.0f ? 0.0f : fmaf(-top, scale, rest.top))) * kLn2;
+  return {{top, log_sum, target}, per_sum, rest.finite_top(), -1.0f};
 }
 
-// One row op's arguments on the device; outputs are statistics [T, 2] or, weighted, log p [T].
+// One row op's arguments on the device; outputs are statistics [T, 3] or, weighted, log p [T].
 struct Rows {
   void* logits;
   const int64_t* targets;
@@ -125,22 +147,17 @@ struct Rows {
   float inv_temperature;
 };
 
+constexpr int num_outputs(bool weighted) { return weighted ? 1 : 3; }
+
 template <bool kWeighted>
-__device__ __forceinline__ void write_outputs(const Rows& rows, int64_t row, float rest_lse, float target, const Finish& finish) {
-  if (kWeighted) {
-    rows.out[row] = finish.log_prob;
-  } else {
-    reinterpret_cast<float2*>(rows.out)[row] = make_float2(rest_lse, target);
-  }
+__device__ __forceinline__ void write_outputs(const Rows& rows, int64_t row, const Finish& finish) {
+#pragma unroll
+  for (int k = 0; k < num_outputs(kWeighted); ++k) rows.out[row * num_outputs(kWeighted) + k] = finish.outputs[k];
 }
 
 template <bool kWeighted>
 __device__ __forceinline__ void write_ignored(const Rows& rows, int64_t row) {
-  if (kWeighted) {
-    rows.out[row] = 0.0f;
-  } else {
-    reinterpret_cast<float2*>(rows.out)[row] = make_float2(negative_infinity(), 0.0f);
-  }
+  write_outputs<kWeighted>(rows, row, {{kWeighted ? 0.0f : negative_infinity(), negative_infinity(), 0.0f}, 0.0f, 0.0f, 0.0f});
 }
 
 // The target's column among this rank's, or -1.

@@ -6,6 +6,7 @@
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/macros.h>  // STD_CUDA_CHECK: torch 2.11 includes it from nowhere else
 
 #include <cstdio>
 #include <cstdlib>
@@ -117,14 +118,16 @@ void overwrite_rows(const RowArguments& arguments, const float* weights, float* 
 
 void rest_softmax_(Tensor logits, Tensor targets, Tensor stats, double inv_temperature, int64_t vocab_start, int64_t num_columns) {
   const RowArguments rows(logits, targets, inv_temperature, vocab_start, num_columns);
-  overwrite_rows<false>(rows, nullptr, check_floats(stats, "stats", rows.num_rows, 2), logits.get_device());
+  rows.check_overwritten("logits");
+  overwrite_rows<false>(rows, nullptr, check_floats(stats, "stats", rows.num_rows, kNumStats, logits), logits.get_device());
 }
 
 void log_prob_dlogits_(
     Tensor logits, Tensor targets, Tensor weights, Tensor log_probs, double inv_temperature, int64_t vocab_start, int64_t num_columns) {
   const RowArguments rows(logits, targets, inv_temperature, vocab_start, num_columns);
-  const float* w = check_floats(weights, "weights", rows.num_rows, 1);
-  overwrite_rows<true>(rows, w, check_floats(log_probs, "log_probs", rows.num_rows, 1), logits.get_device());
+  rows.check_overwritten("logits");
+  const float* w = check_floats(weights, "weights", rows.num_rows, 1, logits);
+  overwrite_rows<true>(rows, w, check_floats(log_probs, "log_probs", rows.num_rows, 1, logits), logits.get_device());
 }
 
 }  // namespace

@@ -68,6 +68,7 @@ __global__ void __launch_bounds__(kClusterThreads) cluster_rows(const Rows rows,
   // Targets are read one row early: nothing waits for them.
   const auto target_id = [&](int64_t row) { return row < rows.num_rows ? rows.targets[row] : int64_t(-1); };
   int64_t next_id = target_id(first_row), next_ahead_id = target_id(first_row + (stages - 1) * step);
+  const float scale = rows.inv_temperature * kLog2e;
   int stage = 0, parity = 0, turn = 0;
   for (int64_t row = first_row; row < rows.num_rows; row += step) {
     T* x = static_cast<T*>(rows.logits) + row * rows.row_stride;
@@ -91,15 +92,13 @@ __global__ void __launch_bounds__(kClusterThreads) cluster_rows(const Rows rows,
       for (int i = tid; i < slice.vectors; i += kClusterThreads) {
         float v[kSize];
         Vector<T>::unpack(held[i], v);
-#pragma unroll
-        for (int k = 0; k < kSize; ++k) v[k] *= rows.inv_temperature;
         if (i == target_vector) Vector<T>::set(v, target_element, negative_infinity());
-        mass.add(v);
+        mass.add(v, scale);
       }
       if (tail_column >= 0) {
-        tail = to_float(x[tail_column]) * rows.inv_temperature;
+        tail = to_float(x[tail_column]);
         const float rest[1] = {tail_column == column ? negative_infinity() : tail};
-        mass.add(rest);
+        mass.add(rest, scale);
       }
     }
 
@@ -110,7 +109,7 @@ __global__ void __launch_bounds__(kClusterThreads) cluster_rows(const Rows rows,
       issue_load<T>(rows, ahead, ahead_id, slice, buffers + free * slice_bytes, &loaded[free]);
     }
 
-    float rest_lse = negative_infinity(), target = negative_infinity();
+    float target = negative_infinity();
     Finish finish{};
     if (!ignored) {
       // Join over the block, then over the cluster. Even and odd rows alternate, so that one barrier per row is enough.
@@ -119,7 +118,7 @@ __global__ void __launch_bounds__(kClusterThreads) cluster_rows(const Rows rows,
       __syncthreads();
       mass = warp_join(tid % kWarp < kWarps ? warps[turn][tid % kWarp] : Mass::none());
       const bool here = in_slice >= 0 || (column >= slice.tail_first && slice.tail_columns > 0);
-      if (here) target = to_float(in_slice >= 0 ? reinterpret_cast<const T*>(held)[in_slice] : x[column]) * rows.inv_temperature;
+      if (here) target = to_float(in_slice >= 0 ? reinterpret_cast<const T*>(held)[in_slice] : x[column]);
       if (cluster > 1) {
         if (tid < cluster) hopper::store_to_peer(&peers[turn][rank], tid, make_float4(mass.top, mass.sum, target, here ? 1.0f : 0.0f));
         hopper::cluster_sync();
@@ -131,13 +130,11 @@ __global__ void __launch_bounds__(kClusterThreads) cluster_rows(const Rows rows,
         }
       }
       turn ^= 1;
-      rest_lse = mass.log();
-      finish = finish_row<kWeighted>(rest_lse, target, weight, rows.inv_temperature);
+      finish = finish_row<kWeighted>(mass, target, weight, rows.inv_temperature, scale);
       if (cluster == 1) __syncthreads();  // the target's logit has been read by everyone
     }
 
     // Overwrite the slice and hand it to the copy engine.
-    const float lse = rest_lse == negative_infinity() ? -rest_lse : rest_lse;  // nothing but the target: exp(x - inf) = 0
     for (int i = tid; i < slice.vectors; i += kClusterThreads) {
       if (ignored) {
         held[i] = make_uint4(0, 0, 0, 0);
@@ -146,12 +143,12 @@ __global__ void __launch_bounds__(kClusterThreads) cluster_rows(const Rows rows,
       float v[kSize];
       Vector<T>::unpack(held[i], v);
 #pragma unroll
-      for (int k = 0; k < kSize; ++k) v[k] = finish.rest_scale * exp2_fast((v[k] * rows.inv_temperature - lse) * kLog2e);
+      for (int k = 0; k < kSize; ++k) v[k] = finish.rest_scale * exp2_fast(fmaf(v[k], scale, -finish.top));
       if (i == target_vector) Vector<T>::set(v, target_element, finish.target_value);
       held[i] = Vector<T>::pack(v);
     }
     if (tail_column >= 0) {
-      const float q = ignored ? 0.0f : finish.rest_scale * exp2_fast((tail - lse) * kLog2e);
+      const float q = ignored ? 0.0f : finish.rest_scale * exp2_fast(fmaf(tail, scale, -finish.top));
       store_float(x + tail_column, tail_column == column ? finish.target_value : q);
     }
     if (rank == 0) {
@@ -162,7 +159,7 @@ __global__ void __launch_bounds__(kClusterThreads) cluster_rows(const Rows rows,
     if (tid == 0) {
       if (slice.vectors > 0) hopper::bulk_store(x + slice.first, held, uint32_t(slice.vectors) * 16);
       if (rank == 0 && ignored) write_ignored<kWeighted>(rows, row);
-      if (rank == 0 && !ignored) write_outputs<kWeighted>(rows, row, rest_lse, target, finish);
+      if (rank == 0 && !ignored) write_outputs<kWeighted>(rows, row, finish);
     }
     if (++stage == stages) stage = 0, parity ^= 1;
   }

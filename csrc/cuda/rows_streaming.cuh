@@ -18,26 +18,26 @@ __global__ void __launch_bounds__(kStreamingThreads) streaming_rows(const Rows r
     return;
   }
   const int column = target_column(rows, id);
-  const float target = column < 0 ? negative_infinity() : to_float(x[column]) * rows.inv_temperature;
+  const float target = column < 0 ? negative_infinity() : to_float(x[column]);
+  const float scale = rows.inv_temperature * kLog2e;
   Mass mass = Mass::none();
   for (int i = threadIdx.x; i < rows.num_columns; i += kStreamingThreads) {
-    const float tempered[1] = {i == column ? negative_infinity() : to_float(x[i]) * rows.inv_temperature};
-    mass.add(tempered);
+    const float rest[1] = {i == column ? negative_infinity() : to_float(x[i])};
+    mass.add(rest, scale);
   }
   __shared__ Mass warps[kStreamingThreads / kWarp];
   mass = warp_join(mass);
   if (threadIdx.x % kWarp == 0) warps[threadIdx.x / kWarp] = mass;
   __syncthreads();  // also: every thread has read the target before anyone writes
   mass = threadIdx.x % kWarp < kStreamingThreads / kWarp ? warps[threadIdx.x % kWarp] : Mass::none();
-  const float rest_lse = warp_join(mass).log();
-  const Finish finish = finish_row<kWeighted>(rest_lse, target, kWeighted ? rows.weights[row] : 0.0f, rows.inv_temperature);
-  const float lse = rest_lse == negative_infinity() ? -rest_lse : rest_lse;  // nothing but the target: exp(x - inf) = 0
+  const float weight = kWeighted ? rows.weights[row] : 0.0f;
+  const Finish finish = finish_row<kWeighted>(warp_join(mass), target, weight, rows.inv_temperature, scale);
   for (int i = threadIdx.x; i < rows.num_columns; i += kStreamingThreads) {
-    const float q = exp2_fast((to_float(x[i]) * rows.inv_temperature - lse) * kLog2e);
+    const float q = exp2_fast(fmaf(to_float(x[i]), scale, -finish.top));
     store_float(x + i, i == column ? finish.target_value : finish.rest_scale * q);
   }
   for (int i = rows.num_columns + threadIdx.x; i < rows.row_columns; i += kStreamingThreads) store_float(x + i, 0.0f);
-  if (threadIdx.x == 0) write_outputs<kWeighted>(rows, row, rest_lse, target, finish);
+  if (threadIdx.x == 0) write_outputs<kWeighted>(rows, row, finish);
 }
 
 }  // namespace rlsc::cuda

@@ -5,6 +5,7 @@
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/macros.h>  // STD_CUDA_CHECK: torch 2.11 includes it from nowhere else
 
 namespace rlsc::cuda {
 namespace {

@@ -5,6 +5,7 @@ is used for every op that it offers, and its absence is an error; the ops that i
 float64 is computed by the reference alone.
 """
 
+import functools
 from collections.abc import Callable
 from importlib import import_module
 from typing import Any, Literal, NamedTuple
@@ -37,8 +38,12 @@ class Choice(NamedTuple):
     reason: str
 
 
+@functools.cache
 def select(op: str, device: torch.device, dtype: torch.dtype, backend: str = "auto") -> Callable[..., Any]:
-    """Return the function that computes `op` on `device`; RuntimeError where a named backend cannot, with the reason."""
+    """Return the function that computes `op` on `device`; RuntimeError where a named backend cannot, with the reason.
+
+    Remembered for the life of the process: every call of an op asks.
+    """
     if dtype == torch.float64 or backend == "reference":
         return getattr(import_module(MODULES["reference"]), op)
     if backend == "auto" or op not in OFFERS.get(backend, OPS):

@@ -11,7 +11,7 @@ from torch import Tensor
 from rlsc_mcore.ops import library as _registers_the_ops  # noqa: F401
 from rlsc_mcore.ops.chunks import Piece
 from rlsc_mcore.ops.shard import VocabShard, check_rows
-from rlsc_mcore.ops.vocab_parallel import GatheredStats, group_size
+from rlsc_mcore.ops.vocab_parallel import GatheredStats, check_shard, group_size
 
 
 @dataclass(frozen=True)
@@ -62,10 +62,12 @@ def check_head(
     weight_VpH: Tensor,
     target_ids_T: Tensor,
     mask_T: Tensor,
+    vocab_start: int,
     group: dist.ProcessGroup | None,
     sequence_parallel: bool,
 ) -> None:
     """Raise ValueError where the arguments of a fused head do not fit together."""
+    check_shard(vocab_start, group)
     num_tokens = target_ids_T.shape[0]
     ranks = group_size(group) if sequence_parallel else 1
     check_rows(hidden_TH, target_ids_T, num_tokens, "hidden_TH")
@@ -80,6 +82,9 @@ def check_head(
         )
     if mask_T.shape != target_ids_T.shape or mask_T.dtype != torch.bool:
         raise ValueError(f"mask_T: expected bool [{num_tokens}], got {mask_T.dtype} {list(mask_T.shape)}")
+    for name, tensor in (("weight_VpH", weight_VpH), ("mask_T", mask_T)):
+        if tensor.device != hidden_TH.device:
+            raise ValueError(f"{name}: expected on {hidden_TH.device} like hidden_TH, got {tensor.device}")
 
 
 def gather_hidden(hidden_TH: Tensor, group: dist.ProcessGroup | None, sequence_parallel: bool) -> Tensor:

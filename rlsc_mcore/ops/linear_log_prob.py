@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from rlsc_mcore.ops.chunks import Piece, default_chunk_tokens, live_tokens, longest, pieces_of
 from rlsc_mcore.ops.dispatch import Backend
@@ -33,20 +34,22 @@ class _LinearTokenLogProbs(torch.autograd.Function):
         hidden_full_TH = gather_hidden(hidden_TH, call.group, call.sequence_parallel)
         buffer = hidden_TH.new_empty(longest(pieces), weight_VpH.shape[0])
         stats_RNk = score_pieces(call, hidden_full_TH, weight_VpH, targets_T, live_N, pieces, buffer)
-        joined = join(stats_RNk, call.backend)
-        ctx.save_for_backward(hidden_TH, targets_T, live_N, stats_RNk)
-        ctx.weight, ctx.call, ctx.pieces = weight_VpH, call, pieces  # the weight itself: its main_grad is an attribute
+        joined = join(stats_RNk, call.shard.inv_temperature, call.backend)
+        # Saved, so that autograd notices a change of the weight before backward recomputes the logits from it.
+        ctx.save_for_backward(hidden_TH, weight_VpH, targets_T, live_N, stats_RNk)
+        ctx.weight, ctx.call, ctx.pieces = weight_VpH, call, pieces  # the parameter itself: main_grad is its attribute
         zeros_T = joined.log_probs_T.new_zeros(targets_T.shape[0])
         log_probs_T = zeros_T.index_copy(0, live_N, joined.log_probs_T)
         return log_probs_T, None if joined.entropy_T is None else zeros_T.index_copy(0, live_N, joined.entropy_T)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad_log_probs_T: Tensor, grad_entropy_T: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        hidden_TH, targets_T, live_N, stats_RNk = ctx.saved_tensors
-        call, weight, rank = ctx.call, ctx.weight, group_rank(ctx.call.group)
+        hidden_TH, weight, targets_T, live_N, stats_RNk = ctx.saved_tensors
+        call, rank = ctx.call, group_rank(ctx.call.group)
         hidden_full_TH = gather_hidden(hidden_TH, call.group, call.sequence_parallel)
         targets_N, grad_entropy_N = targets_T[live_N], None if grad_entropy_T is None else grad_entropy_T[live_N]
-        grad_stats = join_backward(stats_RNk, rank, grad_log_probs_T[live_N], grad_entropy_N)
+        grad_stats = join_backward(stats_RNk, rank, call.shard.inv_temperature, grad_log_probs_T[live_N], grad_entropy_N)
         grad_hidden_TH = torch.zeros_like(hidden_full_TH)
         grad_weight_sum = WeightGradient(weight) if ctx.needs_input_grad[1] else None
         buffer = hidden_TH.new_empty(longest(ctx.pieces), weight.shape[0])
@@ -59,7 +62,7 @@ class _LinearTokenLogProbs(torch.autograd.Function):
             if grad_weight_sum is not None:
                 grad_weight_sum.add(logits, hidden_CH)
         grad_hidden = reduce_hidden_grad(grad_hidden_TH, call.group, call.sequence_parallel)
-        grad_weight = None if grad_weight_sum is None else deliver_weight_grad(weight, grad_weight_sum.total(), None)
+        grad_weight = None if grad_weight_sum is None else deliver_weight_grad(ctx.weight, grad_weight_sum.total(), None)
         return grad_hidden, grad_weight, None, None, None, None
 
 
@@ -85,11 +88,11 @@ def linear_token_log_probs(
     from `vocab_start` (rows at or beyond `vocab_size` are padding); target_ids_T: int64 [T] and mask_T: bool [T], all tokens on
     every rank. Returns float32 [T] (with entropy a pair), 0 where the mask is False; those tokens never enter the head.
     `chunk_tokens`: most rows of logits alive at once (default: a fixed workspace); `num_live`: mask_T.sum() on the host, which
-    spares one device-to-host copy. Collectives over `group`: one all-gather of 8 (12) bytes per token and chunk; under sequence
+    spares one device-to-host copy. Collectives over `group`: one all-gather of 12 (16) bytes per token and chunk; under sequence
     parallelism an all-gather of hidden in each direction and a reduce-scatter of its gradient, else an all-reduce of it.
     Mutates in backward: `weight.main_grad` (float32) and `grad_added_to_main_grad` where Megatron put them on the weight.
     """
-    check_head(hidden_TH, weight_VpH, target_ids_T, mask_T, group, sequence_parallel)
+    check_head(hidden_TH, weight_VpH, target_ids_T, mask_T, vocab_start, group, sequence_parallel)
     check_target_range(target_ids_T, vocab_size)
     shard = VocabShard.of(weight_VpH.shape[0], vocab_size, vocab_start, temperature)
     live = live_tokens(mask_T, None, None if num_live is None else (num_live,))

@@ -89,7 +89,7 @@ class _Pass:
         gathered: GatheredStats,
         coefficient_fn: CoefficientFn,
     ) -> None:
-        joined = join(gathered.wait(), self.call.backend)
+        joined = join(gathered.wait(), self.call.shard.inv_temperature, self.call.backend)
         coefficients_C = self.weigh(chunk, joined.log_probs_T, coefficient_fn)
         share_C = joined.shares_RT[self.rank].clamp_min(SMALLEST_SHARE.get(rest_CVp.dtype, 2.0**-100))
         if group_size(self.call.group) > 1:
@@ -103,10 +103,12 @@ class _Pass:
 
     def run_pieces(self, chunk: SequenceChunk, buffer: Tensor, coefficient_fn: CoefficientFn) -> None:
         stats_RCk = score_pieces(self.call, self.hidden_TH, self.weight_VpH, self.targets_T, self.live_N, chunk.pieces, buffer)
-        coefficients_C = self.weigh(chunk, join(stats_RCk, self.call.backend).log_probs_T, coefficient_fn)
+        inv_temperature = self.call.shard.inv_temperature
+        log_probs_C = join(stats_RCk, inv_temperature, self.call.backend).log_probs_T
+        coefficients_C = self.weigh(chunk, log_probs_C, coefficient_fn)
         if self.grad_hidden_TH is None:
             return
-        grad_stats_Ck = join_backward(stats_RCk, self.rank, -coefficients_C, None)
+        grad_stats_Ck = join_backward(stats_RCk, self.rank, inv_temperature, -coefficients_C, None)
         for start, stop in chunk.pieces:
             index, rows = self.live_N[start:stop], slice(start - chunk.tokens.start, stop - chunk.tokens.start)
             hidden_CH = self.hidden_TH.index_select(0, index)
@@ -218,11 +220,11 @@ def linear_weighted_loss(
     gradient is then added to `main_grad` during forward and no [Vp, H] buffer is held.
 
     Returns (loss float64 [], token log-probs float32 [T], detached, 0 outside the mask), the same on every rank of `group`.
-    Collectives over `group`, all in forward: one all-gather of 8 bytes per token and chunk; under sequence
+    Collectives over `group`, all in forward: one all-gather of 12 bytes per token and chunk; under sequence
     parallelism an all-gather of hidden and a reduce-scatter of its gradient, else an all-reduce of that gradient.
     Mutates: `weight.main_grad` (float32) and `grad_added_to_main_grad` where Megatron put them on the weight.
     """
-    check_head(hidden_TH, weight_VpH, target_ids_T, mask_T, group, sequence_parallel)
+    check_head(hidden_TH, weight_VpH, target_ids_T, mask_T, vocab_start, group, sequence_parallel)
     check_target_range(target_ids_T, vocab_size)
     if live_counts is not None and len(live_counts) != cu_seqlens.shape[0] - 1:
         raise ValueError(f"live_counts: expected one count per sequence ({cu_seqlens.shape[0] - 1}), got {len(live_counts)}")

@@ -6,7 +6,9 @@ import importlib.util
 import torch
 from torch import Tensor
 
-VERSION = 1  # of csrc/bindings.cpp
+from rlsc_mcore.ops.reference import num_stats
+
+VERSION = 2  # of csrc/bindings.cpp
 CLUSTER_OPS = ("rest_softmax_", "log_prob_dlogits_")
 
 
@@ -39,15 +41,15 @@ def why_not(op: str, device_type: str) -> str | None:
     return None
 
 
-def _stats_like(logits_TVp: Tensor, num_stats: int) -> Tensor:
-    return torch.empty(logits_TVp.shape[0], num_stats, dtype=torch.float32, device=logits_TVp.device)
+def _stats_like(logits_TVp: Tensor, with_entropy: bool) -> Tensor:
+    return torch.empty(logits_TVp.shape[0], num_stats(with_entropy), dtype=torch.float32, device=logits_TVp.device)
 
 
 def log_prob_stats(
     logits_TVp: Tensor, targets_T: Tensor, inv_temperature: float, vocab_start: int, num_columns: int, with_entropy: bool
 ) -> Tensor:
     """Compiled `reference.log_prob_stats`."""
-    stats = _stats_like(logits_TVp, 3 if with_entropy else 2)
+    stats = _stats_like(logits_TVp, with_entropy)
     torch.ops.rlsc_native.log_prob_stats(logits_TVp, targets_T.contiguous(), stats, inv_temperature, vocab_start, num_columns)
     return stats
 
@@ -79,7 +81,7 @@ def dlogits(
 
 def rest_softmax_(logits_TVp: Tensor, targets_T: Tensor, inv_temperature: float, vocab_start: int, num_columns: int) -> Tensor:
     """Compiled `reference.rest_softmax_`."""
-    stats = _stats_like(logits_TVp, 2)
+    stats = _stats_like(logits_TVp, False)
     torch.ops.rlsc_native.rest_softmax_(logits_TVp, targets_T.contiguous(), stats, inv_temperature, vocab_start, num_columns)
     return stats
 

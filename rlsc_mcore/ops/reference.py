@@ -1,19 +1,27 @@
 """Plain PyTorch definition of every op of this package: the oracle of the kernels, and the fallback on any device.
 
-A row of logits is reduced to *target-excluded* statistics, here in float32 (float64 for float64 logits):
+A row of logits x is reduced to *target-excluded* statistics, here in float32 (float64 for float64 logits):
 
-    rest_lse  = log sum_{j != target} exp(x_j)      over this rank's real columns, x = logits / temperature
-    target    = x_target                            -inf on the ranks that do not hold the target's column
-    rest_entropy (optional) = entropy of softmax(x_j, j != target)
+    top      = a number near the largest logit of the rest (all real columns of this rank but the target's), as a logit
+    log_sum  = log sum_{j != target} exp((x_j - top) / temperature)
+    target   = x_target, as a logit                 -inf on the ranks that do not hold the target's column
+    rest_entropy (optional) = entropy of softmax(x_j / temperature, j != target)
 
-so that log p = -softplus(rest_lse - target) and 1 - p = sigmoid(rest_lse - target) keep their digits where p -> 1, where
-lse - target cancels. Rows with a negative target are ignored: statistics (-inf, 0, 0), log p = 0, gradient exactly 0.
+so that, with gap = (top - target) / temperature + log_sum, log p = -softplus(gap) and 1 - p = sigmoid(gap). Leaving the target
+out keeps their digits where p -> 1, where logsumexp - target cancels. Storing differences from `top` keeps them where all
+logits share a large offset. A rest without mass (no column, or every logit -inf) is (-inf, -inf).
+
+Rows with a negative target are ignored: statistics (-inf, -inf, 0, 0), log p = 0, gradient exactly 0. A NaN or +inf logit of
+any other row gives log p = NaN, as torch.log_softmax does.
+
+Shape suffixes: T rows (tokens), V vocabulary columns, Vp the same with padding, k statistics, R tensor-parallel ranks.
 """
 
 import torch
 from torch import Tensor
 
 NEG_INF = float("-inf")
+TOP, LOG_SUM, TARGET, REST_ENTROPY = range(4)  # columns of the statistics
 
 
 def working_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -21,12 +29,13 @@ def working_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _scaled(logits_TVp: Tensor, inv_temperature: float, num_columns: int) -> Tensor:
-    return logits_TVp[:, :num_columns].to(working_dtype(logits_TVp.dtype)) * inv_temperature
+def num_stats(with_entropy: bool) -> int:
+    """Return how many statistics a row is reduced to."""
+    return 4 if with_entropy else 3
 
 
 def _owned(targets_T: Tensor, vocab_start: int, num_columns: int) -> tuple[Tensor, Tensor]:
-    """Which rows have their target among this rank's columns, and in which column (0 where not)."""
+    """Return which rows have their target among this rank's columns, and in which column (0 where not)."""
     column_T = targets_T - vocab_start
     owned_T = (targets_T >= 0) & (column_T >= 0) & (column_T < num_columns)
     return owned_T, torch.where(owned_T, column_T, 0)
@@ -35,24 +44,29 @@ def _owned(targets_T: Tensor, vocab_start: int, num_columns: int) -> tuple[Tenso
 def log_prob_stats(
     logits_TVp: Tensor, targets_T: Tensor, inv_temperature: float, vocab_start: int, num_columns: int, with_entropy: bool
 ) -> Tensor:
-    """Reduce each row to (rest_lse, target[, rest_entropy]): float32 [T, 2] or [T, 3], local to this rank, no collective."""
-    num_rows, num_stats = logits_TVp.shape[0], 3 if with_entropy else 2
+    """Reduce each row to (top, log_sum, target[, rest_entropy]): float32 [T, 3] or [T, 4], local to this rank, no collective."""
     ignored_T = targets_T < 0
-    stats = torch.zeros(num_rows, num_stats, dtype=working_dtype(logits_TVp.dtype), device=logits_TVp.device)
+    shape = logits_TVp.shape[0], num_stats(with_entropy)
+    stats = torch.zeros(shape, dtype=working_dtype(logits_TVp.dtype), device=logits_TVp.device)
     if num_columns == 0:
-        stats[:, 0] = NEG_INF
-        stats[:, 1] = torch.where(ignored_T, 0.0, NEG_INF)
+        stats[:, :TARGET] = NEG_INF
+        stats[:, TARGET] = torch.where(ignored_T, 0.0, NEG_INF)
         return stats
-    x = _scaled(logits_TVp, inv_temperature, num_columns)
+    x = logits_TVp[:, :num_columns].to(stats.dtype)
     owned_T, column_T = _owned(targets_T, vocab_start, num_columns)
     x_target = x.gather(1, column_T[:, None])
-    rest = x.scatter_(1, column_T[:, None], torch.where(owned_T[:, None], NEG_INF, x_target))
-    rest_lse = torch.logsumexp(rest, dim=1)
-    stats[:, 0] = torch.where(ignored_T, NEG_INF, rest_lse)
-    stats[:, 1] = torch.where(ignored_T, 0.0, torch.where(owned_T, x_target[:, 0], NEG_INF))
+    rest = x.scatter(1, column_T[:, None], torch.where(owned_T[:, None], NEG_INF, x_target))
+    top_T = rest.amax(dim=1)
+    depth = torch.where(rest == NEG_INF, NEG_INF, (rest - top_T[:, None]) * inv_temperature)
+    exps = depth.exp()
+    total_T = exps.sum(dim=1)
+    stats[:, TOP] = torch.where(ignored_T, NEG_INF, top_T)
+    stats[:, LOG_SUM] = torch.where(ignored_T, NEG_INF, total_T.log())
+    stats[:, TARGET] = torch.where(ignored_T, 0.0, torch.where(owned_T, x_target[:, 0], NEG_INF))
     if with_entropy:
-        log_q = rest - rest_lse[:, None]
-        stats[:, 2] = torch.where(ignored_T, 0.0, -torch.where(rest > NEG_INF, log_q.exp() * log_q, 0.0).sum(dim=1))
+        weighted_T = (exps * torch.where(depth == NEG_INF, 0.0, depth)).sum(dim=1)
+        entropy_T = torch.where(total_T == 0, 0.0, total_T.log() - weighted_T / total_T)
+        stats[:, REST_ENTROPY] = torch.where(ignored_T, 0.0, entropy_T)
     return stats
 
 
@@ -68,24 +82,29 @@ def dlogits(
 ) -> Tensor:
     """Return the gradient of `log_prob_stats` with respect to the logits, in their dtype; 0 in padding columns.
 
-    Written to `out` where given, which may be the logits themselves.
+    Written to `out` where given, which may be the logits themselves. `top` counts as a constant: what is computed from the
+    statistics must not depend on which number near the largest logit it is, and its gradient is ignored.
 
-    With q = softmax over the rest: dL/dx_j = q_j * (g_lse - g_entropy * (log q_j + rest_entropy)) and dL/dx_target = g_target.
+    With q = softmax over the rest: dL/dx_j = q_j (g_log_sum - g_entropy (log q_j + rest_entropy)) / temperature and
+    dL/dx_target = g_target.
     """
     if num_columns == 0:
         return torch.zeros_like(logits_TVp) if out is None else out.zero_()
-    x = _scaled(logits_TVp, inv_temperature, num_columns)
+    x = logits_TVp[:, :num_columns].to(stats_Tk.dtype)
     owned_T, column_T = _owned(targets_T, vocab_start, num_columns)
-    log_q = torch.where((stats_Tk[:, :1] > NEG_INF) & (x > NEG_INF), x - stats_Tk[:, :1], NEG_INF)
-    scale = grad_stats_Tk[:, :1]
-    if stats_Tk.shape[1] == 3:
-        scale = scale - grad_stats_Tk[:, 2:] * (torch.where(log_q > NEG_INF, log_q, 0.0) + stats_Tk[:, 2:])
-    g = log_q.exp() * scale
+    top_T1, log_sum_T1 = stats_Tk[:, TOP, None], stats_Tk[:, LOG_SUM, None]
+    is_empty = (log_sum_T1 == NEG_INF) | (x == NEG_INF)
+    log_q = torch.where(is_empty, NEG_INF, (x - top_T1) * inv_temperature - log_sum_T1)
+    scale = grad_stats_Tk[:, LOG_SUM, None]
+    if stats_Tk.shape[1] == num_stats(True):
+        finite_log_q = torch.where(is_empty, 0.0, log_q)
+        scale = scale - grad_stats_Tk[:, REST_ENTROPY, None] * (finite_log_q + stats_Tk[:, REST_ENTROPY, None])
+    g = log_q.exp() * scale * inv_temperature
     current = g.gather(1, column_T[:, None])
-    g.scatter_(1, column_T[:, None], torch.where(owned_T[:, None], grad_stats_Tk[:, 1:2], current))
+    g.scatter_(1, column_T[:, None], torch.where(owned_T[:, None], grad_stats_Tk[:, TARGET, None], current))
     grad = torch.empty_like(logits_TVp) if out is None else out
     grad[:, num_columns:] = 0.0
-    grad[:, :num_columns] = torch.where((targets_T < 0)[:, None], 0.0, g * inv_temperature).to(grad.dtype)
+    grad[:, :num_columns] = torch.where((targets_T < 0)[:, None], 0.0, g).to(grad.dtype)
     return grad
 
 
@@ -96,9 +115,23 @@ def rest_softmax_(logits_TVp: Tensor, targets_T: Tensor, inv_temperature: float,
     only after the row was reduced can be applied to the rows of the two products that follow instead of to the row itself.
     """
     stats = log_prob_stats(logits_TVp, targets_T, inv_temperature, vocab_start, num_columns, False)
-    unit = torch.tensor([1.0, -1.0], dtype=stats.dtype, device=stats.device).expand_as(stats)
-    dlogits(unit / inv_temperature, stats, logits_TVp, targets_T, inv_temperature, vocab_start, num_columns, out=logits_TVp)
+    dlogits(
+        unit_grad_stats(stats, inv_temperature), stats, logits_TVp, targets_T, inv_temperature, vocab_start, num_columns, out=logits_TVp
+    )
     return stats
+
+
+def unit_grad_stats(stats_Tk: Tensor, inv_temperature: float) -> Tensor:
+    """Return the gradient [T, k] with which `dlogits` writes q in the rest and -1 at the target."""
+    unit = torch.zeros_like(stats_Tk)
+    unit[:, LOG_SUM], unit[:, TARGET] = 1.0 / inv_temperature, -1.0
+    return unit
+
+
+def weighted_grad_stats(weights_T: Tensor, target_excluded_T: Tensor, inv_temperature: float) -> Tensor:
+    """Return the gradient [T, 3] of sum_t w_t log p_t with respect to the statistics of a rank that holds every column."""
+    slope_T = weights_T.to(target_excluded_T.dtype) * target_excluded_T
+    return torch.stack([torch.zeros_like(slope_T), -slope_T, slope_T * inv_temperature], dim=1)
 
 
 def log_prob_dlogits_(
@@ -106,24 +139,31 @@ def log_prob_dlogits_(
 ) -> Tensor:
     """Overwrite the logits by the gradient of sum_t w_t log p_t and return log p [T] (the whole vocabulary on this rank)."""
     stats = log_prob_stats(logits_TVp, targets_T, inv_temperature, vocab_start, num_columns, False)
-    gap = stats[:, 0] - stats[:, 1]
-    slope = weights_T.to(gap.dtype) * torch.sigmoid(gap)
-    grad_stats = torch.stack([-slope, slope], dim=1)
+    log_probs_T, target_excluded_T, _ = join_stats(stats[None], inv_temperature)
+    grad_stats = weighted_grad_stats(weights_T, target_excluded_T, inv_temperature)
     dlogits(grad_stats, stats, logits_TVp, targets_T, inv_temperature, vocab_start, num_columns, out=logits_TVp)
-    return 0.0 - softplus(gap)
+    return log_probs_T
 
 
-def join_stats(stats_RTk: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def join_mass(stats_RTk: Tensor, inv_temperature: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Join the ranks' statistics: each rank's log mass [R, T] and their logsumexp [T], from the largest top, and the gap [T]."""
+    top_RT, log_sum_RT = stats_RTk[:, :, TOP], stats_RTk[:, :, LOG_SUM]
+    top_T, target_T = top_RT.amax(dim=0), stats_RTk[:, :, TARGET].amax(dim=0)
+    mass_RT = torch.where(log_sum_RT == NEG_INF, NEG_INF, (top_RT - top_T) * inv_temperature + log_sum_RT)
+    total_T = torch.logsumexp(mass_RT, dim=0)
+    gap_T = (top_T - target_T) * inv_temperature + total_T
+    return mass_RT, total_T, torch.where(target_T == float("inf"), float("nan"), gap_T)
+
+
+def join_stats(stats_RTk: Tensor, inv_temperature: float) -> tuple[Tensor, Tensor, Tensor]:
     """Turn all ranks' statistics into log p [T], 1 - p [T] and each rank's share [R, T] of the mass outside the target."""
-    rest_lse_RT = stats_RTk[:, :, 0]
-    rest_lse_T = torch.logsumexp(rest_lse_RT, dim=0)
-    gap_T = rest_lse_T - stats_RTk[:, :, 1].amax(dim=0)
-    shares_RT = torch.where(rest_lse_RT > NEG_INF, (rest_lse_RT - rest_lse_T).exp(), 0.0)
+    mass_RT, total_T, gap_T = join_mass(stats_RTk, inv_temperature)
+    shares_RT = torch.where(mass_RT == NEG_INF, 0.0, (mass_RT - total_T).exp())
     return 0.0 - softplus(gap_T), torch.sigmoid(gap_T), shares_RT
 
 
 def softplus(gap_T: Tensor) -> Tensor:
-    """Exact log(1 + exp(gap)): torch's own turns linear above 20."""
+    """Return log(1 + exp(gap)) exactly; torch's own is linear above 20."""
     return torch.clamp_min(gap_T, 0.0) + torch.log1p(torch.exp(-gap_T.abs()))
 
 

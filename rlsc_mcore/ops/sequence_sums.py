@@ -1,12 +1,35 @@
 """Masked sums of packed sequences in a fixed order."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
+from rlsc_mcore.ops import library as _registers_the_ops  # noqa: F401
 from rlsc_mcore.ops.dispatch import Backend
-from rlsc_mcore.ops.library import per_token
 
-__all__ = ["per_token", "sequence_sums"]
+
+def per_token(values_S: Tensor, cu_seqlens: Tensor, num_tokens: int) -> Tensor:
+    """Repeat each sequence's value at its tokens: [T]; 0 behind the last offset. No device-to-host copy."""
+    token = torch.arange(num_tokens, device=values_S.device, dtype=cu_seqlens.dtype)
+    sequence = torch.searchsorted(cu_seqlens[1:].contiguous(), token, right=True)
+    return torch.cat([values_S, values_S.new_zeros(1)])[sequence]
+
+
+class _SequenceSums(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, values_T: Tensor, mask_T: Tensor, cu_seqlens: Tensor, backend: str) -> Tensor:
+        ctx.dtype = values_T.dtype
+        ctx.save_for_backward(mask_T, cu_seqlens)
+        return torch.ops.rlsc.sequence_sums(values_T, mask_T, cu_seqlens, backend)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_S: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        mask_T, cu_seqlens = ctx.saved_tensors
+        grad_T = torch.where(mask_T, per_token(grad_S, cu_seqlens, mask_T.shape[0]), 0.0)
+        return grad_T.to(ctx.dtype), None, None, None
 
 
 def sequence_sums(values_T: Tensor, mask_T: Tensor, cu_seqlens: Tensor, *, backend: Backend = "auto") -> Tensor:
@@ -21,4 +44,9 @@ def sequence_sums(values_T: Tensor, mask_T: Tensor, cu_seqlens: Tensor, *, backe
         raise ValueError(f"mask_T: expected bool {list(values_T.shape)}, got {mask_T.dtype} {list(mask_T.shape)}")
     if cu_seqlens.dim() != 1 or cu_seqlens.dtype != torch.int32 or cu_seqlens.shape[0] < 1:
         raise ValueError(f"cu_seqlens: expected int32 [S + 1], got {cu_seqlens.dtype} {list(cu_seqlens.shape)}")
+    for name, tensor in (("mask_T", mask_T), ("cu_seqlens", cu_seqlens)):
+        if tensor.device != values_T.device:
+            raise ValueError(f"{name}: expected on {values_T.device} like values_T, got {tensor.device}")
+    if values_T.requires_grad and torch.is_grad_enabled():
+        return _SequenceSums.apply(values_T, mask_T, cu_seqlens, backend)
     return torch.ops.rlsc.sequence_sums(values_T, mask_T, cu_seqlens, backend)

@@ -1,9 +1,13 @@
 # mypy: disable-error-code=no-untyped-def
 """The row ops as Triton kernels: any CUDA GPU from sm_80 on, and Triton's interpreter on a CPU (TRITON_INTERPRET=1).
 
-Exponents are differences of tempered logits, turned to base 2 only then: large logits cancel exactly. The target is left out
-of every sum (reference.py says why).
+Exponents are in base 2: 2^(x * scale - top) with scale = log2(e) / temperature is one fused multiply-add and one instruction for
+the power. `top` is rounded once per maximum, and fused_multiply_add tells by how much, so a common offset of the logits costs no
+digits. The target is left out of every sum (reference.py says why). NaN must stay NaN: a maximum passes it over, the sums keep it,
+and every test for an empty rest compares with 0 or -inf exactly.
 """
+
+import os
 
 import triton
 import triton.language as tl
@@ -11,6 +15,17 @@ import triton.language as tl
 LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
 LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 LOWEST: tl.constexpr = tl.constexpr(-1.0e30)  # a running maximum before the first logit: finite, so that no inf - inf arises
+INTERPRETED: tl.constexpr = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
+
+
+@triton.jit
+def fused_multiply_add(x, y, z):
+    """Return x * y + z rounded once; the interpreter's own rounds the product too, so that it goes through float64 there."""
+    if INTERPRETED:
+        result = (x.to(tl.float64) * y + z).to(tl.float32)
+    else:
+        result = tl.fma(x, y, z)
+    return result
 
 
 @triton.jit
@@ -24,20 +39,41 @@ def _log1p(y):
 
 
 @triton.jit
-def _log_prob(rest_lse, target):
-    """(log p, 1 - p) from the target-excluded statistics."""
-    gap = rest_lse - target
+def _log_prob(gap, target):
+    """(log p, 1 - p) from the rest's log mass minus the target's tempered logit; NaN for a target of +inf, as in log_softmax."""
+    gap = tl.where(target == float("inf"), float("nan"), gap)
     y = tl.exp(-tl.abs(gap))
     log_p = 0.0 - (tl.maximum(gap, 0.0) + _log1p(y))
     return log_p, tl.where(gap >= 0, 1.0, y) / (1.0 + y)
 
 
 @triton.jit
-def _target_logit(row_ptr, column, num_columns, inv_temperature):
-    """The target's tempered logit where this rank holds it, else -inf."""
-    owned = (column >= 0) & (column < num_columns)
-    x = tl.load(row_ptr + column, mask=owned, other=float("-inf")).to(tl.float32)
-    return tl.where(owned, x * inv_temperature, float("-inf"))
+def _local_column(target, vocab_start, num_columns):
+    """The target's column on this rank as int32, -1 where another rank holds it: comparisons with 64 bits cost two instructions."""
+    column = target - vocab_start
+    return tl.where((column >= 0) & (column < num_columns), column, -1).to(tl.int32)
+
+
+@triton.jit
+def _target_logit(row_ptr, column):
+    """The target's logit where this rank holds it, else -inf."""
+    return tl.load(row_ptr + column, mask=column >= 0, other=float("-inf")).to(tl.float32)
+
+
+@triton.jit
+def _accumulate(x, largest, total, weighted, scale, WITH_ENTROPY: tl.constexpr):
+    """Add x [UNROLL, BLOCK] to each lane's running sums: (largest logit, sum of 2^depth, sum of 2^depth * depth)."""
+    new_largest = tl.maximum(largest, tl.max(x, 0))
+    top = new_largest * scale
+    drop = largest * scale - top
+    depth = fused_multiply_add(x, scale, -top[None, :])
+    e = tl.exp2(depth)
+    factor = tl.exp2(drop)
+    if WITH_ENTROPY:
+        moved = fused_multiply_add(drop, total, weighted)
+        weighted = fused_multiply_add(factor, moved, tl.sum(e * tl.where(e > 0, depth, 0.0), 0))
+    total = fused_multiply_add(total, factor, tl.sum(e, 0))
+    return new_largest, total, weighted
 
 
 @triton.jit
@@ -45,47 +81,58 @@ def stats_kernel(
     logits, row_stride, targets, stats, inv_temperature, vocab_start, num_columns,
     NUM_STATS: tl.constexpr, BLOCK: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
-    """K1, one row per program: one read; each of BLOCK lanes keeps its own (maximum, sum), joined once at the end."""
+    """log_prob_stats, one row per program and one read; each of BLOCK lanes has its own (maximum, sum), joined once at the end."""
+    STEP: tl.constexpr = BLOCK * UNROLL
     row = tl.program_id(0).to(tl.int64)
     target = tl.load(targets + row)
     out = stats + row * NUM_STATS
     if target < 0:
         tl.store(out, float("-inf"))
-        tl.store(out + 1, 0.0)
-        if NUM_STATS == 3:
-            tl.store(out + 2, 0.0)
+        tl.store(out + 1, float("-inf"))
+        tl.store(out + 2, 0.0)
+        if NUM_STATS == 4:
+            tl.store(out + 3, 0.0)
         return
     row_ptr = logits + row * row_stride
-    column = target - vocab_start
+    column = _local_column(target, vocab_start, num_columns)
+    scale = inv_temperature * LOG2E
     offsets = tl.arange(0, UNROLL)[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
-    top = tl.full([BLOCK], LOWEST, tl.float32)
+    largest = tl.full([BLOCK], LOWEST, tl.float32)
     total = tl.zeros([BLOCK], tl.float32)
     weighted = tl.zeros([BLOCK], tl.float32)
-    for begin in range(0, num_columns, BLOCK * UNROLL):
-        at = begin + offsets
+    full = num_columns // STEP * STEP
+    for begin in range(0, full, STEP):  # no mask: one masked column would make every load of the step 2 bytes long
+        x = tl.load(row_ptr + begin + offsets, eviction_policy="evict_first").to(tl.float32)
+        if (column >= begin) & (column < begin + STEP):
+            x = tl.where(begin + offsets == column, float("-inf"), x)
+        largest, total, weighted = _accumulate(x, largest, total, weighted, scale, NUM_STATS == 4)
+    if full < num_columns:
+        at = full + offsets
         x = tl.load(row_ptr + at, mask=at < num_columns, other=float("-inf"), eviction_policy="evict_first").to(tl.float32)
-        x = tl.where(at == column, float("-inf"), x * inv_temperature)
-        new_top = tl.maximum(top, tl.max(x, 0))
-        drop = top - new_top
-        depth = x - new_top[None, :]
-        e = tl.exp2(depth * LOG2E)
-        if NUM_STATS == 3:
-            moved = tl.where(total > 0, weighted + drop * total, 0.0)
-            weighted = tl.exp2(drop * LOG2E) * moved + tl.sum(e * tl.where(e > 0, depth, 0.0), 0)
-        total = total * tl.exp2(drop * LOG2E) + tl.sum(e, 0)
-        top = new_top
-    best = tl.max(top, 0)
-    drop = tl.where(total > 0, top - best, 0.0)
-    factor = tl.where(total > 0, tl.exp2(drop * LOG2E), 0.0)
-    if NUM_STATS == 3:
-        weighted_sum = tl.sum(factor * (weighted + drop * total), 0)
+        x = tl.where(at == column, float("-inf"), x)
+        largest, total, weighted = _accumulate(x, largest, total, weighted, scale, NUM_STATS == 4)
+    row_largest = tl.max(largest, 0)
+    top = row_largest * scale
+    drop = largest * scale - top
+    factor = tl.exp2(drop)
     total_sum = tl.sum(total * factor, 0)
-    log_total = tl.log2(total_sum) * LN2  # -inf where every other logit is
-    tl.store(out, tl.where(total_sum > 0, best + log_total, float("-inf")))
-    x_target = _target_logit(row_ptr, column, num_columns, inv_temperature)
-    tl.store(out + 1, x_target)
-    if NUM_STATS == 3:
-        tl.store(out + 2, tl.where(total_sum > 0, log_total - weighted_sum / total_sum, 0.0))
+    log2_sum = tl.log2(total_sum)  # -inf where every other logit is
+    tl.store(out, tl.where(total_sum == 0, float("-inf"), row_largest))
+    tl.store(out + 1, (log2_sum + fused_multiply_add(-row_largest, scale, top)) * LN2)
+    tl.store(out + 2, _target_logit(row_ptr, column))
+    if NUM_STATS == 4:
+        weighted_sum = tl.sum(factor * (weighted + drop * total), 0)
+        tl.store(out + 3, tl.where(total_sum == 0, 0.0, (log2_sum - weighted_sum / total_sum) * LN2))
+
+
+@triton.jit
+def _rest_gradient(x, scale, top, log2_factor, rest_scale, entropy_scale, rest_entropy, WITH_ENTROPY: tl.constexpr):
+    """The rest's part of dlogits at x: q * (rest_scale - entropy_scale * (log q + rest_entropy))."""
+    log2_q = fused_multiply_add(x, scale, -top) + log2_factor
+    g = rest_scale
+    if WITH_ENTROPY:
+        g = rest_scale - entropy_scale * (tl.where(log2_q > LOWEST, log2_q * LN2, 0.0) + rest_entropy)
+    return tl.exp2(log2_q) * g
 
 
 @triton.jit
@@ -93,29 +140,43 @@ def dlogits_kernel(
     grad_stats, stats, logits, row_stride, targets, out, out_stride, inv_temperature, vocab_start, num_columns, row_columns,
     NUM_STATS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """K2, one block of a row per program: the gradient of the statistics, `out` may be the logits."""
+    """dlogits, one block of a row per program: the gradient of the statistics; `out` may be the logits."""
     row = tl.program_id(0).to(tl.int64)
-    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    begin = tl.program_id(1) * BLOCK
+    at = begin + tl.arange(0, BLOCK)
     target = tl.load(targets + row)
     out_ptr = out + row * out_stride + at
     if target < 0:
         tl.store(out_ptr, tl.zeros([BLOCK], out.dtype.element_ty), mask=at < row_columns)
         return
-    rest_lse = tl.load(stats + row * NUM_STATS)
-    rest_scale = tl.load(grad_stats + row * NUM_STATS) * inv_temperature
-    target_value = tl.load(grad_stats + row * NUM_STATS + 1) * inv_temperature
-    x = tl.load(logits + row * row_stride + at, mask=at < num_columns, other=float("-inf")).to(tl.float32)
-    mass = tl.where(rest_lse > float("-inf"), rest_lse, float("inf"))  # no rest: every q is 0
-    log_q = tl.minimum(x * inv_temperature - mass, 0.0)
-    g = rest_scale
-    if NUM_STATS == 3:
-        rest_entropy = tl.load(stats + row * NUM_STATS + 2)
-        entropy_scale = tl.load(grad_stats + row * NUM_STATS + 2) * inv_temperature
-        g = rest_scale - entropy_scale * (tl.where(log_q > LOWEST, log_q, 0.0) + rest_entropy)
-    g = tl.exp2(log_q * LOG2E) * g
-    g = tl.where(at == target - vocab_start, target_value, g)
-    g = tl.where(at < num_columns, g, 0.0)
-    tl.store(out_ptr, g.to(out.dtype.element_ty), mask=at < row_columns)
+    scale = inv_temperature * LOG2E
+    largest = tl.load(stats + row * NUM_STATS)
+    log_sum = tl.load(stats + row * NUM_STATS + 1)
+    largest = tl.where(largest == float("-inf"), 0.0, largest)
+    top = largest * scale
+    # An empty rest has q = 0; its logits are -inf, so any finite factor will do.
+    log2_factor = tl.where(log_sum == float("-inf"), 0.0, fused_multiply_add(-largest, scale, top) - log_sum * LOG2E)
+    rest_scale = tl.load(grad_stats + row * NUM_STATS + 1) * inv_temperature
+    target_value = tl.load(grad_stats + row * NUM_STATS + 2)
+    entropy_scale = 0.0
+    rest_entropy = 0.0
+    if NUM_STATS == 4:
+        rest_entropy = tl.load(stats + row * NUM_STATS + 3)
+        entropy_scale = tl.load(grad_stats + row * NUM_STATS + 3) * inv_temperature
+    column = _local_column(target, vocab_start, num_columns)
+    row_ptr = logits + row * row_stride + at
+    if begin + BLOCK <= num_columns:  # no mask: see stats_kernel
+        x = tl.load(row_ptr).to(tl.float32)
+        g = _rest_gradient(x, scale, top, log2_factor, rest_scale, entropy_scale, rest_entropy, NUM_STATS == 4)
+        if (column >= begin) & (column < begin + BLOCK):
+            g = tl.where(at == column, target_value, g)
+        tl.store(out_ptr, g.to(out.dtype.element_ty))
+    else:
+        x = tl.load(row_ptr, mask=at < num_columns, other=float("-inf")).to(tl.float32)
+        g = _rest_gradient(x, scale, top, log2_factor, rest_scale, entropy_scale, rest_entropy, NUM_STATS == 4)
+        g = tl.where(at == column, target_value, g)
+        g = tl.where(at < num_columns, g, 0.0)
+        tl.store(out_ptr, g.to(out.dtype.element_ty), mask=at < row_columns)
 
 
 @triton.jit
@@ -133,63 +194,90 @@ def row_kernel(
         if WEIGHTED:
             tl.store(log_probs + row, 0.0)
         else:
-            tl.store(stats + row * 2, float("-inf"))
-            tl.store(stats + row * 2 + 1, 0.0)
+            tl.store(stats + row * 3, float("-inf"))
+            tl.store(stats + row * 3 + 1, float("-inf"))
+            tl.store(stats + row * 3 + 2, 0.0)
         return
-    column = target - vocab_start
+    column = _local_column(target, vocab_start, num_columns)
+    scale = inv_temperature * LOG2E
     x = tl.load(row_ptr + at, mask=at < num_columns, other=float("-inf")).to(tl.float32)
-    x_target = _target_logit(row_ptr, column, num_columns, inv_temperature)
-    x = tl.where(at == column, float("-inf"), x * inv_temperature)
-    top = tl.maximum(tl.max(x, 0), LOWEST)
-    e = tl.exp2((x - top) * LOG2E)
+    x_target = _target_logit(row_ptr, column)
+    x = tl.where(at == column, float("-inf"), x)
+    largest = tl.maximum(tl.max(x, 0), LOWEST)
+    top = largest * scale
+    e = tl.exp2(fused_multiply_add(x, scale, -top))
     total = tl.sum(e, 0)
-    rest_lse = tl.where(total > 0, top + tl.log2(total) * LN2, float("-inf"))
-    rest_scale = 1.0 / tl.where(total > 0, total, 1.0)
+    log2_sum = tl.log2(total)
+    rest_scale = 1.0 / tl.where(total == 0, 1.0, total)
     target_value = -1.0
     if WEIGHTED:
-        log_p, q = _log_prob(rest_lse, x_target)
+        log_p, q = _log_prob((fused_multiply_add(-x_target, scale, top) + log2_sum) * LN2, x_target)
         slope = tl.load(weights + row) * q * inv_temperature
         rest_scale = -slope * rest_scale
         target_value = slope
         tl.store(log_probs + row, log_p)
     else:
-        tl.store(stats + row * 2, rest_lse)
-        tl.store(stats + row * 2 + 1, x_target)
+        tl.store(stats + row * 3, tl.where(total == 0, float("-inf"), largest))
+        tl.store(stats + row * 3 + 1, (log2_sum + fused_multiply_add(-largest, scale, top)) * LN2)
+        tl.store(stats + row * 3 + 2, x_target)
     g = tl.where(at == column, target_value, e * rest_scale)
     g = tl.where(at < num_columns, g, 0.0)
     tl.store(row_ptr + at, g.to(logits.dtype.element_ty), mask=at < row_columns)
 
 
 @triton.jit
-def join_kernel(
-    stats, log_probs, target_excluded, shares, num_tokens, NUM_RANKS: tl.constexpr, NUM_STATS: tl.constexpr, BLOCK: tl.constexpr
-):
-    """K4, a block of tokens per program: the ranks' statistics to log p, 1 - p and each rank's share of the rest."""
-    token = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    live = token < num_tokens
-    top = tl.full([BLOCK], LOWEST, tl.float32)
+def _rank_stats(stats, rank, token, num_tokens, live, NUM_STATS: tl.constexpr):
+    """(top, log_sum, target) of a block of tokens on one rank."""
+    at = stats + (rank * num_tokens + token) * NUM_STATS
+    return tl.load(at, mask=live, other=0.0), tl.load(at + 1, mask=live, other=0.0), tl.load(at + 2, mask=live, other=0.0)
+
+
+@triton.jit
+def _mass(top, log_sum, joined_top, inv_temperature):
+    """A rank's sum of exponentials as seen from the largest top: at most the number of its columns, 0 for an empty rest."""
+    return tl.where(log_sum == float("-inf"), 0.0, tl.exp((top - joined_top) * inv_temperature + log_sum))
+
+
+@triton.jit
+def _join_ranks(stats, token, num_tokens, live, inv_temperature, NUM_RANKS: tl.constexpr, NUM_STATS: tl.constexpr, BLOCK: tl.constexpr):
+    """All ranks of a block of tokens: (largest top, sum of their masses, the target's logit)."""
+    joined_top = tl.full([BLOCK], float("-inf"), tl.float32)
     target = tl.full([BLOCK], float("-inf"), tl.float32)
     for rank in tl.static_range(NUM_RANKS):
-        at = stats + (rank * num_tokens + token) * NUM_STATS
-        top = tl.maximum(top, tl.load(at, mask=live, other=float("-inf")))
-        target = tl.maximum(target, tl.load(at + 1, mask=live, other=0.0))
+        top, _, own_target = _rank_stats(stats, rank, token, num_tokens, live, NUM_STATS)
+        joined_top = tl.maximum(joined_top, top)
+        target = tl.where(own_target == float("-inf"), target, own_target)  # not a maximum, which passes NaN over
     total = tl.zeros([BLOCK], tl.float32)
     for rank in tl.static_range(NUM_RANKS):
-        at = stats + (rank * num_tokens + token) * NUM_STATS
-        total += tl.exp(tl.load(at, mask=live, other=float("-inf")) - top)
-    rest_lse = tl.where(total > 0, top + tl.log(total), float("-inf"))
+        top, log_sum, _ = _rank_stats(stats, rank, token, num_tokens, live, NUM_STATS)
+        total += _mass(top, log_sum, joined_top, inv_temperature)
+    return joined_top, total, target
+
+
+@triton.jit
+def join_kernel(
+    stats, log_probs, target_excluded, shares, num_tokens, inv_temperature,
+    NUM_RANKS: tl.constexpr, NUM_STATS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """join_stats, a block of tokens per program: the ranks' statistics to log p, 1 - p and each rank's share of the rest."""
+    token = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    live = token < num_tokens
+    joined_top, total, target = _join_ranks(stats, token, num_tokens, live, inv_temperature, NUM_RANKS, NUM_STATS, BLOCK)
     for rank in tl.static_range(NUM_RANKS):
-        mine = tl.load(stats + (rank * num_tokens + token) * NUM_STATS, mask=live, other=float("-inf"))
-        share = tl.where(total > 0, tl.exp(mine - top) / tl.where(total > 0, total, 1.0), 0.0)
+        top, log_sum, _ = _rank_stats(stats, rank, token, num_tokens, live, NUM_STATS)
+        share = _mass(top, log_sum, joined_top, inv_temperature) / tl.where(total == 0, 1.0, total)
         tl.store(shares + rank * num_tokens + token, share, mask=live)
-    log_p, q = _log_prob(rest_lse, target)
+    log_p, q = _log_prob((joined_top - target) * inv_temperature + tl.log(total), target)
     tl.store(log_probs + token, log_p, mask=live)
     tl.store(target_excluded + token, q, mask=live)
 
 
 @triton.jit
 def sums_kernel(values, mask, cu_seqlens, sums, BLOCK: tl.constexpr):
-    """One sequence per program: float64 lanes in token order, joined once; no atomics."""
+    """sequence_sums, one sequence per program: float64 lanes in token order, joined once; no atomics.
+
+    A lane reads its values whether or not the mask has them, so that no load waits for the mask.
+    """
     sequence = tl.program_id(0)
     start = tl.load(cu_seqlens + sequence)
     stop = tl.load(cu_seqlens + sequence + 1)

@@ -7,10 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rlsc_mcore.ops.reference import num_stats, unit_grad_stats, weighted_grad_stats
+
 MAX_ROW = 32768  # columns that one program keeps in registers
 STATS_BLOCK, STATS_UNROLL, STATS_WARPS = 2048, 4, 8
 DLOGITS_BLOCK, DLOGITS_WARPS = 4096, 8
-SUMS_BLOCK, JOIN_BLOCK = 256, 256
+SUMS_BLOCK, SUMS_WARPS, JOIN_BLOCK = 4096, 32, 256  # sums: 4 loads of values in flight per thread
 
 
 def why_not(op: str, device_type: str) -> str | None:
@@ -41,15 +43,15 @@ def _width(columns: int) -> int:
 def log_prob_stats(
     logits_TVp: Tensor, targets_T: Tensor, inv_temperature: float, vocab_start: int, num_columns: int, with_entropy: bool
 ) -> Tensor:
-    """Triton `reference.log_prob_stats` (K1)."""
-    num_rows, num_stats = logits_TVp.shape[0], 3 if with_entropy else 2
-    stats = torch.empty(num_rows, num_stats, dtype=torch.float32, device=logits_TVp.device)
+    """Triton `reference.log_prob_stats`."""
+    num_rows = logits_TVp.shape[0]
+    stats = torch.empty(num_rows, num_stats(with_entropy), dtype=torch.float32, device=logits_TVp.device)
     if num_rows:
         block = min(STATS_BLOCK, _width(num_columns))
         unroll = STATS_UNROLL if num_columns > block else 1
         _kernels().stats_kernel[(num_rows,)](
             logits_TVp, logits_TVp.stride(0), targets_T.contiguous(), stats, inv_temperature, vocab_start, num_columns,
-            NUM_STATS=num_stats, BLOCK=block, UNROLL=unroll, num_warps=STATS_WARPS,
+            NUM_STATS=num_stats(with_entropy), BLOCK=block, UNROLL=unroll, num_warps=STATS_WARPS,
         )  # fmt: skip
     return stats
 
@@ -64,7 +66,7 @@ def dlogits(
     num_columns: int,
     out: Tensor | None = None,
 ) -> Tensor:
-    """Triton `reference.dlogits` (K2); `out` may be the logits."""
+    """Triton `reference.dlogits`; `out` may be the logits."""
     out = torch.empty_like(logits_TVp) if out is None else out
     num_rows, row_columns = logits_TVp.shape
     if num_rows and row_columns:
@@ -80,9 +82,9 @@ def dlogits(
 def _overwrite_row(
     logits_TVp: Tensor, targets_T: Tensor, weights_T: Tensor | None, inv_temperature: float, vocab_start: int, num_columns: int
 ) -> Tensor:
-    """Launch the one-pass kernel; return log p [T] with weights, else statistics [T, 2]."""
+    """Launch the one-pass kernel; return log p [T] with weights, else statistics [T, 3]."""
     num_rows, row_columns = logits_TVp.shape
-    shape = (num_rows,) if weights_T is not None else (num_rows, 2)
+    shape = (num_rows,) if weights_T is not None else (num_rows, num_stats(False))
     out = torch.empty(shape, dtype=torch.float32, device=logits_TVp.device)
     weights = out if weights_T is None else weights_T.to(torch.float32).contiguous()
     if num_rows and row_columns:
@@ -100,9 +102,7 @@ def rest_softmax_(logits_TVp: Tensor, targets_T: Tensor, inv_temperature: float,
     if 0 < logits_TVp.shape[1] <= MAX_ROW:
         return _overwrite_row(logits_TVp, targets_T, None, *shard)
     stats = log_prob_stats(logits_TVp, targets_T, *shard, False)
-    unit = torch.empty_like(stats)
-    unit[:, 0], unit[:, 1] = 1.0 / inv_temperature, -1.0 / inv_temperature
-    dlogits(unit, stats, logits_TVp, targets_T, *shard, out=logits_TVp)
+    dlogits(unit_grad_stats(stats, inv_temperature), stats, logits_TVp, targets_T, *shard, out=logits_TVp)
     return stats
 
 
@@ -114,21 +114,21 @@ def log_prob_dlogits_(
     if 0 < logits_TVp.shape[1] <= MAX_ROW:
         return _overwrite_row(logits_TVp, targets_T, weights_T, *shard)
     stats = log_prob_stats(logits_TVp, targets_T, *shard, False)
-    log_probs_T, target_excluded_T, _ = join_stats(stats[None])
-    slope_T = weights_T.to(torch.float32) * target_excluded_T
-    dlogits(torch.stack([-slope_T, slope_T], dim=1), stats, logits_TVp, targets_T, *shard, out=logits_TVp)
+    log_probs_T, target_excluded_T, _ = join_stats(stats[None], inv_temperature)
+    grad_stats = weighted_grad_stats(weights_T, target_excluded_T, inv_temperature)
+    dlogits(grad_stats, stats, logits_TVp, targets_T, *shard, out=logits_TVp)
     return log_probs_T
 
 
-def join_stats(stats_RTk: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Triton `reference.join_stats` (K4)."""
-    num_ranks, num_tokens, num_stats = stats_RTk.shape
+def join_stats(stats_RTk: Tensor, inv_temperature: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Triton `reference.join_stats`."""
+    num_ranks, num_tokens, stats_columns = stats_RTk.shape
     log_probs_T, target_excluded_T = (stats_RTk.new_empty(num_tokens) for _ in range(2))
     shares_RT = stats_RTk.new_empty(num_ranks, num_tokens)
     if num_tokens:
         _kernels().join_kernel[(_blocks(num_tokens, JOIN_BLOCK),)](
-            stats_RTk.contiguous(), log_probs_T, target_excluded_T, shares_RT, num_tokens,
-            NUM_RANKS=num_ranks, NUM_STATS=num_stats, BLOCK=JOIN_BLOCK,
+            stats_RTk.contiguous(), log_probs_T, target_excluded_T, shares_RT, num_tokens, inv_temperature,
+            NUM_RANKS=num_ranks, NUM_STATS=stats_columns, BLOCK=JOIN_BLOCK,
         )  # fmt: skip
     return log_probs_T, target_excluded_T, shares_RT
 
@@ -139,6 +139,11 @@ def sequence_sums(values_T: Tensor, mask_T: Tensor, cu_seqlens: Tensor) -> Tenso
     sums = torch.empty(num_sequences, dtype=torch.float64, device=values_T.device)
     if num_sequences:
         _kernels().sums_kernel[(num_sequences,)](
-            values_T.contiguous(), mask_T.contiguous().view(torch.uint8), cu_seqlens.contiguous(), sums, BLOCK=SUMS_BLOCK, num_warps=4
+            values_T.contiguous(),
+            mask_T.contiguous().view(torch.uint8),
+            cu_seqlens.contiguous(),
+            sums,
+            BLOCK=SUMS_BLOCK,
+            num_warps=SUMS_WARPS,
         )
     return sums

@@ -88,7 +88,7 @@ def rank_token_log_probs():
     assert_close(ours[1], whole[1], SHARDED, "entropy")
     assert_close(ours[2][:, : shard.num_columns], shard.columns_of(whole[2][:, :VOCAB].t()).t(), SHARDED, "gradient")
     assert not ours[2][:, shard.num_columns :].any()
-    expected = [("all_gather_into_tensor", targets.shape[0] * 3 * 8)] if group.size() > 1 else []
+    expected = [("all_gather_into_tensor", targets.shape[0] * 4 * 8)] if group.size() > 1 else []
     assert counted.calls == expected, counted.calls
     return True
 
@@ -130,7 +130,7 @@ def rank_head(dtype_name, sequence_parallel, chunk_tokens):
 
 
 def rank_count_collectives(sequence_parallel):
-    """One gather of 8 bytes per live token and chunk; nothing in backward but what the hidden states need."""
+    """One gather of 12 bytes per live token and chunk; nothing in backward but what the hidden states need."""
     group = join_ranks()
     batch = make(torch.float32)
     shard = Shard(batch, group)
@@ -143,6 +143,34 @@ def rank_count_collectives(sequence_parallel):
     with CountedCollectives() as backward:
         loss.backward()
     return forward.calls, backward.calls, batch.live_counts
+
+
+def rank_whole_vocabulary():
+    """Logits that were gathered before the call, and given with the group: the mass would count once per rank."""
+    group = join_ranks()
+    batch = make(torch.float32)
+    arguments = dict(vocab_size=VOCAB, vocab_start=0, group=group)
+    calls = [
+        lambda: token_log_probs(batch.hidden @ batch.weight.t(), batch.targets, **arguments),
+        lambda: linear_token_log_probs(batch.hidden, batch.weight, batch.targets, mask_T=batch.mask, **arguments),
+        lambda: linear_weighted_loss(
+            batch.hidden, batch.weight, batch.targets, mask_T=batch.mask, cu_seqlens=batch.cu_seqlens,
+            coefficient_fn=coefficients, **arguments,
+        ),
+    ]  # fmt: skip
+    messages = []
+    for call in calls if group.rank() > 0 else []:
+        with pytest.raises(ValueError) as error:
+            call()
+        messages.append(str(error.value))
+    return messages
+
+
+def test_one_rank_s_whole_logits_are_refused_under_a_group():
+    first, second = run_ranks(2, rank_whole_vocabulary)
+    assert first == []
+    assert len(second) == 3
+    assert all("vocab_start: expected this rank's first column, got 0 on rank 1 of 2" in message for message in second)
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])
@@ -160,12 +188,12 @@ def test_the_fused_head_of_shards_is_that_of_the_whole(world_size, dtype, sequen
 
 
 @pytest.mark.parametrize("sequence_parallel", [False, True])
-def test_one_collective_of_eight_bytes_per_token_and_chunk(sequence_parallel):
+def test_one_collective_of_twelve_bytes_per_token_and_chunk(sequence_parallel):
     for forward, backward, live_counts in run_ranks(2, rank_count_collectives, sequence_parallel):
         tokens = len(make(torch.float32).targets) * HIDDEN * 4
         gathers = [size for name, size in forward if name == "all_gather_into_tensor" and size % (HIDDEN * 4)]
         assert sum(live_counts) == 14 + 24 + 8
-        assert gathers == [8 * 14, 8 * 24, 8 * 8], "three chunks of whole sequences"
+        assert gathers == [12 * 14, 12 * 24, 12 * 8], "three chunks of whole sequences"
         hidden = (
             [("all_gather_into_tensor", tokens // 2), ("reduce_scatter_tensor", tokens)] if sequence_parallel else [("all_reduce", tokens)]
         )

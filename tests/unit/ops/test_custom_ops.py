@@ -1,4 +1,4 @@
-"""The operators as torch sees them: schemas, fakes and autograd pass opcheck, torch.compile traces through them."""
+"""The operators as torch sees them: schemas and fakes pass opcheck, torch.compile traces through the functions on them."""
 
 import pytest
 import torch
@@ -18,13 +18,13 @@ def arguments(device):
 
 
 CALLS = {
-    "log_prob_stats": lambda x, t, b: (x.requires_grad_(), t, *SHARD, True, b),
-    "dlogits": lambda x, t, b: (x, torch.ones_like(x[:, :3]), torch.ops.rlsc.log_prob_stats(x, t, *SHARD, True, b), t, *SHARD, b),
-    "dlogits_": lambda x, t, b: (x, torch.ones_like(x[:, :2]), torch.ops.rlsc.log_prob_stats(x, t, *SHARD, False, b), t, *SHARD, b),
+    "log_prob_stats": lambda x, t, b: (x, t, *SHARD, True, b),
+    "dlogits": lambda x, t, b: (x, torch.ones_like(x[:, :4]), torch.ops.rlsc.log_prob_stats(x, t, *SHARD, True, b), t, *SHARD, b),
+    "dlogits_": lambda x, t, b: (x, torch.ones_like(x[:, :3]), torch.ops.rlsc.log_prob_stats(x, t, *SHARD, False, b), t, *SHARD, b),
     "rest_softmax_": lambda x, t, b: (x, t, *SHARD, b),
     "log_prob_dlogits_": lambda x, t, b: (x, t, torch.linspace(-1, 1, 5, device=x.device), *SHARD, b),
-    "join_stats": lambda x, t, b: (torch.stack([x[:, :2], x[:, 2:4]]).contiguous(), b),
-    "sequence_sums": lambda x, t, b: (x[0].clone().requires_grad_(), x[1] > 0, torch.tensor([0, 3, 3, 40], device=x.device).int(), b),
+    "join_stats": lambda x, t, b: (torch.stack([x[:, :3], x[:, 3:6]]).contiguous(), 1.25, b),
+    "sequence_sums": lambda x, t, b: (x[0].clone(), x[1] > 0, torch.tensor([0, 3, 3, 40], device=x.device).int(), b),
 }
 
 

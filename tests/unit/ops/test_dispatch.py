@@ -8,6 +8,14 @@ from rlsc_mcore.ops import describe_backends, native, reference, token_log_probs
 from rlsc_mcore.ops.dispatch import MODULES, OFFERS, OPS, PREFERENCE, choose, select, why_not
 
 
+@pytest.fixture(autouse=True)
+def forget_choices():
+    """A choice is made once per process; these tests change what it depends on."""
+    select.cache_clear()
+    yield
+    select.cache_clear()
+
+
 def test_auto_takes_the_first_backend_that_runs():
     for op in OPS:
         expected = next(b for b in PREFERENCE["cpu"] if op in OFFERS[b] and why_not(b, op, "cpu") is None)

@@ -51,7 +51,7 @@ def test_rest_softmax_is_the_gradient_up_to_a_factor_per_row(placement: Placemen
     exact, _ = oracle.log_probs_and_entropy(rows.logits.double(), rows.targets, temperature=temperature, vocab_size=VOCAB)
     here = to(rows, placement.device)
     stats = torch.ops.rlsc.rest_softmax_(here.logits, here.targets, 1 / temperature, 0, VOCAB, placement.backend)
-    joined = join(stats[None])
+    joined = join(stats[None], 1 / temperature)
     assert_close(joined.log_probs_T, exact, value_allowance(exact, exact) + 1e-5 * exact.abs(), "log p")
     assert_close(here.logits[:, :VOCAB], expected, gradient_allowance(expected, dtype, 1.0) + 1e-5 * expected.abs(), "rest softmax")
     owned = here.logits[live.to(placement.device)].gather(1, here.targets[live.to(placement.device)][:, None])
@@ -111,12 +111,12 @@ def test_shards_cut_anywhere_join_to_the_whole(data, vocab, num_ranks, temperatu
         shard = (1 / temperature, start, stop - start)
         shards.append((padded, shard, torch.ops.rlsc.log_prob_stats(padded, targets, *shard, True, "auto")))
     stats_RTk = torch.stack([stats for _, _, stats in shards])
-    joined = join(stats_RTk)
+    joined = join(stats_RTk, 1 / temperature)
     assert_close(joined.log_probs_T, exact, SHARDED, "log p")
     assert_close(joined.entropy_T, entropy, SHARDED, "entropy")
     pieces = []
     for rank, (padded, shard, stats) in enumerate(shards):
-        grad_stats = join_backward(stats_RTk, rank, w, v)
+        grad_stats = join_backward(stats_RTk, rank, 1 / temperature, w, v)
         pieces.append(torch.ops.rlsc.dlogits(padded, grad_stats, stats, targets, *shard, "auto")[:, :-2])
     assert_close(torch.cat(pieces, dim=1), grad, SHARDED * 10, "gradient")
 

@@ -20,16 +20,16 @@ ROW = {"row_stride": "i64", "targets": "*i64", "inv_temperature": "fp32", "vocab
 COPY = {"table": "*i64", "first_tiles": "*i64", "num_blocks": "i32", "num_tiles": "i32"}
 TILE = {"SEARCH_STEPS": 10, "ROWS": triton_copy.ROWS, "COLUMNS": triton_copy.COLUMNS}
 CASES = {
-    "stats": (kernels.stats_kernel, {"logits": "*bf16", "stats": "*fp32", **ROW}, {"NUM_STATS": 2, "BLOCK": 2048, "UNROLL": 4}),
+    "stats": (kernels.stats_kernel, {"logits": "*bf16", "stats": "*fp32", **ROW}, {"NUM_STATS": 3, "BLOCK": 2048, "UNROLL": 4}),
     "stats with entropy": (
         kernels.stats_kernel,
         {"logits": "*fp16", "stats": "*fp32", **ROW},
-        {"NUM_STATS": 3, "BLOCK": 2048, "UNROLL": 4},
+        {"NUM_STATS": 4, "BLOCK": 2048, "UNROLL": 4},
     ),
     "dlogits": (
         kernels.dlogits_kernel,
         {"grad_stats": "*fp32", "stats": "*fp32", "logits": "*bf16", "out": "*bf16", "out_stride": "i64", "row_columns": "i32", **ROW},
-        {"NUM_STATS": 3, "BLOCK": 4096},
+        {"NUM_STATS": 4, "BLOCK": 4096},
     ),
     "row": (
         kernels.row_kernel,
@@ -38,8 +38,15 @@ CASES = {
     ),
     "join": (
         kernels.join_kernel,
-        {"stats": "*fp32", "log_probs": "*fp32", "target_excluded": "*fp32", "shares": "*fp32", "num_tokens": "i32"},
-        {"NUM_RANKS": 8, "NUM_STATS": 2, "BLOCK": 256},
+        {
+            "stats": "*fp32",
+            "log_probs": "*fp32",
+            "target_excluded": "*fp32",
+            "shares": "*fp32",
+            "num_tokens": "i32",
+            "inv_temperature": "fp32",
+        },
+        {"NUM_RANKS": 8, "NUM_STATS": 3, "BLOCK": 256},
     ),
     "sums": (kernels.sums_kernel, {"values": "*fp32", "mask": "*u8", "cu_seqlens": "*i32", "sums": "*fp64"}, {"BLOCK": 256}),
     "copy": (triton_copy.copy_kernel, COPY, {"SOURCE": tl.bfloat16, "TARGET": tl.bfloat16, "ALIGNED": True, "VECTOR": 8, **TILE}),

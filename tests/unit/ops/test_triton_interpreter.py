@@ -10,7 +10,15 @@ from pathlib import Path
 import pytest
 
 HERE = Path(__file__).parent
-MODULES = ("test_token_log_probs.py", "test_row_ops.py", "test_sequence_sums.py", "test_linear_weighted_loss.py", "test_block_copy.py")
+MODULES = (
+    "test_token_log_probs.py",
+    "test_row_ops.py",
+    "test_sequence_sums.py",
+    "test_linear_weighted_loss.py",
+    "test_block_copy.py",
+    "test_not_finite.py",
+    "test_common_offset.py",
+)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")

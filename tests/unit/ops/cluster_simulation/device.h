@@ -34,6 +34,7 @@ inline float2 make_float2(float x, float y) { return {x, y}; }
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 inline uint4 make_uint4(uint32_t x, uint32_t y, uint32_t z, uint32_t w) { return {x, y, z, w}; }
 inline float __int_as_float(uint32_t bits) { return std::bit_cast<float>(bits); }
+inline float __uint_as_float(uint32_t bits) { return std::bit_cast<float>(bits); }
 
 // The half types: bfloat16 is what it says; the simulation runs no float16.
 struct __nv_bfloat16 { uint16_t bits; };
@@ -47,6 +48,7 @@ inline __nv_bfloat16 __float2bfloat16_rn(float value) {
 }
 inline __nv_bfloat162 __floats2bfloat162_rn(float x, float y) { return {__float2bfloat16_rn(x), __float2bfloat16_rn(y)}; }
 inline float __half2float(__half value) { return __bfloat162float(value); }
+inline float2 __half22float2(__half2 pair) { return {__half2float(pair.x), __half2float(pair.y)}; }
 inline __half __float2half_rn(float value) { return {__float2bfloat16_rn(value)}; }
 inline __half2 __floats2half2_rn(float x, float y) { return {__float2half_rn(x), __float2half_rn(y)}; }
 

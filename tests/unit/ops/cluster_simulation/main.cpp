@@ -47,7 +47,7 @@ int run(const Case& c) {
   std::vector<uint4> storage(size_t(c.num_rows) * stride * sizeof(T) / 16 + 1);
   T* logits = reinterpret_cast<T*>(storage.data());
   std::vector<int64_t> targets(c.num_rows);
-  std::vector<float> weights(c.num_rows), out(2 * c.num_rows, 99.0f);
+  std::vector<float> weights(c.num_rows), out(3 * c.num_rows, 99.0f);
   std::vector<std::vector<double>> x(c.num_rows, std::vector<double>(c.num_columns));
   for (int r = 0; r < c.num_rows; ++r) {
     for (int j = 0; j < stride; ++j) store_float(logits + size_t(r) * stride + j, j < c.num_columns ? normal(random) : NAN);
@@ -80,8 +80,9 @@ int run(const Case& c) {
     if (kWeighted) {
       expect(r, "log p", 0, out[r], ignored ? 0.0 : -(std::max(gap, 0.0) + std::log1p(std::exp(-std::abs(gap)))), 1e-5);
     } else {
-      expect(r, "rest_lse", 0, out[2 * r], ignored ? -INFINITY : lse, 1e-5);
-      expect(r, "target", 0, out[2 * r + 1], ignored ? 0.0 : target, 1e-5);
+      const double got = double(out[3 * r]) * c.inv_temperature + out[3 * r + 1];
+      expect(r, "rest_lse", 0, got, ignored ? -INFINITY : lse, 1e-5);
+      expect(r, "target", 0, out[3 * r + 2], ignored ? 0.0 : target / c.inv_temperature, 1e-5);
     }
   }
   std::printf("%s %s cluster %d x %d, %d stages, %d rows of %d: %s\n", sizeof(T) == 4 ? "float32" : "bfloat16",
