@@ -37,6 +37,7 @@ from rlsc_mcore.rollout.engine import RolloutEngine, SamplingRequest  # noqa: E4
 from rlsc_mcore.weight_sync.swap import HotSwap  # noqa: E402
 from rlsc_mcore.weight_sync.verify import SwapMismatch  # noqa: E402
 
+DISK = "save to disk and load"
 OURS = "shared storage, the rest rewritten (ours)"
 CEILING_BYTES = {"cuda": 4 << 30, "cpu": 64 << 20}
 FEWEST_ROUNDS = 8
@@ -60,16 +61,20 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         groups = initialize_groups(backend, options.tp, options.engine_tp)
         config = make_config(options, Path(scratch), backend)
-        result = run(config, Path(scratch), backend, groups, seconds)
-    result["about"] = {**about(backend.device), "shape": options.shape, "layers": options.layers, "dtype": config.model.dtype}
-    result["about"] |= {"world_size": groups.world_size, "tp": groups.tp_size, "engine_tp": groups.engine_tp_size}
+        facts = {**about(backend.device), "shape": options.shape, "layers": options.layers, "dtype": config.model.dtype}
+        facts |= {"world_size": groups.world_size, "tp": groups.tp_size, "engine_tp": groups.engine_tp_size}
+        layout = "" if groups.world_size == 1 else f"_tp{groups.tp_size}_to_{groups.engine_tp_size}"
+        file = f"weight_swap_{options.shape.removeprefix('embedded:')}{layout}.json"
+
+        def save(result: dict[str, Any]) -> None:
+            if groups.is_main:
+                out = options.out or RESULTS / device_name(backend.device)
+                out.mkdir(parents=True, exist_ok=True)
+                (out / file).write_text(json.dumps({**result, "about": facts}, indent=1) + "\n", encoding="utf-8")
+
+        result = run(config, Path(scratch), backend, groups, seconds, save)
     if groups.is_main:
         print(json.dumps(result, indent=1))
-        out = options.out or RESULTS / device_name(backend.device)
-        out.mkdir(parents=True, exist_ok=True)
-        layout = "" if groups.world_size == 1 else f"_tp{groups.tp_size}_to_{groups.engine_tp_size}"
-        name = options.shape.removeprefix("embedded:")
-        (out / f"weight_swap_{name}{layout}.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     groups.barrier()
     os._exit(0)  # engine threads have nothing left to say
 
@@ -84,8 +89,10 @@ def make_config(options: argparse.Namespace, scratch: Path, backend: Backend) ->
     return parse_config([*flags, "--parallel.tp", str(options.tp), "--rollout.tp", str(options.engine_tp or options.tp)])
 
 
-def run(config: Config, scratch: Path, backend: Backend, groups: Groups, seconds: float) -> dict[str, Any]:
-    """Build policy and engine, then gate and time every way."""
+def run(
+    config: Config, scratch: Path, backend: Backend, groups: Groups, seconds: float, save: Callable[[dict[str, Any]], None]
+) -> dict[str, Any]:
+    """Build policy and engine, then gate and time every way; `save` gets the result as soon as it has a number more."""
     policy = build_policy(config, Path(config.model.path), backend, groups, load=False)
     swap = HotSwap(policy, groups)
     dtype = DTYPES[config.model.dtype]
@@ -114,25 +121,33 @@ def run(config: Config, scratch: Path, backend: Backend, groups: Groups, seconds
     timings = measure(checks, backend.device, seconds / 2, FEWEST_ROUNDS, clock)
     result["verify_ms"] = {name: timing.median_ms for name, timing in timings.items()}
     moved = {OURS: sum(item.nbytes for item in own_tensors(swap))}
-    tasks = {OURS: Task(swap._refresh)}
-    skipped: dict[str, str] = {}
-    if groups.world_size == 1:
-        found, skipped = others(engine, swap, policy, scratch, backend)
-        tasks |= found
-        moved |= dict.fromkeys(found, weight_bytes)
     source = torch.zeros(CEILING_BYTES[backend.device.type] // dtype.itemsize, dtype=dtype, device=backend.device)
     target = torch.empty_like(source)
-    tasks["copy"] = Task(lambda: target.copy_(source))
-    timings = measure(tasks, backend.device, seconds, FEWEST_ROUNDS, clock)
+    shared = {OURS: Task(swap._refresh), "copy": Task(lambda: target.copy_(source))}
+    timings = measure(shared, backend.device, seconds, FEWEST_ROUNDS, clock)
+    ours_ms = timings[OURS].median_ms
     ceiling = 2 * source.nbytes / (timings["copy"].median_ms * 1e-3)  # read and written
-    ways: dict[str, dict[str, Any]] = {}
-    for name, size in moved.items():
-        rate = 2 * size / (timings[name].median_ms * 1e-3)
-        ways[name] = {"ms": timings[name].median_ms, "bytes_written": size, "share_of_copy_ceiling": rate / ceiling}
-        ways[name]["times_ours"] = timings[name].median_ms / timings[OURS].median_ms
     result["copy_ceiling_bytes_per_s"] = ceiling
-    result["ways"] = ways | {name: {"skipped": why} for name, why in skipped.items()}
+    result["ways"] = {OURS: _way(ours_ms, ours_ms, moved[OURS], ceiling)}
+    save(result)
+    if groups.world_size > 1:
+        return result
+    # The engine gets weights of its own now; what ours rewrites is the trainer's storage no more, but takes as long as before.
+    for name, task in others(engine, swap, policy, scratch, backend):
+        if isinstance(task, str):
+            result["ways"][name] = {"skipped": task}
+        else:
+            slow = name == DISK  # gigabytes written and read: once in the gate and once here
+            rounds = (0.0, 1) if slow else (seconds / 2, FEWEST_ROUNDS)
+            timings = measure({OURS: shared[OURS], name: task}, backend.device, *rounds, clock, warm_ups=0 if slow else 2)
+            result["ways"][name] = _way(timings[name].median_ms, timings[OURS].median_ms, weight_bytes, ceiling)
+        save(result)
     return result
+
+
+def _way(milliseconds: float, ours: float, size: int, ceiling: float) -> dict[str, float]:
+    rate = 2 * size / (milliseconds * 1e-3)
+    return {"ms": milliseconds, "bytes_written": size, "share_of_copy_ceiling": rate / ceiling, "times_ours": milliseconds / ours}
 
 
 def own_tensors(swap: HotSwap) -> list[torch.Tensor]:
@@ -179,8 +194,8 @@ def transition(engine: RolloutEngine, swap: HotSwap, backend: Backend, rounds: i
     return {**medians, "whole": statistics.median(whole)}
 
 
-def others(engine: RolloutEngine, swap: HotSwap, policy: Policy, scratch: Path, backend: Backend) -> tuple[dict[str, Task], dict[str, str]]:
-    """Give the engine a copy of its own of every tensor; return the ways that fill it rightly, and why others do not."""
+def others(engine: RolloutEngine, swap: HotSwap, policy: Policy, scratch: Path, backend: Backend) -> Iterator[tuple[str, Task | str]]:
+    """Give the engine a copy of its own of every tensor; yield each way that fills it, or why it is not timed."""
     module, llm = engine.module, engine._llm
     fused = {name: parameter.data.clone() for name, parameter in module.named_parameters()}  # the trainer's side, engine layout
     for parameter in module.parameters():
@@ -222,10 +237,8 @@ def others(engine: RolloutEngine, swap: HotSwap, policy: Policy, scratch: Path, 
         "reload_weights, engine layout": lambda: reload(weights_iterator=iter(fused.items()), is_checkpoint_format=False),
         "reload_weights, Hugging Face names": lambda: reload(weights_iterator=hugging_face()),
         "weight-transfer API's steps, in process": layerwise,
-        "save to disk and load": through_disk,
+        DISK: through_disk,
     }
-    found: dict[str, Task] = {}
-    skipped: dict[str, str] = {}
     for name, way in ways.items():
         try:
             with torch.no_grad():
@@ -235,12 +248,11 @@ def others(engine: RolloutEngine, swap: HotSwap, policy: Policy, scratch: Path, 
             backend.synchronize()
             swap.verify_full()
         except SwapMismatch as mismatch:
-            skipped[name] = str(mismatch)
-        except Exception as error:  # a version without it, or that does it otherwise: said, not timed
-            skipped[name] = f"{type(error).__name__}: {error}"
+            yield name, str(mismatch)
+        except Exception as error:  # a version without it, or that does it otherwise: reported, not timed
+            yield name, f"{type(error).__name__}: {error}"
         else:
-            found[name] = Task(way)
-    return found, skipped
+            yield name, Task(way)
 
 
 if __name__ == "__main__":

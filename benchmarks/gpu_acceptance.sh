@@ -3,6 +3,7 @@
 #
 #   bash benchmarks/gpu_acceptance.sh [--only kernels|swap|train|loop|peers]... [--again] [--out FOLDER]
 #   bash benchmarks/gpu_acceptance.sh --dry-run                                  print the commands; needs no GPU
+#   bash benchmarks/gpu_acceptance.sh --rehearse --out FOLDER                    run every command on a CPU, with tiny shapes
 #
 # Ends within 9 minutes: what did not fit is left, and the next call goes on there. A step that was done with these very sources is
 # not done again (--again does). Results, plots and the table: benchmarks/results/<gpu>/. What is wrong is not timed: where a
@@ -16,7 +17,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit
 
 minutes_in_all=9
 parts=(kernels swap train loop peers)
-wanted=() dry="" again="" out=""
+wanted=() dry="" again="" out="" rehearse=""
 stop() {
     echo "gpu_acceptance: $*" >&2
     exit 2
@@ -34,8 +35,9 @@ while (($#)); do
             shift
             ;;
         --dry-run) dry=1 ;;
+        --rehearse) rehearse=1 ;;
         --again) again=1 ;;
-        *) stop "expected --only PART, --out FOLDER, --again or --dry-run, got '$1'" ;;
+        *) stop "expected --only PART, --out FOLDER, --again, --dry-run or --rehearse, got '$1'" ;;
     esac
     shift
 done
@@ -44,7 +46,11 @@ if ((${#wanted[@]} == 0)); then wanted=("${parts[@]}"); fi
 python=${PYTHON:-.venv/bin/python}
 [[ -n ${PYTHON:-} || -x $python ]] || python=python3
 command -v "$python" >/dev/null || stop "PYTHON: no program $python"
-if [[ -z $dry ]]; then
+if [[ -n $rehearse ]]; then
+    [[ -n $out ]] || stop "--rehearse: expected --out FOLDER with it, so that no result of a GPU is replaced"
+    gpu=cpu minutes_in_all=40
+    export CUDA_VISIBLE_DEVICES=""
+elif [[ -z $dry ]]; then
     gpu=$("$python" -c 'import torch
 from benchmarks.harness import device_name
 assert torch.cuda.is_available(), "torch.cuda.is_available() is False"
@@ -54,6 +60,10 @@ else
     gpu=h200
 fi
 out=${out:-benchmarks/results/$gpu}
+gpu_gib=1000 # no limit where nothing is measured
+if [[ -z $dry$rehearse ]]; then
+    gpu_gib=$("$python" -c 'import torch; print(torch.cuda.mem_get_info()[1] >> 30)') || stop "the GPU's memory cannot be read"
+fi
 models=${RLSC_BENCH_MODELS:-/tmp/rlsc_bench_models} # random weights: gigabytes, made on the spot
 smollm2=${RLSC_SMOLLM2:-models/smollm2_135m} gsm8k=${RLSC_GSM8K:-gsm8k_test.jsonl}
 sources=$(find rlsc_mcore csrc benchmarks tests/gpu setup.py -type f \( -name '*.py' -o -name '*.cu' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.h' \) -print0 |
@@ -67,6 +77,7 @@ declare -A tried # by name: what several parts stand on runs once in a call
 step() {
     local part=$1 name=$2 seconds=$3 remaining begin=$SECONDS status=0
     shift 3
+    if [[ -n $rehearse ]]; then seconds=$((4 * seconds)); fi # a busy machine decides nothing
     [[ " ${wanted[*]} " == *" $part "* ]] || return 0
     if [[ -n ${tried[$name]:-} ]]; then
         [[ ${tried[$name]} == "done" ]] || broken_parts+="$part "
@@ -105,48 +116,93 @@ step() {
     fi
 }
 
+# needs GIB NAME FILE PART: succeed where the GPU has so much memory; elsewhere write FILE.json, which says what it needs.
+needs() {
+    if ((gpu_gib >= $1)); then return 0; fi
+    if [[ " ${wanted[*]} " != *" $4 "* ]]; then return 1; fi
+    echo "===== $2: left out: it needs a GPU of $1 GiB, this one has $gpu_gib GiB"
+    mkdir -p "$out"
+    printf '{"skipped": "needs a GPU of %d GiB, this one has %d GiB"}\n' "$1" "$gpu_gib" >"$out/$3.json"
+    return 1
+}
+
 # --- what several parts stand on, made by the first that is wanted; another machine, or a tidy one, has it no more
 compgen -G 'rlsc_mcore/_C*.so' >/dev/null || rm -f "$out/.done/build"
-for size in 1.5b 7b; do
-    [[ -f $models/qwen2.5-$size/config.json ]] || rm -f "$out/.done/model_$size"
-done
-for part in "${parts[@]}"; do
-    step "$part" build 150 env RLSC_NATIVE=cuda "$python" setup.py -q build_ext --inplace
-done
+small=1.5b large=7b
+swap_shapes=(qwen2.5-0.5b qwen2.5-1.5b) step_flags=() loop_config=configs/qwen2.5_math_1.5b_1gpu.yaml
+loop_flags=(--data.template chat --data.questions-per-step 8 --rollout.num-samples 16 --rollout.max-new-tokens 1024)
+loop_steps=(--steps 3 --repeats 3) large_steps=(--steps 2) small_model=$models/qwen2.5-1.5b large_model=$models/qwen2.5-7b peer_flags=()
+large_flags=(--rollout.kv-cache-gib 8 --optimizer.precision-aware True --training.tokens-per-micro-batch 3328)
+seconds_per_case=${SECONDS_PER_CASE:-1.5}
+if [[ -n $rehearse ]]; then
+    swap_shapes=() step_flags=(--layers 1 --sequences 4 --sequence-length 48 --prompt-tokens 16 --repeats 2)
+    loop_config=configs/tiny_cpu.yaml small_model=embedded:tiny_qwen2 large_model=embedded:tiny_qwen2
+    loop_flags=(--data.questions-per-step 2 --rollout.num-samples 2 --rollout.max-new-tokens 8)
+    loop_steps=(--steps 1 --repeats 2) large_steps=(--steps 1) large_flags=(--training.tokens-per-micro-batch 256) seconds_per_case=0.05
+    peer_flags=(--questions 2 --num-samples 2 --max-new-tokens 8 --steps 2 --turns 1 --per-device-batch 2)
+else
+    for size in "$small" "$large"; do
+        [[ -f $models/qwen2.5-$size/config.json ]] || rm -f "$out/.done/model_$size"
+    done
+fi
 
-# --- kernels: compare with float64 on the device, then time
+# --- kernels: compare with float64 on the device, then time; nothing else needs the CUDA build
+if [[ -z $rehearse ]]; then
+    step kernels build 150 env RLSC_NATIVE=cuda "$python" setup.py -q build_ext --inplace
+fi
 step kernels backends 60 "$python" -c 'from rlsc_mcore.ops import describe_backends; print(*describe_backends(), sep="\n")'
-step kernels kernel_tests 150 "$python" -m pytest -q -m "" tests/gpu/ops
+if [[ -z $rehearse ]]; then
+    step kernels kernel_tests 150 "$python" -m pytest -q -m "" tests/gpu/ops
+fi
 for bench in log_prob linear_log_prob sequence_sum; do
-    step kernels "$bench" 100 "$python" -m "benchmarks.bench_$bench" --seconds "${SECONDS_PER_CASE:-1.5}" --out "$out"
+    step kernels "$bench" 100 "$python" -m "benchmarks.bench_$bench" --seconds "$seconds_per_case" --out "$out"
 done
 
 # --- swap: the transition from training to sampling, every way side by side
-step swap weight_swap_0.5b 100 "$python" -m benchmarks.bench_weight_swap --shape qwen2.5-0.5b --out "$out"
-step swap weight_swap_1.5b 120 "$python" -m benchmarks.bench_weight_swap --shape qwen2.5-1.5b --out "$out"
-step swap weight_swap_7b 240 "$python" -m benchmarks.bench_weight_swap --shape qwen2.5-7b --out "$out"
+if [[ -n $rehearse ]]; then
+    step swap weight_swap 100 "$python" -m benchmarks.bench_weight_swap --seconds 0.1 --out "$out"
+fi
+for shape in ${swap_shapes[@]+"${swap_shapes[@]}"}; do
+    step swap "weight_swap_${shape#qwen2.5-}" 120 "$python" -m benchmarks.bench_weight_swap --shape "$shape" --out "$out"
+done
+if [[ -z $rehearse ]] && needs 60 weight_swap_7b weight_swap_qwen2.5-7b swap; then
+    step swap weight_swap_7b 240 "$python" -m benchmarks.bench_weight_swap --shape qwen2.5-7b --out "$out"
+fi
 
 # --- train: model FLOPs utilisation and peak memory, loss and gradient norm compared with transformers first
-step train train_step_1.5b 150 "$python" -m benchmarks.bench_train_step --shape qwen2.5-1.5b --out "$out"
-step train train_step_7b 240 "$python" -m benchmarks.bench_train_step --shape qwen2.5-7b --out "$out"
+if [[ -n $rehearse ]]; then
+    step train train_step 150 "$python" -m benchmarks.bench_train_step "${step_flags[@]}" --out "$out"
+else
+    step train train_tests 150 "$python" -m pytest -q -m "" tests/gpu/test_train_step_benchmark.py
+    step train train_step_1.5b 150 "$python" -m benchmarks.bench_train_step --shape qwen2.5-1.5b --out "$out"
+    if needs 130 train_step_7b train_step_qwen2.5-7b train; then
+        step train train_step_7b 240 "$python" -m benchmarks.bench_train_step --shape qwen2.5-7b --out "$out"
+    fi
+fi
 
 # --- loop: the whole step with its engine; trainer and engine must agree first
-step loop loop_tests 150 "$python" -m pytest -q -m "" tests/gpu/test_loop.py
-for part in loop peers; do
-    step "$part" model_1.5b 120 "$python" -m benchmarks.random_model --shape qwen2.5-1.5b --output "$models/qwen2.5-1.5b"
-done
-step loop end_to_end_1.5b 240 "$python" -m benchmarks.bench_end_to_end --config configs/qwen2.5_math_1.5b_1gpu.yaml \
-    --model.path "$models/qwen2.5-1.5b" --data.path embedded:train --data.template chat --data.questions-per-step 8 \
-    --rollout.num-samples 16 --rollout.max-new-tokens 1024 --steps 3 --repeats 3 --output "$out/end_to_end_1.5b.json"
-
-step loop model_7b 240 "$python" -m benchmarks.random_model --shape qwen2.5-7b --output "$models/qwen2.5-7b"
-step loop end_to_end_7b 300 "$python" -m benchmarks.bench_end_to_end --config configs/qwen2.5_math_1.5b_1gpu.yaml --only phases \
-    --model.path "$models/qwen2.5-7b" --data.path embedded:train --data.template chat --data.questions-per-step 8 \
-    --rollout.num-samples 16 --rollout.max-new-tokens 1024 --rollout.kv-cache-gib 8 --optimizer.precision-aware True \
-    --training.tokens-per-micro-batch 3328 --steps 2 --output "$out/end_to_end_7b.json"
+if [[ -z $rehearse ]]; then
+    step loop loop_tests 150 "$python" -m pytest -q -m "" tests/gpu/test_loop.py
+    step loop hand_over_tests 150 "$python" -m pytest -q -m "" tests/gpu/test_hand_over.py
+    for part in loop peers; do
+        step "$part" "model_$small" 120 "$python" -m benchmarks.random_model --shape "qwen2.5-$small" --output "$small_model"
+    done
+fi
+step loop "end_to_end_$small" 240 "$python" -m benchmarks.bench_end_to_end --config "$loop_config" --model.path "$small_model" \
+    --data.path embedded:train "${loop_flags[@]}" "${loop_steps[@]}" --output "$out/end_to_end_$small.json"
+if needs 130 "end_to_end_$large" "end_to_end_$large" loop; then
+    if [[ -z $rehearse ]]; then
+        step loop "model_$large" 240 "$python" -m benchmarks.random_model --shape "qwen2.5-$large" --output "$large_model"
+    fi
+    step loop "end_to_end_$large" 300 "$python" -m benchmarks.bench_end_to_end --config "$loop_config" --only phases \
+        --model.path "$large_model" --data.path embedded:train "${loop_flags[@]}" "${large_flags[@]}" "${large_steps[@]}" \
+        --output "$out/end_to_end_$large.json"
+fi
 
 # --- peers: other trainers, the same model, prompts, samples and lengths
-step peers trl 300 "$python" -m benchmarks.bench_peers --model "$models/qwen2.5-1.5b" --out "$out"
+if [[ -z $rehearse ]] || "$python" -c 'import trl' 2>/dev/null; then
+    step peers trl 300 "$python" -m benchmarks.bench_peers --model "$small_model" ${peer_flags[@]+"${peer_flags[@]}"} --out "$out"
+fi
 
 # --- real weights and questions, 20 steps and 3 seeds, with baselines: what is begun goes on in the next call
 if [[ -n $dry || (-f $smollm2/config.json && -f $gsm8k) ]]; then

@@ -72,7 +72,12 @@ class Ceilings:
 
 
 def measure(
-    tasks: dict[str, Task], device: torch.device, seconds: float, fewest: int = 5, clock: Callable[[], float] = time.perf_counter
+    tasks: dict[str, Task],
+    device: torch.device,
+    seconds: float,
+    fewest: int = 5,
+    clock: Callable[[], float] = time.perf_counter,
+    warm_ups: int = 2,
 ) -> dict[str, Timing]:
     """Time the tasks in turn, one run of each per round, until `seconds` have passed (at least `fewest` rounds).
 
@@ -81,7 +86,8 @@ def measure(
     times: dict[str, list[float]] = {name: [] for name in tasks}
     peaks: dict[str, int | None] = {}
     for name, task in tasks.items():  # warm up: compile, tune, allocate
-        for _ in range(2):
+        peaks[name] = None
+        for _ in range(warm_ups):
             task.prepare()
             before = torch.cuda.memory_allocated() if device.type == "cuda" else 0
             if device.type == "cuda":
@@ -112,7 +118,7 @@ def _time_once(run: Callable[[], Any], device: torch.device, clock: Callable[[],
 
 
 def _timing(values: list[float], peak: int | None) -> Timing:
-    cuts = statistics.quantiles(values, n=5)
+    cuts = statistics.quantiles(values, n=5) if len(values) > 1 else values * 4
     return Timing(statistics.median(values), cuts[0], cuts[3], len(values), peak)
 
 

@@ -59,6 +59,15 @@ class SamplingRequest:
     top_p: float = 1.0
 
 
+@dataclass(frozen=True)
+class EngineSettings:
+    """Settings of the engine that decide how fast it samples."""
+
+    max_num_batched_tokens: int
+    enforce_eager: bool
+    kv_cache_bytes: int
+
+
 class GenerationInterrupted(Exception):
     """Raised by `generate` when its `should_stop` answered True; every unfinished request was aborted."""
 
@@ -181,6 +190,15 @@ class RolloutEngine:
         own = {p: size for p, size in storages(tensors).items() if p not in shared}
         runner = self._llm.llm_engine.model_executor.driver_worker.worker.model_runner
         return {"engine_weights": own, "kv_cache": storages(runner.kv_caches)}
+
+    def settings(self) -> EngineSettings:
+        """Return what vLLM was configured with, so that a benchmark can build a plain engine alike."""
+        config = self._llm.llm_engine.vllm_config
+        return EngineSettings(
+            max_num_batched_tokens=config.scheduler_config.max_num_batched_tokens,
+            enforce_eager=config.model_config.enforce_eager,
+            kv_cache_bytes=config.cache_config.kv_cache_memory_bytes,
+        )
 
     def graph_pool(self) -> tuple[int, int] | None:
         """Return the id of the memory pool that CUDA graphs were captured in; None where there are none."""

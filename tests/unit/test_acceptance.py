@@ -75,9 +75,12 @@ def test_shares_and_peers_of_the_kernels(tmp_path: Path) -> None:
     put(tmp_path, "log_prob", with_cases("log_prob", cases))
     found = verdicts(tmp_path, "kernels")
     one_pass = "log p and weighted gradient, one pass, in place"
-    assert found[f"{one_pass}, V = 152064: >= 93 %"] == ("97.0 %", REACHED)  # ours as it is chosen, not a backend by name
-    assert found[f"{one_pass}, V / 8 = 19008: >= 88 %"] == ("84.0 %", MISSED)
-    assert found["log p alone, V = 152064: >= 95 %"] == ("95.0 %", REACHED)
+    assert found[f"{one_pass}, V = 152064: >= 93 %"] == (
+        "97.0 % (ours auto (cuda))",
+        REACHED,
+    )  # ours as it is chosen, not a backend by name
+    assert found[f"{one_pass}, V / 8 = 19008: >= 88 %"] == ("84.0 % (ours auto (cuda))", MISSED)
+    assert found["log p alone, V = 152064: >= 95 %"] == ("95.0 % (ours auto (cuda))", REACHED)
     assert found["log p alone, V / 8 = 19008: >= 95 %"][1] == NOT_MEASURED
     assert found["every peer slower, V = 152064"] == ("1.38 x the fastest of 1", REACHED)
     assert found["every peer slower, V / 8 = 19008"] == ("0.97 x the fastest of 2", MISSED)
@@ -95,7 +98,7 @@ def test_memory_of_the_head(tmp_path: Path, whole: float | None, verdict: str) -
         content["rows"].append({**out_of_memory, "timing": None, "skipped": "OutOfMemoryError: CUDA out of memory."})
     put(tmp_path, "linear_log_prob", content)
     found = verdicts(tmp_path, "kernels")
-    assert found["the same: at most 1.5 GiB beside inputs and gradients"] == ("1.25 GiB", REACHED)
+    assert found["the same: at most 2.5 GiB beside inputs and gradients"] == ("1.25 GiB", REACHED)
     assert found["the same: every peer slower, the unweighted one too"] == ("1.01 x the fastest of 1", REACHED)
     assert found["head and loss of 16 x 3072 tokens: >= 8 GiB below whole logits"][1] == verdict
 
@@ -199,11 +202,29 @@ def test_a_broken_file_is_not_measured(tmp_path: Path, text: str) -> None:
     assert {line["verdict"] for line in judge(Results(tmp_path))} == {NOT_MEASURED}
 
 
+def test_a_gpu_that_is_too_small_says_what_is_needed(tmp_path: Path) -> None:
+    put(tmp_path, "train_step_qwen2.5-7b", {"skipped": "needs a GPU of 130 GiB, this one has 79 GiB"})
+    measured = [line["measured"] for line in judge(Results(tmp_path)) if line["claim"].startswith("7B trains")]
+    assert measured == ["- (train_step_qwen2.5-7b: needs a GPU of 130 GiB, this one has 79 GiB)"]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_every_command_runs_on_a_cpu_with_tiny_shapes(tmp_path: Path) -> None:
+    done = acceptance("--rehearse", "--out", str(tmp_path))
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    written = {file.stem for file in tmp_path.glob("*.json")}
+    expected = {"log_prob", "linear_log_prob", "sequence_sum", "weight_swap_tiny_qwen2", "train_step_tiny_qwen2"}
+    assert written >= expected | {"end_to_end_1.5b", "end_to_end_7b", "acceptance"}
+    lines = json.loads((tmp_path / "acceptance.json").read_text())["marks"]
+    assert {line["verdict"] for line in lines} == {NOT_MEASURED}, "a CPU's results reach no mark of a GPU"
+
+
 def acceptance(*arguments: str) -> subprocess.CompletedProcess[str]:
     """Run the command."""
     environment = {**os.environ, "PYTHON": sys.executable, "CUDA_VISIBLE_DEVICES": ""}
     command = ["bash", str(ROOT / "benchmarks" / "gpu_acceptance.sh"), *arguments]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=300)
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=1800)
 
 
 def test_the_commands_are_those_of_real_benchmarks() -> None:
@@ -213,7 +234,7 @@ def test_the_commands_are_those_of_real_benchmarks() -> None:
     assert modules >= {"benchmarks.bench_log_prob", "benchmarks.bench_weight_swap", "benchmarks.bench_train_step", "benchmarks.acceptance"}
     assert all((ROOT / f"{module.replace('.', '/')}.py").is_file() for module in modules)
     only = acceptance("--dry-run", "--only", "train").stdout.splitlines()
-    assert only and all(line.startswith(("train ", "then: ")) for line in only)
+    assert only and all(line.startswith(("train ", "then: ", "=====")) for line in only)
 
 
 def test_without_a_gpu_nothing_is_measured(tmp_path: Path) -> None:
