@@ -1,15 +1,25 @@
 """The command line: `rlsc COMMAND`; `python -m rlsc_mcore.cli` is the same.
 
-Exit codes: 0 done or stopped on request and saved, 1 failed, 2 bad input.
+Exit codes: 0 done, or a training that was stopped on request and saved; 1 failed; 2 bad input; 128 + n ended by signal n before
+it was complete, with what was finished kept.
 """
 
+import contextlib
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Sequence
+from typing import NoReturn
 
 from rlsc_mcore.commands.table import find_command, usage
 from rlsc_mcore.config import CollectiveRunError, ConfigError, RunError
+from rlsc_mcore.run.machine_errors import explain
+from rlsc_mcore.run.owner import is_main_rank, release_all
+from rlsc_mcore.run.printable import printable, without_secrets
+from rlsc_mcore.run.scratch import remove_scratch
+from rlsc_mcore.run.terminal import survive_a_lost_terminal
+from rlsc_mcore.training.signals import Interrupted, interruptible
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -24,19 +34,35 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(__version__)
         sys.exit(0)
     name, rest = arguments[0], arguments[1:]
+    survive_a_lost_terminal()
     try:
-        sys.exit(_run(name, rest))
+        with interruptible():
+            code = _run(name, rest)
     except ConfigError as error:
-        if int(os.environ.get("RANK", "0")) == 0:
-            print(f"rlsc {name}: {error}", file=sys.stderr)
-        _leave(2)
+        if is_main_rank():
+            _tell(name, error)
+        code = 2
     except RunError as error:
-        if not isinstance(error, CollectiveRunError) or int(os.environ.get("RANK", "0")) == 0:
-            print(f"rlsc {name}: {error}", file=sys.stderr)
-        _leave(1)
-    except Exception:
-        traceback.print_exc()
-        _leave(1)
+        if not isinstance(error, CollectiveRunError) or is_main_rank():
+            _tell(name, error)
+        code = 1
+    except KeyboardInterrupt as error:
+        if is_main_rank():
+            number = error.number if isinstance(error, Interrupted) else signal.SIGINT
+            _tell(name, str(error) or f"stopped by {signal.Signals(number).name} before it was complete")
+        code = error.code if isinstance(error, Interrupted) else 128 + signal.SIGINT
+    except Exception as error:
+        cause = explain(error)
+        if cause is not None:
+            _tell(name, cause)
+        else:
+            traceback.print_exc()
+        code = 1
+    _leave(code)
+
+
+def _tell(name: str, error: object) -> None:
+    print(f"rlsc {name}: {printable(without_secrets(str(error)))}", file=sys.stderr)
 
 
 def _run(name: str, arguments: list[str]) -> int:
@@ -45,14 +71,16 @@ def _run(name: str, arguments: list[str]) -> int:
         from rlsc_mcore.observability.console import quiet_libraries
 
         quiet_libraries()
-    code = command.load()(arguments)
-    return _leave(code) if command.uses_engine else code
+    return command.load()(arguments)
 
 
-def _leave(code: int) -> int:
-    """End the process at once when an engine lives in it: its threads and process groups have nothing left to say."""
-    sys.stdout.flush()
-    sys.stderr.flush()
+def _leave(code: int) -> NoReturn:
+    """End the process: at once when an engine lives in it, whose threads and process groups need no ending of their own."""
+    release_all()
+    remove_scratch()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
     if "vllm" in sys.modules:
         import torch.distributed as dist
 

@@ -10,6 +10,7 @@ from rlsc_mcore.experiments.compare import figure, gather, markdown, parse_seeds
 from rlsc_mcore.experiments.runs import Experiment, Variant, check_flags, run_settings
 from rlsc_mcore.objectives import OBJECTIVES
 from rlsc_mcore.observability.console import Reporter
+from rlsc_mcore.run.files import write_atomically
 
 # Name -> flags of every run that can be compared: each objective, and its variants.
 VARIANTS: dict[str, tuple[str, ...]] = {
@@ -47,12 +48,13 @@ def run_compare(arguments: Sequence[str]) -> int:
     if all(variant.temperature_factor is not None for variant in variants):
         raise ConfigError("--objectives: name one that trains; its run evaluates the base model too")
     report = Reporter(enabled=True)
-    experiment.run(variants, report)
-    trained = next(variant for variant in variants if variant.temperature_factor is None)
-    result = gather(experiment, variants, config.evaluation.temperatures) | run_settings(experiment, trained)
-    (known.output / "comparison.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    (known.output / "comparison.svg").write_text(figure(result), encoding="utf-8")
-    (known.output / "comparison.md").write_text(markdown(result), encoding="utf-8")
+    with experiment.owned("comparison.json"):
+        experiment.run(variants, report)
+        trained = next(variant for variant in variants if variant.temperature_factor is None)
+        result = gather(experiment, variants, config.evaluation.temperatures) | run_settings(experiment, trained)
+        write_atomically(known.output / "comparison.json", json.dumps(result, indent=1) + "\n")
+        write_atomically(known.output / "comparison.svg", figure(result))
+        write_atomically(known.output / "comparison.md", markdown(result))
     print_table(result, report.console)
     report.line(f"wrote {known.output}/comparison.json, .svg and .md")
     return 0

@@ -1,14 +1,14 @@
 """`rlsc eval`: one model or run, any benchmarks, any templates, one engine."""
 
 import argparse
+import contextlib
 import json
-import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rlsc_mcore.config import TEMPLATES, Config, ConfigError
+from rlsc_mcore.config import TEMPLATES, Config, ConfigError, RunError
 from rlsc_mcore.config_file import parse_config, read_flags
 from rlsc_mcore.data.templates import check_prompt_lengths, render_prompt
 from rlsc_mcore.evaluation.benchmarks import BENCHMARKS, load_benchmark
@@ -19,6 +19,10 @@ from rlsc_mcore.evaluation.table import print_comparison
 from rlsc_mcore.model.hf_checkpoint import load_tokenizer, resolve_model_folder
 from rlsc_mcore.model.shape import read_architecture
 from rlsc_mcore.run.folder import CHECKPOINT_HELP, LATEST, find_checkpoint
+from rlsc_mcore.run.machine_errors import explain
+from rlsc_mcore.run.owner import OWNER_FILE, is_main_rank, owned, release_all
+from rlsc_mcore.run.scratch import remove_scratch, scratch_folder
+from rlsc_mcore.training.signals import Interrupted, StopRequest
 from rlsc_mcore.types import Question
 
 DESCRIPTION = """Evaluate a model folder or a run's weights.
@@ -62,9 +66,17 @@ def run_eval(arguments: Sequence[str]) -> int:
     names = _split(known.benchmarks) if known.benchmarks is not None else [known.data or "embedded:test"]
     settings = ["--evaluation.num-samples", known.num_samples, "--evaluation.temperatures", *known.temperatures, *flags]
     templates = None if known.templates is None else list(TEMPLATES) if known.templates == "all" else _split(known.templates)
-    results = evaluate_model(
-        known.model, names, templates, settings, folder=known.benchmark_dir, output=known.output, checkpoint=known.checkpoint
-    )
+    with StopRequest(on_end=lambda signal_name: _leave_nothing()).listening() as stop:
+        results = evaluate_model(
+            known.model,
+            names,
+            templates,
+            settings,
+            folder=known.benchmark_dir,
+            output=known.output,
+            checkpoint=known.checkpoint,
+            stop=stop,
+        )
     if results is not None:
         for benchmark in dict.fromkeys(job.benchmark for job in results):
             columns = {
@@ -76,6 +88,12 @@ def run_eval(arguments: Sequence[str]) -> int:
     return 0
 
 
+def _leave_nothing() -> None:
+    """Clean up right before the process is ended from another thread."""
+    release_all()
+    remove_scratch()
+
+
 def evaluate_model(
     model: str,
     names: Sequence[str],
@@ -85,22 +103,28 @@ def evaluate_model(
     folder: Path | None,
     output: Path | None,
     checkpoint: str | None = None,
+    stop: StopRequest | None = None,
 ) -> dict[Job, dict[str, Any]] | None:
     """Evaluate `model`, or a run's checkpoint, on every benchmark under every template; None on ranks other than the main one.
 
     `checkpoint` as in `find_checkpoint`, the last by default. Every benchmark is read and every prompt rendered before the engine
-    is built. Collective over the world.
+    is built. Raises `Interrupted` on a stop signal; what was finished before is written to `output`, and its table is printed.
+    Collective over the world.
     """
+    from rlsc_mcore.rollout.engine import GenerationInterrupted
+    from rlsc_mcore.training.faults import reported
     from rlsc_mcore.training.session import Session
-    from rlsc_mcore.training.signals import StopRequest
+    from rlsc_mcore.training.signals import AbortPoll
 
+    stop = stop or StopRequest()
     run_file = Path(model) / "config.yaml"
     is_run = run_file.is_file()
     if checkpoint is not None and not is_run:
         raise ConfigError(f"--checkpoint {checkpoint}: --model {model} is no run")
     resume_from = find_checkpoint(Path(model), checkpoint or LATEST) if is_run else None
-    with tempfile.TemporaryDirectory() as scratch:
-        file = Path(scratch) / "questions.jsonl"
+    with scratch_folder("eval") as scratch_path, _owned_output(output), reported():
+        scratch = str(scratch_path / "run")
+        file = scratch_path / "questions.jsonl"
         base = read_flags(run_file) if is_run else ["--model.path", model, "--data.path", str(file)]
         config = parse_config([*base, *flags, "--run-dir", scratch, "--evaluation.path", str(file)], prog="rlsc eval")
         jobs = _jobs(names, templates or [config.data.template], config, folder)
@@ -118,12 +142,21 @@ def evaluate_model(
             config = parse_config(
                 [*base, *flags, "--run-dir", scratch, "--evaluation.path", str(file), "--data.template", longest.template]
             )
-        session = Session(config, StopRequest(), resume_from=resume_from)
-        results = {}
+        results: dict[Job, dict[str, Any]] = {}
+        try:
+            session = Session(config, stop, resume_from=resume_from)
+        except GenerationInterrupted:
+            raise _interrupted(stop, results, jobs, output) from None
         for job in jobs:
-            result = evaluate(
-                *(session.engine, tokenizer, job.questions, prompts[job], config, session.groups, session.report), label=job.name
-            )
+            try:
+                result = evaluate(
+                    *(session.engine, tokenizer, job.questions, prompts[job], config, session.groups, session.report),
+                    label=job.name,
+                    should_stop=AbortPoll(stop, session.groups),
+                )
+            except GenerationInterrupted:
+                session.close()
+                raise _interrupted(stop, results, jobs, output) from None
             row = result["scores"] | {"by_temperature": _by_temperature(result["answers"], config.evaluation.temperatures)}
             results[job] = row
             if output is not None and session.groups.is_main:
@@ -132,6 +165,42 @@ def evaluate_model(
         is_main = session.groups.is_main
         session.close()
     return results if is_main else None
+
+
+def _interrupted(stop: StopRequest, results: dict[Job, dict[str, Any]], jobs: Sequence[Job], output: Path | None) -> Interrupted:
+    """Print the table of what is finished, and return the ending that says so."""
+    if is_main_rank():
+        for job, row in results.items():
+            print_comparison({job.template: _shown(row)}, title=f"{job.benchmark}, mean +- standard error over questions")
+    kept = f"; the finished ones are in {output}" if output is not None and results else ""
+    text = f"stopped by {stop.signal_name or 'another rank'} after {len(results)} of {len(jobs)} evaluations{kept}"
+    return Interrupted(stop.code - 128, text)
+
+
+@contextlib.contextmanager
+def _owned_output(output: Path | None) -> Iterator[None]:
+    """Own the folder or file that the evaluations are written to, on the main rank, and refuse to replace a foreign file."""
+    if output is None or not is_main_rank():
+        yield
+        return
+    is_file = output.suffix == ".json"
+    folder = output.parent if is_file else output
+    if is_file and output.exists() and not _is_evaluation(output):
+        raise ConfigError(f"--output {output}: exists and is no evaluation of this program; it is left alone: choose another file")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with owned(folder, file_name=f".{output.stem}.owner.json" if is_file else OWNER_FILE):
+            yield
+    except OSError as error:
+        raise RunError(f"--output {explain(error, folder) or error}") from error
+
+
+def _is_evaluation(file: Path) -> bool:
+    try:
+        scores = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(scores, dict) and {"greedy", "lenient_greedy"} <= scores.keys()
 
 
 def _jobs(names: Sequence[str], templates: Sequence[str], config: Config, folder: Path | None) -> list[Job]:

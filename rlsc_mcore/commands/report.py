@@ -9,6 +9,8 @@ from rlsc_mcore.config import ConfigError
 from rlsc_mcore.experiments import compare, sweep
 from rlsc_mcore.reports.contents import RunView
 from rlsc_mcore.reports.read import _read_json, read_run
+from rlsc_mcore.run.files import write_atomically
+from rlsc_mcore.run.made_here import FILE_MARK as MARKER
 
 FORMATS = ("html", "png", "svg")
 
@@ -27,6 +29,8 @@ def run_report(arguments: Sequence[str]) -> int:
     title = known.title or (runs[0].name if len(runs) == 1 else f"{len(runs)} runs compared")
     if not runs:
         raise ConfigError(f"{known.runs[0]}: none of its runs has begun")
+    if output.exists() and not _is_report(output):
+        raise ConfigError(f"--output {output}: exists and is no report of this program; it is left alone: choose another file")
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         if known.format == "png":
@@ -34,11 +38,22 @@ def run_report(arguments: Sequence[str]) -> int:
 
             write_png(runs, output, title)
         else:
-            output.write_text(_render(runs, known.format, title, figures), encoding="utf-8", errors="replace")
+            write_atomically(output, _render(runs, known.format, title, figures) + f"<!-- {MARKER} -->\n")
     except OSError as error:
         raise ConfigError(f"--output {output}: cannot write: {error.strerror}") from None
     print(f"wrote {output}")
     return 0
+
+
+def _is_report(file: Path) -> bool:
+    """Tell whether a file carries the mark that every report and figure of this program ends or begins with."""
+    try:
+        with file.open("rb") as content:
+            head = content.read(1 << 16)
+            content.seek(max(0, file.stat().st_size - 4096))
+            return MARKER.encode() in head + content.read()
+    except OSError:
+        return False
 
 
 def _run_folders(folder: Path) -> list[Path]:

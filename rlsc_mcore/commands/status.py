@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from rlsc_mcore.config import ConfigError
-from rlsc_mcore.run.folder import latest_checkpoint
+from rlsc_mcore.run.folder import newest_checkpoint
+from rlsc_mcore.run.owner import owner_state
+from rlsc_mcore.run.printable import printable
 from rlsc_mcore.run.progress import duration, last_metrics
 from rlsc_mcore.run.status import ENDED, FILE, read_status
 
@@ -28,7 +30,7 @@ def run_status(arguments: Sequence[str]) -> int:
         print(json.dumps(facts, indent=1))
     else:
         for name, value in facts.items():
-            print(f"{name.replace('_', ' '):12} {value}")
+            print(f"{name.replace('_', ' '):12} {printable(value)}")
     return int(facts["state"].startswith(("crash", "config")))
 
 
@@ -39,10 +41,20 @@ def describe(run_dir: Path, *, now: float) -> dict[str, str]:
         raise ConfigError(f"{run_dir}: no run there; expected {run_dir / FILE}")
     rows = last_metrics(run_dir)
     state = str(status.get("state"))
+    is_alive, owner = owner_state(run_dir)
+    if state not in ENDED and is_alive is False:
+        status = {
+            **status,
+            "state": "crash",
+            "message": f"ended without a word: {owner} is gone; go on with: rlsc train --resume {run_dir}",
+        }
+        state = "crash"
     silent = now - float(status.get("updated", now))
     facts = {"state": state}
     if status.get("message"):
         facts["state"] += f": {status['message']}"
+    if status.get("skipped_steps"):
+        facts["skipped"] = f"{status['skipped_steps']} steps changed nothing: their loss or gradient was not finite"
     if state == "stopped":
         facts["state"] += f" by {status.get('signal') or 'another rank'}, saved"
     if state not in ENDED:
@@ -60,7 +72,7 @@ def describe(run_dir: Path, *, now: float) -> dict[str, str]:
     if rows:
         facts["last_step"] = f"loss {rows[-1]['loss']:.4f}, F {rows[-1]['f_estimate']:.4f}, mean length {rows[-1]['mean_length']:.1f}"
         facts |= _agreement(rows[-1])
-    checkpoint = latest_checkpoint(run_dir)
+    checkpoint = newest_checkpoint(run_dir)
     age = duration(now - checkpoint.stat().st_mtime) if checkpoint is not None and checkpoint.exists() else ""
     facts["checkpoint"] = f"{checkpoint.name}, {age} ago" if checkpoint is not None and age else "none"
     attempts = [path for path in (run_dir / "logs").glob("*.*") if path.is_dir() and not path.is_symlink()]

@@ -10,6 +10,7 @@ from rlsc_mcore.experiments.compare import markdown, parse_seeds
 from rlsc_mcore.experiments.runs import Experiment, check_flags, grid, run_settings
 from rlsc_mcore.experiments.sweep import figure, gather, print_table
 from rlsc_mcore.observability.console import Reporter
+from rlsc_mcore.run.files import write_atomically
 
 DESCRIPTION = """Train every combination of the swept values and compare what came out.
 
@@ -36,12 +37,13 @@ def run_sweep(arguments: Sequence[str]) -> int:
     if configs[0].evaluation.path is None:
         raise ConfigError("evaluation.path: a sweep needs questions to evaluate on")
     report = Reporter(enabled=True)
-    experiment.run(variants, report)
-    temperatures = [t for t in configs[0].evaluation.temperatures if all(t in config.evaluation.temperatures for config in configs)]
-    result = gather(experiment, variants, axes, temperatures) | run_settings(experiment, variants[0])
-    (known.output / "sweep.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    (known.output / "sweep.svg").write_text(figure(result), encoding="utf-8")
-    (known.output / "sweep.md").write_text(markdown(result), encoding="utf-8")
+    with experiment.owned("sweep.json"):
+        experiment.run(variants, report)
+        temperatures = [t for t in configs[0].evaluation.temperatures if all(t in config.evaluation.temperatures for config in configs)]
+        result = gather(experiment, variants, axes, temperatures) | run_settings(experiment, variants[0])
+        write_atomically(known.output / "sweep.json", json.dumps(result, indent=1) + "\n")
+        write_atomically(known.output / "sweep.svg", figure(result))
+        write_atomically(known.output / "sweep.md", markdown(result))
     print_table(result, report.console)
     report.line(f"wrote {known.output}/sweep.json, .svg and .md")
     return 0

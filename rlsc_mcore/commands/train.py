@@ -11,7 +11,11 @@ from typing import TYPE_CHECKING, Any
 from rlsc_mcore.config import Config
 from rlsc_mcore.config_file import parse_config
 from rlsc_mcore.run.files import write_atomically
+from rlsc_mcore.run.folder import SKIPPED_FOLDER, newest_checkpoint
+from rlsc_mcore.run.limits import raise_file_limit
+from rlsc_mcore.run.owner import is_main_rank, refuse_owned, release_all, released
 from rlsc_mcore.run.resolve import TRAIN_HELP, resolve_training, split_options
+from rlsc_mcore.run.scratch import remove_scratch
 from rlsc_mcore.run.status import recorded_end, write_end
 from rlsc_mcore.training.signals import StopRequest
 
@@ -33,6 +37,8 @@ def run_train(arguments: Sequence[str]) -> int:
         return dry_run_config(resolve_training(options, flags)[0], gpus, memory)
     with StopRequest().listening() as stop:  # from before the imports, which take longest
         config, resume_from = resolve_training(options, flags)
+        if "RANK" not in os.environ:  # several ranks are told together, once they have met
+            refuse_owned(Path(config.run_dir))
         return run_session(config, resume_from, stop)
 
 
@@ -41,7 +47,13 @@ def run_session(
 ) -> int:
     """Run a session to its end and record that in the run's status; returns the exit code."""
     start = perf_counter() if start is None else start
-    with contextlib.nullcontext(stop) if stop is not None else StopRequest().listening() as stop, recorded_end(Path(config.run_dir)):
+    with (
+        contextlib.nullcontext(stop) if stop is not None else StopRequest().listening() as stop,
+        released(Path(config.run_dir)),
+        recorded_end(Path(config.run_dir)),
+    ):
+        stop.on_end = lambda signal_name: _record_hard_end(Path(config.run_dir), signal_name)
+        raise_file_limit()
         from rlsc_mcore.rollout.engine import GenerationInterrupted
         from rlsc_mcore.training.faults import reported
         from rlsc_mcore.training.loop import train
@@ -60,13 +72,23 @@ def run_session(
             _finish(config, session, result, start=start, is_last=is_last)
             session.close()
             if session.groups.is_main:
-                write_end(Path(config.run_dir), "done", step=result["steps"])
+                write_end(Path(config.run_dir), "done", step=result["steps"], skipped_steps=len(session.skipped_steps()))
     return 0
+
+
+def _record_hard_end(run_dir: Path, signal_name: str | None) -> None:
+    """Record a stop that the main thread did not act upon; runs in another thread, right before the process ends."""
+    if signal_name is None:
+        write_end(run_dir, "crash", message="interrupted by a second SIGINT")
+    elif is_main_rank():
+        write_end(run_dir, "stopped", signal=signal_name)
+    release_all()
+    remove_scratch()
 
 
 def _stopped(config: Config, stop: StopRequest, what: str) -> int:
     if int(os.environ.get("RANK", "0")) == 0:
-        has_checkpoint = (Path(config.run_dir) / "checkpoints" / "latest").is_file()
+        has_checkpoint = newest_checkpoint(Path(config.run_dir)) is not None
         how = f"go on with: rlsc train --resume {config.run_dir}" if has_checkpoint else "the same command starts it again"
         print(f"stopped by {stop.signal_name or 'another rank'} {what}; {how}", flush=True)
         write_end(Path(config.run_dir), "stopped", signal=stop.signal_name)
@@ -83,6 +105,7 @@ def _finish(config: Config, session: "Session", result: dict[str, Any], *, start
         "before": result["before"],
         "after": result["after"],
         "steps": result["steps"],
+        "skipped_steps": len(session.skipped_steps()),
         "engine_equals_export": compared > 0,  # export() has raised otherwise
         "engine_parameters_compared": compared,
         "seconds": {
@@ -97,3 +120,10 @@ def _finish(config: Config, session: "Session", result: dict[str, Any], *, start
         if is_last and result["before"] is not None:
             print_comparison({"before": result["before"], "after": result["after"]})
         session.report.line(f"run: {config.run_dir}  model: {config.run_dir}/export")
+        skipped = session.skipped_steps()
+        if skipped:
+            session.report.warn(
+                f"{len(skipped)} of {result['steps']} steps changed nothing: their loss or gradient was not finite (steps "
+                f"{', '.join(str(step + 1) for step in skipped[:10])}{', ...' if len(skipped) > 10 else ''}; batches in "
+                f"{config.run_dir}/{SKIPPED_FOLDER}): lower optimizer.lr, or look for the answers that break it"
+            )

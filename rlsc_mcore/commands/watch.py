@@ -19,6 +19,8 @@ from rlsc_mcore.config import ConfigError
 from rlsc_mcore.config_file import load_config
 from rlsc_mcore.observability.metrics import read_metrics
 from rlsc_mcore.observability.step_metrics import DESCRIPTIONS
+from rlsc_mcore.run.owner import owner_state
+from rlsc_mcore.run.printable import printable
 from rlsc_mcore.run.progress import seconds_left
 from rlsc_mcore.run.status import ENDED, read_status
 
@@ -43,7 +45,7 @@ def run_watch(arguments: Sequence[str]) -> int:
     console = Console(highlight=False)
 
     def screen() -> RenderableType:
-        status = read_status(known.run) or {}
+        status = _status(known.run)
         return render(known.run.resolve().name, read_metrics(known.run), status, num_steps, width=min(console.width, 110))
 
     if known.once or not console.is_terminal:
@@ -51,12 +53,20 @@ def run_watch(arguments: Sequence[str]) -> int:
         return 0
     try:
         with Live(screen(), console=console, auto_refresh=False) as live:
-            while (read_status(known.run) or {}).get("state") not in ENDED:
+            while _status(known.run).get("state") not in ENDED:
                 time.sleep(known.every)
                 live.update(screen(), refresh=True)
     except KeyboardInterrupt:
         pass
     return 0
+
+
+def _status(run_dir: Path) -> dict[str, Any]:
+    """Read the status; a run whose process is gone has crashed, whatever its last word was."""
+    status = read_status(run_dir) or {}
+    if status.get("state") not in ENDED and owner_state(run_dir)[0] is False:
+        return {**status, "state": "crash"}
+    return status
 
 
 def sparkline(values: Sequence[float], width: int) -> str:
@@ -86,7 +96,7 @@ def render(
     """Lay out one screen; `status` is the run's status.json (empty where it has none)."""
     now = time.time() if now is None else now
     head = Table.grid(padding=(0, 2))
-    head.add_row(Text(str(status.get("state", "no status")), style="bold"), _phase(status, now), _left(rows, num_steps, status))
+    head.add_row(Text(printable(status.get("state", "no status")), style="bold"), _phase(status, now), _left(rows, num_steps, status))
     done = Table.grid()  # a bar alone does not end its line
     done.add_row(ProgressBar(total=max(1, num_steps), completed=len(rows), width=max(20, width - 6)))
     parts: list[RenderableType] = [head, done]
@@ -97,11 +107,11 @@ def render(
             curve = sparkline(values, max(10, width - 46))
             table.add_row(Text(label, style="dim"), f"{values[0]:.4g}", Text(curve, style="cyan"), Text(f"{values[-1]:.4g}", style="bold"))
     parts.append(table if rows else Text("no step has ended yet", style="dim"))
-    warnings = [(int(row["step"]) + 1, str(text)) for row in rows for text in row.get("warnings", [])]
+    warnings = [(int(row["step"]) + 1, printable(text)) for row in rows for text in row.get("warnings", [])]
     parts += [Text(f"step {step}: {text}", style="yellow") for step, text in warnings[-WARNINGS_SHOWN:]]
     if len(warnings) > WARNINGS_SHOWN:
         parts.append(Text(f"and {len(warnings) - WARNINGS_SHOWN} earlier warnings", style="dim"))
-    return Panel(Group(*parts), title=Text(f"{name}  step {len(rows)}/{num_steps}"), width=width)
+    return Panel(Group(*parts), title=Text(f"{printable(name)}  step {len(rows)}/{num_steps}"), width=width)
 
 
 def _phase(status: Mapping[str, Any], now: float) -> Text:
@@ -110,7 +120,7 @@ def _phase(status: Mapping[str, Any], now: float) -> Text:
         return Text("")
     since = float(status.get("phase_since", now))
     tokens = int(status.get("tokens", 0))
-    return Text(f"{phase} for {describe(max(0.0, now - since))}" + (f", {tokens:,} tokens" if tokens else ""))
+    return Text(f"{printable(phase)} for {describe(max(0.0, now - since))}" + (f", {tokens:,} tokens" if tokens else ""))
 
 
 def _left(rows: Sequence[Mapping[str, Any]], num_steps: int, status: Mapping[str, Any]) -> Text:

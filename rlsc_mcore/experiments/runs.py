@@ -7,9 +7,11 @@ its answers are the same for every run that changes neither model nor questions 
 import itertools
 import json
 import shutil
+import signal
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,9 @@ from rlsc_mcore.config import Config, ConfigError, RunError
 from rlsc_mcore.config_file import changed_fields, load_config, parse_config, read_flags
 from rlsc_mcore.evaluation.records import AnswerRecord, read_answers
 from rlsc_mcore.observability.console import Reporter
+from rlsc_mcore.run.machine_errors import explain
+from rlsc_mcore.run.owner import owned, refuse_owned
+from rlsc_mcore.training.signals import Interrupted
 
 _SHARES_BASE = ("--algorithm.", "--optimizer.", "--training.num-steps", "--rollout.num-samples", "--rollout.temperature")
 
@@ -48,6 +53,23 @@ class Experiment:
         """The folder of one run."""
         return self.folder / f"{variant.name}_seed{seed}"
 
+    @contextmanager
+    def owned(self, result: str) -> Iterator[None]:
+        """Own the experiment's folder inside the block: a second process that would run it is refused.
+
+        So is a folder whose file `result` is another program's. Raises `ConfigError`; `RunError` where the folder cannot be
+        written.
+        """
+        file = self.folder / result
+        if file.exists() and not _is_result(file):
+            raise ConfigError(f"--output {self.folder}: its {result} was not made by this program; it is left alone: choose another folder")
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with owned(self.folder):
+                yield
+        except OSError as error:
+            raise RunError(f"--output {explain(error, self.folder) or error}") from error
+
     def run(self, variants: Sequence[Variant], report: Reporter) -> None:
         """Do what is left of every run, seed by seed.
 
@@ -55,6 +77,7 @@ class Experiment:
         """
         for seed, variant in itertools.product(self.seeds, variants):
             self._check_same(variant, seed)
+            refuse_owned(self.run_dir(variant, seed))
         (self.folder / "logs").mkdir(parents=True, exist_ok=True)
         left = [(seed, variant) for seed in self.seeds for variant in variants if not self.is_done(variant, seed)]
         done = len(self.seeds) * len(variants) - len(left)
@@ -65,7 +88,10 @@ class Experiment:
             self._share_base(variant, variants, seed)
             log = self.folder / "logs" / f"{variant.name}_seed{seed}.log"
             with log.open("a", encoding="utf-8") as out:
-                code = _finish(subprocess.Popen(self._command(variant, seed), stdout=out, stderr=subprocess.STDOUT))
+                code, stopped_by = _finish(subprocess.Popen(self._command(variant, seed), stdout=out, stderr=subprocess.STDOUT))
+            if stopped_by is not None:
+                how = "was stopped and saved" if code in (0, 128 + signal.SIGTERM) else f"was stopped and ended with exit code {code}"
+                raise Interrupted(stopped_by.number, f"{variant.name}, seed {seed} {how}; the same command goes on; see {log}")
             if code:
                 last = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-1:]
                 raise RunError(f"{variant.name}, seed {seed}: exit code {code} ({' '.join(last)}); see {log}")
@@ -123,6 +149,14 @@ class Experiment:
                 return
 
 
+def _is_result(file: Path) -> bool:
+    try:
+        result = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(result, dict) and {"rows", "seeds"} <= result.keys()
+
+
 def grid(axes: Mapping[str, Sequence[str]]) -> list[Variant]:
     """Return every combination of the swept values, named after them."""
     variants = []
@@ -153,13 +187,19 @@ def check_flags(flags: Sequence[str]) -> None:
     parse_config(["--run-dir", "x", "--model.path", "x", "--data.path", "x", *flags])
 
 
-def _finish(process: "subprocess.Popen[bytes]") -> int:
-    """Wait for a run. Ctrl-C reaches it too: it saves and ends by itself, however long that takes."""
+def _finish(process: "subprocess.Popen[bytes]") -> tuple[int, Interrupted | None]:
+    """Wait for a run; returns its exit code and the stop signal that this process got meanwhile.
+
+    A stop signal is passed on to the run as SIGTERM: it saves and ends by itself, however long that takes. A second one ends it.
+    """
+    stopped_by: Interrupted | None = None
     while True:
         try:
-            return process.wait()
-        except KeyboardInterrupt:
-            continue
+            return process.wait(), stopped_by
+        except KeyboardInterrupt as error:
+            is_first = stopped_by is None
+            stopped_by = error if isinstance(error, Interrupted) else Interrupted(signal.SIGINT)
+            process.send_signal(signal.SIGTERM if is_first else signal.SIGINT)
 
 
 def _keeps_base(variant: Variant) -> bool:

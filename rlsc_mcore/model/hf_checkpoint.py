@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from rlsc_mcore.config import ConfigError, ModelConfig
 from rlsc_mcore.model.shape import Architecture
 from rlsc_mcore.model.weight_map import BoundWeight, hf_shapes, shard_pieces
+from rlsc_mcore.run.made_here import check_replaceable, replacing
 
 EMBEDDED = "embedded:"
 MAX_SHARD_BYTES = 5 * 10**9
@@ -161,21 +162,27 @@ def load_weights(
 def write_hf_folder(tensors: Iterable[tuple[str, torch.Tensor]], source: Path, output: Path, *, dtype: str, write: bool) -> None:
     """Write config, tokenizer and safetensors (files of at most 5 GB) to `output`; every rank must iterate `tensors`.
 
-    Only the rank with `write` touches the disk. The folder appears by one rename when it is complete; an existing
-    `output` is replaced then.
+    Only the rank with `write` touches the disk. The folder appears by one rename when it is complete; what an earlier export
+    wrote to `output` is replaced then. Raises `ConfigError` where `output` is a folder that this program did not make.
     """
-    partial = output.with_name(output.name + ".partial")
-    if write:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        _copy_side_files(source, partial, dtype)
+    if not write:
+        for _ in tensors:  # the other ranks' part in the collectives that make them
+            pass
+        return
+    check_replaceable(output, field="export to", keep=(source,))
+    with replacing(output, "rlsc export") as partial:
+        _write_model(tensors, source, partial, dtype)
+
+
+def _write_model(tensors: Iterable[tuple[str, torch.Tensor]], source: Path, partial: Path, dtype: str) -> None:
+    _copy_side_files(source, partial, dtype)
     shards: list[list[str]] = []
     pending: dict[str, torch.Tensor] = {}
     total_bytes = pending_bytes = 0
 
     def flush() -> None:
         nonlocal pending, pending_bytes
-        if pending and write:
+        if pending:
             save_file(pending, partial / f"shard-{len(shards):05d}", metadata={"format": "pt"})
             shards.append(list(pending))
         pending, pending_bytes = {}, 0
@@ -184,13 +191,10 @@ def write_hf_folder(tensors: Iterable[tuple[str, torch.Tensor]], source: Path, o
         size = tensor.numel() * tensor.element_size()
         if pending_bytes + size > MAX_SHARD_BYTES:
             flush()
-        if write:
-            pending[name] = tensor.detach().to("cpu", copy=True).contiguous()
+        pending[name] = tensor.detach().to("cpu", copy=True).contiguous()
         pending_bytes += size
         total_bytes += size
     flush()
-    if not write:
-        return
     names = (
         ["model.safetensors"] if len(shards) == 1 else [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
     )
@@ -200,9 +204,6 @@ def write_hf_folder(tensors: Iterable[tuple[str, torch.Tensor]], source: Path, o
         weight_map = {tensor: name for name, group in zip(names, shards, strict=True) for tensor in group}
         index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
         (partial / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-    if output.exists():
-        shutil.rmtree(output)
-    os.replace(partial, output)
 
 
 def _copy_side_files(source: Path, target: Path, dtype: str) -> None:

@@ -12,6 +12,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TaskID, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
+from rlsc_mcore.run.printable import printable
+from rlsc_mcore.run.scratch import private_cache
+
 _LIBRARY_DEFAULTS = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine lives in this process, beside the trainer
     "VLLM_LOGGING_LEVEL": "ERROR",
@@ -24,6 +27,10 @@ _LIBRARY_DEFAULTS = {
     "TORCH_CPP_LOG_LEVEL": "ERROR",
     "GLOO_LOG_LEVEL": "ERROR",
     "TF_CPP_MIN_LOG_LEVEL": "3",
+    # Shapes that torch and oneDNN keep prepared kernels for; with ragged batches every number of tokens is a new shape, and their
+    # own limit of 1024 each lets a process grow for hundreds of steps.
+    "LRU_CACHE_CAPACITY": "64",
+    "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64",
     "OMP_NUM_THREADS": "1",  # spinning OpenMP threads cost up to 60x on a busy machine; set it to the cores you own
 }
 
@@ -35,6 +42,9 @@ def quiet_libraries() -> None:
     """
     for name, value in _LIBRARY_DEFAULTS.items():
         os.environ.setdefault(name, value)
+    # torch would take a folder of a known name in /tmp, which another user may have made first.
+    if "TORCHINDUCTOR_CACHE_DIR" not in os.environ:
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(private_cache("inductor"))
     logging.getLogger("vllm").setLevel(logging.ERROR)  # vLLM's first lines come before it reads its own level
     warnings.simplefilter("ignore")  # of the libraries; our own warnings go to metrics and console
 
@@ -55,7 +65,7 @@ class Reporter:
 
     def line(self, text: str, style: str = "") -> None:
         """Print one line."""
-        self.console.print(text, style=style, markup=False)
+        self.console.print(printable(text), style=style, markup=False)
 
     def warn(self, text: str) -> None:
         """Print a warning."""

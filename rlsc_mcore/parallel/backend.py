@@ -87,9 +87,8 @@ class Backend:
     def release_cached_memory(self) -> None:
         """Give back what the allocator keeps of freed memory: to the device, before the engine claims it, or to the system.
 
-        glibc keeps what was freed below a block in use: a process of the embedded model held 1.36 GiB after every step with this
-        (50 ms), 2.27 GiB after 14 steps without it, of which 0.9 were free. What still grows in the first four steps, 0.25 GiB, is
-        caches that then are full; more than half of it oneDNN's of primitives (ONEDNN_PRIMITIVE_CACHE_CAPACITY, 1024 shapes).
+        glibc keeps what was freed below a block in use. What still grows afterwards are two caches of prepared kernels, one entry
+        per shape: torch's (LRU_CACHE_CAPACITY) and oneDNN's (ONEDNN_PRIMITIVE_CACHE_CAPACITY). `quiet_libraries` bounds both.
         """
         if self.is_cuda:
             torch.cuda.empty_cache()

@@ -11,6 +11,11 @@ from megatron.core import parallel_state
 
 from rlsc_mcore.config import ConfigError
 from rlsc_mcore.parallel.backend import Backend
+from rlsc_mcore.parallel.messages import decode, encode
+from rlsc_mcore.parallel.rendezvous import DEFAULT_TIMEOUT_S as DEFAULT_RENDEZVOUS_S
+from rlsc_mcore.parallel.rendezvous import TIMEOUT_VARIABLE as RENDEZVOUS_VARIABLE
+from rlsc_mcore.parallel.rendezvous import is_launched, meet
+from rlsc_mcore.parallel.watchdog import seconds_from_environment
 
 # Seconds after which a rank that waits for others gives up, so that a hung rank ends the run; data-parallel ranks wait for
 # the one whose answers take longest.
@@ -157,8 +162,7 @@ def initialize_groups(backend: Backend, tp: int, engine_tp: int | None = None, *
     """
     engine_tp = engine_tp or tp
     assert max(tp, engine_tp) % min(tp, engine_tp) == 0, f"trainer groups of {tp} ranks and engines of {engine_tp} do not nest"
-    launched = "RANK" in os.environ
-    world_size = dist.get_world_size() if dist.is_initialized() else int(os.environ["WORLD_SIZE"]) if launched else 1
+    world_size = dist.get_world_size() if dist.is_initialized() else world_size_of_launcher()
     sizes = [("parallel.tp", tp, f"{tp} does"), ("rollout.tp", engine_tp, f"{engine_tp} does")]
     if pp > 1:
         sizes.insert(1, ("parallel.pp", tp * pp, f"parallel.tp {tp} x parallel.pp {pp} = {tp * pp} do"))
@@ -166,9 +170,10 @@ def initialize_groups(backend: Backend, tp: int, engine_tp: int | None = None, *
         if world_size % size:
             raise ConfigError(f"{option}: {subject} not divide the {world_size} processes that were started")
     if not dist.is_initialized():
-        options: dict[str, Any] = {} if launched else {"store": _store_of_one(backend), "rank": 0, "world_size": 1}
         timeout = timedelta(seconds=_timeout_s())
-        dist.init_process_group(backend.collectives, timeout=timeout, device_id=backend.device if backend.is_cuda else None, **options)
+        store, rank, world = meet(seconds_from_environment(RENDEZVOUS_VARIABLE, DEFAULT_RENDEZVOUS_S), needs_address=backend.is_cuda)
+        device = backend.device if backend.is_cuda else None
+        dist.init_process_group(backend.collectives, store=store, rank=rank, world_size=world, timeout=timeout, device_id=device)
     # Before Megatron's groups: see `_host_group`.
     model_host_group, engine_host_group, engines_group = _make_host_groups(world_size, tp, pp, engine_tp)
     if not parallel_state.model_parallel_is_initialized():
@@ -199,12 +204,6 @@ def initialize_groups(backend: Backend, tp: int, engine_tp: int | None = None, *
     )
 
 
-def _store_of_one(backend: Backend) -> Any:
-    """Make the key-value store of a world of one rank: in memory, and over a free loopback port where NCCL reads it."""
-    stores: Any = dist  # its types are not exported
-    return stores.TCPStore("127.0.0.1", 0, 1, is_master=True) if backend.is_cuda else stores.HashStore()
-
-
 def _any(flag: bool, host_group: dist.ProcessGroup) -> bool:
     tensor = torch.tensor([float(flag)])
     dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=host_group)
@@ -214,20 +213,30 @@ def _any(flag: bool, host_group: dist.ProcessGroup) -> bool:
 def _gather_objects(value: Any, group: dist.ProcessGroup | None, size: int) -> list[Any]:
     if size == 1:
         return [value]
-    values: list[Any] = [None] * size
-    dist.all_gather_object(values, value, group=group)
-    return values
+    on_gpu = dist.get_backend(group) == "nccl"
+    device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
+    content = torch.frombuffer(bytearray(encode(value)), dtype=torch.uint8).to(device)
+    length = torch.tensor([content.numel()], dtype=torch.int64, device=device)
+    lengths = [torch.zeros_like(length) for _ in range(size)]
+    dist.all_gather(lengths, length, group=group)
+    longest = max(int(each) for each in lengths)
+    padded = torch.zeros(longest, dtype=torch.uint8, device=device)
+    padded[: content.numel()] = content
+    parts = [torch.empty_like(padded) for _ in range(size)]
+    dist.all_gather(parts, padded, group=group)
+    return [decode(part[: int(each)].cpu().numpy().tobytes()) for part, each in zip(parts, lengths, strict=True)]
+
+
+def world_size_of_launcher() -> int:
+    """Return the number of ranks that a launcher says it started; 1 without one."""
+    text = os.environ.get("WORLD_SIZE", "") if is_launched() else "1"
+    if not (text.isascii() and text.isdecimal() and int(text)):
+        raise ConfigError(f"WORLD_SIZE: expected a number of processes, at least 1, got {text!r}; torchrun sets it")
+    return int(text)
 
 
 def _timeout_s() -> float:
-    text = os.environ.get(TIMEOUT_VARIABLE, str(DEFAULT_TIMEOUT_S))
-    try:
-        seconds = float(text)
-    except ValueError:
-        seconds = 0.0
-    if not 0 < seconds < float("inf"):
-        raise ConfigError(f"{TIMEOUT_VARIABLE}: expected seconds, more than 0, got {text!r}")
-    return seconds
+    return seconds_from_environment(TIMEOUT_VARIABLE, DEFAULT_TIMEOUT_S)
 
 
 def _make_host_groups(world_size: int, tp: int, pp: int, engine_tp: int) -> list[dist.ProcessGroup | None]:

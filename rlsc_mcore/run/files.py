@@ -1,5 +1,6 @@
 """How a run writes its small files: whole, or not at all."""
 
+import contextlib
 import os
 from pathlib import Path
 
@@ -10,5 +11,10 @@ def write_atomically(file: Path, text: str) -> None:
     A sampled answer may hold half of a surrogate pair; it is kept as its escape.
     """
     partial = file.with_name(file.name + ".partial")
-    partial.write_bytes(text.encode("utf-8", "backslashreplace"))
-    os.replace(partial, file)
+    try:
+        partial.write_bytes(text.encode("utf-8", "backslashreplace"))
+        os.replace(partial, file)
+    except OSError:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+        raise

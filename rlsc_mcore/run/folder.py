@@ -1,28 +1,69 @@
-"""A run's folder: its names, whose it is, the rollouts in it, and how a checkpoint is found; imports no torch."""
+"""A run's folder: its names, how a checkpoint is found in it, and what a run wrote. Imports no torch."""
 
+import contextlib
+import json
+import re
+import shutil
 from pathlib import Path
+from typing import Any
 
 from rlsc_mcore.config import ConfigError
+from rlsc_mcore.run.made_here import files_made
 
 CONFIG_FILE = "config.yaml"
+EXPORT_FOLDER = "export"
+SKIPPED_FOLDER = "skipped"  # batches of steps that were not finite
 METRICS_FILE = "metrics.jsonl"
 FOLDER = "checkpoints"
 LATEST = "latest"
 BEST = "best"
+MANIFEST = "manifest.json"  # of a checkpoint: size and SHA-256 of its other files
 CHECKPOINT_HELP = "latest, best (by training.keep_best), or the number of a step that is kept"
+
+_CHECKPOINT_NAME = re.compile(r"step_(\d{6,})")
+# What a run writes into its folder, as patterns below it.
+_WRITTEN = (
+    *(CONFIG_FILE, METRICS_FILE, "summary.json", "status.json*", "ending.json", "launch.json", "*.partial"),
+    *("report.html", "report.svg", "report.png", "metrics.partial"),
+    *(f"{FOLDER}/step_*", f"{FOLDER}/{LATEST}*", f"{FOLDER}/{BEST}*"),
+    *("rollouts/step_*.jsonl*", f"{SKIPPED_FOLDER}/step_*.jsonl", "evaluation/before*.json*", "evaluation/after*.json*"),
+    *("tensorboard/events.out.tfevents.*", "wandb/run-*", "wandb/latest-run", "wandb/debug*"),
+)
+
+
+def checkpoint_step(path: Path) -> int | None:
+    """Return the number of optimizer steps in a checkpoint folder's name; None for another name."""
+    match = _CHECKPOINT_NAME.fullmatch(path.name)
+    return int(match[1]) if match else None
+
+
+def all_checkpoints(folder: Path) -> list[Path]:
+    """Return the checkpoints in `folder` by rising step; half-written ones and those set aside have other names."""
+    try:
+        steps = [(step, path) for path in folder.iterdir() if (step := checkpoint_step(path)) is not None and path.is_dir()]
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    return [path for _, path in sorted(steps)]
+
+
+def newest_checkpoint(run_dir: Path) -> Path | None:
+    """Return the newest checkpoint, damaged or not, or None before the first: a resume tries it, and then the ones before it.
+
+    The file `checkpoints/latest` is a hint for people and scripts; it is not read.
+    """
+    return next(reversed(all_checkpoints(run_dir / FOLDER)), None)
 
 
 def latest_checkpoint(run_dir: Path) -> Path | None:
-    """Return the folder that `latest` names, or None before the first checkpoint."""
-    pointer = run_dir / FOLDER / LATEST
-    return run_dir / FOLDER / pointer.read_text(encoding="utf-8").strip() if pointer.is_file() else None
+    """Return the newest checkpoint that has all its files with the sizes of its manifest, or None."""
+    return next((path for path in reversed(all_checkpoints(run_dir / FOLDER)) if _has_all_files(path)), None)
 
 
 def find_resumable(run_dir: Path) -> Path:
-    """Return the checkpoint to resume `run_dir` from; raises `ConfigError` when there is none."""
-    checkpoint = latest_checkpoint(run_dir)
+    """Return the checkpoint that a resume tries first; raises `ConfigError` when there is none."""
+    checkpoint = newest_checkpoint(run_dir)
     if checkpoint is None:
-        raise ConfigError(f"--resume {run_dir}: no checkpoint there; expected {run_dir / FOLDER / LATEST}")
+        raise ConfigError(f"--resume {run_dir}: no checkpoint there; expected {run_dir / FOLDER}/step_NNNNNN")
     return checkpoint
 
 
@@ -32,14 +73,57 @@ def find_checkpoint(run_dir: Path, name: str = LATEST) -> Path:
     Raises `ConfigError` naming `--checkpoint` and the checkpoints that there are.
     """
     folder = run_dir / FOLDER
-    if name in (LATEST, BEST):
-        pointer = folder / name
-        found = folder / pointer.read_text(encoding="utf-8").strip() if pointer.is_file() else None
-    else:
-        found = folder / f"step_{int(name):06d}" if name.isdecimal() else None
+    found: Path | None = None
+    if name == LATEST:
+        found = latest_checkpoint(run_dir) or newest_checkpoint(run_dir)
+    elif name == BEST:
+        found = _pointed_at(folder, BEST)
+    elif name.isascii() and name.isdecimal() and len(name) < 12:
+        found = folder / f"step_{int(name):06d}"
     if found is not None and found.is_dir():
         return found
-    steps = sorted(path.name.removeprefix("step_").lstrip("0") or "0" for path in folder.glob("step_*") if not path.suffix)
-    kept = f"; there is {', '.join([LATEST, *([BEST] if (folder / BEST).is_file() else []), *steps])}" if steps else ""
+    steps = [str(checkpoint_step(path)) for path in all_checkpoints(folder)]
+    kept = f"; there is {', '.join([LATEST, *([BEST] if _pointed_at(folder, BEST) else []), *steps])}" if steps else ""
     hint = " (training.keep_best names none)" if name == BEST and steps else ""
     raise ConfigError(f"--checkpoint {name}: no such checkpoint in {folder}{hint}{kept}")
+
+
+def delete_run_files(run_dir: Path) -> None:
+    """Delete what a run wrote into `run_dir`; other files, and folders that hold some, stay."""
+    for pattern in _WRITTEN:
+        for path in run_dir.glob(pattern):
+            _delete(path)
+    export = run_dir / EXPORT_FOLDER
+    for name in files_made(export) or []:
+        _delete(export / name)
+    if files_made(export) is not None:
+        for path in export.glob(".made_by_rlsc.json"):
+            _delete(path)
+    for name in (FOLDER, "rollouts", SKIPPED_FOLDER, "evaluation", "tensorboard", "wandb", EXPORT_FOLDER):
+        with contextlib.suppress(OSError):  # not empty
+            (run_dir / name).rmdir()
+
+
+def _delete(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _pointed_at(folder: Path, pointer: str) -> Path | None:
+    """Return the checkpoint that a pointer file names; None where it is absent, unreadable or names no checkpoint here."""
+    try:
+        name = (folder / pointer).read_text(encoding="utf-8").strip()
+        target = folder / name
+        return target if target.parent == folder and checkpoint_step(target) is not None and target.is_dir() else None
+    except (OSError, ValueError):
+        return None
+
+
+def _has_all_files(checkpoint: Path) -> bool:
+    try:
+        manifest: dict[str, Any] = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
+        return all((checkpoint / name).stat().st_size == entry["bytes"] for name, entry in manifest.items())
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        return False

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from rlsc_mcore.config import Config, ConfigError
 from rlsc_mcore.config_file import changed_fields, load_config, parse_config, read_flags
-from rlsc_mcore.run.folder import find_resumable, latest_checkpoint
+from rlsc_mcore.run.folder import find_resumable, newest_checkpoint
 
 TRAIN_HELP = """Train a language model by RLSC.
 
@@ -63,7 +63,7 @@ def _same_run(config: Config) -> Path | None:
     changes = changed_fields(load_config(file), config)
     if changes:
         raise ConfigError(f"run_dir: {run_dir} holds a run with another configuration ({'; '.join(changes)}); choose another folder")
-    return latest_checkpoint(run_dir)
+    return newest_checkpoint(run_dir)
 
 
 def split_options(arguments: Sequence[str], names: Sequence[str]) -> tuple[dict[str, str], list[str]]:

@@ -16,11 +16,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 from rlsc_mcore.config import ConfigError, RunError
+from rlsc_mcore.run.machine_errors import explain
+from rlsc_mcore.run.owner import FolderInUse, FolderLost, Owner
+from rlsc_mcore.run.printable import without_secrets
 
 FILE, ENDING_FILE = "status.json", "ending.json"
 # Set by the launch script, which has checked the folder and waits for this file to say how it ended.
 JOB_VARIABLE, ATTEMPT_VARIABLE = "SLURM_JOB_ID", "RLSC_ATTEMPT"
 SECONDS_BETWEEN_COUNTS = 5.0
+RESERVED_BYTES = 4096  # of status.json: on a full disk it is overwritten in place, which needs no new space
 State = Literal["launching", "running", "stopped", "done", "config", "crash"]
 FAILED: tuple[State, ...] = ("config", "crash")
 ENDED: tuple[State, ...] = ("stopped", "done", *FAILED)
@@ -33,9 +37,17 @@ class RunStatus:
     `crash`. Times are seconds since the epoch. A status that cannot be written never ends a run.
     """
 
-    def __init__(self, run_dir: Path, num_steps: int, *, enabled: bool, on_phase: Callable[[str, int | None], None] | None = None) -> None:
-        """`on_phase` hears of each new phase on every rank."""
-        self._run_dir, self._enabled, self._on_phase = run_dir, enabled, on_phase
+    def __init__(
+        self,
+        run_dir: Path,
+        num_steps: int,
+        *,
+        enabled: bool,
+        on_phase: Callable[[str, int | None], None] | None = None,
+        owner: Owner | None = None,
+    ) -> None:
+        """`on_phase` hears of each new phase on every rank; `owner` is checked at each."""
+        self._run_dir, self._enabled, self._on_phase, self._owner = run_dir, enabled, on_phase, owner
         self._facts: dict[str, Any] = {
             "state": "running",
             "phase": "start-up",
@@ -53,7 +65,12 @@ class RunStatus:
         self._write()
 
     def phase(self, name: str, step: int | None = None) -> None:
-        """Say what the run does from now on; `step` counts finished optimizer steps."""
+        """Say what the run does from now on; `step` counts finished optimizer steps.
+
+        Raises `FolderLost` when the folder has gone or belongs to another process.
+        """
+        if self._owner is not None:
+            self._owner.check()
         if self._on_phase is not None:
             self._on_phase(name, step)
         self._facts.update(phase=name, tokens=0, phase_since=round(time.time(), 1))
@@ -100,12 +117,18 @@ def recorded_end(run_dir: Path) -> Iterator[None]:
     """Record bad input and crashes inside the block, and let them pass."""
     try:
         yield
+    except (FolderInUse, FolderLost):  # another process owns the folder and its status
+        raise
     except ConfigError as error:
         write_end(run_dir, "config", message=str(error))
         raise
+    except KeyboardInterrupt as error:
+        write_end(run_dir, "crash", message=str(error) or "interrupted")
+        raise
     except BaseException as error:
         kind = "" if isinstance(error, RunError) else f"{type(error).__name__}: "  # a RunError's line says it all
-        write_end(run_dir, "crash", message=kind + " ".join(str(error).split())[:500])
+        text = explain(error) or kind + str(error)
+        write_end(run_dir, "crash", message=" ".join(text.split())[:500])
         raise
 
 
@@ -156,11 +179,24 @@ def _publish(run_dir: Path, facts: dict[str, Any]) -> None:
 
 
 def _replace(file: Path, facts: dict[str, Any]) -> None:
+    """Replace the status whole, or in place where the disk has no room for a second file; it never fails."""
     partial = file.with_name(f"{file.name}.{socket.gethostname()}.{os.getpid()}.partial")
-    with contextlib.suppress(OSError):
-        partial.write_text(_text(facts), encoding="utf-8")
+    content = _text(facts).ljust(RESERVED_BYTES).encode()
+    try:
+        partial.write_bytes(content)
         os.replace(partial, file)
+    except OSError:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            descriptor = os.open(file, os.O_WRONLY)  # no O_CREAT: a folder that is gone stays gone
+            try:
+                os.pwrite(descriptor, content.ljust(os.fstat(descriptor).st_size), 0)
+            finally:
+                os.close(descriptor)
 
 
 def _text(facts: dict[str, Any]) -> str:
+    if isinstance(facts.get("message"), str):
+        facts = {**facts, "message": without_secrets(facts["message"])}
     return json.dumps({**facts, "updated": round(time.time(), 1)}, indent=1) + "\n"

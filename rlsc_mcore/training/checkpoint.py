@@ -1,9 +1,10 @@
 """Checkpoints: Megatron's distributed format plus a few facts, complete or not there at all.
 
     RUN/checkpoints/step_000010/         Megatron dist_checkpointing: weights, fp32 masters, moments
+    RUN/checkpoints/step_000010/common.json     the optimizer's numbers that are no tensors
     RUN/checkpoints/step_000010/state.json      step, policy version, random state, question fingerprint
     RUN/checkpoints/step_000010/manifest.json   size and SHA-256 of every other file
-    RUN/checkpoints/latest                      the name above, moved by rename when all of it is on disk
+    RUN/checkpoints/latest                      a hint: the name above, moved by rename when all of it is on disk
     RUN/checkpoints/best                        the name of the best by `training.keep_best`
 
 Sampling needs no state: question order and every answer's seed are functions of (seed, step).
@@ -17,7 +18,7 @@ import shutil
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,23 +29,31 @@ from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.common import TorchCommonSaveStrategy
 from torch.distributed.checkpoint.api import CheckpointException
 
+from rlsc_mcore.parallel.groups import Groups
 from rlsc_mcore.run.folder import BEST, FOLDER, LATEST, latest_checkpoint
+from rlsc_mcore.run.machine_errors import explain
 from rlsc_mcore.training.checkpoint_files import (
     ELSEWHERE,
+    METADATA,
     STATE,
     CheckpointError,
+    NewerCheckpoint,
     RunState,
+    UnreadableCheckpoint,
     best_checkpoint,
+    check_backend,
     delete_older,
     digest,
+    no_pickles,
     point,
+    read_common,
+    read_metadata,
     read_state,
-    refuse_foreign_pickles,
     set_aside,
     verify_files,
     write_failure,
-    write_json,
     write_manifest,
+    write_state,
 )
 from rlsc_mcore.training.optimizer_state import load_groups, sharded_optimizer, sharded_weights
 from rlsc_mcore.training.step import Trainer
@@ -104,6 +113,8 @@ class CheckpointSaver:
         self._run_dir, self._trainer, self._questions = run_dir, trainer, questions
         self._keep_last, self._keep_best, self._asynchronous = keep_last, keep_best, asynchronous
         self._save: _Save | None = None
+        if trainer.groups.is_main:
+            self.folder.mkdir(parents=True, exist_ok=True)
 
     def save(self, step: int, policy_version: int, scores: Mapping[int, float] | None = None) -> Path:
         """Save the checkpoint of `step`; collective over the world.
@@ -146,14 +157,14 @@ class CheckpointSaver:
     def _make_folder(self, step: int) -> None:
         if self._trainer.groups.is_main:
             shutil.rmtree(self._partial(step), ignore_errors=True)
-            self._partial(step).mkdir(parents=True)
+            self._partial(step).mkdir()  # not its parents: a run folder that was moved away stays away
 
     def _begin(self, state: RunState, scores: Mapping[int, float]) -> None:
         trainer = self._trainer
         # The results never leave this process; Megatron would start a multiprocessing manager by spawn for them, which imports
         # the entry script again.
         filesystem_async._results_queue = queue.Queue()
-        with trainer.backend.megatron(), _failing_late():
+        with trainer.backend.megatron(), no_pickles(), _failing_late():
             sharded = _sharded_state(trainer, is_loading=False)
             request = dist_checkpointing.save(sharded, str(self._partial(state.step)), async_sharded_save=True)
         self._save = _Save(state, request, scores)
@@ -173,7 +184,7 @@ class CheckpointSaver:
         save.thread.start()
 
     def _finalize(self, save: _Save) -> None:
-        with self._trainer.backend.megatron(), _failing_late():
+        with self._trainer.backend.megatron(), no_pickles(), _failing_late():
             for finalize in save.request.finalize_fns:
                 finalize()
 
@@ -183,7 +194,7 @@ class CheckpointSaver:
         known = {name: entry for part in groups.gather_objects(save.digests) for name, entry in part.items()}
         if not groups.is_main:
             return
-        write_json(partial / STATE, asdict(save.state))
+        write_state(partial / STATE, save.state)
         write_manifest(partial, known)
         shutil.rmtree(final, ignore_errors=True)
         os.replace(partial, final)
@@ -210,7 +221,7 @@ class CheckpointSaver:
             shutil.rmtree(self._partial(step), ignore_errors=True)
         rank, text = next((each for each in reasons if each[1] != ELSEWHERE), reasons[0])
         where = f"rank {rank}: " if groups.world_size > 1 else ""
-        whole = "the previous checkpoint is whole"
+        whole = "the previous checkpoint is whole" if latest_checkpoint(self._run_dir) else "there is no earlier checkpoint"
         raise CheckpointError(f"checkpoint of step {step} not saved to {self.folder}: {where}{text}; {whole}") from failure
 
     def _final(self, step: int) -> Path:
@@ -232,18 +243,28 @@ def load_checkpoint(checkpoint: Path, trainer: Trainer) -> RunState:
     changed, when a file is damaged; the ranks share the reading.
     """
     groups = trainer.groups
-    found = ""
+    problem: tuple[str, str] | None = None
     try:
         verify_files(checkpoint, groups.rank, groups.world_size)
-        refuse_foreign_pickles(checkpoint / ".metadata")
+        check_backend(checkpoint)
+        read_metadata(checkpoint / METADATA)
+        read_common(checkpoint)
         state = read_state(checkpoint)
-    except CheckpointError as error:
-        found = str(error)
-    damage = next((text for text in groups.gather_objects(found) if text), "")
-    if damage:
-        raise CheckpointError(damage)
-    with trainer.backend.megatron():
-        loaded = dist_checkpointing.load(_sharded_state(trainer, is_loading=True), str(checkpoint))
+    except (CheckpointError, UnreadableCheckpoint, NewerCheckpoint) as error:
+        problem = type(error).__name__, str(error)
+    _raise_together(groups, problem)
+    sharded = _sharded_state(trainer, is_loading=True)
+    with trainer.backend.megatron(), no_pickles():
+        try:
+            loaded = dist_checkpointing.load(sharded, str(checkpoint))
+        except CheckpointError:
+            raise
+        except (Exception, CheckpointException) as error:
+            is_agreed = groups.world_size == 1 or isinstance(error, CheckpointException)  # which torch raises on every rank
+            if not is_agreed or explain(error) is not None or isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+                raise
+            text = " ".join(str(error).split())[:300]
+            raise CheckpointError(f"{checkpoint}: its files are as they were saved, but do not load: {text}") from error
         with torch.no_grad():  # Megatron-Core 0.16.1 writes into views of fp32 leaves
             missing, unexpected = trainer.ddp.module.load_state_dict(loaded["model"], strict=False)
             assert not unexpected and all(name.endswith(_EXTRA_STATE) for name in missing), (missing, unexpected)
@@ -270,6 +291,14 @@ def resume(checkpoint: Path, trainer: Trainer, warn: Callable[[str], None]) -> R
                 raise
             warn(f"{error}; going on from {earlier} instead")
             checkpoint = earlier
+
+
+def _raise_together(groups: Groups, problem: tuple[str, str] | None) -> None:
+    """Raise on every rank what one of them has found, a newer or an unreadable checkpoint before a damaged one."""
+    problems = dict(each for each in groups.gather_objects(problem) if each is not None)
+    for kind in (NewerCheckpoint, UnreadableCheckpoint, CheckpointError):
+        if kind.__name__ in problems:
+            raise kind(problems[kind.__name__])
 
 
 @contextmanager

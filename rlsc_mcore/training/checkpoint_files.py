@@ -1,24 +1,34 @@
 """The files of a checkpoint: their manifest, the pointers to them, which are kept, and what may be unpickled."""
 
-import errno
+import base64
+import contextlib
 import hashlib
 import json
 import os
 import pickle
 import shutil
-from collections.abc import Mapping
-from dataclasses import dataclass, is_dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
 from enum import Enum
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
+from megatron.core.dist_checkpointing.strategies.common import TorchCommonLoadStrategy, TorchCommonSaveStrategy
+from torch.distributed.checkpoint import filesystem
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
-from rlsc_mcore.config import CollectiveRunError
+from rlsc_mcore.config import CollectiveRunError, ConfigError
+from rlsc_mcore.parallel.messages import from_json, to_json
+from rlsc_mcore.run.folder import MANIFEST, all_checkpoints, checkpoint_step
+from rlsc_mcore.run.machine_errors import explain
 
-STATE, MANIFEST = "state.json", "manifest.json"
+STATE = "state.json"
+METADATA = ".metadata"
+COMMON = "common.json"  # the optimizer's numbers that are no tensors
+FORMAT_FIELD, FIRST_FORMAT, FORMAT = "format", 1, 2  # 1: numbers of the optimizer in common.pt, without the field
 DAMAGED = ".damaged"
 ELSEWHERE = "another rank failed"
 # The only globals that a checkpoint's .metadata may name; anything else is refused before it is unpickled.
@@ -34,9 +44,17 @@ class CheckpointError(CollectiveRunError):
     """A checkpoint that could not be written or is damaged; the message names the file."""
 
 
+class UnreadableCheckpoint(CollectiveRunError):
+    """A checkpoint that this process may not or cannot read now; it is not damaged and stays as it is."""
+
+
+class NewerCheckpoint(ConfigError):
+    """A whole checkpoint of a newer version of this program; it stays as it is."""
+
+
 @dataclass(frozen=True)
 class RunState:
-    """What a checkpoint knows beside tensors."""
+    """What a checkpoint knows beside tensors; a field that is added needs a default, one that older versions miss a new FORMAT."""
 
     step: int  # optimizer steps done
     policy_version: int
@@ -45,23 +63,83 @@ class RunState:
 
 
 def read_state(checkpoint: Path) -> RunState:
-    """Read a checkpoint's facts; raises `CheckpointError` when the file is missing or damaged."""
+    """Read a checkpoint's facts.
+
+    Raises `CheckpointError` when the file is missing or damaged, and `NewerCheckpoint` when a newer version wrote it.
+    """
+    file = checkpoint / STATE
+    facts = _read_object(file)
+    version = facts.pop(FORMAT_FIELD, FIRST_FORMAT)
+    if type(version) is not int or version < FIRST_FORMAT:
+        raise CheckpointError(f"{file}: not readable: {FORMAT_FIELD} is {version!r}")
+    known = {entry.name: entry for entry in fields(RunState)}
+    unknown = sorted(facts.keys() - known.keys())
+    if version > FORMAT or unknown:
+        what = f"format {version}" if version > FORMAT else f"with {', '.join(unknown)}"
+        raise NewerCheckpoint(
+            f"{checkpoint} was written by a newer version of rlsc_mcore ({what}; this one reads up to format {FORMAT}); it is whole "
+            "and left as it is: go on with that version"
+        )
+    required = {name for name, entry in known.items() if entry.default is MISSING and entry.default_factory is MISSING}
+    if required - facts.keys():
+        raise CheckpointError(f"{file}: not readable: lacks {', '.join(sorted(required - facts.keys()))}")
+    for name in ("step", "policy_version"):
+        if type(facts[name]) is not int or facts[name] < 0:
+            raise CheckpointError(f"{file}: not readable: {name} is {facts[name]!r}, expected a number from 0")
+    _decode_rng(file, facts["torch_rng"])
+    return RunState(**facts)
+
+
+def _decode_rng(file: Path, text: Any) -> None:
     try:
-        return RunState(**json.loads((checkpoint / STATE).read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
-        raise CheckpointError(f"{checkpoint / STATE}: not readable: {error}") from None
+        content = base64.b64decode(text, validate=True)
+    except (ValueError, TypeError):
+        content = b""
+    expected = torch.random.get_rng_state().numel()
+    if len(content) != expected:
+        raise CheckpointError(f"{file}: not readable: torch_rng has {len(content)} bytes, expected {expected}")
+
+
+def write_state(file: Path, state: RunState) -> None:
+    """Write a checkpoint's facts with the number of their format."""
+    write_json(file, {FORMAT_FIELD: FORMAT, **asdict(state)})
 
 
 def verify_files(checkpoint: Path, rank: int = 0, world_size: int = 1) -> None:
-    """Compare files with the manifest, every `world_size`-th from `rank` on; raises `CheckpointError` naming the first that differs."""
-    try:
-        wanted = dict(json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
-        raise CheckpointError(f"{checkpoint / MANIFEST}: not readable: {error}") from None
-    present = {file.name for file in checkpoint.iterdir()} - {MANIFEST}
-    for name in sorted(wanted.keys() | present)[rank::world_size]:
-        if name not in present or wanted.get(name) != digest(checkpoint / name):
+    """Compare files with the manifest, every `world_size`-th from `rank` on; files that it does not name are not read.
+
+    Raises `CheckpointError` naming the first file that differs, and `UnreadableCheckpoint` where this user may not read one.
+    """
+    wanted = _read_object(checkpoint / MANIFEST)
+    if not wanted.keys() >= {METADATA, STATE}:
+        raise CheckpointError(f"{checkpoint / MANIFEST}: not readable: names no {METADATA} or no {STATE}")
+    for name in sorted(wanted)[rank::world_size]:
+        try:
+            is_same = Path(name).name == name and wanted[name] == digest(checkpoint / name)
+        except OSError as error:
+            _raise_unless_damage(error, checkpoint / name)
+            is_same = False
+        if not is_same:
             raise CheckpointError(f"{checkpoint / name}: truncated or altered since it was saved")
+
+
+def _raise_unless_damage(error: OSError, file: Path) -> None:
+    """Raise `UnreadableCheckpoint` where `error` tells of a permission or a mount; a missing file is damage."""
+    if not isinstance(error, (FileNotFoundError, NotADirectoryError, IsADirectoryError)):
+        raise UnreadableCheckpoint(explain(error) or f"{file}: {error}") from None
+
+
+def _read_object(file: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        _raise_unless_damage(error, file)
+        raise CheckpointError(f"{file}: not readable: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{file}: not readable: {error}") from None
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{file}: not readable: expected an object, got {type(value).__name__}")
+    return value
 
 
 def digest(file: Path) -> dict[str, Any]:
@@ -94,42 +172,39 @@ def point(folder: Path, pointer: str, name: str) -> None:
     os.replace(partial, folder / pointer)
 
 
-def complete_checkpoints(folder: Path) -> list[Path]:
-    """Return the complete checkpoints by rising step; partial and damaged ones are none."""
-    return sorted(path for path in folder.glob("step_*") if path.is_dir() and not path.suffix)
-
-
-def step_of(checkpoint: Path) -> int:
-    """Return the number of optimizer steps in a checkpoint's name."""
-    return int(checkpoint.name.removeprefix("step_"))
-
-
 def best_checkpoint(folder: Path, scores: Mapping[int, float]) -> Path | None:
     """Return the complete checkpoint with the highest score, the later one of equals; None where none has a score."""
-    scored = [path for path in complete_checkpoints(folder) if step_of(path) in scores]
-    return max(scored, key=lambda path: (scores[step_of(path)], path.name), default=None)
+    steps = {path: checkpoint_step(path) or 0 for path in all_checkpoints(folder)}
+    scored = [path for path, step in steps.items() if step in scores]
+    return max(scored, key=lambda path: (scores[steps[path]], steps[path]), default=None)
 
 
 def delete_older(folder: Path, *, keep: int, newest: Path, best: Path | None = None) -> None:
     """Delete what is neither among the last `keep` (the newest included) nor the best, and what was left half-written."""
-    others = [path for path in complete_checkpoints(folder) if path != newest]
+    others = [path for path in all_checkpoints(folder) if path != newest]
     for path in others[: max(0, len(others) - (keep - 1))]:
         if path != best:
             shutil.rmtree(path, ignore_errors=True)
     for path in folder.glob("step_*.partial"):
-        shutil.rmtree(path, ignore_errors=True)
+        if checkpoint_step(path.with_suffix("")) is not None:
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def set_aside(checkpoint: Path) -> Path | None:
-    """Rename a damaged checkpoint and let `latest` name the one before it, which is returned; None where there is none."""
+    """Rename a damaged checkpoint and let `latest` name the one before it, which is returned; None where there is none.
+
+    A file system that refuses the renaming keeps the damaged folder: the next save of that step replaces it.
+    """
     folder = checkpoint.parent
-    earlier = [path for path in complete_checkpoints(folder) if path.name < checkpoint.name]
+    step = checkpoint_step(checkpoint) or 0
+    earlier = [path for path in all_checkpoints(folder) if (checkpoint_step(path) or 0) < step]
     if not earlier:
         return None
     target = checkpoint.with_name(checkpoint.name + DAMAGED)
-    shutil.rmtree(target, ignore_errors=True)
-    point(folder, "latest", earlier[-1].name)
-    os.replace(checkpoint, target)
+    with contextlib.suppress(OSError):
+        shutil.rmtree(target, ignore_errors=True)
+        os.replace(checkpoint, target)
+        point(folder, "latest", earlier[-1].name)
     return earlier[-1]
 
 
@@ -142,9 +217,10 @@ def write_failure(error: BaseException, folder: Path, rank: int) -> tuple[int, s
         if not error.failures:  # only the rank that coordinates the save learns them
             return rank, ELSEWHERE
         rank, (error, _) = next(iter(error.failures.items()))
+    cause = explain(error, folder)
+    if cause is not None:
+        return rank, cause
     free_mib = shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.exists())).free / 2**20
-    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-        return rank, "the disk is full; free space and resume"
     return rank, f"{type(error).__name__}: {' '.join(str(error).split())} (free on that disk: {free_mib:.0f} MiB)"
 
 
@@ -161,13 +237,98 @@ class _MetadataUnpickler(pickle.Unpickler):
         return found
 
 
-def refuse_foreign_pickles(file: Path) -> None:
-    """Check the one pickled file of torch's checkpoint format against a list of allowed globals."""
+def read_metadata(file: Path) -> Any:
+    """Read the layout of a checkpoint's tensors, torch's one pickled file, by a list of allowed globals.
+
+    Raises `CheckpointError` for anything else and for values that are not tensors.
+    """
     try:
         with file.open("rb") as content:
             metadata = _MetadataUnpickler(content).load()
         pickled = [name for name, entry in metadata.state_dict_metadata.items() if isinstance(entry, BytesStorageMetadata)]
+        foreign = [info.relative_path for info in metadata.storage_data.values() if Path(info.relative_path).name != info.relative_path]
     except Exception as error:  # a damaged pickle may raise anything
         raise CheckpointError(f"{file}: not a checkpoint's metadata: {error}") from None
     if pickled:
         raise CheckpointError(f"{file}: holds pickled objects ({pickled[0]}, ...), expected tensors only")
+    if foreign:
+        raise CheckpointError(f"{file}: names a file outside of the checkpoint: {foreign[0]}")
+    return metadata
+
+
+class _MetadataReader:
+    """Stands for the module `pickle` where torch reads a checkpoint's metadata: it never unpickles anything else."""
+
+    @staticmethod
+    def load(content: Any) -> Any:
+        return read_metadata(Path(content.name))
+
+    @staticmethod
+    def dump(value: Any, content: Any, *arguments: Any) -> None:
+        pickle.dump(value, content, *arguments)
+
+
+@contextlib.contextmanager
+def no_pickles() -> Iterator[None]:
+    """Read and write checkpoints inside the block without unpickling: metadata by an allow-list, small values as JSON.
+
+    Tensors are read by torch's restricted reader whatever its environment variables say. Mutates torch and Megatron-Core until
+    the end of the block.
+    """
+    patched: Any = filesystem
+    originals: tuple[Any, ...] = (patched.pickle, torch.load, TorchCommonSaveStrategy.save_common, TorchCommonLoadStrategy.load_common)
+
+    def load_tensors(*arguments: Any, **options: Any) -> Any:
+        return originals[1](*arguments, **{**options, "weights_only": True})
+
+    patched.pickle = _MetadataReader
+    torch.load = load_tensors
+    TorchCommonSaveStrategy.save_common = _save_common
+    TorchCommonLoadStrategy.load_common = _load_common
+    try:
+        yield
+    finally:
+        patched.pickle, torch.load = originals[:2]
+        TorchCommonSaveStrategy.save_common, TorchCommonLoadStrategy.load_common = originals[2:]
+
+
+def _save_common(strategy: Any, values: Any, folder: Any) -> None:
+    if dist.get_rank() == 0:
+        file = Path(folder) / COMMON
+        with file.open("w", encoding="utf-8") as out:
+            out.write(to_json(values) + "\n")
+            out.flush()
+            os.fsync(out.fileno())
+
+
+def _load_common(strategy: Any, folder: Any) -> Any:
+    return read_common(Path(folder))
+
+
+def check_backend(checkpoint: Path) -> None:
+    """Raise `CheckpointError` unless Megatron-Core's description of the files is the one that is written here."""
+    file = checkpoint / "metadata.json"
+    facts = _read_object(file)
+    if (facts.get("sharded_backend"), facts.get("sharded_backend_version")) != ("torch_dist", 1):
+        raise CheckpointError(f"{file}: names {facts.get('sharded_backend')!r}, expected torch_dist, version 1")
+
+
+def read_common(checkpoint: Path) -> Any:
+    """Read the optimizer's numbers; raises `CheckpointError` when they are damaged.
+
+    A checkpoint of format 1 has them in torch's own format, which is read by its restricted reader.
+    """
+    file = checkpoint / COMMON
+    old = checkpoint / "common.pt"
+    try:
+        if not file.exists() and old.exists():
+            return torch.load(old, map_location="cpu", weights_only=True)
+        values = from_json(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        _raise_unless_damage(error, file)
+        raise CheckpointError(f"{file}: not readable: {error.strerror}") from None
+    except (ValueError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise CheckpointError(f"{file if file.exists() else old}: not readable: {' '.join(str(error).split())[:200]}") from None
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{file}: not readable: expected an object, got {type(values).__name__}")
+    return values

@@ -9,6 +9,7 @@ from rlsc_mcore.model.weight_map import export_weights
 from rlsc_mcore.parallel.backend import get_backend
 from rlsc_mcore.parallel.groups import initialize_groups
 from rlsc_mcore.run.folder import LATEST, find_checkpoint
+from rlsc_mcore.run.made_here import check_replaceable
 from rlsc_mcore.training.checkpoint import load_checkpoint
 from rlsc_mcore.training.step import Trainer
 
@@ -16,19 +17,21 @@ from rlsc_mcore.training.step import Trainer
 def export_run(run_dir: Path, output: Path, checkpoint: str = LATEST) -> Path:
     """Write the weights of a run's checkpoint to `output` and return the checkpoint; needs no engine. Collective over the world.
 
-    `checkpoint` as in `find_checkpoint`.
+    `checkpoint` as in `find_checkpoint`. Raises `ConfigError` where `output` exists and no earlier export made it, and where it
+    is, or holds, the run or the model that is read.
     """
     file = run_dir / "config.yaml"
     if not file.is_file():
         raise ConfigError(f"{run_dir}: no run there; expected {file}")
     chosen = find_checkpoint(run_dir, checkpoint)
     config: Config = load_config(file)
+    model_folder = resolve_model_folder(config.model.path)
+    check_replaceable(output, field="--output", keep=(run_dir, model_folder))
     backend = get_backend()
     groups = initialize_groups(backend, config.parallel.tp, pp=config.parallel.pp)
-    folder = resolve_model_folder(config.model.path)
-    trainer = Trainer(config, folder, backend, groups, load=False)
+    trainer = Trainer(config, model_folder, backend, groups, load=False)
     load_checkpoint(chosen, trainer)
     policy = trainer.policy
     tensors = export_weights(policy.model_weights, policy.architecture, groups.tp_group, groups.tp_size, groups.pp_group)
-    write_hf_folder(tensors, folder, output, dtype=config.model.dtype, write=groups.is_main)
+    write_hf_folder(tensors, model_folder, output, dtype=config.model.dtype, write=groups.is_main)
     return chosen

@@ -10,6 +10,7 @@ from rlsc_mcore.config import Config, ConfigError, RunError
 from rlsc_mcore.parallel.groups import Groups
 from rlsc_mcore.parallel.watchdog import Watchdog
 from rlsc_mcore.rollout.engine import GenerationInterrupted
+from rlsc_mcore.run.machine_errors import explain
 from rlsc_mcore.run.status import write_end
 
 # What to lower, by the phase that asked for too much.
@@ -64,6 +65,11 @@ def reported() -> Iterator[None]:
         if is_out_of_memory(error):
             place = f"step {watchdog.step + 1}, " if phase not in ("start-up", "export") else ""
             failure = RunError(f"out of memory in phase {phase} ({place}{_first_line(error)}); {REMEDIES.get(phase, _OTHERWISE)}")
+            watchdog.fail(str(failure))
+            raise failure from error
+        cause = None if isinstance(error, RunError) else explain(error)
+        if cause is not None:
+            failure = RunError(f"{cause} (phase {phase}); what was saved before is whole")
             watchdog.fail(str(failure))
             raise failure from error
         if not isinstance(error, RunError) and any(text in str(error) for text in _PEER_IS_GONE):

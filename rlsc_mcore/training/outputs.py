@@ -10,36 +10,48 @@ from rlsc_mcore.config_file import changed_fields, dump_config, load_config
 from rlsc_mcore.data.packing import UniqueSequence
 from rlsc_mcore.parallel.groups import Groups
 from rlsc_mcore.run.files import write_atomically
-from rlsc_mcore.run.folder import CONFIG_FILE
+from rlsc_mcore.run.folder import CONFIG_FILE, EXPORT_FOLDER, SKIPPED_FOLDER
+from rlsc_mcore.run.machine_errors import explain
+from rlsc_mcore.run.made_here import check_replaceable
+from rlsc_mcore.run.owner import FolderInUse, Owner, own
 
 if TYPE_CHECKING:
     from rlsc_mcore.parallel.groups import Groups
     from rlsc_mcore.types import Rollout
 
-SKIPPED_FOLDER = "skipped"
 
+def claim_run_folder(run_dir: Path, config: Config, groups: "Groups", *, resuming: bool) -> Owner | None:
+    """Refuse a folder of another run, own ours and write the resolved configuration; collective over the world.
 
-def claim_run_folder(run_dir: Path, config: Config, groups: "Groups", *, resuming: bool) -> None:
-    """Refuse a folder of another run, create ours and write the resolved configuration; collective over the world.
-
-    Raises `ConfigError`: before anything is written where the folder holds another configuration (unless `resuming`), and on
-    every rank where it cannot be written.
+    Returns the ownership on the main rank, None on the others. Raises `ConfigError` on every rank: before anything is written
+    where the folder holds another configuration (unless `resuming`) or an `export` that this program did not make, where
+    another process owns the folder (`FolderInUse`), and where it cannot be written.
     """
     file = run_dir / CONFIG_FILE
     if file.is_file() and not resuming:
         changes = changed_fields(load_config(file), config)
         if changes:
             raise ConfigError(f"run_dir: {run_dir} holds a run with another configuration ({'; '.join(changes)}); choose another folder")
-    groups.barrier()
-    failure = ""
+    owner: Owner | None = None
+    failure = in_use = ""
     if groups.is_main:
         try:
             run_dir.mkdir(parents=True, exist_ok=True)
+            owner = own(run_dir)
+            check_replaceable(run_dir / EXPORT_FOLDER, field="run_dir")
             write_atomically(file, dump_config(config))
+        except FolderInUse as error:
+            in_use = str(error)
+        except ConfigError as error:
+            failure = str(error)
         except OSError as error:
-            failure = f": {error.strerror}"
-    if groups.any(bool(failure)):
-        raise ConfigError(f"run_dir: {run_dir} is not writable{failure}")
+            failure = f"run_dir: {explain(error, run_dir) or error}"
+    in_use, failure = groups.gather_objects([in_use, failure])[0]
+    if in_use:
+        raise FolderInUse(f"run_dir: {in_use}")
+    if failure:
+        raise ConfigError(failure)
+    return owner
 
 
 def write_rollouts(run_dir: Path, step: int, rollouts: "Sequence[Rollout]", groups: "Groups") -> None:

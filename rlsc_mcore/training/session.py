@@ -27,13 +27,14 @@ from rlsc_mcore.parallel.backend import get_backend
 from rlsc_mcore.parallel.groups import initialize_groups
 from rlsc_mcore.rollout.engine import GenerationInterrupted, RolloutEngine
 from rlsc_mcore.rollout.sampling import sample_rollouts, spread_samples
+from rlsc_mcore.run.folder import SKIPPED_FOLDER
 from rlsc_mcore.run.status import RunStatus
 from rlsc_mcore.training import checkpoint
 from rlsc_mcore.training.faults import start_watchdog
 from rlsc_mcore.training.inputs import read_inputs
 from rlsc_mcore.training.memory_ledger import MemoryLedger
 from rlsc_mcore.training.metrics_row import step_row
-from rlsc_mcore.training.outputs import SKIPPED_FOLDER, claim_run_folder, dump_batch, write_rollouts
+from rlsc_mcore.training.outputs import claim_run_folder, dump_batch, write_rollouts
 from rlsc_mcore.training.redistribute import gather_rollouts, redistribute_sequences
 from rlsc_mcore.training.signals import AbortPoll, StopRequest
 from rlsc_mcore.training.step import StepOutcome, Trainer
@@ -65,10 +66,14 @@ class Session:
                 f"data.questions_per_step: {config.data.questions_per_step} leaves data-parallel ranks without a question; "
                 f"expected at least {self.groups.dp_size}"
             )
-        claim_run_folder(self.run_dir, config, self.groups, resuming=resume_from is not None)
+        owner = claim_run_folder(self.run_dir, config, self.groups, resuming=resume_from is not None)
+        if owner is not None and owner.took_over:
+            self.report.warn(f"took over {self.run_dir} from {owner.took_over}, which has ended without giving it up")
         wandb_project = config.observability.wandb_project if self.groups.is_main else None
         wandb_run = open_wandb(wandb_project, self.run_dir, dataclasses.asdict(config))
-        self.status = RunStatus(self.run_dir, config.training.num_steps, enabled=self.groups.is_main, on_phase=self.watchdog.phase)
+        self.status = RunStatus(
+            self.run_dir, config.training.num_steps, enabled=self.groups.is_main, on_phase=self.watchdog.phase, owner=owner
+        )
         self.check_stop()
         self.trainer = Trainer(config, self.inputs.model_folder, self.backend, self.groups, load=resume_from is None)
         self.start_step = 0
@@ -109,6 +114,8 @@ class Session:
         self.timer = PhaseTimer(self.backend.synchronize, self.gpu.enter)
         self.memory = MemoryLedger(self.trainer, self.engine, self.backend)
         self._warned: set[str] = set()
+        self.check_stop()
+        self.stop.begin()
 
     # ------------------------------------------------------------------ stages of one step
 
@@ -333,6 +340,10 @@ class Session:
         if state.questions != self.inputs.fingerprint:
             raise ConfigError(f"data.path: {self.config.data.path} has changed since the run was started; resume needs the same questions")
         self.start_step = state.step
+
+    def skipped_steps(self) -> list[int]:
+        """Return the steps, from 0, that changed no weight because loss or gradient was not finite."""
+        return [row["step"] for row in self.metrics.rows if row.get("skipped")]
 
     def _stop_when_skipping(self, done: int) -> None:
         """Save and end the run after too many steps in a row without an update; resuming continues the count."""

@@ -10,7 +10,6 @@ import pytest
 import torch.distributed as dist
 from megatron.core import parallel_state
 
-from rlsc_mcore import cli
 from rlsc_mcore.commands import train as commands
 from rlsc_mcore.config import CollectiveRunError, RunError
 from rlsc_mcore.config_file import dump_config, parse_config
@@ -18,24 +17,6 @@ from rlsc_mcore.model.hf_checkpoint import resolve_model_folder
 from tests.helpers.folders import EMBEDDED, copy_embedded, edit_config, make_runnable_folder
 
 FLAGS = ["--model.dtype", "float32", "--data.questions-per-step", "2", "--rollout.max-new-tokens", "8", "--training.num-steps", "1"]
-
-
-@pytest.fixture
-def run_cli(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, list[str]]]:
-    """Run `rlsc ...` in this process: exit code and the lines of stderr."""
-
-    def leave(code: int) -> None:  # the process of the tests must outlive the command
-        raise SystemExit(code)
-
-    monkeypatch.setattr("os._exit", leave)
-
-    def run(*arguments: object) -> tuple[int, list[str]]:
-        capfd.readouterr()
-        with pytest.raises(SystemExit) as exit_:
-            cli.main([str(argument) for argument in arguments])
-        return int(exit_.value.code or 0), capfd.readouterr().err.splitlines()
-
-    return run
 
 
 @pytest.fixture(autouse=True)
@@ -222,7 +203,7 @@ def test_export_does_not_replace_a_folder_that_is_no_model(tmp_path: Path, run_c
     output.mkdir()
     (output / "letter.txt").write_text("dear", encoding="utf-8")
     code, lines = run_cli("export", run_dir, "--output", output)
-    assert (code, len(lines)) == (2, 1) and f"--output {output}: exists and is no model folder" in lines[0]
+    assert (code, len(lines)) == (2, 1) and f"--output {output}: exists and was not made by this program" in lines[0]
     assert (output / "letter.txt").read_text(encoding="utf-8") == "dear"
 
 
@@ -249,13 +230,6 @@ def test_a_checkpoint_that_is_not_there(
 def test_a_model_folder_has_no_checkpoints(run_cli: Callable[..., tuple[int, list[str]]]) -> None:
     code, lines = run_cli("eval", "--model", EMBEDDED, "--checkpoint", "best")
     assert (code, len(lines)) == (2, 1) and lines[0].endswith(f"--checkpoint best: --model {EMBEDDED} is no run")
-
-
-def test_quickstart_replaces_nothing_but_a_quickstart(tmp_path: Path, run_cli: Callable[..., tuple[int, list[str]]]) -> None:
-    (tmp_path / "letter.txt").write_text("dear", encoding="utf-8")
-    code, lines = run_cli("quickstart", "--run-dir", tmp_path)
-    assert (code, len(lines)) == (2, 1) and "exists and is no earlier quickstart" in lines[0]
-    assert (tmp_path / "letter.txt").exists()
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,7 @@ from rlsc_mcore.model.hf_checkpoint import (
 )
 from rlsc_mcore.model.shape import read_architecture
 from rlsc_mcore.model.weight_map import hf_shapes
+from rlsc_mcore.run.made_here import MARKER
 from tests.helpers.folders import EMBEDDED, copy_embedded, edit_config
 from tests.helpers.tiny import make_model_folder
 
@@ -175,7 +176,7 @@ def test_a_written_folder_reads_back(tmp_path: Path) -> None:
     tensors = load_file(source / WEIGHTS)
     output = tmp_path / "out"
     write_hf_folder(tensors.items(), source, output, dtype="float32", write=True)
-    assert sorted(file.name for file in output.iterdir()) == sorted(file.name for file in source.iterdir())
+    assert sorted(file.name for file in output.iterdir()) == sorted([MARKER, *(file.name for file in source.iterdir())])
     check_weights(output, read_architecture(output))
     found = load_file(output / WEIGHTS)
     assert found.keys() == tensors.keys() and all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
