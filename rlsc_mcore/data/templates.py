@@ -8,6 +8,7 @@ import jinja2
 import jinja2.sandbox
 
 from rlsc_mcore.config import ConfigError
+from rlsc_mcore.data.foreign_code import check_length, foreign_code
 from rlsc_mcore.types import Question
 
 # The system line and layout of Qwen2.5-Math's own chat template.
@@ -61,7 +62,9 @@ def render_prompt(template: str, question: str, tokenizer: Tokenizer) -> list[in
     The chat formats spell out every special token, so none is added to them; plain text gets those that the tokenizer puts
     before a text (a beginning-of-text token, for example).
     """
-    text = render_text(template, question, tokenizer)
+    with foreign_code(template):
+        text = render_text(template, question, tokenizer)
+    check_length(template, text)
     return list(tokenizer.encode(text, add_special_tokens=template in ("evalchemy", "none")))
 
 

@@ -15,7 +15,8 @@ from rlsc_mcore.types import Rollout
 ROLLOUT = Rollout(1, 0, (5, 6), (7, 8, 9), (-0.1, -1e-300, -0.0), "stop", 3, "a \ud83d half")
 VALUES = [
     None, True, 3, -(2**40), 2**63, 0.1, float("inf"), "", "größer\n", b"\0\xff", [], (), {}, [1, 2.5], (1, "a", None), [[1], (2,)],
-    {"a": {0.5: (1,)}, 3: [True]}, {(0, 1): "x"}, Path("/a/b"), [ROLLOUT], {"answers": [AnswerRecord(0, 0.5, 1, "g", "t", None, True, True, False, False, 4, None)]},
+    {"a": {0.5: (1,)}, 3: [True]}, {(0, 1): "x"}, Path("/a/b"), [ROLLOUT], 
+    {"answers": [AnswerRecord(0, 0.5, 1, "g", "t", None, True, True, False, False, 4, None)]},
 ]  # fmt: skip
 
 

@@ -24,18 +24,18 @@ def test_a_world_of_one_meets_at_a_store_that_nccl_reads() -> None:
     """On a GPU the store is TCP on a free loopback port; here gloo joins by it, and the environment stays as it is."""
     program = """
 import os, torch, torch.distributed as dist
-from rlsc_mcore.parallel import groups
-class Gpu: is_cuda = True
-class Cpu: is_cuda = False
+from rlsc_mcore.parallel.rendezvous import meet
+for name in ("RANK", "WORLD_SIZE"): os.environ.pop(name, None)
 before = dict(os.environ)
-assert type(groups._store_of_one(Cpu())).__name__ == "HashStore"
-store = groups._store_of_one(Gpu())
-assert type(store).__name__ == "TCPStore" and store.port > 0
-other = groups._store_of_one(Gpu())  # a second run on the same machine
+assert type(meet(60)[0]).__name__ == "HashStore"
+store, rank, world = meet(60, needs_address=True)
+assert type(store).__name__ == "TCPStore" and store.port > 0 and (rank, world) == (0, 1)
+other = meet(60, needs_address=True)[0]  # a second run on the same machine
 assert other.port != store.port
 dist.init_process_group("gloo", store=store, rank=0, world_size=1)
 tensor = torch.ones(2); dist.all_reduce(tensor); dist.barrier()
-assert dict(os.environ) == before
+interfaces = {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo", "TP_SOCKET_IFNAME": "lo"}
+assert dict(os.environ) == interfaces | before
 print("joined", tensor.tolist())
 """
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, timeout=120)
