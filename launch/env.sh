@@ -28,7 +28,9 @@ _default VLLM_NO_USAGE_STATS 1
 _default VLLM_DO_NOT_TRACK 1
 
 # --- compilers' caches: on the node, not in a home directory that all ranks of all nodes lock at once
-_local=${SLURM_TMPDIR:-${TMPDIR:-/tmp}}/rlsc_${USER:-$(id -un)}
+# (launch/node.sh makes it there, private to the user)
+_local=${SLURM_TMPDIR:-${TMPDIR:-/tmp}}/rlsc_$(id -un)
+export RLSC_NODE_CACHE=$_local
 _default TRITON_CACHE_DIR "$_local/triton"
 _default TORCHINDUCTOR_CACHE_DIR "$_local/inductor"
 _default VLLM_CACHE_ROOT "$_local/vllm"

@@ -19,19 +19,9 @@
 #SBATCH --dependency=singleton
 set -euo pipefail
 
-# sbatch runs a copy of this file: SLURM knows where the original lies.
-if [[ -z ${RLSC_ROOT:-} ]]; then
-    script=${BASH_SOURCE[0]}
-    if [[ ! -f $(dirname "$script")/lib.sh ]]; then
-        script=$(scontrol show job "${SLURM_JOB_ID:-}" 2>/dev/null | sed -n 's/^ *Command=//p')
-        while [[ ! -f $script && $script == *" "* ]]; do script=${script% *}; done # arguments follow the path
-    fi
-    RLSC_ROOT=$(cd "$(dirname "$script")/.." && pwd)
-fi
-if [[ ! -f $RLSC_ROOT/launch/lib.sh ]]; then
-    echo "rlsc: error: no launch/lib.sh in $RLSC_ROOT; set RLSC_ROOT to the checkout" >&2
-    exit 2
-fi
-export RLSC_ROOT
-source "$RLSC_ROOT/launch/lib.sh"
+# sbatch runs a copy of this file: SLURM names the original, and its arguments after it.
+script=${BASH_SOURCE[0]}
+if [[ ! -f $(dirname "$script")/lib.sh ]]; then script=$(scontrol show job "${SLURM_JOB_ID:-}" | sed -n '/^ *Command=/{s///;p;q}') || true; fi
+while [[ ! -f $script && $script == *" "* ]]; do script=${script% *}; done
+source "${RLSC_ROOT:-$(dirname "$script")/..}/launch/lib.sh" || { echo "rlsc: error: set RLSC_ROOT to the checkout" >&2 && exit 2; }
 rlsc_launch --nodes 1 --gpus-per-node 8 --config "$RLSC_ROOT/configs/qwen2.5_math_7b_1x8.yaml" -- "$@"
