@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # A real SLURM cluster on one machine, without systemd: slurmctld, munge and one slurmd per virtual node, started by hand from a
-# private directory. A node is a set of namespaces (host name, mounts, network) around its slurmd.
+# private directory. A node is a set of namespaces (host name, mounts, network) around its slurmd, with a /dev/shm of its own.
 #
 #   cluster.sh install        Debian's packages, where they are missing (seconds, 4 MB)
 #   cluster.sh start          bring the cluster up (a second); prints `export SLURM_CONF=...`
@@ -13,14 +13,17 @@
 # Settings, from the environment:
 #   CLUSTER_DIR        state, logs, process ids; every parent must be open to all users (required, but by install)
 #   CLUSTER_NODES=2    virtual nodes n1, n2, ...
-#   CLUSTER_CPUS=16    CPUs and
-#   CLUSTER_MEM=65536  MiB that each node claims; may exceed what the machine has
-#   CLUSTER_GPUS=8     GPUs that each node claims: /dev/null behind each; 0 for a cluster without GRES
+#   CLUSTER_CPUS=16    CPUs that each node claims; 16,8 gives n1 16 and every other node 8
+#   CLUSTER_MEM=65536  MiB that each node claims; CPUs and memory may exceed what the machine has
+#   CLUSTER_GPUS=8     GPUs that each node claims, /dev/null behind each; 8,4 as with CPUs; 0 for a cluster without GRES
+#   CLUSTER_GPU_TYPE   type of the GPUs, for example a100_1g.5gb (default: none)
 #   CLUSTER_GRACE=120  GraceTime of preemption in partition main, in seconds; in partition hasty it is 5
 #   CLUSTER_USERSIG=0  1: preemption sends the job's --signal instead of SIGTERM
 set -u
 dir=${CLUSTER_DIR:-/nonexistent}
-nodes=${CLUSTER_NODES:-2} cpus=${CLUSTER_CPUS:-16} gpus=${CLUSTER_GPUS:-8} mem=${CLUSTER_MEM:-65536}
+nodes=${CLUSTER_NODES:-2} mem=${CLUSTER_MEM:-65536} gpu_type=${CLUSTER_GPU_TYPE:+${CLUSTER_GPU_TYPE}:}
+IFS=, read -ra cpus <<<"${CLUSTER_CPUS:-16}" # per node; the last one counts for all further nodes
+IFS=, read -ra gpus <<<"${CLUSTER_GPUS:-8}"
 grace=${CLUSTER_GRACE:-120} usersig=${CLUSTER_USERSIG:-0}
 kill_wait=5 # seconds from SIGTERM to SIGKILL (SLURM's default is 30)
 conf=$dir/slurm.conf pids=$dir/pids
@@ -83,6 +86,12 @@ print(*ports)
 PYTHON
 }
 
+of_node() { # I VALUES...: the I-th value, or the last one
+    local i=$1
+    shift
+    echo "${!i:-${!#}}"
+}
+
 write_conf() {
     local i subnet=10.209.$net ports
     read -ra ports <<<"$(free_ports $((nodes + 1)))"
@@ -119,7 +128,7 @@ JobAcctGatherType=jobacct_gather/none
 MpiDefault=none
 SelectType=select/cons_tres
 SelectTypeParameters=CR_Core_Memory
-DefMemPerCPU=$((mem / cpus))
+DefMemPerCPU=$((mem / cpus[0]))
 # nodes may claim more than the machine has
 SlurmdParameters=config_overrides
 ReturnToService=2
@@ -134,17 +143,21 @@ PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 CONF
         if [[ $usersig == 1 ]]; then echo "SlurmctldParameters=preempt_send_user_signal"; fi
-        if ((gpus)); then echo "GresTypes=gpu"; fi
+        if ((gpus[0])); then echo "GresTypes=gpu"; fi
         for ((i = 1; i <= nodes; i++)); do
-            echo "NodeName=n$i NodeHostName=n$i NodeAddr=$subnet.$((10 + i)) Port=${ports[i]} CPUs=$cpus RealMemory=$mem$( ((gpus)) && echo " Gres=gpu:$gpus")"
+            echo "NodeName=n$i NodeHostName=n$i NodeAddr=$subnet.$((10 + i)) Port=${ports[i]} CPUs=$(of_node "$i" "${cpus[@]}")" \
+                "RealMemory=$mem$( ((gpus[0])) && echo " Gres=gpu:$gpu_type$(of_node "$i" "${gpus[@]}")")"
         done
         echo "PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP PriorityTier=1 GraceTime=$grace OverSubscribe=NO"
         echo "PartitionName=hasty Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=1 GraceTime=5 OverSubscribe=NO"
         echo "PartitionName=urgent Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=10 PreemptMode=OFF"
     } >"$conf"
-    if ((gpus)); then # a GPU's file must be a character device
-        for ((i = 0; i < gpus; i++)); do ln -sfn /dev/null "$dir/dev/nvidia$i"; done
-        echo "NodeName=n[1-$nodes] Name=gpu Flags=nvidia_gpu_env File=$dir/dev/nvidia[0-$((gpus - 1))]" >"$dir/gres.conf"
+    if ((gpus[0])); then # a GPU's file must be a character device
+        for ((i = 0; i < gpus[0]; i++)); do ln -sfn /dev/null "$dir/dev/nvidia$i"; done
+        for ((i = 1; i <= nodes; i++)); do
+            echo "NodeName=n$i Name=gpu ${gpu_type:+Type=${gpu_type%:} }Flags=nvidia_gpu_env" \
+                "File=$dir/dev/nvidia[0-$(($(of_node "$i" "${gpus[@]}") - 1))]"
+        done >"$dir/gres.conf"
     fi
     (umask 077 && head -c 1024 /dev/urandom >"$dir/run/munge.key")
 }
@@ -154,7 +167,7 @@ start_node() { # I
     rm -f "$dir/run/id.n$i" "$dir/run/ready.n$i"
     # exec all the way: the id of unshare becomes that of slurmd
     unshare --mount --uts --net bash -c '
-        mount --bind "$1/hosts" /etc/hosts && hostname "n$2" || exit 1
+        mount --bind "$1/hosts" /etc/hosts && mount -t tmpfs tmpfs /dev/shm && hostname "n$2" || exit 1
         echo "n$2 $(readlink /proc/self/ns/uts)" >>"$1/namespaces"
         echo $$ >"$1/run/id.n$2.partial" && mv "$1/run/id.n$2.partial" "$1/run/id.n$2"
         for _ in $(seq 200); do [[ -e $1/run/ready.n$2 ]] && break; sleep 0.05; done

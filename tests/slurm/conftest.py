@@ -1,5 +1,7 @@
 """One cluster for all tests; after each, its nodes must be as they were."""
 
+import fcntl
+import os
 import shutil
 import tempfile
 import time
@@ -23,7 +25,13 @@ def other_cluster() -> Iterator[Cluster]:
     yield from _started(nodes=2, gpus=0, usersig=1)
 
 
-def _started(**settings: int) -> Iterator[Cluster]:
+@pytest.fixture(scope="session")
+def uneven_cluster() -> Iterator[Cluster]:
+    """Two nodes that differ: 16 and 8 CPUs, 8 and 4 GPUs, which are slices (MIG) by their type."""
+    yield from _started(nodes=2, cpus="16,8", gpus="8,4", gpu_type="a100_1g.5gb")
+
+
+def _started(**settings: int | str) -> Iterator[Cluster]:
     folder = Path(tempfile.mkdtemp(prefix="rlsc_cluster_"))  # munge wants every parent open to all, pytest's folders are not
     cluster = Cluster(folder, **settings)
     try:
@@ -39,7 +47,7 @@ def _started(**settings: int) -> Iterator[Cluster]:
 @pytest.fixture(autouse=True)
 def _nothing_left_behind(request: pytest.FixtureRequest) -> Iterator[None]:
     yield
-    for name in {"cluster", "other_cluster"} & set(request.fixturenames):
+    for name in {"cluster", "other_cluster", "uneven_cluster"} & set(request.fixturenames):
         cluster = request.getfixturevalue(name)
         cluster.call("bash", "-c", "scancel $(squeue -h -o %A) 2>/dev/null")
         end = time.monotonic() + PATIENCE_S
@@ -50,7 +58,15 @@ def _nothing_left_behind(request: pytest.FixtureRequest) -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def uninterrupted(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Job:
-    """A run of four steps on two nodes, a rank each (tp 2), evaluated before and after, that nothing disturbed."""
-    job = cluster.submit(tmp_path_factory.mktemp("uninterrupted") / "plain", arguments=EVALUATED)
-    job.ends("COMPLETED", "0:0")
+    """A run of four steps on two nodes, a rank each (tp 2), evaluated before and after, that nothing disturbed.
+
+    pytest's workers share it: the first that wants it runs it on its own cluster. Only its files may be looked at.
+    """
+    base = tmp_path_factory.getbasetemp()
+    base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    job = Job(cluster, "1", base / "plain")
+    with (base / "plain.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not job.folder.exists():
+            cluster.submit(job.folder, arguments=EVALUATED).ends("COMPLETED", "0:0")
     return job

@@ -15,7 +15,9 @@ ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "launch" / "rlsc_7b.sh"
 TINY = Path(__file__).with_name("tiny.yaml")
 FAULTS = Path(__file__).with_name("faults")
-PATIENCE_S = 900.0  # a job takes seconds on quiet cores; on busy ones nothing but this limit may depend on the clock
+STUBS = Path(__file__).with_name("stubs")  # see stubs/trainer.py
+# A job takes seconds on quiet cores; on busy ones nothing but this limit may depend on the clock.
+PATIENCE_S = float(os.environ.get("RLSC_SLURM_PATIENCE_S", "900"))
 EVALUATED = ("--evaluation.path", "embedded:test", "--evaluation.num-samples", "2", "--evaluation.max-questions", "8")
 TIMES = ("seconds", "rollout_tokens_per_s", "train_tokens_per_s", "memory_bytes", "memory")
 CANNOT = 3  # cluster.sh: this machine has no SLURM and cannot get it
@@ -28,7 +30,7 @@ class NoClusterHere(Exception):
 class Cluster:
     """A running local cluster (see cluster.sh)."""
 
-    def __init__(self, folder: Path, **settings: int) -> None:
+    def __init__(self, folder: Path, **settings: int | str) -> None:
         self.folder = folder
         self._environment = {
             **{name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "SBATCH_"))},
@@ -64,9 +66,13 @@ class Cluster:
         arguments: Sequence[str] = (),
         faults: Sequence[Mapping[str, Any]] = (),
         script: Path = SCRIPT,
+        trainer: Sequence[str] | None = None,
         **environment: str,
     ) -> "Job":
-        """Submit the launch script from `folder` with the tiny model, one rank per node; returns the job."""
+        """Submit the launch script from `folder` with the tiny model, one rank per node; returns the job.
+
+        With `trainer`, one action per attempt, the ranks run stubs/trainer.py instead of the trainer.
+        """
         variables = {
             "PYTHON": sys.executable,
             "RLSC_CONFIG": str(TINY),
@@ -76,6 +82,7 @@ class Cluster:
             "RLSC_DEAD_AFTER_S": "600",  # a rank of a busy machine is not dead
             "RLSC_TEST_FAULTS": json.dumps(list(faults)),
             **({"PYTHONPATH": str(FAULTS)} if faults else {}),
+            **({"PYTHON": str(STUBS / "python"), "STUB_PYTHON": sys.executable, "STUB_TRAINER": " ".join(trainer)} if trainer else {}),
             **environment,
         }
         folder.mkdir(parents=True, exist_ok=True)
@@ -85,9 +92,9 @@ class Cluster:
 
     def left_behind(self) -> dict[str, Any]:
         """List what jobs left on the nodes: processes, shared memory, listening rendezvous ports, allocated CPUs and GPUs."""
-        segments = [path.name for path in Path("/dev/shm").iterdir() if re.match(r"rlsc-n\d", path.name)]
-        listening = []
+        segments, listening = [], []
         for node in (1, 2):
+            segments += [f"n{node}:{name}" for name in self.script("in", str(node), "ls", "/dev/shm").split()]
             table = self.script("in", str(node), "cat", "/proc/net/tcp", "/proc/net/tcp6").splitlines()
             fields = [line.split() for line in table if ":" in line]
             ports = [int(entry[1].rsplit(":", 1)[1], 16) for entry in fields if len(entry) > 3 and entry[3] == "0A"]
@@ -107,7 +114,12 @@ class Job:
 
     @property
     def run_dir(self) -> Path:
-        return self.folder / "runs" / self.folder.name
+        _, _, task = self.id.partition("_")
+        return self.folder / "runs" / (f"{self.folder.name}_{task}" if task else self.folder.name)
+
+    def task(self, number: int) -> "Job":
+        """Return a task of this array."""
+        return Job(self.cluster, f"{self.id}_{number}", self.folder)
 
     def facts(self) -> dict[str, str]:
         """Return SLURM's record of the job."""
@@ -123,7 +135,8 @@ class Job:
 
     def output(self) -> str:
         """Return the job's output file."""
-        files = [*self.folder.glob(f"*-{self.id}.out")]
+        # An array's task has an id of its own, which its output file bears.
+        files = [*self.folder.glob(f"*-{self.facts().get('JobId', self.id)}.out")]
         return files[0].read_text() if files else ""
 
     def wait(self, condition: Callable[[], Any], what: str, seconds: float = PATIENCE_S) -> None:
@@ -162,6 +175,10 @@ class Job:
         assert facts["JobState"] == state and code in (None, facts["ExitCode"]), f"{facts}\n{output[-4000:]}"
         assert int(facts["Restarts"]) >= 1 if restarts is None else int(facts["Restarts"]) == restarts, f"{facts}\n{output[-4000:]}"
         return output
+
+    def logs(self, name: str, attempt: str = "latest") -> str:
+        """Return a file of an attempt's logs."""
+        return (self.run_dir / "logs" / attempt / name).read_text()
 
     def cancel(self) -> None:
         """scancel."""

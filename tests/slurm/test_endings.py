@@ -14,7 +14,8 @@ ALONE = ("--parallel.tp", "1")
 
 
 def test_a_run_leaves_what_reproduces_it(uninterrupted: Job) -> None:
-    run_dir, output = uninterrupted.run_dir, uninterrupted.output()
+    run_dir = uninterrupted.run_dir
+    output = next(uninterrupted.folder.glob("*.out")).read_text()
     logs = run_dir / "logs" / "latest"
     written = {"rank_0.log", "rank_1.log", "command.txt", "environment.txt", "packages.txt", "git.txt", "git.diff"}
     assert {path.name for path in logs.iterdir()} >= written

@@ -14,15 +14,17 @@ enters that phase (of that step, in that attempt) it does this, with "early" bef
 import json
 import os
 import signal
+import sys
 import time
 from pathlib import Path
 
-FAULTS = json.loads(os.environ.get("RLSC_TEST_FAULTS", "[]")) if "RANK" in os.environ else []
+IS_RANK = "rlsc_mcore.cli" in sys.orig_argv and "torch.distributed.run" not in sys.orig_argv
+FAULTS = json.loads(os.environ.get("RLSC_TEST_FAULTS", "[]")) if IS_RANK else []
 
 
 def inject(run_dir: Path, phase: str, step: int | None, *, early: bool) -> None:
     """Do what is asked for this phase."""
-    here = {"phase": phase, "step": step, "rank": int(os.environ["RANK"]), "attempt": int(os.environ["RLSC_ATTEMPT"])}
+    here = {"phase": phase, "step": step, "rank": int(os.environ.get("RANK", "0")), "attempt": int(os.environ.get("RLSC_ATTEMPT", "0"))}
     for fault in FAULTS:
         if fault.get("early", False) != early or any(fault[name] != value for name, value in here.items() if name in fault):
             continue
