@@ -1,5 +1,7 @@
 """The launch scripts on a real SLURM (cluster.sh) with the real trainer and the embedded model. What is shown, and where:
 
+(test_queue.py and test_nodes.py are about what lies around the trainer: their ranks run stubs/trainer.py, but in the array.)
+
 submission
   script accepted unmodified                           test_scripts_are_accepted_unmodified
   9 GPUs, 3 nodes, an unknown partition rejected       test_sbatch_refuses_what_the_cluster_has_not
@@ -15,6 +17,21 @@ checks: exit 2, no restart, nothing started
   a run folder that is not shared                      test_a_run_folder_that_is_not_shared_is_refused
   a run folder that another job runs in                test_a_run_folder_in_use_is_refused
   a dry run starts nothing                             test_a_dry_run_on_the_login_node_submits_nothing
+  a step that srun refuses                             test_a_step_that_srun_refuses_is_bad_input
+  slices of a GPU (MIG): several ranks refused         test_ranks_on_slices_of_a_gpu_are_refused
+  an image that cannot be started                      test_an_image_that_cannot_be_started_is_bad_input
+  a run folder whose job waits in the queue            test_an_owner_that_will_go_on_is_respected
+  squeue does not answer: 75, the folder untouched     test_a_scheduler_that_does_not_answer_never_means_that_the_folder_is_free
+what a job is given
+  nodes with different numbers of CPUs                 test_nodes_with_different_numbers_of_cpus
+  fewer CPUs than ranks                                test_more_ranks_than_cpus_share_them
+  --gpus without a number per node                     test_gpus_asked_for_in_all
+  an exclusive node with more GPUs than asked for      test_an_exclusive_node_gives_the_gpus_that_were_asked_for
+  a typed GRES, one slice and one rank                 test_ranks_on_slices_of_a_gpu_are_refused
+  leftovers of an outer job in the environment         test_leftovers_of_an_outer_job_are_ignored
+  pyxis; apptainer (stubs that record their calls)     test_pyxis_runs_every_step_in_the_image
+                                                       test_apptainer_runs_every_rank_in_the_file
+  records without secrets, mode 600                    test_records_are_private_and_without_secrets
 runs
   1 node x 2 ranks to the end                          test_arguments_arrive_unsplit_with_an_empty_environment
   2 nodes x 1 rank to the end                          test_a_run_leaves_what_reproduces_it
@@ -38,6 +55,12 @@ stop and resume: the weights are those of the run that nothing disturbed
     place twice it stops                               test_crash_restarts_after_progress_and_stops_at_the_same_place
   a crash before any checkpoint does not loop          test_crash_before_any_checkpoint_does_not_loop
                                                        test_a_killed_rank_is_named_though_it_could_not_say_anything
+  a task of an array goes back alone                   test_tasks_of_an_array_are_runs_of_their_own
+  stops without progress are bounded                   test_stops_without_progress_are_bounded
+  SLURM's own requeues without progress are bounded    test_requeues_by_slurm_without_progress_are_bounded
+  node checks that are cut off are bounded             test_node_checks_that_are_cut_off_are_bounded
+  a crash beside a dead node comes back                test_a_crash_beside_a_dead_node_goes_back_into_the_queue
+  ids that start again                                 test_ids_that_start_again_are_other_jobs
   no process, GPU, port or shared memory left          after every test (conftest.py). The GPUs are SLURM's books here: they lie
                                                        behind /dev/null, which everybody holds open
 

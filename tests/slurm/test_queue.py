@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from tests.slurm.jobs import FAULTS, Cluster, Job
+from tests.slurm.jobs import Cluster, Job
 
 pytestmark = pytest.mark.timeout(2400)
 ONE_RANK = ("-N1", "--gpus-per-node=1", "--mem=1G", "--oversubscribe")

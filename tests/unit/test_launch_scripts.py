@@ -108,9 +108,110 @@ def test_a_setting_that_the_engine_cannot_have_is_warned_of(dry_run: DryRun) -> 
         ({"NPROC_PER_NODE": "many"}, "NPROC_PER_NODE: expected ranks per node, at least 1, got 'many'"),
         ({"GPUS_PER_NODE": "x"}, "GPUS_PER_NODE: expected a number, got 'x'"),
         ({"PYTHON": "/absent/python"}, "PYTHON: no program /absent/python"),
+        ({"GPUS_PER_NODE": "08"}, "GPUS_PER_NODE: expected a number, got '08'"),
+        ({"MASTER_PORT": "70000"}, "MASTER_PORT: expected a port, got '70000'"),
+        ({"RLSC_MAX_RESTARTS": "-1"}, "RLSC_MAX_RESTARTS: expected restarts, at least 0, got '-1'"),
+        ({"RLSC_MAX_FRUITLESS": "0"}, "RLSC_MAX_FRUITLESS: expected attempts, at least 1, got '0'"),
+        ({"RLSC_CHECK_TIMEOUT_S": "5m"}, "RLSC_CHECK_TIMEOUT_S: expected seconds, at least 1, got '5m'"),
         ({"GPU_MEMORY_GIB": "much"}, "GPU_MEMORY_GIB: expected GiB, more than 0, got 'much'"),
     ],
 )
 def test_bad_settings_are_one_line(dry_run: DryRun, settings: dict[str, str], message: str) -> None:
     code, errors, _ = dry_run(**settings)
     assert code == 2 and errors.startswith(f"rlsc: error: {message}") and errors.count("\n") == 1
+
+
+def in_bash(script: str, file: str, **environment: str) -> str:
+    """Source a file of launch/ and run a script; returns what it prints."""
+    command = ["bash", "-euo", "pipefail", "-c", f'source "{ROOT / "launch" / file}"\n{script}']
+    inherited = {name: value for name, value in os.environ.items() if name != "CUDA_VISIBLE_DEVICES" and not name.startswith("SLURM_")}
+    done = subprocess.run(command, env={**inherited, **environment}, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize(
+    ("text", "gpus"),
+    [
+        ("gpu:8", 8),
+        ("gres:gpu:4", 4),
+        ("gres/gpu:a100:2", 2),
+        ("gres:gpu:a100_1g.5gb:7", 7),
+        ("gres:gpu:a100:2,gres:gpu:v100:1", 3),
+        ("gpu:8(IDX:0-3,5)", 8),
+        ("gres:gpu", 1),
+        ("gpu:a100", 1),
+        ("gres:license:3", 0),
+        ("", 0),
+    ],
+)
+def test_gpus_of_a_gres_are_counted(text: str, gpus: int) -> None:
+    assert in_bash(f"_rlsc_count_gpus '{text}'", "job.sh").strip() == str(gpus)
+
+
+@pytest.mark.parametrize(
+    ("per_node", "option"),
+    [
+        ("gres:gpu:8", "8"),
+        ("gres:gpu", "1"),
+        ("gres/gpu:a100:2", "a100:2"),
+        ("gres:gpu:a100:2,gres:gpu:v100:1", "a100:2,v100:1"),
+        ("gres:lic:1", ""),
+    ],
+)
+def test_gpus_that_were_asked_for_become_an_option(per_node: str, option: str) -> None:
+    script = f"record='JobId=1 NumNodes=1 Command=/x WorkDir=/x TresPerNode={per_node} '; _rlsc_asked_gpus || true"
+    assert in_bash(script, "job.sh").strip() == option
+
+
+@pytest.mark.parametrize(("cpus", "least"), [("16", 16), ("16,8", 8), ("16(x2),8,12(x3)", 8), ("9(x4)", 9), ("128,64(x31)", 64)])
+def test_the_smallest_node_counts(cpus: str, least: int) -> None:
+    assert in_bash("_rlsc_least_cpus", "job.sh", SLURM_JOB_CPUS_PER_NODE=cpus).strip() == str(least)
+
+
+SLICE = "MIG-c6d4f1ef-42e4-5de3-91c7-45d71c87eb3f"
+
+
+@pytest.mark.parametrize(
+    ("visible", "devices"),
+    [
+        (None, ["MIG slice of GPU 0", "MIG slice of GPU 0", "1"]),
+        ("1", ["1"]),
+        ("0,1", ["MIG slice of GPU 0", "1"]),
+        (SLICE, [f"MIG {SLICE}"]),
+        ("GPU-f8ba1df9-e6f2-4b6a-a1b1-9f0e5a7c2d10", ["GPU-f8ba1df9-e6f2-4b6a-a1b1-9f0e5a7c2d10"]),
+        ("NoDevFiles", []),
+        ("", []),
+    ],
+)
+def test_slices_are_told_from_whole_gpus(visible: str | None, devices: list[str]) -> None:
+    """By a stub of nvidia-smi with two GPUs, of which the first is cut into two slices."""
+    path = f"{ROOT / 'tests' / 'slurm' / 'stubs' / 'mig'}:{os.environ['PATH']}"
+    environment = {"PATH": path} if visible is None else {"PATH": path, "CUDA_VISIBLE_DEVICES": visible}
+    assert in_bash("rlsc_visible_devices", "node.sh", **environment).splitlines() == devices
+
+
+def test_the_compiler_caches_are_private(tmp_path: Path) -> None:
+    """A folder that is somebody else's, or a link, is not used: compilers load libraries from there."""
+    script = 'rlsc_private_caches; echo "$TRITON_CACHE_DIR"; stat -c %a "$RLSC_NODE_CACHE"; ls -d "$RLSC_NODE_CACHE"'
+    mine, link = tmp_path / "mine", tmp_path / "link"
+    link.symlink_to(tmp_path)
+
+    def run(folder: Path) -> list[str]:
+        environment = {"RLSC_NODE_CACHE": str(folder), "TRITON_CACHE_DIR": f"{folder}/triton", "TMPDIR": str(tmp_path)}
+        return in_bash(script, "node.sh", **environment).splitlines()
+
+    assert run(mine) == [f"{mine}/triton", "700", str(mine)]
+    mine.chmod(0o777)  # a folder of one's own is closed again
+    assert run(mine)[1] == "700"
+    warning, cache, mode, folder = run(link)
+    assert "belongs to somebody else" in warning and cache == f"{folder}/triton" and mode == "700"
+    assert folder.startswith(f"{tmp_path}/rlsc_cache.") and not Path(folder).exists()  # removed at the end
+
+
+def test_secrets_are_taken_out_of_text() -> None:
+    text = "https://me:pw@host/x?api_key=1&a=2 s3://id@bucket plain user@host"
+    assert (
+        in_bash(f"_rlsc_without_secrets <<<'{text}'", "job.sh").strip()
+        == "https://***@host/x?api_key=***&a=2 s3://***@bucket plain user@host"
+    )
