@@ -7,33 +7,28 @@ import json
 import math
 import random
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from rlsc_mcore.config import ConfigError
+from rlsc_mcore.data.records import read_question
 from rlsc_mcore.types import Question
 
-TEXT_FIELDS = ("problem", "question")
-ANSWER_FIELD = "answer"
 EMBEDDED_PREFIX = "embedded:"
 EMBEDDED_SETS = ("train", "validation", "test")
 
 _FILE_SUFFIXES = (".jsonl", ".json", ".ndjson", ".txt")
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
-_GSM8K_MARKER = "####"
-_GROUPED_NUMBER = re.compile(r"[-+]?[0-9]{1,3}(,[0-9]{3})+(\.[0-9]+)?")
-_LARGEST_EXACT_FLOAT = 2.0**53
 
 
 def read_questions(path: str, *, split: str = "train", field: str = "data.path") -> list[Question]:
     """Read every question of a JSONL file, of `embedded:train|validation|test`, or of a hub data set's `split`.
 
-    Each object needs `problem` or `question` (the first that is not null); `answer` is optional and is reduced to its final
-    value by `final_answer`. A byte order mark, CRLF ends and blank lines are accepted. Anything else raises ConfigError
+    Records are read by `read_question`; an answer is optional. A byte order mark, CRLF ends and blank lines are accepted. Anything else raises ConfigError
     naming `field`, the file and the line.
     """
-    questions = [_to_question(index, record, place) for index, (place, record) in enumerate(read_records(path, split=split, field=field))]
+    questions = [read_question(index, record, place) for index, (place, record) in enumerate(read_records(path, split=split, field=field))]
     if not questions:
         raise ConfigError(f"{field}: {path} holds no questions; write one JSON object per line with `problem` or `question`")
     return questions
@@ -54,14 +49,6 @@ def read_records(path: str, *, split: str = "train", subset: str | None = None, 
         yield from _parse_lines(_read_file(path, field), f"{field}: {path}")
     else:
         yield from _read_hub(path, split, field, subset)
-
-
-def final_answer(value: str | float) -> str:
-    """Reduce an answer as data sets write it to its final value: "...#### 1,800" -> "1800", 27.0 -> "27", " 204" -> "204"."""
-    if isinstance(value, float) and value.is_integer() and abs(value) <= _LARGEST_EXACT_FLOAT:
-        value = int(value)
-    answer = str(value).rpartition(_GSM8K_MARKER)[2].strip()
-    return answer.replace(",", "") if _GROUPED_NUMBER.fullmatch(answer) else answer
 
 
 def questions_fingerprint(questions: Sequence[Question]) -> str:
@@ -190,39 +177,3 @@ def _cached_snapshot(name: str) -> str | None:
         return str(snapshot_download(name, repo_type="dataset", local_files_only=True))
     except Exception:  # never downloaded, or no name of the hub's
         return None
-
-
-def _to_question(index: int, record: Any, place: str) -> Question:
-    if not isinstance(record, Mapping):
-        raise ConfigError(f"{place}: expected a JSON object, got {type(record).__name__}")
-    present = [name for name in TEXT_FIELDS if record.get(name) is not None]
-    if not present:
-        raise ConfigError(f"{place}: a question without text: expected `problem` or `question`, got {_list_fields(record)}")
-    text = record[present[0]]
-    if not isinstance(text, str) or not text.strip():
-        raise ConfigError(f"{place}: `{present[0]}`: expected the question's text, got {_shorten(text)}")
-    _check_encodable(text, present[0], place)
-    answer = record.get(ANSWER_FIELD)
-    if answer is None:
-        return Question(index, text, None)
-    if isinstance(answer, bool) or not isinstance(answer, str | int | float) or (isinstance(answer, float) and not math.isfinite(answer)):
-        raise ConfigError(f"{place}: `{ANSWER_FIELD}`: expected a string or a finite number, got {_shorten(answer)}")
-    reduced = final_answer(answer)
-    if not reduced:
-        raise ConfigError(f"{place}: `{ANSWER_FIELD}`: empty; write the final answer or leave the field out")
-    _check_encodable(reduced, ANSWER_FIELD, place)
-    return Question(index, text, reduced)
-
-
-def _check_encodable(text: str, name: str, place: str) -> None:
-    if any("\ud800" <= character <= "\udfff" for character in text):
-        raise ConfigError(f"{place}: `{name}`: an unpaired surrogate (\\ud800 to \\udfff) is not text; remove it")
-
-
-def _list_fields(record: Mapping[str, Any]) -> str:
-    return "the fields " + ", ".join(repr(str(name)[:40]) for name in list(record)[:8]) if record else "no fields"
-
-
-def _shorten(value: Any) -> str:
-    shown = repr(value)
-    return shown if len(shown) <= 60 else shown[:57] + "..."

@@ -13,10 +13,13 @@ import pytest
 from rlsc_mcore.commands.eval import run_eval
 from rlsc_mcore.config import ConfigError
 from rlsc_mcore.config_file import parse_config
+from rlsc_mcore.data.questions import read_questions
+from rlsc_mcore.data.records import read_question
 from rlsc_mcore.data.templates import render_text
-from rlsc_mcore.evaluation.benchmarks import BENCHMARKS, load_benchmark, missing_benchmarks, read_question
+from rlsc_mcore.evaluation.benchmarks import BENCHMARKS, load_benchmark, missing_benchmarks
 from rlsc_mcore.evaluation.sampling_scores import sampling_scores
 from rlsc_mcore.grading.formats import grade_answer
+from rlsc_mcore.types import Question
 
 PUBLIC_SETS = Path(os.environ.get("RLSC_DATA_DIR") or Path(__file__).parents[3] / "shared" / "data")
 GPQA = {"Question": "Which?", "Correct Answer": "right", **{f"Incorrect Answer {i}": f"wrong {i}" for i in (1, 2, 3)}}
@@ -43,6 +46,85 @@ def test_plain_records(record: dict[str, Any], answer: str) -> None:
     assert (question.index, question.text, question.answer, question.answer_format) == (3, "p", answer, "math")
 
 
+def test_names_of_fields_that_data_sets_use() -> None:
+    for name in ("answer", "expected_answer", "Answer", "final_answer", "target"):
+        assert read_question(0, {"Problem": " p ", name: 5}, "file") == Question(0, "p", "5")
+    svamp = {"Body": "There are 87 oranges", "Question": "How many are left?", "Answer": 14.0, "Equation": "( 87.0 - 73.0 )"}
+    assert read_question(0, svamp, "file") == Question(0, "There are 87 oranges. How many are left?", "14")
+    assert read_question(0, {"question": "", "problem": "p", "answer": "1"}, "file").text == "p"
+    assert read_question(0, {"question": "q"}, "file") == Question(0, "q", None)
+    assert read_question(0, {"question": "q", "solution": "thus $\\boxed{4}$"}, "file").answer == "4"
+
+
+OPTION_LAYOUTS: dict[str, dict[str, Any]] = {
+    "list": {"choices": ["3", "4", "5"], "answer": 1},
+    "own letters": {"options": ["A) 3", "B) 4", "C) 5"], "correct": "B"},
+    "own letters in brackets": {"options": ["(A) 3", "(B) 4", "(C) 5"], "answer": "(B)"},
+    "own letters with points": {"options": ["A. 3", "B. 4", "C. 5"], "answer": "b"},
+    "object": {"options": {"A": "3", "B": "4", "C": "5"}, "answer": "B"},
+    "objects": {"choices": [{"label": "A", "text": "3"}, {"label": "B", "text": "4"}, {"label": "C", "text": "5"}], "answerKey": "B"},
+    "text and label": {"choices": {"text": ["3", "4", "5"], "label": ["A", "B", "C"]}, "answerKey": "B"},
+    "one text": {"options": "A) 3 B) 4 C) 5", "Answer": "B"},
+    "lines": {"options": "(A) 3\n(B) 4\n(C) 5", "answer": "B"},
+    "fields": {"A": "3", "B": "4", "C": "5", "answer": "B"},
+    "named fields": {"option_a": "3", "option_b": "4", "option_c": "5", "answer": "B"},
+    "text of the option": {"choices": ["3", "4", "5"], "answer": "4"},
+}
+
+
+@pytest.mark.parametrize("layout", OPTION_LAYOUTS)
+def test_options_in_every_layout_are_asked_alike(layout: str) -> None:
+    record = {"question": "2+2?", **OPTION_LAYOUTS[layout]}
+    if layout == "text of the option":
+        record = {"question": "2+2?", "choices": ["three", "four", "five"], "answer": "four"}
+        assert read_question(0, record, "file").answer == "B"
+        return
+    assert read_question(0, record, "file") == Question(0, "2+2?\nAnswer Choices: (A) 3 (B) 4 (C) 5", "B", answer_format="choice")
+
+
+def test_options_within_the_question_make_it_multiple_choice() -> None:
+    text = "Which is even?\n$\\textbf{(A)}\\ 3 \\qquad \\textbf{(B)}\\ 4 \\qquad \\textbf{(C)}\\ 5$"
+    for answer in ("B", "(B)", "\\text{(B)}"):
+        question = read_question(0, {"problem": text, "answer": answer}, "file")
+        assert (question.answer, question.answer_format) == ("B", "choice")
+    assert read_question(0, {"problem": "Which point is nearest?", "answer": "B"}, "file").answer_format == "math"
+
+
+def test_gpqa_is_asked_as_evalchemy_asks_it(tmp_path: Path) -> None:
+    write(tmp_path, "gpqa_diamond.jsonl", GPQA)
+    question = load_benchmark("gpqa_diamond", tmp_path)[0]
+    assert question.text == (
+        "Return your final response within \\boxed{} and only include the letter choice (A, B, C, or D) as your final response.\n"
+        "Problem: Which?\nOptions: A) wrong 2, B) wrong 1, C) wrong 3, D) right\nAnswer:"
+    )
+    assert question.answer == "D"
+
+
+def test_training_and_evaluation_read_the_same_questions(tmp_path: Path) -> None:
+    records = [
+        {"question": "q", "choices": ["a", "b"], "answer": 1},
+        {"question": "q", "final_answer": ["$1$", "2"], "error": "0.1"},
+        {"problem": "p", "solution": "so $\\boxed{7}$"},
+        GPQA,
+    ]
+    file = write(tmp_path, "mixed.jsonl", *records)
+    assert read_questions(str(file)) == load_benchmark(str(file))
+    (tmp_path / "mixed.json").write_text(json.dumps(records), encoding="utf-8")
+
+
+@pytest.mark.parametrize("field", ["image", "images", "image_1", "decoded_image"])
+def test_a_question_with_an_image_says_so(field: str) -> None:
+    with pytest.raises(ConfigError, match=f"^file: `{field}`: this question needs an image"):
+        read_question(0, {"question": "q", "answer": "1", field: {"bytes": "..."}}, "file")
+    assert read_question(0, {"question": "q", "answer": "1", field: None}, "file").answer == "1"
+
+
+@pytest.mark.parametrize("options", [None, [], "", {}])
+def test_a_question_without_its_options_says_so(options: Any) -> None:
+    with pytest.raises(ConfigError, match=r"^file: `choices`: expected the 2 to 10 options of this question"):
+        read_question(0, {"question": "q", "choices": options, "answer": "B"}, "file")
+
+
 def test_olympiad_lists_tolerances_and_context() -> None:
     question = read_question(0, {"question": "q", "context": "c", "final_answer": ["1.2", "3"], "error": "1e-1"}, "file")
     assert (question.text, question.answer, question.tolerance) == ("c\nq", "1.2, 3", 0.1)
@@ -54,7 +136,7 @@ def test_olympiad_lists_tolerances_and_context() -> None:
 def test_multiple_choice(answer: Any, letter: str) -> None:
     question = read_question(0, {"question": "2+2?", "choices": ["3", "4", 5], "answer": answer}, "file")
     assert (question.answer, question.answer_format) == (letter, "choice")
-    assert question.text.splitlines()[:4] == ["2+2?", "(A) 3", "(B) 4", "(C) 5"]
+    assert question.text.splitlines()[:4] == ["2+2?", "Answer Choices: (A) 3 (B) 4 (C) 5"]
 
 
 def test_gpqa_order_hides_the_answer_and_is_the_same_everywhere() -> None:
@@ -62,7 +144,7 @@ def test_gpqa_order_hides_the_answer_and_is_the_same_everywhere() -> None:
     assert all(20 < letters.count(letter) < 80 for letter in "ABCD")
     question = read_question(0, GPQA, "file")
     assert question == read_question(0, GPQA, "elsewhere")
-    assert f"({question.answer}) right" in question.text
+    assert f"{question.answer}) right" in question.text
 
 
 @pytest.mark.parametrize(
@@ -70,8 +152,10 @@ def test_gpqa_order_hides_the_answer_and_is_the_same_everywhere() -> None:
     [
         ([1], "expected a JSON object"),
         ({"answer": "1"}, "without text"),
-        ({"question": " ", "answer": "1"}, "without text"),
+        ({"question": " ", "answer": "1"}, "`question`: expected the question's text"),
         ({"question": "q"}, "`answer`"),
+        ({"question": "q", "solution": "no box"}, "`answer`"),
+        ({"question": "q", "answer": float("nan")}, "`answer`"),
         ({"question": "q", "answer": ""}, "`answer`"),
         ({"question": "q", "answer": True}, "`answer`"),
         ({"question": "q", "answer": ["1"]}, "`answer`"),
@@ -81,7 +165,6 @@ def test_gpqa_order_hides_the_answer_and_is_the_same_everywhere() -> None:
         ({"question": "q", "choices": ["a", "b"], "answer": "C"}, "`answer`"),
         ({"question": "q", "choices": ["a", "b"]}, "`answer`"),
         ({"question": "q", "final_answer": []}, "`final_answer`"),
-        ({"question": "q", "final_answer": "1"}, "`final_answer`"),
         ({"question": "q", "final_answer": ["1"], "error": "small"}, "`error`"),
         ({key: value for key, value in GPQA.items() if key != "Incorrect Answer 2"}, "`Incorrect Answer 2`"),
         ('{"question": "q", "answer": 1', "malformed JSON"),
@@ -105,6 +188,7 @@ def test_files_are_found_by_name_in_a_folder(tmp_path: Path) -> None:
 def test_an_absent_benchmark_says_which_file_to_bring(tmp_path: Path, name: str) -> None:
     (message,) = missing_benchmarks([name], tmp_path)
     assert message.startswith(f"--benchmarks: {name}: bring {name}.jsonl (one JSON object per line with `")
+    assert ("hf auth login" in message) == BENCHMARKS[name].is_gated
     assert str(tmp_path) in message and BENCHMARKS[name].hub in message and "\n" not in message
 
 
@@ -138,7 +222,7 @@ def test_a_downloaded_hub_set_is_read_without_network(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
-        (["--benchmarks", "aime25"], "expected aime24, math500"),
+        (["--benchmarks", "aime26"], "expected aime24, aime25, math500"),
         (["--benchmarks", "absent.jsonl"], "no such file"),
         (["--benchmarks", "a.jsonl", "--data", "b.jsonl"], "--data"),
         (["--benchmarks", "a.jsonl,"], "separated by commas"),

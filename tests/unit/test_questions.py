@@ -14,7 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rlsc_mcore.config import ConfigError
-from rlsc_mcore.data.questions import EMBEDDED_SETS, QuestionSampler, final_answer, questions_fingerprint, read_questions
+from rlsc_mcore.data.questions import EMBEDDED_SETS, QuestionSampler, questions_fingerprint, read_questions
+from rlsc_mcore.data.records import final_answer
 from rlsc_mcore.types import Question
 
 PUBLIC_SETS = Path(os.environ.get("RLSC_DATA_DIR") or Path(__file__).parents[3] / "shared" / "data")
@@ -43,7 +44,7 @@ def test_reads_every_field_name_and_form_of_answer(tmp_path: Path) -> None:
         Question(1, "B?", "27"),
         Question(2, "C?", "1800"),
         Question(3, "D?", "7"),
-        Question(4, "  E \u2028 two lines?\n", None),
+        Question(4, "E \u2028 two lines?", None),
         Question(5, "F?", None),
         Question(6, "G?", "2.5"),
         Question(7, "H?", "(1,234)"),
