@@ -86,6 +86,9 @@ class RolloutConfig:
 
     num_samples: int = 16
     """G, answers sampled per question (paper: 16)."""
+    num_trained: int | None = None
+    """Samples per question that are trained, the first of `num_samples`; all of them count for rewards that compare the samples
+    of a question. By default all are trained."""
     temperature: float = 0.5
     """Sampling temperature (paper: 0.5)."""
     top_p: float = 1.0
@@ -118,6 +121,8 @@ class RolloutConfig:
 
     def __post_init__(self) -> None:
         _check(self.num_samples >= 1, "rollout.num_samples", "at least 1", self.num_samples)
+        in_range = self.num_trained is None or 1 <= self.num_trained <= self.num_samples
+        _check(in_range, "rollout.num_trained", f"between 1 and rollout.num_samples = {self.num_samples}", self.num_trained)
         _check(self.temperature > 0, "rollout.temperature", "more than 0", self.temperature)
         _check(0 < self.top_p <= 1, "rollout.top_p", "in (0, 1]", self.top_p)
         _check(self.max_new_tokens >= 1, "rollout.max_new_tokens", "at least 1", self.max_new_tokens)
@@ -150,13 +155,27 @@ class AlgorithmConfig:
     train_end_token: bool = True
     """Count the end-of-text token as part of the answer: the policy is trained to stop where its samples stopped."""
     rewards: Literal["boxed", "any"] = "boxed"
-    """Which answer `ttrl` and `rlvr` compare: `boxed` the last box, so that they teach the box too; `any` the box, else what
+    """Which answer objectives with a reward compare: `boxed` the last box, so that they teach the box too; `any` the box, else what
     "the answer is" states, else the last number (as TTRL's own code does)."""
+    advantage: Literal["centered", "standardized"] = "centered"
+    """Advantage of objectives with a reward: the reward minus the question's mean, or that divided by the standard deviation of the
+    question's rewards (as GRPO does). A question whose rewards are all equal trains nothing."""
+    clip_low: float = 0.2
+    """Objectives with a reward, from the second update on: tokens of a negative advantage whose probability ratio to the policy
+    that sampled is below 1 - clip_low are not trained (PPO's clipping)."""
+    clip_high: float = 0.2
+    """The same for tokens of a positive advantage whose ratio is above 1 + clip_high (DAPO uses 0.28)."""
+    kl: float = 0.0
+    """Objectives with a reward, from the second update on: coefficient of the k3 estimate of the KL divergence from the policy that
+    sampled, added to each token's loss."""
     train_truncated: bool = True
     """Train on answers cut at `max_new_tokens` too. They are counted as truncated either way."""
 
     def __post_init__(self) -> None:
         _check(self.alpha >= 0, "algorithm.alpha", "at least 0", self.alpha)
+        _check(0 < self.clip_low <= 1, "algorithm.clip_low", "in (0, 1]", self.clip_low)
+        _check(self.clip_high > 0, "algorithm.clip_high", "more than 0", self.clip_high)
+        _check(self.kl >= 0, "algorithm.kl", "at least 0", self.kl)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -363,6 +382,9 @@ class Config:
         _check(bool(self.run_dir), "run_dir", "a folder for the run (--run-dir DIR)", self.run_dir)
         gathers = self.parallel.overlap_param_gather
         _check(self.optimizer.distributed or not gathers, "parallel.overlap_param_gather", "optimizer.distributed with it", True)
+        biased = self.training.updates_per_rollout > 1 and OBJECTIVES[self.algorithm.objective].needs_ratio
+        reason = f"1 with algorithm.objective {self.algorithm.objective}, which has no importance ratio"
+        _check(not biased, "training.updates_per_rollout", reason, self.training.updates_per_rollout)
         bf16 = self.model.dtype == "bfloat16"
         _check(bf16 or not self.optimizer.precision_aware, "optimizer.precision_aware", "model.dtype bfloat16 with it", True)
         grad_dtype = self.optimizer.grad_dtype

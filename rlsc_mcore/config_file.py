@@ -93,14 +93,13 @@ def changed_fields(old: Config, new: Config) -> list[str]:
 
 def _objective_defaults(flags: Sequence[str]) -> list[str]:
     """Return defaults that the objective changes, to stand before the flags, which win over them."""
-    values = [
-        after if separator else following
-        for flag, following in itertools.zip_longest(flags, flags[1:], fillvalue="")
-        for name, separator, after in (flag.partition("="),)
-        if name == "--algorithm.objective"
-    ]
+    values = []
+    for flag, following in itertools.zip_longest(flags, flags[1:], fillvalue=""):
+        name, separator, after = flag.partition("=")
+        if name == "--algorithm.objective":
+            values.append(after if separator else following)
     chosen = OBJECTIVES.get(values[-1]) if values else None
-    return [] if chosen is None or chosen.num_samples is None else [f"--rollout.num-samples={chosen.num_samples}"]
+    return [] if chosen is None else list(chosen.defaults)
 
 
 def _one_line(box: str) -> str:

@@ -20,14 +20,14 @@ class Objective:
     rule: str  # subclass of `algorithm.rule.ObjectiveRule`
     reward: str | None = None  # function of type `grading.rewards.Reward`; minus the question's mean it is the advantage
     needs_labels: bool = False  # every question needs an `answer`
-    num_samples: int | None = None  # default of `rollout.num_samples` with this objective
+    needs_ratio: bool = False  # a later update on the same rollouts is biased without an importance ratio, and has none
+    defaults: tuple[str, ...] = ()  # flags that this objective sets where neither file nor command line gives them
     variants: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # settings that `rlsc compare` offers -> their flags
 
     @property
     def flags(self) -> tuple[str, ...]:
         """Flags of `rlsc train` that choose this objective with its own defaults, whatever a configuration file says."""
-        samples = () if self.num_samples is None else (f"--rollout.num-samples={self.num_samples}",)
-        return (f"--algorithm.objective={self.name}", *samples)
+        return (f"--algorithm.objective={self.name}", *self.defaults)
 
     def load_rule(self) -> Any:
         """Import the rule's class."""
@@ -58,18 +58,41 @@ _ROWS = (
         rule="rlsc_mcore.algorithm.self_sft:SelfSft",
     ),
     Objective(
-        "ttrl",
-        "TTRL (majority vote)",
-        "reward 1 for the boxed answer of the question's majority, minus the question's mean reward",
+        "majority_vote",
+        "majority vote",
+        "reward 1 for the answer of the question's majority, minus the question's mean reward",
         rule="rlsc_mcore.algorithm.group_reward:GroupReward",
         reward="rlsc_mcore.grading.rewards:majority_rewards",
-        num_samples=64,  # votes per question in its authors' setup
+        defaults=("--rollout.num-samples=64",),
+    ),
+    Objective(
+        "ttrl",
+        "TTRL",
+        "the reward of majority_vote as in TTRL's own recipe: 64 votes at T = 1, of which 32 are trained, advantages divided by "
+        "their standard deviation, answers that need no box",
+        rule="rlsc_mcore.algorithm.group_reward:GroupReward",
+        reward="rlsc_mcore.grading.rewards:majority_rewards",
+        defaults=(
+            "--rollout.num-samples=64",
+            "--rollout.num-trained=32",
+            "--rollout.temperature=1.0",
+            "--algorithm.advantage=standardized",
+            "--algorithm.rewards=any",
+        ),
+    ),
+    Objective(
+        "empo",
+        "EMPO (answer frequency)",
+        "reward = share of the question's samples with the same answer (its semantic cluster), minus the question's mean reward",
+        rule="rlsc_mcore.algorithm.group_reward:GroupReward",
+        reward="rlsc_mcore.grading.rewards:frequency_rewards",
     ),
     Objective(
         "entropy",
         "entropy",
         "minimise the token entropy along the samples",
         rule="rlsc_mcore.algorithm.entropy:Entropy",
+        needs_ratio=True,
     ),
     Objective(
         "rlvr",
@@ -78,6 +101,15 @@ _ROWS = (
         rule="rlsc_mcore.algorithm.group_reward:GroupReward",
         reward="rlsc_mcore.grading.rewards:label_rewards",
         needs_labels=True,
+    ),
+    Objective(
+        "grpo",
+        "GRPO (labels)",
+        "the reward of rlvr with advantages divided by their standard deviation",
+        rule="rlsc_mcore.algorithm.group_reward:GroupReward",
+        reward="rlsc_mcore.grading.rewards:label_rewards",
+        needs_labels=True,
+        defaults=("--algorithm.advantage=standardized",),
     ),
 )
 OBJECTIVES = {row.name: row for row in _ROWS}
@@ -88,8 +120,8 @@ def describe_objectives() -> str:
     sentences = []
     for row in _ROWS:
         notes = ["reads `answer`"] if row.needs_labels else []
-        if row.num_samples is not None:
-            notes.append(f"default of rollout.num_samples: {row.num_samples}")
+        if row.defaults:
+            notes.append(f"defaults: {' '.join(row.defaults)}")
         sentences.append(f"`{row.name}`: {row.summary}" + (f" ({'; '.join(notes)})" if notes else ""))
     return "; ".join(sentences) + "."
 

@@ -49,12 +49,14 @@ class WeightedObjective:
         multiplicity_S: torch.Tensor,
         log_normalizer_S: torch.Tensor | None = None,
         advantages_S: torch.Tensor | None = None,
+        current_log_probs_T: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Compute c with loss = -sum_t c_t log p_t: weight x multiplicity (/ num_samples), 0 outside the response mask.
 
+        `token_log_probs_T` are of the policy that sampled, `current_log_probs_T` of the policy now (None in the first update).
         Detached float32 [T], bool [T], int32 [S + 1], float64 [S] -> float32 [T]. No host synchronisation.
         """
-        scored = ScoredSequences(token_log_probs_T, response_mask_T, cu_seqlens, log_normalizer_S, advantages_S)
+        scored = ScoredSequences(token_log_probs_T, response_mask_T, cu_seqlens, log_normalizer_S, advantages_S, current_log_probs_T)
         scale_S = multiplicity_S / self.num_samples if self.algorithm.reduction == "mean" else multiplicity_S
         factor_T = self.rule.token_weights(scored)
         if factor_T is None:

@@ -11,11 +11,12 @@ from rlsc_mcore.config import AlgorithmConfig
 class ScoredSequences:
     """Log-probs of packed sequences, detached. T: packed tokens, S: sequences."""
 
-    token_log_probs_T: torch.Tensor  # float32
+    token_log_probs_T: torch.Tensor  # float32, of the policy that sampled
     response_mask_T: torch.Tensor  # bool, True at trained tokens
     cu_seqlens: torch.Tensor  # int32 [S + 1]
     log_normalizer_S: torch.Tensor | None = None  # float64, where `needs_group`
     advantages_S: torch.Tensor | None = None  # float64, where the objective has a reward
+    current_log_probs_T: torch.Tensor | None = None  # float32, of the policy as it is now; None in the first update, where they agree
 
 
 class ObjectiveRule:

@@ -17,7 +17,8 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     name: (*row.flags, *flags) for row in OBJECTIVES.values() for name, flags in ({row.name: ()} | dict(row.variants)).items()
 }
 LOWER_TEMPERATURE = "lower_temperature"
-DEFAULT_OBJECTIVES = (*OBJECTIVES, LOWER_TEMPERATURE)
+DEFAULT_OBJECTIVES = ("rlsc", "self_sft", "majority_vote", "entropy", "rlvr", LOWER_TEMPERATURE)
+ALL = "all"
 
 DESCRIPTION = """Train and evaluate several objectives on the same questions and seeds.
 
@@ -32,7 +33,7 @@ def run_compare(arguments: Sequence[str]) -> int:
     )
     known_names = [*VARIANTS, LOWER_TEMPERATURE]
     parser.add_argument("--config", type=Path, required=True, help="configuration file of every run")
-    parser.add_argument("--objectives", default=",".join(DEFAULT_OBJECTIVES), help=", ".join(known_names))
+    parser.add_argument("--objectives", default=",".join(DEFAULT_OBJECTIVES), help=f"{ALL}, or some of {', '.join(known_names)}")
     parser.add_argument("--seeds", default="0,1,2", help="seeds of every objective")
     parser.add_argument("--output", type=Path, default=Path("runs/compare"), help="folder of the runs and of comparison.json, .svg and .md")
     parser.add_argument("--temperature-factor", type=float, default=0.5, help="of lower_temperature")
@@ -61,6 +62,8 @@ def run_compare(arguments: Sequence[str]) -> int:
 
 
 def _names(text: str, known: Sequence[str]) -> list[str]:
+    if text == ALL:
+        return [*OBJECTIVES, LOWER_TEMPERATURE]
     names = [name.strip() for name in text.split(",")]
     unknown = [name for name in names if name not in known]
     if unknown or len(set(names)) != len(names):

@@ -4,10 +4,11 @@
 `any` reads what TTRL's own code does: the box, else the stated answer, else the last number.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
-from rlsc_mcore.config import ConfigError
+from rlsc_mcore.config import AlgorithmConfig, ConfigError, RolloutConfig
 from rlsc_mcore.grading.answers import answer_key, is_correct
 from rlsc_mcore.grading.choices import extract_choice, find_choice
 from rlsc_mcore.grading.extraction import extract_boxed, extract_last_number, extract_stated
@@ -31,6 +32,15 @@ def majority_rewards(responses: Sequence[str], question: Question | None = None,
         return [0.0] * len(responses)
     majority = counts.index(max(counts))
     return [float(label == majority) for label in classes]
+
+
+def frequency_rewards(responses: Sequence[str], question: Question | None = None, answers: str = "boxed") -> list[float]:
+    """Return for each response the share of the question's responses with the same answer; 0 without an answer.
+
+    The semantic clusters of EMPO (arXiv 2504.05812) are classes of equal answers here, as in its own mathematical setup.
+    """
+    classes = answer_classes([_final_answer(response, question, answers) for response in responses])
+    return [classes.count(label) / len(classes) if label >= 0 else 0.0 for label in classes]
 
 
 def label_rewards(responses: Sequence[str], question: Question, answers: str = "boxed") -> list[float]:
@@ -71,14 +81,26 @@ def answer_classes(answers: Sequence[str | None], agree: Callable[[str, str], bo
     return found
 
 
-def advantages(
-    objective: str, rollouts: Sequence[Rollout], questions: Sequence[Question], answers: str = "boxed"
-) -> list[float] | None:
-    """Return each rollout's reward minus its question's mean; None where the objective has no reward.
+def trained_rollouts(
+    algorithm: AlgorithmConfig, options: RolloutConfig, rollouts: Sequence[Rollout], questions: Sequence[Question]
+) -> list[tuple[Rollout, float]]:
+    """Return the rollouts that are trained, each with its advantage within its question (0 where the objective has no reward).
 
-    All samples of a question must be among `rollouts`; `questions[i].index` is i.
+    All samples of a question must be among `rollouts`; `questions[i].index` is i. Rewards compare all `num_samples` of a question,
+    of which the first `num_trained` are trained; mean and standard deviation are those of the trained ones.
     """
-    reward_of: Reward | None = OBJECTIVES[objective].load_reward()
+    num_trained = options.num_trained or options.num_samples
+    is_trained = [rollout.sample_index % options.num_samples < num_trained for rollout in rollouts]
+    rewards = _rewards(algorithm, rollouts, questions)
+    values = [0.0] * len(rollouts)
+    if rewards is not None:
+        groups = [rollout.question_index for rollout in rollouts]
+        values = group_advantages(rewards, groups, standardize=algorithm.advantage == "standardized", counted=is_trained)
+    return [(rollout, value) for rollout, value, kept in zip(rollouts, values, is_trained, strict=True) if kept]
+
+
+def _rewards(algorithm: AlgorithmConfig, rollouts: Sequence[Rollout], questions: Sequence[Question]) -> list[float] | None:
+    reward_of: Reward | None = OBJECTIVES[algorithm.objective].load_reward()
     if reward_of is None:
         return None
     groups: dict[int, list[int]] = {}
@@ -86,14 +108,14 @@ def advantages(
         groups.setdefault(rollout.question_index, []).append(position)
 
     def graded(index: int) -> list[float]:
-        return reward_of([rollouts[position].text for position in groups[index]], questions[index], answers)
+        return reward_of([rollouts[position].text for position in groups[index]], questions[index], algorithm.rewards)
 
     rewards = [0.0] * len(rollouts)
     with ThreadPoolExecutor(NUM_WORKERS) as threads:
         for positions, row in zip(groups.values(), threads.map(graded, groups), strict=True):
             for position, reward in zip(positions, row, strict=True):
                 rewards[position] = reward
-    return group_advantages(rewards, [rollout.question_index for rollout in rollouts])
+    return rewards
 
 
 def check_labels(objective: str, questions: Sequence[Question], source: str) -> None:
@@ -103,11 +125,25 @@ def check_labels(objective: str, questions: Sequence[Question], source: str) -> 
         raise ConfigError(f"algorithm.objective: {objective} needs labels, and question {unlabelled.index} of {source} has no `answer`")
 
 
-def group_advantages(rewards: Sequence[float], groups: Sequence[int]) -> list[float]:
-    """Return each reward minus the mean reward of its group: a group of equal rewards teaches nothing."""
-    totals: dict[int, float] = {}
-    counts: dict[int, int] = {}
-    for reward, group in zip(rewards, groups, strict=True):
-        totals[group] = totals.get(group, 0.0) + reward
-        counts[group] = counts.get(group, 0) + 1
-    return [reward - totals[group] / counts[group] for reward, group in zip(rewards, groups, strict=True)]
+def group_advantages(
+    rewards: Sequence[float], groups: Sequence[int], *, standardize: bool = False, counted: Sequence[bool] | None = None
+) -> list[float]:
+    """Return each reward minus the mean reward of its group, with `standardize` divided by the standard deviation (n - 1).
+
+    Mean and deviation are over the members that are `counted` (default: all). A group of equal rewards has advantages of 0.
+    """
+    members: dict[int, list[float]] = {}
+    for reward, group, counts in zip(rewards, groups, counted or [True] * len(rewards), strict=True):
+        if counts:
+            members.setdefault(group, []).append(reward)
+    means = {group: sum(values) / len(values) for group, values in members.items()}
+    scales = dict.fromkeys(members, 1.0)
+    if standardize:
+        scales = {group: _deviation(values, means[group]) for group, values in members.items()}
+    return [(reward - means[group]) / scales[group] for reward, group in zip(rewards, groups, strict=True)]
+
+
+def _deviation(values: Sequence[float], mean: float) -> float:
+    """Return the sample standard deviation; 1 where all values are equal, so that their advantages are 0."""
+    squares = sum((value - mean) ** 2 for value in values)
+    return math.sqrt(squares / (len(values) - 1)) if squares > 0 else 1.0

@@ -13,7 +13,7 @@ from rlsc_mcore.config import CollectiveRunError, Config, ConfigError
 from rlsc_mcore.data.packing import merge_identical, pack
 from rlsc_mcore.evaluation.evaluate import evaluate
 from rlsc_mcore.evaluation.records import write_records
-from rlsc_mcore.grading.rewards import advantages
+from rlsc_mcore.grading.rewards import trained_rollouts
 from rlsc_mcore.model.architecture import DTYPES, layers_reason
 from rlsc_mcore.model.hf_checkpoint import write_hf_folder
 from rlsc_mcore.model.weight_map import export_weights
@@ -162,19 +162,21 @@ class Session:
         assert not stale, f"rollouts of policy version {sorted(stale)} at version {self.swap.policy_version}"
         self.status.phase("training", step)
         with self.timer.phase("pack"):
-            algorithm = self.config.algorithm
+            algorithm, rollout_options = self.config.algorithm, self.config.rollout
+            graded = trained_rollouts(algorithm, rollout_options, rollouts, self.inputs.questions)
             sequences = merge_identical(
-                rollouts,
+                [rollout for rollout, _ in graded],
                 train_end_token=algorithm.train_end_token,
                 train_truncated=algorithm.train_truncated,
                 stop_token_ids=frozenset(self.inputs.stop_token_ids),
-                advantages=advantages(algorithm.objective, rollouts, self.inputs.questions, algorithm.rewards),
+                advantages=[advantage for _, advantage in graded],
             )
             self.exchange = redistribute_sequences(sequences, self.inputs.architecture.cost_model(), self.groups)
             batches = pack(self.exchange.sequences, self.config.training.tokens_per_micro_batch, multiple_of=self.trainer.token_multiple)
         self.engine.sleep()
         self.memory.measure("sleep")
-        num_samples = self.config.data.questions_per_step * self.config.rollout.num_samples
+        per_question = self.config.rollout.num_trained or self.config.rollout.num_samples
+        num_samples = self.config.data.questions_per_step * per_question
         passes = len(batches) * self.config.training.updates_per_rollout
         with self.timer.phase("train"), self.report.progress(f"step {step + 1}: training, micro-batches", passes) as bar:
             advance = self._progress(bar)

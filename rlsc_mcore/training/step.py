@@ -250,12 +250,13 @@ class Trainer:
         old_live = None if old_log_probs is None else old_log_probs[live_tokens(batch.response_mask, None, batch.trained_lengths).positions]
 
         def coefficients(log_probs: torch.Tensor, mask: torch.Tensor, cu_seqlens: torch.Tensor, sequences: slice) -> torch.Tensor:
+            current = None
             if old_live is not None:
                 start = sum(batch.trained_lengths[: sequences.start])
-                log_probs = old_live[start : start + len(log_probs)]
+                current, log_probs = log_probs, old_live[start : start + len(log_probs)]
             normalizer_S = None if normalizer is None else normalizer[sequences]
             multiplicity_S, advantages_S = batch.multiplicity[sequences], batch.advantages[sequences]
-            return objective.token_coefficients(log_probs, mask, cu_seqlens, multiplicity_S, normalizer_S, advantages_S)
+            return objective.token_coefficients(log_probs, mask, cu_seqlens, multiplicity_S, normalizer_S, advantages_S, current)
 
         def entropy_head(hidden: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
             log_probs, entropy = linear_token_log_probs(

@@ -12,11 +12,18 @@ from hypothesis import strategies as st
 
 from rlsc_mcore.algorithm.entropy import entropy_loss
 from rlsc_mcore.algorithm.objective import WeightedObjective
-from rlsc_mcore.config import AlgorithmConfig, ConfigError
-from rlsc_mcore.grading.rewards import advantages, answer_classes, check_labels, group_advantages, label_rewards, majority_rewards
+from rlsc_mcore.config import AlgorithmConfig, ConfigError, RolloutConfig
+from rlsc_mcore.grading.rewards import answer_classes, check_labels, group_advantages, label_rewards, majority_rewards, trained_rollouts
 from rlsc_mcore.types import Question, Rollout
 from tests.helpers.ranks import run_ranks
 from tests.helpers.tiny import make_model_folder, make_rollouts, tiny_config
+
+
+def advantages(objective: str, rollouts: list[Rollout], questions: list[Question], **options: Any) -> list[float]:
+    """The advantage of each trained rollout; the sampling options hold all rollouts of a question."""
+    rollout = RolloutConfig(num_samples=options.pop("num_samples", 64), num_trained=options.pop("num_trained", None))
+    algorithm = AlgorithmConfig(objective=objective, **options)
+    return [advantage for _, advantage in trained_rollouts(algorithm, rollout, rollouts, questions)]
 
 
 def boxed(*answers: str | None) -> list[str]:
@@ -66,19 +73,19 @@ def rollout(question: int, text: str) -> Rollout:
 def test_rollouts_are_graded_question_by_question() -> None:
     questions = [Question(0, "a", "8"), Question(1, "b", "5")]
     rollouts = [rollout(1, text) for text in boxed("4", "4", "5", None)] + [rollout(0, text) for text in boxed("8", "8")]
-    assert advantages("ttrl", rollouts, questions) == [0.5, 0.5, -0.5, -0.5, 0, 0]
+    assert advantages("majority_vote", rollouts, questions) == [0.5, 0.5, -0.5, -0.5, 0, 0]
     assert advantages("rlvr", rollouts, questions) == [-0.25, -0.25, 0.75, -0.25, 0, 0]
-    assert advantages("rlsc", rollouts, questions) is None
+    assert advantages("rlsc", rollouts, questions) == [0.0] * 6
 
 
 def test_rlvr_alone_refuses_questions_without_labels() -> None:
     questions = [Question(0, "a", "8"), Question(1, "b", None)]
-    check_labels("ttrl", questions, "file.jsonl")
+    check_labels("majority_vote", questions, "file.jsonl")
     with pytest.raises(ConfigError, match=r"^algorithm.objective: rlvr needs labels, and question 1 of file.jsonl"):
         check_labels("rlvr", questions, "file.jsonl")
 
 
-@pytest.mark.parametrize("objective", ["ttrl", "rlvr"])
+@pytest.mark.parametrize("objective", ["majority_vote", "rlvr", "grpo", "empo"])
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 def test_coefficients_are_advantages(objective: Any, reduction: Any) -> None:
     made = WeightedObjective(AlgorithmConfig(objective=objective, reduction=reduction, alpha=0.7), num_samples=8)
@@ -115,7 +122,7 @@ def gradients(folder: str, objective: str) -> tuple[float, dict[str, torch.Tenso
         train_end_token=True,
         train_truncated=True,
         stop_token_ids=frozenset({0}),
-        advantages=values if objective == "ttrl" else None,
+        advantages=values if objective == "majority_vote" else None,
     )
     made = WeightedObjective(trainer.config.algorithm, len(rollouts))
     loss, _ = trainer.accumulate_gradients(pack(sequences, 64), made)
@@ -131,7 +138,7 @@ def batch() -> tuple[list[Rollout], list[float]]:
     return rollouts, [math.sin(answers.index((r.question_index, r.response_ids))) for r in rollouts]
 
 
-@pytest.mark.parametrize("objective", ["entropy", "ttrl", "self_sft"])
+@pytest.mark.parametrize("objective", ["entropy", "majority_vote", "self_sft"])
 def test_gradients_equal_a_plain_model(tmp_path: Path, objective: str) -> None:
     folder = str(make_model_folder(tmp_path / "model"))
     ((loss, found),) = run_ranks(1, gradients, folder, objective)
@@ -149,7 +156,7 @@ def test_gradients_equal_a_plain_model(tmp_path: Path, objective: str) -> None:
         if objective == "entropy":
             expected = expected - (log_p.exp() * log_p).sum()
         else:
-            weight = value if objective == "ttrl" else 1.0
+            weight = value if objective == "majority_vote" else 1.0
             expected = expected - weight * log_p.gather(1, ids[0, first + 1 :, None]).sum()
     expected = expected / len(rollouts)
     expected.backward()

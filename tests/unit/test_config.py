@@ -31,6 +31,11 @@ RANGES: dict[str, st.SearchStrategy[Any]] = {
     "rollout.tp": st.none(),  # must fit parallel.tp: see the combinations below
     "rollout.kv_cache_gib": st.none() | st.floats(1e-3, 100),
     "algorithm.alpha": st.floats(0, 100),
+    "algorithm.clip_low": st.floats(0.01, 1),
+    "algorithm.clip_high": st.floats(0.01, 10),
+    "algorithm.kl": st.floats(0, 10),
+    "algorithm.objective": st.sampled_from(["rlsc", "self_sft", "rlvr"]),  # entropy refuses several updates
+    "rollout.num_trained": st.none(),  # at most num_samples
     "optimizer.lr": st.floats(1e-12, 1),
     "optimizer.min_lr": st.just(0.0) | st.just(1e-12),
     "optimizer.beta1": st.floats(0, 0.9999),
@@ -132,11 +137,11 @@ def test_options_that_want_another_with_them(flags: list[str], refused: str | No
 @pytest.mark.parametrize(
     ("flags", "expected"),
     [
-        (["--algorithm.objective", "ttrl"], 64),
-        (["--algorithm.objective=ttrl"], 64),
-        (["--algorithm.objective", "ttrl", "--rollout.num-samples", "8"], 8),
-        (["--rollout.num-samples", "8", "--algorithm.objective", "ttrl"], 8),
-        (["--algorithm.objective", "ttrl", "--algorithm.objective", "rlsc"], 16),
+        (["--algorithm.objective", "majority_vote"], 64),
+        (["--algorithm.objective=majority_vote"], 64),
+        (["--algorithm.objective", "majority_vote", "--rollout.num-samples", "8"], 8),
+        (["--rollout.num-samples", "8", "--algorithm.objective", "majority_vote"], 8),
+        (["--algorithm.objective", "majority_vote", "--algorithm.objective", "rlsc"], 16),
         ([], 16),
     ],
 )
