@@ -20,7 +20,7 @@ WANTED = os.environ.get("RLSC_NATIVE", "auto")
 TARGET_VERSION = "-DTORCH_TARGET_VERSION=0x020a000000000000"  # stable ABI of torch 2.10 and later
 CXX_FLAGS = ["-std=c++20", "-O3", "-fopenmp-simd", "-ffp-contract=fast", "-fvisibility=hidden", TARGET_VERSION]
 NVCC_FLAGS = ["-std=c++20", "-O3", "-lineinfo", "--expt-relaxed-constexpr", "-DUSE_CUDA", TARGET_VERSION]
-EVERY_ARCH = "8.0;9.0a;10.0"
+EVERY_ARCH = "8.0;9.0;10.0;12.0+PTX"
 
 
 def say(line: str) -> None:
@@ -73,7 +73,7 @@ def native() -> tuple[list[Any], dict[str, Any]]:
     with_cuda = torch.version.cuda is not None and has_nvcc and WANTED != "cpu"
     if with_cuda and "TORCH_CUDA_ARCH_LIST" not in os.environ:
         major, minor = torch.cuda.get_device_capability() if torch.cuda.is_available() else (0, 0)
-        os.environ["TORCH_CUDA_ARCH_LIST"] = {0: EVERY_ARCH, 9: "9.0a"}.get(major, f"{major}.{minor}")
+        os.environ["TORCH_CUDA_ARCH_LIST"] = {0: EVERY_ARCH}.get(major, f"{major}.{minor}")
     return extension(with_cuda)
 
 

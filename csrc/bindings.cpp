@@ -4,7 +4,7 @@
 namespace {
 
 // Raised with every change of a schema or of what an op computes; native.py refuses a library of another version.
-constexpr int64_t kVersion = 2;
+constexpr int64_t kVersion = 4;
 
 int64_t version() { return kVersion; }
 
@@ -12,7 +12,10 @@ int64_t version() { return kVersion; }
 
 STABLE_TORCH_LIBRARY(rlsc_native, m) {
   m.def("version() -> int");
-  m.def("log_prob_stats(Tensor logits, Tensor targets, Tensor(a!) stats, float inv_temperature, int vocab_start, int num_columns) -> ()");
+  m.def("cuda_error(int device) -> int");
+  m.def(
+      "log_prob_stats(Tensor logits, Tensor targets, Tensor(a!) stats, Tensor(b!) log_probs, float inv_temperature, int vocab_start, "
+      "int num_columns) -> ()");
   m.def(
       "dlogits(Tensor grad_stats, Tensor stats, Tensor logits, Tensor targets, Tensor(a!) out, float inv_temperature, int vocab_start, "
       "int num_columns) -> ()");

@@ -30,6 +30,14 @@ float element(const T* row, int64_t column) {
   return value;
 }
 
+// The rest's log mass minus the target's tempered logit; NaN for a target of +inf, which has no probability in log_softmax.
+double gap_of(const Stats& stats, float inv_temperature) {
+  const double target = stats.target == -kNegInf ? NAN : double(stats.target);
+  return (double(stats.top) - target) * inv_temperature + stats.log_sum;
+}
+
+float log_prob_of(double gap) { return float(0.0 - (std::max(gap, 0.0) + std::log1p(std::exp(-std::abs(gap))))); }
+
 // Whether row ops skip this row, and the column of its target here (-1: on another rank).
 struct Target {
   bool ignored;
@@ -118,7 +126,7 @@ void over_rows(const RowArguments& rows, const F& row_range) {
 }
 
 template <typename T>
-void stats_rows(const RowArguments& rows, float* stats, int num_stats) {
+void stats_rows(const RowArguments& rows, float* stats, int num_stats, float* log_probs) {
   over_rows(rows, [&](int64_t begin, int64_t end) {
     for (int64_t r = begin; r < end; ++r) {
       const Target target(rows.targets[r], rows);
@@ -129,6 +137,7 @@ void stats_rows(const RowArguments& rows, float* stats, int num_stats) {
       out[kLogSum] = s.log_sum;
       out[kTarget] = s.target;
       if (with_entropy) out[kRestEntropy] = s.rest_entropy;
+      if (log_probs != nullptr) log_probs[r] = target.ignored ? 0.0f : log_prob_of(gap_of(s, rows.inv_temperature));
     }
   });
 }
@@ -201,10 +210,8 @@ void weighted_rows(const RowArguments& rows, const float* weights, float* log_pr
         continue;
       }
       overwrite_row(rows.row<T>(r), target, rows, scratch, [&](const Stats& s) {
-        // A target of +inf has no probability: NaN, as in log_softmax.
-        const double target_logit = s.target == -kNegInf ? NAN : double(s.target);
-        const double gap = (double(s.top) - target_logit) * rows.inv_temperature + s.log_sum, tail = std::exp(-std::abs(gap));
-        log_probs[r] = float(0.0 - (std::max(gap, 0.0) + std::log1p(tail)));
+        const double gap = gap_of(s, rows.inv_temperature), tail = std::exp(-std::abs(gap));
+        log_probs[r] = log_prob_of(gap);
         const double slope = weights[r] * (gap >= 0.0 ? 1.0 : tail) / (1.0 + tail) * rows.inv_temperature;
         return Finished{-slope, float(slope)};
       });
@@ -222,11 +229,14 @@ void with_element(const RowArguments& rows, const F& run) {
   }
 }
 
-void log_prob_stats(Tensor logits, Tensor targets, Tensor stats, double inv_temperature, int64_t vocab_start, int64_t num_columns) {
+// `log_probs` without elements: not wanted.
+void log_prob_stats(
+    Tensor logits, Tensor targets, Tensor stats, Tensor log_probs, double inv_temperature, int64_t vocab_start, int64_t num_columns) {
   const RowArguments rows(logits, targets, inv_temperature, vocab_start, num_columns);
   const int num_stats = check_num_stats(stats);
   float* out = check_floats(stats, "stats", rows.num_rows, num_stats, logits);
-  with_element(rows, [&]<typename T>(T*) { stats_rows<T>(rows, out, num_stats); });
+  float* scored = log_probs.numel() == 0 ? nullptr : check_floats(log_probs, "log_probs", rows.num_rows, 1, logits);
+  with_element(rows, [&]<typename T>(T*) { stats_rows<T>(rows, out, num_stats, scored); });
 }
 
 void dlogits(

@@ -74,6 +74,26 @@ struct Vector {
   }
 };
 
+// Writes N floats rounded to Out, past the caches: they are not read again soon. 16 or 8 bytes in one store.
+template <typename Out, int N>
+__device__ __forceinline__ void store_vector(Out* at, const float (&x)[N]) {
+  static_assert(N * sizeof(Out) == 16 || N * sizeof(Out) == 8);
+  if constexpr (N * sizeof(Out) == 16) {
+    __stcs(reinterpret_cast<uint4*>(at), Vector<Out>::pack(x));
+  } else {
+    uint2 raw;
+#pragma unroll
+    for (int k = 0; k < N; k += 2) pack_pair(x[k], x[k + 1], reinterpret_cast<Out*>(&raw) + k);
+    __stcs(reinterpret_cast<uint2*>(at), raw);
+  }
+}
+
+template <int N, typename Out>
+__device__ __forceinline__ void store_zeros(Out* at) {
+  const float zeros[N] = {};
+  store_vector(at, zeros);
+}
+
 // A running sum of exponentials, in base 2: sum of 2^(x * scale - top) with scale = log2(e) / temperature. `top` is near the
 // largest x * scale; the sum is exact for the float that `top` is. NaN stays NaN in the sum.
 struct Mass {
@@ -137,11 +157,12 @@ __device__ __forceinline__ Finish finish_row(const Mass& rest, float target, flo
 
 // One row op's arguments on the device; outputs are statistics [T, 3] or, weighted, log p [T].
 struct Rows {
-  void* logits;
+  const void* logits;
+  void* written;  // what overwrites the logits: they themselves, or rows of another type
   const int64_t* targets;
   const float* weights;
   float* out;
-  int64_t num_rows, row_stride;
+  int64_t num_rows, row_stride, written_stride;
   int64_t vocab_start;
   int num_columns, row_columns;
   float inv_temperature;

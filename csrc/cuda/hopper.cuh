@@ -1,4 +1,4 @@
-// The few instructions of sm_90 that the cluster kernel is made of: bulk copies, their barriers, and clusters.
+// The few instructions of sm_90 that the cluster kernel is made of: bulk loads, their barriers, and clusters.
 #pragma once
 
 #include <cstdint>
@@ -35,43 +35,23 @@ __device__ __forceinline__ void bulk_load(void* shared, const void* global, uint
                : "memory");
 }
 
-__device__ __forceinline__ void bulk_store(void* global, const void* shared, uint32_t bytes) {
-  asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(global), "r"(shared_address(shared)), "r"(bytes)
-               : "memory");
-  asm volatile("cp.async.bulk.commit_group;" ::: "memory");
-}
-
-// This thread's stores have read their shared memory; it may be overwritten.
-__device__ __forceinline__ void wait_stores_read() { asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory"); }
-
-// This thread's stores have arrived.
-__device__ __forceinline__ void wait_stores() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }
-
-// What this thread wrote to shared memory is seen by copies that are issued after the next block barrier.
-__device__ __forceinline__ void fence_before_bulk_store() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
-
 __device__ __forceinline__ uint32_t cluster_rank() {
   uint32_t rank;
   asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
   return rank;
 }
 
-__device__ __forceinline__ uint32_t cluster_size() {
-  uint32_t size;
-  asm("mov.u32 %0, %%cluster_nctarank;" : "=r"(size));
-  return size;
-}
+// The two halves of a barrier of the cluster, without ordering of memory in the first: fence_barrier_init gives what is needed.
+__device__ __forceinline__ void cluster_arrive() { asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory"); }
+__device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
 
-__device__ __forceinline__ void cluster_sync() {
-  asm volatile("barrier.cluster.arrive.release;" ::: "memory");
-  asm volatile("barrier.cluster.wait.acquire;" ::: "memory");
-}
-
-// Stores to the same shared variable of another block of the cluster.
-__device__ __forceinline__ void store_to_peer(float4* local, uint32_t peer, const float4& value) {
-  uint32_t remote;
-  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"(shared_address(local)), "r"(peer));
-  asm volatile("st.shared::cluster.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(remote), "f"(value.x), "f"(value.y), "f"(value.z), "f"(value.w)
+// Stores to the same shared variable of another block of the cluster (or of this one), whose barrier counts the bytes.
+__device__ __forceinline__ void store_to_peer(float4* local, uint32_t peer, const float4& value, uint64_t* barrier) {
+  uint32_t address, remote_barrier;
+  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"(shared_address(local)), "r"(peer));
+  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote_barrier) : "r"(shared_address(barrier)), "r"(peer));
+  asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(address),
+               "f"(value.x), "f"(value.y), "f"(value.z), "f"(value.w), "r"(remote_barrier)
                : "memory");
 }
 

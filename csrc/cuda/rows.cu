@@ -1,23 +1,24 @@
-// rest_softmax_ and log_prob_dlogits_ on CUDA: which kernel takes the rows, and how it is laid out over the device.
+// rest_softmax_ and log_prob_dlogits_ on CUDA: how a row is laid out over a cluster of blocks, and the launch.
 #include "../row_ops.h"
 #include "rows_cluster.cuh"
-#include "rows_streaming.cuh"
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/macros.h>  // STD_CUDA_CHECK: torch 2.11 includes it from nowhere else
 
+#include <atomic>
 #include <cstdio>
 #include <cstdlib>
-#include <mutex>
-#include <unordered_map>
 
 namespace rlsc::cuda {
 namespace {
 
-constexpr int kSliceTarget = 38144;  // bytes: two of them, three times, fill a multiprocessor's shared memory; V = 152064 / 8 fits
-constexpr int kStages = 2;
+// Bytes of slices in one block: three blocks share the 228 KiB of a multiprocessor, each with 1 KiB of the system's and the
+// kernel's own variables. A quarter of 152064 columns in bfloat16 is 76032 bytes.
+constexpr int kSliceBudget = 76288;
+constexpr int kStaticBytes = 512;
+constexpr int kMostRows = 8;  // of one cluster where two slices fit: the start of a cluster is paid once for them
 
 cudaStream_t current_stream(int device) {
   void* stream = nullptr;
@@ -31,88 +32,106 @@ int device_attribute(cudaDeviceAttr attribute, int device) {
   return value;
 }
 
-int round_up(int value, int multiple) { return (value + multiple - 1) / multiple * multiple; }
-
-// RLSC_ROWS_LAYOUT=cluster:stages overrides the layout, for measuring others (docs/kernels.md).
+// RLSC_ROWS_LAYOUT=cluster:threads:stages:rows overrides the layout, for measuring others (docs/kernels.md).
 struct Tuning {
-  int cluster = 0, stages = 0;
+  int cluster = 0, threads = 0, stages = 0, rows = 0;
 
   static Tuning from_environment() {
-    Tuning tuning;
+    Tuning t;
     const char* value = std::getenv("RLSC_ROWS_LAYOUT");
-    if (value != nullptr) std::sscanf(value, "%d:%d", &tuning.cluster, &tuning.stages);
-    return tuning;
+    if (value == nullptr) return t;
+    const int fields = std::sscanf(value, "%d:%d:%d:%d", &t.cluster, &t.threads, &t.stages, &t.rows);
+    const bool is_cluster = t.cluster == 1 || t.cluster == 2 || t.cluster == 4 || t.cluster == kMaxCluster;
+    STD_TORCH_CHECK(
+        fields == 4 && is_cluster && (t.threads == 256 || t.threads == 512) && t.stages >= 1 && t.stages <= kMaxStages && t.rows >= 1,
+        "RLSC_ROWS_LAYOUT: expected cluster:threads:stages:rows with a cluster of 1, 2, 4 or 8 blocks, 256 or 512 threads, 1 or 2 "
+        "stages and at least 1 row, got ", value);
+    return t;
   }
 };
 
-// Spreads a row over as few blocks as keep a slice small; no stages where it does not fit, is not aligned or the device is older.
+int slice_bytes(int row_vectors, int cluster) { return std::max((row_vectors + cluster - 1) / cluster, 1) * 16; }
+
+// The fewest blocks whose slice leaves room for three blocks per multiprocessor; two stages where two slices do.
 ClusterLayout choose_layout(const Rows& rows, int element_size, int device) {
-  const bool is_aligned = reinterpret_cast<uintptr_t>(rows.logits) % 16 == 0 && rows.row_stride * element_size % 16 == 0;
-  if (!is_aligned || device_attribute(cudaDevAttrComputeCapabilityMajor, device) < 9) return {};
-  const int row_bytes = rows.num_columns / (16 / element_size) * 16;
   static const Tuning tuned = Tuning::from_environment();
-  int cluster = tuned.cluster > 0 ? std::min(tuned.cluster, kMaxCluster) : 1;
-  while (tuned.cluster == 0 && cluster < kMaxCluster && round_up(row_bytes / cluster, 16) > kSliceTarget) cluster *= 2;
-  const int vectors = row_bytes / 16, slice_bytes = std::max((vectors + cluster - 1) / cluster, 1) * 16;
-  const int available = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device) - 2048;  // less the kernel's own variables
-  const int stages = std::min(tuned.stages > 0 ? std::min(tuned.stages, kMaxStages) : kStages, available / slice_bytes);
-  return {cluster, stages >= 2 ? stages : 0, slice_bytes};
+  const int row_vectors = rows.num_columns / (16 / element_size);
+  ClusterLayout layout{1, 512, 1, 1, 0};
+  if (tuned.cluster > 0) {
+    layout = {tuned.cluster, tuned.threads, tuned.stages, tuned.rows, 0};
+  } else {
+    while (layout.cluster < kMaxCluster && slice_bytes(row_vectors, layout.cluster) > kSliceBudget) layout.cluster *= 2;
+    layout.stages = 2 * slice_bytes(row_vectors, layout.cluster) <= kSliceBudget ? 2 : 1;
+    if (layout.stages > 1) {
+      // At least four clusters for every place: the last ones to run must not be most of the time.
+      const int64_t places = int64_t(device_attribute(cudaDevAttrMultiProcessorCount, device)) * 3 / layout.cluster;
+      layout.rows_per_cluster = int(std::clamp<int64_t>(rows.num_rows / (4 * places), 1, kMostRows));
+    }
+  }
+  layout.slice_bytes = slice_bytes(row_vectors, layout.cluster);
+  return layout;
 }
 
-template <typename T, bool kWeighted>
-void launch_cluster(const Rows& rows, const ClusterLayout& layout, int device, cudaStream_t stream) {
-  const auto kernel = cluster_rows<T, kWeighted>;
+// Asks for all shared memory that a block may have, once per kernel and device.
+template <typename Kernel>
+void prepare(Kernel kernel, int device, int largest, std::atomic<uint64_t>& prepared) {
+  const uint64_t bit = uint64_t(1) << (device & 63);
+  if (prepared.load(std::memory_order_acquire) & bit) return;
+  const auto* function = reinterpret_cast<const void*>(kernel);
+  STD_CUDA_CHECK(cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, largest));
+  STD_CUDA_CHECK(cudaFuncSetAttribute(function, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared));
+  prepared.fetch_or(bit, std::memory_order_release);
+}
+
+template <typename T, typename Out, bool kWeighted, int kThreads>
+void launch_threads(const Rows& rows, const ClusterLayout& layout, int device) {
+  static std::atomic<uint64_t> prepared{0};
+  const auto kernel = cluster_rows<T, Out, kWeighted, kThreads>;
+  const int largest = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device) - kStaticBytes;
+  const int64_t bytes = int64_t(layout.stages) * layout.slice_bytes;
+  STD_TORCH_CHECK(
+      bytes <= largest, "a row of ", rows.num_columns, " columns takes ", bytes, " bytes of shared memory per block, expected at most ",
+      largest, "; use ops.backend=triton");
+  prepare(kernel, device, largest, prepared);
   cudaLaunchAttribute attribute{};
   attribute.id = cudaLaunchAttributeClusterDimension;
   attribute.val.clusterDim = {unsigned(layout.cluster), 1, 1};
   cudaLaunchConfig_t config{};
-  config.blockDim = dim3(kClusterThreads);
-  config.dynamicSmemBytes = size_t(layout.stages) * layout.slice_bytes;
-  config.gridDim = dim3(layout.cluster);
-  config.stream = stream;
+  const int64_t num_clusters = (rows.num_rows + layout.rows_per_cluster - 1) / layout.rows_per_cluster;
+  config.gridDim = dim3(unsigned(num_clusters * layout.cluster));
+  config.blockDim = dim3(kThreads);
+  config.dynamicSmemBytes = size_t(bytes);
+  config.stream = current_stream(device);
   config.attrs = &attribute;
   config.numAttrs = 1;
-
-  // How many clusters are resident at once decides the grid; the driver is asked once per layout and device.
-  static std::mutex mutex;
-  static std::unordered_map<int64_t, int> resident;
-  int num_clusters = 0;
-  {
-    const std::lock_guard<std::mutex> lock(mutex);
-    const int64_t key = (int64_t(device) << 40) | (int64_t(layout.cluster) << 32) | int64_t(config.dynamicSmemBytes);
-    int& known = resident[key];
-    if (known == 0) {
-      STD_CUDA_CHECK(cudaFuncSetAttribute(
-          kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device) - 2048));
-      STD_CUDA_CHECK(cudaOccupancyMaxActiveClusters(&known, kernel, &config));
-      STD_TORCH_CHECK(known > 0, "no cluster of ", layout.cluster, " blocks with ", config.dynamicSmemBytes, " bytes fits this device");
-    }
-    num_clusters = known;
-  }
-  config.gridDim = dim3(unsigned(std::min<int64_t>(rows.num_rows, num_clusters)) * layout.cluster);
-  STD_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, rows, layout.stages, layout.slice_bytes));
+  STD_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, rows, layout));
 }
 
-template <typename T, bool kWeighted>
+template <typename T, typename Out, bool kWeighted>
 void launch(const Rows& rows, int device) {
   if (rows.num_rows == 0) return;
-  const cudaStream_t stream = current_stream(device);
+  const auto aligned = [](const void* at, int64_t stride, size_t size) {
+    return reinterpret_cast<uintptr_t>(at) % 16 == 0 && stride * int64_t(size) % 16 == 0;
+  };
+  STD_TORCH_CHECK(
+      aligned(rows.logits, rows.row_stride, sizeof(T)) && aligned(rows.written, rows.written_stride, sizeof(Out)),
+      "logits: expected an address and a row stride that are multiples of 16 bytes; use ops.backend=triton");
   const ClusterLayout layout = choose_layout(rows, sizeof(T), device);
-  if (layout.stages > 0) return launch_cluster<T, kWeighted>(rows, layout, device, stream);
-  streaming_rows<T, kWeighted><<<unsigned(rows.num_rows), kStreamingThreads, 0, stream>>>(rows);
-  STD_CUDA_CHECK(cudaGetLastError());
+  if (layout.threads == 256) return launch_threads<T, Out, kWeighted, 256>(rows, layout, device);
+  launch_threads<T, Out, kWeighted, 512>(rows, layout, device);
 }
 
 template <bool kWeighted>
 void overwrite_rows(const RowArguments& arguments, const float* weights, float* out, int device) {
   const torch::stable::accelerator::DeviceGuard guard(device);
   const Rows rows{
-      arguments.logits,      arguments.targets,          weights, out, arguments.num_rows, arguments.row_stride, arguments.vocab_start,
-      int(arguments.num_columns), int(arguments.row_columns), arguments.inv_temperature};
+      arguments.logits,      arguments.logits,      arguments.targets,          weights,
+      out,                   arguments.num_rows,    arguments.row_stride,       arguments.row_stride,
+      arguments.vocab_start, int(arguments.num_columns), int(arguments.row_columns), arguments.inv_temperature};
   switch (arguments.dtype) {
-    case ScalarType::Float: return launch<float, kWeighted>(rows, device);
-    case ScalarType::BFloat16: return launch<__nv_bfloat16, kWeighted>(rows, device);
-    default: return launch<__half, kWeighted>(rows, device);
+    case ScalarType::Float: return launch<float, float, kWeighted>(rows, device);
+    case ScalarType::BFloat16: return launch<__nv_bfloat16, __nv_bfloat16, kWeighted>(rows, device);
+    default: return launch<__half, __half, kWeighted>(rows, device);
   }
 }
 
@@ -130,7 +149,21 @@ void log_prob_dlogits_(
   overwrite_rows<true>(rows, w, check_floats(log_probs, "log_probs", rows.num_rows, 1, logits), logits.get_device());
 }
 
+// The error of asking a device for the kernels' code, 0 where it has some: a build may have none for a newer device.
+int64_t cuda_error(int64_t device) {
+  const torch::stable::accelerator::DeviceGuard guard(static_cast<int32_t>(device));
+  cudaFuncAttributes attributes{};
+  const auto kernel = cluster_rows<__nv_bfloat16, __nv_bfloat16, false, 512>;
+  const cudaError_t error = cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(kernel));
+  cudaGetLastError();  // not the next call's error
+  return int64_t(error);
+}
+
 }  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(rlsc_native, CompositeExplicitAutograd, m) {
+  m.impl("cuda_error", TORCH_BOX(&cuda_error));
+}
 
 STABLE_TORCH_LIBRARY_IMPL(rlsc_native, CUDA, m) {
   m.impl("rest_softmax_", TORCH_BOX(&rest_softmax_));

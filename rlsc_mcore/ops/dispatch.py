@@ -13,13 +13,22 @@ from typing import Any, Literal, NamedTuple
 import torch
 
 Backend = Literal["auto", "reference", "cpp", "triton", "cuda"]
-OPS = ("log_prob_stats", "dlogits", "rest_softmax_", "log_prob_dlogits_", "join_stats", "sequence_sums")
+OPS = (
+    "log_prob_stats",
+    "scored_stats",
+    "dlogits",
+    "rest_softmax_",
+    "log_prob_dlogits_",
+    "join_stats",
+    "join_backward",
+    "sequence_sums",
+)
 PREFERENCE = {"cuda": ("cuda", "triton", "reference"), "cpu": ("cpp", "reference")}
 OFFERS = {
     "reference": OPS,
-    "cpp": ("log_prob_stats", "dlogits", "rest_softmax_", "log_prob_dlogits_", "sequence_sums"),
+    "cpp": ("log_prob_stats", "scored_stats", "dlogits", "rest_softmax_", "log_prob_dlogits_", "sequence_sums"),
     "triton": OPS,
-    "cuda": ("rest_softmax_", "log_prob_dlogits_", "sequence_sums"),
+    "cuda": ("rest_softmax_", "log_prob_dlogits_"),
 }
 MODULES = {
     "reference": "rlsc_mcore.ops.reference",

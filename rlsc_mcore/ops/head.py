@@ -11,7 +11,7 @@ from torch import Tensor
 from rlsc_mcore.ops import library as _registers_the_ops  # noqa: F401
 from rlsc_mcore.ops.chunks import Piece
 from rlsc_mcore.ops.shard import VocabShard, check_rows
-from rlsc_mcore.ops.vocab_parallel import GatheredStats, check_shard, group_size
+from rlsc_mcore.ops.vocab_parallel import PendingScores, Scores, check_shard, group_size, score
 
 
 @dataclass(frozen=True)
@@ -24,8 +24,9 @@ class HeadCall:
     backend: str
     with_entropy: bool = False
 
-    def stats(self, logits_CVp: Tensor, targets_C: Tensor) -> Tensor:
-        return torch.ops.rlsc.log_prob_stats(logits_CVp, targets_C, *self.shard.as_arguments(), self.with_entropy, self.backend)
+    def score(self, logits_CVp: Tensor, targets_C: Tensor) -> PendingScores:
+        arguments = logits_CVp, targets_C, *self.shard.as_arguments(), self.with_entropy, self.backend
+        return score(arguments, self.group)
 
     def dlogits_(self, logits_CVp: Tensor, grad_stats_Ck: Tensor, stats_Ck: Tensor, targets_C: Tensor) -> None:
         torch.ops.rlsc.dlogits_(logits_CVp, grad_stats_Ck, stats_Ck, targets_C, *self.shard.as_arguments(), self.backend)
@@ -44,17 +45,25 @@ class HeadCall:
 
 def score_pieces(
     call: HeadCall, hidden_TH: Tensor, weight_VpH: Tensor, targets_T: Tensor, live_N: Tensor, pieces: Sequence[Piece], buffer: Tensor
-) -> Tensor:
-    """Reduce live tokens piece by piece in one buffer of logits; return all ranks' statistics of all pieces.
+) -> Scores:
+    """Score live tokens piece by piece in one buffer of logits.
 
     A piece's statistics are in flight while the next piece's product runs.
     """
-    gathers = []
+    pending = []
     for start, stop in pieces:
         index = live_N[start:stop]
         logits_CVp = torch.mm(hidden_TH.index_select(0, index), weight_VpH.t(), out=buffer[: stop - start])
-        gathers.append(GatheredStats(call.stats(logits_CVp, targets_T[index]), call.group))
-    return torch.cat([gather.wait() for gather in gathers], dim=1)
+        pending.append(call.score(logits_CVp, targets_T[index]))
+    scores = [piece.wait() for piece in pending]
+    if len(scores) == 1:
+        return scores[0]
+    entropies = [piece.entropy_T for piece in scores if piece.entropy_T is not None]
+    return Scores(
+        torch.cat([piece.stats_RTk for piece in scores], dim=1),
+        torch.cat([piece.log_probs_T for piece in scores]),
+        torch.cat(entropies) if entropies else None,
+    )
 
 
 def check_head(

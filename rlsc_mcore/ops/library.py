@@ -55,6 +55,18 @@ def _fake_log_prob_stats(
     return logits_TVp.new_empty(logits_TVp.shape[0], num_stats(with_entropy), dtype=working_dtype(logits_TVp.dtype))
 
 
+def _scored_stats(
+    logits_TVp: Tensor, targets_T: Tensor, inv_temperature: float, vocab_start: int, num_columns: int, with_entropy: bool, backend: str
+) -> tuple[Tensor, Tensor]:
+    run = select("scored_stats", logits_TVp.device, logits_TVp.dtype, backend)
+    return run(logits_TVp, targets_T, inv_temperature, vocab_start, num_columns, with_entropy)
+
+
+def _fake_scored_stats(logits_TVp: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    stats = _fake_log_prob_stats(logits_TVp, *arguments)
+    return stats, stats.new_empty(stats.shape[0])
+
+
 def _dlogits(logits_TVp: Tensor, grad_stats_Tk: Tensor, stats_Tk: Tensor, targets_T: Tensor, *shard_and_backend: Any) -> Tensor:
     *shard, backend = shard_and_backend
     run = select("dlogits", logits_TVp.device, logits_TVp.dtype, backend)
@@ -97,6 +109,13 @@ def _fake_join_stats(stats_RTk: Tensor, inv_temperature: float, backend: str) ->
     return stats_RTk.new_empty(num_tokens), stats_RTk.new_empty(num_tokens), stats_RTk.new_empty(num_ranks, num_tokens)
 
 
+def _join_backward(
+    stats_RTk: Tensor, rank: int, inv_temperature: float, grad_log_probs_T: Tensor | None, grad_entropy_T: Tensor | None, backend: str
+) -> Tensor:
+    run = select("join_backward", stats_RTk.device, stats_RTk.dtype, backend)
+    return run(stats_RTk, rank, inv_temperature, grad_log_probs_T, grad_entropy_T)
+
+
 def _sequence_sums(values_T: Tensor, mask_T: Tensor, cu_seqlens: Tensor, backend: str) -> Tensor:
     return select("sequence_sums", values_T.device, values_T.dtype, backend)(values_T, mask_T, cu_seqlens)
 
@@ -110,6 +129,12 @@ _register(
     f"log_prob_stats(Tensor logits_TVp, Tensor targets_T, {SHARD}, bool with_entropy, str backend) -> Tensor",
     _log_prob_stats,
     _fake_log_prob_stats,
+)
+# The same, and log p [T], on a rank that holds the whole vocabulary.
+_register(
+    f"scored_stats(Tensor logits_TVp, Tensor targets_T, {SHARD}, bool with_entropy, str backend) -> (Tensor, Tensor)",
+    _scored_stats,
+    _fake_scored_stats,
 )
 # The gradient of the statistics with respect to the logits, in their dtype; dlogits_ overwrites the logits by it.
 _register(
@@ -132,5 +157,12 @@ _register(
 )
 # log p [T], 1 - p [T] and the ranks' shares [R, T] from all ranks' statistics.
 _register("join_stats(Tensor stats_RTk, float inv_temperature, str backend) -> (Tensor, Tensor, Tensor)", _join_stats, _fake_join_stats)
+# The gradient [T, k] of log p and entropy with respect to one rank's statistics.
+_register(
+    "join_backward(Tensor stats_RTk, int rank, float inv_temperature, Tensor? grad_log_probs_T, Tensor? grad_entropy_T, "
+    "str backend) -> Tensor",
+    _join_backward,
+    lambda stats_RTk, *_: torch.empty_like(stats_RTk[0]),
+)
 # Each packed sequence's unmasked values, summed in float64: [S].
 _register("sequence_sums(Tensor values_T, Tensor mask_T, Tensor cu_seqlens, str backend) -> Tensor", _sequence_sums, _fake_sequence_sums)

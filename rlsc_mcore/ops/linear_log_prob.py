@@ -23,7 +23,7 @@ from rlsc_mcore.ops.head import (
     score_pieces,
 )
 from rlsc_mcore.ops.shard import VocabShard, check_target_range
-from rlsc_mcore.ops.vocab_parallel import group_rank, join, join_backward
+from rlsc_mcore.ops.vocab_parallel import group_rank, join_backward
 
 
 class _LinearTokenLogProbs(torch.autograd.Function):
@@ -33,14 +33,13 @@ class _LinearTokenLogProbs(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor | None]:
         hidden_full_TH = gather_hidden(hidden_TH, call.group, call.sequence_parallel)
         buffer = hidden_TH.new_empty(longest(pieces), weight_VpH.shape[0])
-        stats_RNk = score_pieces(call, hidden_full_TH, weight_VpH, targets_T, live_N, pieces, buffer)
-        joined = join(stats_RNk, call.shard.inv_temperature, call.backend)
+        scores = score_pieces(call, hidden_full_TH, weight_VpH, targets_T, live_N, pieces, buffer)
         # Saved, so that autograd notices a change of the weight before backward recomputes the logits from it.
-        ctx.save_for_backward(hidden_TH, weight_VpH, targets_T, live_N, stats_RNk)
+        ctx.save_for_backward(hidden_TH, weight_VpH, targets_T, live_N, scores.stats_RTk)
         ctx.weight, ctx.call, ctx.pieces = weight_VpH, call, pieces  # the parameter itself: main_grad is its attribute
-        zeros_T = joined.log_probs_T.new_zeros(targets_T.shape[0])
-        log_probs_T = zeros_T.index_copy(0, live_N, joined.log_probs_T)
-        return log_probs_T, None if joined.entropy_T is None else zeros_T.index_copy(0, live_N, joined.entropy_T)
+        zeros_T = scores.log_probs_T.new_zeros(targets_T.shape[0])
+        log_probs_T = zeros_T.index_copy(0, live_N, scores.log_probs_T)
+        return log_probs_T, None if scores.entropy_T is None else zeros_T.index_copy(0, live_N, scores.entropy_T)
 
     @staticmethod
     @once_differentiable
@@ -49,7 +48,7 @@ class _LinearTokenLogProbs(torch.autograd.Function):
         call, rank = ctx.call, group_rank(ctx.call.group)
         hidden_full_TH = gather_hidden(hidden_TH, call.group, call.sequence_parallel)
         targets_N, grad_entropy_N = targets_T[live_N], None if grad_entropy_T is None else grad_entropy_T[live_N]
-        grad_stats = join_backward(stats_RNk, rank, call.shard.inv_temperature, grad_log_probs_T[live_N], grad_entropy_N)
+        grad_stats = join_backward(stats_RNk, rank, call.shard.inv_temperature, grad_log_probs_T[live_N], grad_entropy_N, call.backend)
         grad_hidden_TH = torch.zeros_like(hidden_full_TH)
         grad_weight_sum = WeightGradient(weight) if ctx.needs_input_grad[1] else None
         buffer = hidden_TH.new_empty(longest(ctx.pieces), weight.shape[0])

@@ -102,13 +102,12 @@ class _Pass:
         return partial(self.run_pieces, chunk, buffer, coefficient_fn)
 
     def run_pieces(self, chunk: SequenceChunk, buffer: Tensor, coefficient_fn: CoefficientFn) -> None:
-        stats_RCk = score_pieces(self.call, self.hidden_TH, self.weight_VpH, self.targets_T, self.live_N, chunk.pieces, buffer)
-        inv_temperature = self.call.shard.inv_temperature
-        log_probs_C = join(stats_RCk, inv_temperature, self.call.backend).log_probs_T
-        coefficients_C = self.weigh(chunk, log_probs_C, coefficient_fn)
+        scores = score_pieces(self.call, self.hidden_TH, self.weight_VpH, self.targets_T, self.live_N, chunk.pieces, buffer)
+        stats_RCk = scores.stats_RTk
+        coefficients_C = self.weigh(chunk, scores.log_probs_T, coefficient_fn)
         if self.grad_hidden_TH is None:
             return
-        grad_stats_Ck = join_backward(stats_RCk, self.rank, inv_temperature, -coefficients_C, None)
+        grad_stats_Ck = join_backward(stats_RCk, self.rank, self.call.shard.inv_temperature, -coefficients_C, None, self.call.backend)
         for start, stop in chunk.pieces:
             index, rows = self.live_N[start:stop], slice(start - chunk.tokens.start, stop - chunk.tokens.start)
             hidden_CH = self.hidden_TH.index_select(0, index)

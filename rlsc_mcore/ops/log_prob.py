@@ -10,7 +10,7 @@ from torch.autograd.function import once_differentiable
 from rlsc_mcore.ops import library as _registers_the_ops  # noqa: F401
 from rlsc_mcore.ops.dispatch import Backend
 from rlsc_mcore.ops.shard import VocabShard, check_rows, check_target_range
-from rlsc_mcore.ops.vocab_parallel import GatheredStats, Joined, check_shard, group_rank, join, join_backward
+from rlsc_mcore.ops.vocab_parallel import Scores, check_shard, group_rank, join_backward, score
 
 
 class _Options(NamedTuple):
@@ -23,12 +23,10 @@ class _Options(NamedTuple):
     backend: str
 
 
-def _forward(logits_TVp: Tensor, targets_T: Tensor, options: _Options) -> tuple[Tensor, Joined]:
-    """Reduce the rows, gather the statistics over the group, and join them: all ranks' statistics and what they give."""
-    shard = options.shard
-    stats = torch.ops.rlsc.log_prob_stats(logits_TVp, targets_T, *shard.as_arguments(), options.with_entropy, options.backend)
-    stats_RTk = GatheredStats(stats, options.group).wait()
-    return stats_RTk, join(stats_RTk, shard.inv_temperature, options.backend)
+def _forward(logits_TVp: Tensor, targets_T: Tensor, options: _Options) -> Scores:
+    """Reduce the rows, and over a group gather the statistics."""
+    arguments = logits_TVp, targets_T, *options.shard.as_arguments(), options.with_entropy, options.backend
+    return score(arguments, options.group).wait()
 
 
 class _TokenLogProbs(torch.autograd.Function):
@@ -36,10 +34,10 @@ class _TokenLogProbs(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, logits_TVp: Tensor, targets_T: Tensor, options: _Options) -> tuple[Tensor, Tensor | None]:
-        stats_RTk, joined = _forward(logits_TVp, targets_T, options)
+        scores = _forward(logits_TVp, targets_T, options)
         ctx.options = options
-        ctx.save_for_backward(logits_TVp, targets_T, stats_RTk)
-        return joined.log_probs_T, joined.entropy_T
+        ctx.save_for_backward(logits_TVp, targets_T, scores.stats_RTk)
+        return scores.log_probs_T, scores.entropy_T
 
     @staticmethod
     @once_differentiable
@@ -47,7 +45,7 @@ class _TokenLogProbs(torch.autograd.Function):
         logits_TVp, targets_T, stats_RTk = ctx.saved_tensors
         options, rank = ctx.options, group_rank(ctx.options.group)
         shard = options.shard
-        grad_stats = join_backward(stats_RTk, rank, shard.inv_temperature, grad_log_probs_T, grad_entropy_T)
+        grad_stats = join_backward(stats_RTk, rank, shard.inv_temperature, grad_log_probs_T, grad_entropy_T, options.backend)
         arguments = grad_stats, stats_RTk[rank], targets_T, *shard.as_arguments(), options.backend
         if not options.inplace_backward:
             return torch.ops.rlsc.dlogits(logits_TVp, *arguments), None, None
@@ -110,5 +108,5 @@ def token_log_probs(
     if logits_TVp.requires_grad and torch.is_grad_enabled():
         log_probs_T, entropy_T = _TokenLogProbs.apply(logits_TVp, target_ids_T, options)
     else:
-        _, (log_probs_T, _, _, entropy_T) = _forward(logits_TVp, target_ids_T, options)
+        _, log_probs_T, entropy_T = _forward(logits_TVp, target_ids_T, options)
     return (log_probs_T, entropy_T) if with_entropy else log_probs_T

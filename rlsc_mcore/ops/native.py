@@ -2,14 +2,17 @@
 
 import functools
 import importlib.util
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from rlsc_mcore.ops.reference import num_stats
 
-VERSION = 2  # of csrc/bindings.cpp
+VERSION = 4  # of csrc/bindings.cpp
 CLUSTER_OPS = ("rest_softmax_", "log_prob_dlogits_")
+ALIGNMENT_BYTES = 16  # of a bulk copy: row addresses and row strides
+LARGEST_ROW_BYTES = 8 * 225 * 1024  # 8 blocks of a cluster with the shared memory of one multiprocessor each
 
 
 @functools.cache
@@ -34,10 +37,17 @@ def why_not(op: str, device_type: str) -> str | None:
     if reason is not None:
         return reason
     key = {"cpu": "CPU", "cuda": "CUDA"}.get(device_type)
-    if key is None or not torch._C._dispatch_has_kernel_for_dispatch_key(f"rlsc_native::{op}", key):
+    native_op = "log_prob_stats" if op == "scored_stats" else op
+    if key is None or not torch._C._dispatch_has_kernel_for_dispatch_key(f"rlsc_native::{native_op}", key):
         return f"rlsc_mcore._C was built without {op} for {device_type}"
     if device_type == "cuda" and op in CLUSTER_OPS and torch.cuda.get_device_capability()[0] < 9:
         return "thread-block clusters need sm_90"
+    if device_type == "cuda" and op in CLUSTER_OPS and (error := torch.ops.rlsc_native.cuda_error(torch.cuda.current_device())):
+        capability = ".".join(map(str, torch.cuda.get_device_capability()))
+        return (
+            f"rlsc_mcore._C has no code for compute capability {capability} (CUDA error {error}); "
+            f"rebuild it with TORCH_CUDA_ARCH_LIST={capability}"
+        )
     return None
 
 
@@ -50,8 +60,19 @@ def log_prob_stats(
 ) -> Tensor:
     """Compiled `reference.log_prob_stats`."""
     stats = _stats_like(logits_TVp, with_entropy)
-    torch.ops.rlsc_native.log_prob_stats(logits_TVp, targets_T.contiguous(), stats, inv_temperature, vocab_start, num_columns)
+    no_log_probs = stats.new_empty(0)
+    torch.ops.rlsc_native.log_prob_stats(logits_TVp, targets_T.contiguous(), stats, no_log_probs, inv_temperature, vocab_start, num_columns)
     return stats
+
+
+def scored_stats(
+    logits_TVp: Tensor, targets_T: Tensor, inv_temperature: float, vocab_start: int, num_columns: int, with_entropy: bool
+) -> tuple[Tensor, Tensor]:
+    """Compiled `reference.scored_stats`."""
+    stats = _stats_like(logits_TVp, with_entropy)
+    log_probs_T = stats.new_empty(stats.shape[0])
+    torch.ops.rlsc_native.log_prob_stats(logits_TVp, targets_T.contiguous(), stats, log_probs_T, inv_temperature, vocab_start, num_columns)
+    return stats, log_probs_T
 
 
 def dlogits(
@@ -79,8 +100,24 @@ def dlogits(
     return out
 
 
+def _other_implementation(op: str, logits_TVp: Tensor, num_columns: int) -> Callable[..., Tensor] | None:
+    """Return what takes rows that the cluster kernel cannot: not aligned for bulk copies, or too long for shared memory."""
+    if not logits_TVp.is_cuda:
+        return None
+    size, stride = logits_TVp.element_size(), logits_TVp.stride(0) if logits_TVp.shape[0] > 1 else 0
+    is_aligned = logits_TVp.data_ptr() % ALIGNMENT_BYTES == 0 and stride * size % ALIGNMENT_BYTES == 0
+    if is_aligned and num_columns * size <= LARGEST_ROW_BYTES:
+        return None
+    from rlsc_mcore.ops import dispatch
+
+    backend = "triton" if dispatch.why_not("triton", op, "cuda") is None else "reference"
+    return dispatch.select(op, logits_TVp.device, logits_TVp.dtype, backend)
+
+
 def rest_softmax_(logits_TVp: Tensor, targets_T: Tensor, inv_temperature: float, vocab_start: int, num_columns: int) -> Tensor:
     """Compiled `reference.rest_softmax_`."""
+    if (other := _other_implementation("rest_softmax_", logits_TVp, num_columns)) is not None:
+        return other(logits_TVp, targets_T, inv_temperature, vocab_start, num_columns)
     stats = _stats_like(logits_TVp, False)
     torch.ops.rlsc_native.rest_softmax_(logits_TVp, targets_T.contiguous(), stats, inv_temperature, vocab_start, num_columns)
     return stats
@@ -90,6 +127,8 @@ def log_prob_dlogits_(
     logits_TVp: Tensor, targets_T: Tensor, weights_T: Tensor, inv_temperature: float, vocab_start: int, num_columns: int
 ) -> Tensor:
     """Compiled `reference.log_prob_dlogits_`."""
+    if (other := _other_implementation("log_prob_dlogits_", logits_TVp, num_columns)) is not None:
+        return other(logits_TVp, targets_T, weights_T, inv_temperature, vocab_start, num_columns)
     log_probs_T = torch.empty(logits_TVp.shape[0], dtype=torch.float32, device=logits_TVp.device)
     weights_T = weights_T.to(torch.float32).contiguous()
     torch.ops.rlsc_native.log_prob_dlogits_(

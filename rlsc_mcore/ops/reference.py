@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 NEG_INF = float("-inf")
+LARGEST_GAP = 200.0  # beyond it p or 1 - p is 0 in every dtype; keeps 0 * inf out of the entropy
 TOP, LOG_SUM, TARGET, REST_ENTROPY = range(4)  # columns of the statistics
 
 
@@ -68,6 +69,14 @@ def log_prob_stats(
         entropy_T = torch.where(total_T == 0, 0.0, total_T.log() - weighted_T / total_T)
         stats[:, REST_ENTROPY] = torch.where(ignored_T, 0.0, entropy_T)
     return stats
+
+
+def scored_stats(
+    logits_TVp: Tensor, targets_T: Tensor, inv_temperature: float, vocab_start: int, num_columns: int, with_entropy: bool
+) -> tuple[Tensor, Tensor]:
+    """Return `log_prob_stats` and log p [T] for a rank that holds the whole vocabulary."""
+    stats = log_prob_stats(logits_TVp, targets_T, inv_temperature, vocab_start, num_columns, with_entropy)
+    return stats, join_stats(stats[None], inv_temperature)[0]
 
 
 def dlogits(
@@ -160,6 +169,42 @@ def join_stats(stats_RTk: Tensor, inv_temperature: float) -> tuple[Tensor, Tenso
     mass_RT, total_T, gap_T = join_mass(stats_RTk, inv_temperature)
     shares_RT = torch.where(mass_RT == NEG_INF, 0.0, (mass_RT - total_T).exp())
     return 0.0 - softplus(gap_T), torch.sigmoid(gap_T), shares_RT
+
+
+def join_backward(
+    stats_RTk: Tensor, rank: int, inv_temperature: float, grad_log_probs_T: Tensor | None, grad_entropy_T: Tensor | None
+) -> Tensor:
+    """Return the gradient [T, k] of log p and entropy with respect to the statistics of `rank`; 0 for top (see dlogits).
+
+    The target's gradient is that of its logit wherever it lies: a rank that does not hold it has no element to write it to.
+    """
+    mass_RT, total_T, gap_T = join_mass(stats_RTk, inv_temperature)
+    q_T = torch.sigmoid(gap_T)
+    log_shares_RT = torch.where(mass_RT == NEG_INF, NEG_INF, mass_RT - total_T)
+    share_T = log_shares_RT[rank].exp()
+    grad = torch.zeros_like(stats_RTk[rank])
+    if grad_log_probs_T is not None:
+        slope_T = grad_log_probs_T.to(grad.dtype) * q_T
+        grad[:, LOG_SUM] -= slope_T * share_T
+        grad[:, TARGET] += slope_T * inv_temperature
+    if grad_entropy_T is not None and stats_RTk.shape[2] == num_stats(True):
+        rest_entropy_T = joined_rest_entropy(stats_RTk, log_shares_RT)
+        p_T = torch.sigmoid(-gap_T)
+        toward_rest_T = p_T * (rest_entropy_T - gap_T.clamp(-LARGEST_GAP, LARGEST_GAP))
+        finite_log_share_T = torch.where(share_T == 0, 0.0, log_shares_RT[rank])
+        surprise_T = finite_log_share_T - stats_RTk[rank, :, REST_ENTROPY] + rest_entropy_T
+        slope_T = grad_entropy_T.to(grad.dtype) * q_T
+        grad[:, LOG_SUM] += slope_T * share_T * (toward_rest_T - surprise_T)
+        grad[:, TARGET] -= slope_T * toward_rest_T * inv_temperature
+        grad[:, REST_ENTROPY] += slope_T * share_T
+    return grad
+
+
+def joined_rest_entropy(stats_RTk: Tensor, log_shares_RT: Tensor) -> Tensor:
+    """Return the entropy [T] of the softmax over the whole rest from the ranks' own: sum_r share_r (rest_entropy_r - log share_r)."""
+    shares_RT = log_shares_RT.exp()
+    finite_RT = torch.where(shares_RT == 0, 0.0, log_shares_RT)
+    return (shares_RT * (stats_RTk[:, :, REST_ENTROPY] - finite_RT)).sum(dim=0)
 
 
 def softplus(gap_T: Tensor) -> Tensor:

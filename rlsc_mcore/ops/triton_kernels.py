@@ -15,6 +15,7 @@ import triton.language as tl
 LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
 LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 LOWEST: tl.constexpr = tl.constexpr(-1.0e30)  # a running maximum before the first logit: finite, so that no inf - inf arises
+LARGEST_GAP: tl.constexpr = tl.constexpr(200.0)  # see reference.py
 INTERPRETED: tl.constexpr = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 
 
@@ -78,10 +79,13 @@ def _accumulate(x, largest, total, weighted, scale, WITH_ENTROPY: tl.constexpr):
 
 @triton.jit
 def stats_kernel(
-    logits, row_stride, targets, stats, inv_temperature, vocab_start, num_columns,
-    NUM_STATS: tl.constexpr, BLOCK: tl.constexpr, UNROLL: tl.constexpr,
+    logits, row_stride, targets, stats, log_probs, inv_temperature, vocab_start, num_columns,
+    NUM_STATS: tl.constexpr, SCORED: tl.constexpr, BLOCK: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
-    """log_prob_stats, one row per program and one read; each of BLOCK lanes has its own (maximum, sum), joined once at the end."""
+    """log_prob_stats, one row per program and one read; each of BLOCK lanes has its own (maximum, sum), joined once at the end.
+
+    SCORED: the rank holds the whole vocabulary, and log p is written too.
+    """
     STEP: tl.constexpr = BLOCK * UNROLL
     row = tl.program_id(0).to(tl.int64)
     target = tl.load(targets + row)
@@ -92,6 +96,8 @@ def stats_kernel(
         tl.store(out + 2, 0.0)
         if NUM_STATS == 4:
             tl.store(out + 3, 0.0)
+        if SCORED:
+            tl.store(log_probs + row, 0.0)
         return
     row_ptr = logits + row * row_stride
     column = _local_column(target, vocab_start, num_columns)
@@ -106,8 +112,15 @@ def stats_kernel(
         if (column >= begin) & (column < begin + STEP):
             x = tl.where(begin + offsets == column, float("-inf"), x)
         largest, total, weighted = _accumulate(x, largest, total, weighted, scale, NUM_STATS == 4)
-    if full < num_columns:
-        at = full + offsets
+    # What is left, a block at a time: lanes without a column cost as much as lanes with one.
+    lane = tl.arange(0, BLOCK)[None, :]
+    full_blocks = num_columns // BLOCK * BLOCK
+    for begin in range(full, full_blocks, BLOCK):
+        x = tl.load(row_ptr + begin + lane, eviction_policy="evict_first").to(tl.float32)
+        x = tl.where(begin + lane == column, float("-inf"), x)
+        largest, total, weighted = _accumulate(x, largest, total, weighted, scale, NUM_STATS == 4)
+    if full_blocks < num_columns:
+        at = full_blocks + lane
         x = tl.load(row_ptr + at, mask=at < num_columns, other=float("-inf"), eviction_policy="evict_first").to(tl.float32)
         x = tl.where(at == column, float("-inf"), x)
         largest, total, weighted = _accumulate(x, largest, total, weighted, scale, NUM_STATS == 4)
@@ -119,7 +132,11 @@ def stats_kernel(
     log2_sum = tl.log2(total_sum)  # -inf where every other logit is
     tl.store(out, tl.where(total_sum == 0, float("-inf"), row_largest))
     tl.store(out + 1, (log2_sum + fused_multiply_add(-row_largest, scale, top)) * LN2)
-    tl.store(out + 2, _target_logit(row_ptr, column))
+    x_target = _target_logit(row_ptr, column)
+    tl.store(out + 2, x_target)
+    if SCORED:
+        log_p, _ = _log_prob((fused_multiply_add(-x_target, scale, top) + log2_sum) * LN2, x_target)
+        tl.store(log_probs + row, log_p)
     if NUM_STATS == 4:
         weighted_sum = tl.sum(factor * (weighted + drop * total), 0)
         tl.store(out + 3, tl.where(total_sum == 0, 0.0, (log2_sum - weighted_sum / total_sum) * LN2))
@@ -180,17 +197,43 @@ def dlogits_kernel(
 
 
 @triton.jit
+def _load_rest(row_ptr, at, column, num_columns, MASKED: tl.constexpr):
+    """A tile of a row without its target."""
+    if MASKED:
+        x = tl.load(row_ptr + at, mask=at < num_columns, other=float("-inf")).to(tl.float32)
+    else:
+        x = tl.load(row_ptr + at).to(tl.float32)
+    return tl.where(at == column, float("-inf"), x)
+
+
+@triton.jit
+def _store_tile(row_ptr, at, values, num_columns, row_columns, MASKED: tl.constexpr):
+    """Overwrite a tile; 0 in padding columns, whatever the row's values are."""
+    if MASKED:
+        values = tl.where(at < num_columns, values, 0.0)
+        tl.store(row_ptr + at, values.to(row_ptr.dtype.element_ty), mask=at < row_columns)
+    else:
+        tl.store(row_ptr + at, values.to(row_ptr.dtype.element_ty))
+
+
+@triton.jit
 def row_kernel(
     logits, row_stride, targets, weights, stats, log_probs, inv_temperature, vocab_start, num_columns, row_columns,
-    WEIGHTED: tl.constexpr, BLOCK: tl.constexpr,
+    WEIGHTED: tl.constexpr, BLOCK: tl.constexpr, REST: tl.constexpr,
 ):  # fmt: skip
-    """A whole row in one program's registers: one read and one write (at most MAX_ROW columns)."""
+    """A whole row in one program's registers: one read and one write (at most MAX_ROW columns).
+
+    With REST the row is a tile of BLOCK real columns and a masked tile of REST more: one tile of the next power of two would be up
+    to half empty.
+    """
     row = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, BLOCK)
     row_ptr = logits + row * row_stride
     target = tl.load(targets + row)
     if target < 0:
-        tl.store(row_ptr + at, tl.zeros([BLOCK], logits.dtype.element_ty), mask=at < row_columns)
+        _store_tile(row_ptr, at, tl.zeros([BLOCK], tl.float32), num_columns, row_columns, True)
+        if REST > 0:
+            _store_tile(row_ptr, BLOCK + tl.arange(0, REST), tl.zeros([REST], tl.float32), num_columns, row_columns, True)
         if WEIGHTED:
             tl.store(log_probs + row, 0.0)
         else:
@@ -200,13 +243,19 @@ def row_kernel(
         return
     column = _local_column(target, vocab_start, num_columns)
     scale = inv_temperature * LOG2E
-    x = tl.load(row_ptr + at, mask=at < num_columns, other=float("-inf")).to(tl.float32)
     x_target = _target_logit(row_ptr, column)
-    x = tl.where(at == column, float("-inf"), x)
+    x = _load_rest(row_ptr, at, column, num_columns, REST == 0)
     largest = tl.maximum(tl.max(x, 0), LOWEST)
+    if REST > 0:
+        at_rest = BLOCK + tl.arange(0, REST)
+        x_rest = _load_rest(row_ptr, at_rest, column, num_columns, True)
+        largest = tl.maximum(largest, tl.max(x_rest, 0))
     top = largest * scale
     e = tl.exp2(fused_multiply_add(x, scale, -top))
     total = tl.sum(e, 0)
+    if REST > 0:
+        e_rest = tl.exp2(fused_multiply_add(x_rest, scale, -top))
+        total += tl.sum(e_rest, 0)
     log2_sum = tl.log2(total)
     rest_scale = 1.0 / tl.where(total == 0, 1.0, total)
     target_value = -1.0
@@ -220,9 +269,11 @@ def row_kernel(
         tl.store(stats + row * 3, tl.where(total == 0, float("-inf"), largest))
         tl.store(stats + row * 3 + 1, (log2_sum + fused_multiply_add(-largest, scale, top)) * LN2)
         tl.store(stats + row * 3 + 2, x_target)
-    g = tl.where(at == column, target_value, e * rest_scale)
-    g = tl.where(at < num_columns, g, 0.0)
-    tl.store(row_ptr + at, g.to(logits.dtype.element_ty), mask=at < row_columns)
+    _store_tile(row_ptr, at, e * rest_scale, num_columns, row_columns, REST == 0)
+    if REST > 0:
+        _store_tile(row_ptr, at_rest, e_rest * rest_scale, num_columns, row_columns, True)
+    tl.debug_barrier()  # the target's element has been written with its tile by another thread
+    tl.store(row_ptr + column, target_value.to(logits.dtype.element_ty), mask=column >= 0)
 
 
 @triton.jit
@@ -270,6 +321,54 @@ def join_kernel(
     log_p, q = _log_prob((joined_top - target) * inv_temperature + tl.log(total), target)
     tl.store(log_probs + token, log_p, mask=live)
     tl.store(target_excluded + token, q, mask=live)
+
+
+@triton.jit
+def join_backward_kernel(
+    stats, grad_log_probs, grad_entropy, grad_stats, num_tokens, rank, inv_temperature,
+    NUM_RANKS: tl.constexpr, NUM_STATS: tl.constexpr, HAS_LOG_PROBS: tl.constexpr, HAS_ENTROPY: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """join_backward, a block of tokens per program: gradients of log p and entropy to those of one rank's statistics."""
+    token = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    live = token < num_tokens
+    joined_top, total, target = _join_ranks(stats, token, num_tokens, live, inv_temperature, NUM_RANKS, NUM_STATS, BLOCK)
+    safe_total = tl.where(total == 0, 1.0, total)
+    log_total = tl.log(total)
+    gap = (joined_top - target) * inv_temperature + log_total
+    _, q = _log_prob(gap, target)
+    top, log_sum, _ = _rank_stats(stats, rank, token, num_tokens, live, NUM_STATS)
+    share = _mass(top, log_sum, joined_top, inv_temperature) / safe_total
+    grad_log_sum = tl.zeros([BLOCK], tl.float32)
+    grad_target = tl.zeros([BLOCK], tl.float32)
+    out = grad_stats + token * NUM_STATS
+    if HAS_LOG_PROBS:
+        slope = tl.load(grad_log_probs + token, mask=live, other=0.0).to(tl.float32) * q
+        grad_log_sum -= slope * share
+        grad_target += slope
+    if HAS_ENTROPY:
+        rest_entropy = tl.zeros([BLOCK], tl.float32)
+        own_log_share = tl.zeros([BLOCK], tl.float32)
+        for other in tl.static_range(NUM_RANKS):
+            other_top, other_log_sum, _ = _rank_stats(stats, other, token, num_tokens, live, NUM_STATS)
+            other_share = _mass(other_top, other_log_sum, joined_top, inv_temperature) / safe_total
+            log_share = tl.where(other_share == 0, 0.0, (other_top - joined_top) * inv_temperature + other_log_sum - log_total)
+            entropy = tl.load(stats + (other * num_tokens + token) * NUM_STATS + 3, mask=live, other=0.0)
+            rest_entropy += other_share * (entropy - log_share)
+            own_log_share = tl.where(rank == other, log_share, own_log_share)
+        own_entropy = tl.load(stats + (rank * num_tokens + token) * NUM_STATS + 3, mask=live, other=0.0)
+        y = tl.exp(-tl.abs(gap))
+        p = tl.where(gap >= 0, y, 1.0) / (1.0 + y)
+        near = tl.minimum(tl.maximum(gap, -LARGEST_GAP), LARGEST_GAP)
+        toward_rest = p * (rest_entropy - near)
+        slope = tl.load(grad_entropy + token, mask=live, other=0.0).to(tl.float32) * q
+        grad_log_sum += slope * share * (toward_rest - (own_log_share - own_entropy + rest_entropy))
+        grad_target -= slope * toward_rest
+        tl.store(out + 3, slope * share, mask=live)
+    elif NUM_STATS == 4:
+        tl.store(out + 3, tl.zeros([BLOCK], tl.float32), mask=live)
+    tl.store(out, tl.zeros([BLOCK], tl.float32), mask=live)
+    tl.store(out + 1, grad_log_sum, mask=live)
+    tl.store(out + 2, grad_target * inv_temperature, mask=live)
 
 
 @triton.jit

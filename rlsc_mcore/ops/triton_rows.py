@@ -9,8 +9,10 @@ from torch import Tensor
 
 from rlsc_mcore.ops.reference import num_stats, unit_grad_stats, weighted_grad_stats
 
-MAX_ROW = 32768  # columns that one program keeps in registers
-STATS_BLOCK, STATS_UNROLL, STATS_WARPS = 2048, 4, 8
+MAX_ROW = 24576  # columns that one program keeps in registers
+WIDE_ROW = 65536  # columns from which stats_kernel takes more than one warp for a row
+STATS_UNROLL = 4
+STATS_NARROW, STATS_WIDE = (256, 1), (1024, 4)  # (columns of a block, warps) below WIDE_ROW and from there on
 DLOGITS_BLOCK, DLOGITS_WARPS = 4096, 8
 SUMS_BLOCK, SUMS_WARPS, JOIN_BLOCK = 4096, 32, 256  # sums: 4 loads of values in flight per thread
 
@@ -40,20 +42,41 @@ def _width(columns: int) -> int:
     return 1 << max(columns - 1, 1).bit_length()
 
 
+def _launch_stats(
+    logits_TVp: Tensor,
+    targets_T: Tensor,
+    inv_temperature: float,
+    vocab_start: int,
+    num_columns: int,
+    with_entropy: bool,
+    log_probs_T: Tensor | None,
+) -> Tensor:
+    num_rows = logits_TVp.shape[0]
+    stats = torch.empty(num_rows, num_stats(with_entropy), dtype=torch.float32, device=logits_TVp.device)
+    if num_rows:
+        block, warps = STATS_NARROW if num_columns < WIDE_ROW else STATS_WIDE
+        block = min(block, _width(num_columns))
+        _kernels().stats_kernel[(num_rows,)](
+            logits_TVp, logits_TVp.stride(0), targets_T.contiguous(), stats, stats if log_probs_T is None else log_probs_T,
+            inv_temperature, vocab_start, num_columns, NUM_STATS=num_stats(with_entropy), SCORED=log_probs_T is not None,
+            BLOCK=block, UNROLL=STATS_UNROLL if num_columns > block else 1, num_warps=warps,
+        )  # fmt: skip
+    return stats
+
+
 def log_prob_stats(
     logits_TVp: Tensor, targets_T: Tensor, inv_temperature: float, vocab_start: int, num_columns: int, with_entropy: bool
 ) -> Tensor:
     """Triton `reference.log_prob_stats`."""
-    num_rows = logits_TVp.shape[0]
-    stats = torch.empty(num_rows, num_stats(with_entropy), dtype=torch.float32, device=logits_TVp.device)
-    if num_rows:
-        block = min(STATS_BLOCK, _width(num_columns))
-        unroll = STATS_UNROLL if num_columns > block else 1
-        _kernels().stats_kernel[(num_rows,)](
-            logits_TVp, logits_TVp.stride(0), targets_T.contiguous(), stats, inv_temperature, vocab_start, num_columns,
-            NUM_STATS=num_stats(with_entropy), BLOCK=block, UNROLL=unroll, num_warps=STATS_WARPS,
-        )  # fmt: skip
-    return stats
+    return _launch_stats(logits_TVp, targets_T, inv_temperature, vocab_start, num_columns, with_entropy, None)
+
+
+def scored_stats(
+    logits_TVp: Tensor, targets_T: Tensor, inv_temperature: float, vocab_start: int, num_columns: int, with_entropy: bool
+) -> tuple[Tensor, Tensor]:
+    """Triton `reference.scored_stats`: one launch."""
+    log_probs_T = torch.empty(logits_TVp.shape[0], dtype=torch.float32, device=logits_TVp.device)
+    return _launch_stats(logits_TVp, targets_T, inv_temperature, vocab_start, num_columns, with_entropy, log_probs_T), log_probs_T
 
 
 def dlogits(
@@ -79,6 +102,20 @@ def dlogits(
     return out
 
 
+def row_tiles(num_columns: int, row_columns: int) -> tuple[int, int]:
+    """Return the widths of row_kernel's two tiles; one tile (and 0) where two would be no narrower."""
+    block = 1 << max(num_columns.bit_length() - 1, 0)
+    rest = _width(row_columns - block)
+    if num_columns < block or row_columns <= block or rest >= block:
+        return _width(row_columns), 0
+    return block, rest
+
+
+def row_warps(width: int) -> int:
+    """Return row_kernel's warps: 16 columns per thread, above 16384 up to 24: more would spill where rows are not aligned."""
+    return min(max(1 << max(width // 512 - 1, 0).bit_length(), 4), 32)
+
+
 def _overwrite_row(
     logits_TVp: Tensor, targets_T: Tensor, weights_T: Tensor | None, inv_temperature: float, vocab_start: int, num_columns: int
 ) -> Tensor:
@@ -88,10 +125,10 @@ def _overwrite_row(
     out = torch.empty(shape, dtype=torch.float32, device=logits_TVp.device)
     weights = out if weights_T is None else weights_T.to(torch.float32).contiguous()
     if num_rows and row_columns:
-        width = _width(row_columns)
+        block, rest = row_tiles(num_columns, row_columns)
         _kernels().row_kernel[(num_rows,)](
             logits_TVp, logits_TVp.stride(0), targets_T.contiguous(), weights, out, out, inv_temperature, vocab_start, num_columns,
-            row_columns, WEIGHTED=weights_T is not None, BLOCK=width, num_warps=min(max(width // 1024, 4), 16),
+            row_columns, WEIGHTED=weights_T is not None, BLOCK=block, REST=rest, num_warps=row_warps(block + rest),
         )  # fmt: skip
     return out
 
@@ -131,6 +168,25 @@ def join_stats(stats_RTk: Tensor, inv_temperature: float) -> tuple[Tensor, Tenso
             NUM_RANKS=num_ranks, NUM_STATS=stats_columns, BLOCK=JOIN_BLOCK,
         )  # fmt: skip
     return log_probs_T, target_excluded_T, shares_RT
+
+
+def join_backward(
+    stats_RTk: Tensor, rank: int, inv_temperature: float, grad_log_probs_T: Tensor | None, grad_entropy_T: Tensor | None
+) -> Tensor:
+    """Triton `reference.join_backward`."""
+    num_ranks, num_tokens, stats_columns = stats_RTk.shape
+    stats_RTk = stats_RTk.contiguous()
+    grad_stats_Tk = torch.empty_like(stats_RTk[rank])
+    has_entropy = grad_entropy_T is not None and stats_columns == num_stats(True)
+    if num_tokens:
+        _kernels().join_backward_kernel[(_blocks(num_tokens, JOIN_BLOCK),)](
+            stats_RTk,
+            stats_RTk if grad_log_probs_T is None else grad_log_probs_T.contiguous(),
+            stats_RTk if grad_entropy_T is None else grad_entropy_T.contiguous(),
+            grad_stats_Tk, num_tokens, rank, inv_temperature, NUM_RANKS=num_ranks, NUM_STATS=stats_columns,
+            HAS_LOG_PROBS=grad_log_probs_T is not None, HAS_ENTROPY=has_entropy, BLOCK=JOIN_BLOCK,
+        )  # fmt: skip
+    return grad_stats_Tk
 
 
 def sequence_sums(values_T: Tensor, mask_T: Tensor, cu_seqlens: Tensor) -> Tensor:

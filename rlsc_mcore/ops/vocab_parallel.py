@@ -12,16 +12,14 @@ All of it stays exact for p -> 1. Every rank computes the same values from the s
 Shape suffixes: R ranks, T tokens, k statistics.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from rlsc_mcore.ops import library as _registers_the_ops  # noqa: F401
-from rlsc_mcore.ops.reference import LOG_SUM, NEG_INF, REST_ENTROPY, TARGET, join_mass, num_stats, softplus
-
-LARGEST_GAP = 200.0  # beyond it p or 1 - p is 0 in every dtype; keeps 0 * inf out of the entropy
+from rlsc_mcore.ops.reference import LARGEST_GAP, NEG_INF, join_mass, joined_rest_entropy, num_stats, softplus
 
 
 class Joined(NamedTuple):
@@ -74,49 +72,62 @@ class GatheredStats:
 def join(stats_RTk: Tensor, inv_temperature: float, backend: str = "auto") -> Joined:
     """Turn the gathered statistics into log p, 1 - p, the ranks' shares and, where statistics have it, the entropy."""
     log_probs_T, target_excluded_T, shares_RT = torch.ops.rlsc.join_stats(stats_RTk, inv_temperature, backend)
-    entropy_T = _entropy(stats_RTk, inv_temperature) if stats_RTk.shape[2] == num_stats(True) else None
+    entropy_T = entropy_of(stats_RTk, inv_temperature) if stats_RTk.shape[2] == num_stats(True) else None
     return Joined(log_probs_T, target_excluded_T, shares_RT, entropy_T)
 
 
+class Scores(NamedTuple):
+    """All ranks' statistics of some rows, and what they give."""
+
+    stats_RTk: Tensor
+    log_probs_T: Tensor
+    entropy_T: Tensor | None
+
+
+class PendingScores(NamedTuple):
+    """Scores whose statistics may be in flight; log p is there already where one rank has the whole vocabulary."""
+
+    gathered: GatheredStats
+    log_probs_T: Tensor | None
+    inv_temperature: float
+    backend: str
+
+    def wait(self) -> Scores:
+        """Return the scores once every rank's statistics have arrived."""
+        stats_RTk = self.gathered.wait()
+        if self.log_probs_T is None:
+            joined = join(stats_RTk, self.inv_temperature, self.backend)
+            return Scores(stats_RTk, joined.log_probs_T, joined.entropy_T)
+        with_entropy = stats_RTk.shape[2] == num_stats(True)
+        return Scores(stats_RTk, self.log_probs_T, entropy_of(stats_RTk, self.inv_temperature) if with_entropy else None)
+
+
+def score(arguments: tuple[Any, ...], group: dist.ProcessGroup | None) -> PendingScores:
+    """Reduce rows of logits and begin to gather their statistics over `group`; `arguments` are those of rlsc::log_prob_stats."""
+    inv_temperature, backend = arguments[2], arguments[-1]
+    if group_size(group) > 1:
+        return PendingScores(GatheredStats(torch.ops.rlsc.log_prob_stats(*arguments), group), None, inv_temperature, backend)
+    stats, log_probs_T = torch.ops.rlsc.scored_stats(*arguments)
+    return PendingScores(GatheredStats(stats, None), log_probs_T, inv_temperature, backend)
+
+
 def join_backward(
-    stats_RTk: Tensor, rank: int, inv_temperature: float, grad_log_probs_T: Tensor | None, grad_entropy_T: Tensor | None
+    stats_RTk: Tensor,
+    rank: int,
+    inv_temperature: float,
+    grad_log_probs_T: Tensor | None,
+    grad_entropy_T: Tensor | None,
+    backend: str = "auto",
 ) -> Tensor:
-    """Return the gradient [T, k] of log p and entropy with respect to the statistics of `rank`; 0 for top (see dlogits).
-
-    The target's gradient is that of its logit wherever it lies: a rank that does not hold it has no element to write it to.
-    """
-    mass_RT, total_T, gap_T = join_mass(stats_RTk, inv_temperature)
-    q_T = torch.sigmoid(gap_T)
-    log_shares_RT = torch.where(mass_RT == NEG_INF, NEG_INF, mass_RT - total_T)
-    share_T = log_shares_RT[rank].exp()
-    grad = torch.zeros_like(stats_RTk[rank])
-    if grad_log_probs_T is not None:
-        slope_T = grad_log_probs_T.to(grad.dtype) * q_T
-        grad[:, LOG_SUM] -= slope_T * share_T
-        grad[:, TARGET] += slope_T * inv_temperature
-    if grad_entropy_T is not None and stats_RTk.shape[2] == num_stats(True):
-        rest_entropy_T = _rest_entropy(stats_RTk, log_shares_RT)
-        p_T = torch.sigmoid(-gap_T)
-        toward_rest_T = p_T * (rest_entropy_T - gap_T.clamp(-LARGEST_GAP, LARGEST_GAP))
-        finite_log_share_T = torch.where(share_T == 0, 0.0, log_shares_RT[rank])
-        surprise_T = finite_log_share_T - stats_RTk[rank, :, REST_ENTROPY] + rest_entropy_T
-        slope_T = grad_entropy_T.to(grad.dtype) * q_T
-        grad[:, LOG_SUM] += slope_T * share_T * (toward_rest_T - surprise_T)
-        grad[:, TARGET] -= slope_T * toward_rest_T * inv_temperature
-        grad[:, REST_ENTROPY] += slope_T * share_T
-    return grad
+    """Return the gradient [T, k] of log p and entropy with respect to the statistics of `rank`."""
+    return torch.ops.rlsc.join_backward(stats_RTk, rank, inv_temperature, grad_log_probs_T, grad_entropy_T, backend)
 
 
-def _entropy(stats_RTk: Tensor, inv_temperature: float) -> Tensor:
+def entropy_of(stats_RTk: Tensor, inv_temperature: float) -> Tensor:
+    """Return the entropy [T] of each token's whole distribution from statistics that have the rest's entropy."""
     mass_RT, total_T, gap_T = join_mass(stats_RTk, inv_temperature)
     log_shares_RT = torch.where(mass_RT == NEG_INF, NEG_INF, mass_RT - total_T)
     near_T = gap_T.clamp(-LARGEST_GAP, LARGEST_GAP)
     p_T, q_T = torch.sigmoid(-near_T), torch.sigmoid(near_T)
-    entropy_T = p_T * softplus(near_T) + q_T * (softplus(-near_T) + _rest_entropy(stats_RTk, log_shares_RT))
+    entropy_T = p_T * softplus(near_T) + q_T * (softplus(-near_T) + joined_rest_entropy(stats_RTk, log_shares_RT))
     return torch.where(gap_T == NEG_INF, 0.0, entropy_T)
-
-
-def _rest_entropy(stats_RTk: Tensor, log_shares_RT: Tensor) -> Tensor:
-    shares_RT = log_shares_RT.exp()
-    finite_RT = torch.where(shares_RT == 0, 0.0, log_shares_RT)
-    return (shares_RT * (stats_RTk[:, :, REST_ENTROPY] - finite_RT)).sum(dim=0)

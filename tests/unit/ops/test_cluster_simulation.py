@@ -1,4 +1,4 @@
-"""The Hopper kernel's schedule on a CPU: its source runs on simulated blocks whose copies land late.
+"""The Hopper kernel on a CPU: its source runs on simulated blocks whose copies and messages arrive late.
 
 The kernel file is compiled as it is but for what no C++ compiler knows: shared memory, the launch bounds, one line of PTX.
 """
@@ -19,13 +19,16 @@ COMMON = {
 }
 KERNEL = {
     '#include "common.cuh"\n#include "hopper.cuh"\n': "",
-    "constexpr int kClusterThreads = 384;": "constexpr int kClusterThreads = 64;",
     "extern __shared__ __align__(128) unsigned char buffers[];": "unsigned char* buffers = device::block->dynamic();",
-    "__shared__ uint64_t loaded[kMaxStages];": "auto& loaded = " + SHARED.format(type="uint64_t", extents="[kMaxStages]", offset=0),
-    "__shared__ Mass warps[2][kWarps];": "auto& warps = " + SHARED.format(type="Mass", extents="[2][kWarps]", offset=1024),
-    "__shared__ float4 peers[2][kMaxCluster];": "auto& peers = " + SHARED.format(type="float4", extents="[2][kMaxCluster]", offset=4096),
-    "__global__ void __launch_bounds__(kClusterThreads) cluster_rows": "void cluster_rows",
+    "__shared__ uint64_t loaded[kMaxStages * kParts];": "auto& loaded = "
+    + SHARED.format(type="uint64_t", extents="[kMaxStages * kParts]", offset=0),
+    "__shared__ uint64_t arrived[2];": "auto& arrived = " + SHARED.format(type="uint64_t", extents="[2]", offset=512),
+    "__shared__ float4 peers[2 * kMaxCluster];": "auto& peers = " + SHARED.format(type="float4", extents="[2 * kMaxCluster]", offset=1024),
+    "__shared__ Mass warps[kWarps];": "auto& warps = " + SHARED.format(type="Mass", extents="[kWarps]", offset=2048),
+    "__shared__ float found_target;": "auto& found_target = *reinterpret_cast<float*>(device::block->variables + 4096);",
+    "__global__ void __launch_bounds__(kThreads, 1536 / kThreads) cluster_rows": "void cluster_rows",
 }
+CASES = 16
 
 
 def prepare(name: str, changes: dict[str, str]) -> str:
@@ -57,4 +60,4 @@ def test_the_cluster_kernel_computes_every_element_on_simulated_blocks(tmp_path)
     assert built.returncode == 0, built.stderr[:4000]
     run = subprocess.run([str(tmp_path / "run")], capture_output=True, text=True, timeout=200, check=False)
     assert run.returncode == 0, run.stdout
-    assert run.stdout.count(": ok") == 7, run.stdout
+    assert run.stdout.count(": ok") == CASES, run.stdout

@@ -37,7 +37,7 @@ def test_a_backend_that_is_not_built_is_skipped_with_its_reason(monkeypatch):
     choice = choose("dlogits", "cpu")
     assert (choice.backend, choice.reason) == ("reference", "no cpp: not built here")
     logits = torch.randn(3, 5)
-    with pytest.raises(RuntimeError, match=r"ops.backend=cpp: log_prob_stats on cpu is not available: not built here"):
+    with pytest.raises(RuntimeError, match=r"ops.backend=cpp: scored_stats on cpu is not available: not built here"):
         token_log_probs(logits, torch.zeros(3, dtype=torch.int64), vocab_size=5, backend="cpp")
 
 

@@ -152,7 +152,7 @@ def test_tensors_of_different_devices_are_named():
         token_log_probs(torch.zeros(4, 9, device=meta), torch.zeros(4, dtype=torch.int64), vocab_size=9)
     with pytest.raises(ValueError, match="mask_T: expected on cpu like hidden_TH, got meta"):
         linear_token_log_probs(batch.hidden, batch.weight, batch.targets, mask_T=batch.mask.to(meta), vocab_size=VOCAB)
-    with pytest.raises(ValueError, match="weight_VpH: expected on meta like target_ids_T|expected on"):
+    with pytest.raises(ValueError, match="expected on"):
         linear_token_log_probs(batch.hidden, batch.weight.to(meta), batch.targets, mask_T=batch.mask, vocab_size=VOCAB)
     with pytest.raises(ValueError, match="cu_seqlens: expected on cpu like values_T, got meta"):
         sequence_sums(torch.zeros(4), torch.ones(4, dtype=torch.bool), torch.zeros(2, dtype=torch.int32, device=meta))
