@@ -4,7 +4,7 @@
 namespace {
 
 // Raised with every change of a schema or of what an op computes; native.py refuses a library of another version.
-constexpr int64_t kVersion = 4;
+constexpr int64_t kVersion = 5;
 
 int64_t version() { return kVersion; }
 
@@ -20,6 +20,9 @@ STABLE_TORCH_LIBRARY(rlsc_native, m) {
       "dlogits(Tensor grad_stats, Tensor stats, Tensor logits, Tensor targets, Tensor(a!) out, float inv_temperature, int vocab_start, "
       "int num_columns) -> ()");
   m.def("rest_softmax_(Tensor(a!) logits, Tensor targets, Tensor(b!) stats, float inv_temperature, int vocab_start, int num_columns) -> ()");
+  m.def(
+      "rest_softmax_into(Tensor(a!) logits, Tensor(b!) out, Tensor targets, Tensor(c!) stats, float inv_temperature, int vocab_start, "
+      "int num_columns) -> ()");
   m.def(
       "log_prob_dlogits_(Tensor(a!) logits, Tensor targets, Tensor weights, Tensor(b!) log_probs, float inv_temperature, "
       "int vocab_start, int num_columns) -> ()");

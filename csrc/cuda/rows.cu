@@ -141,6 +141,30 @@ void rest_softmax_(Tensor logits, Tensor targets, Tensor stats, double inv_tempe
   overwrite_rows<false>(rows, nullptr, check_floats(stats, "stats", rows.num_rows, kNumStats, logits), logits.get_device());
 }
 
+// Float32 logits; `out` may be of any type, the logits are left as they are.
+void rest_softmax_into(
+    Tensor logits, Tensor out, Tensor targets, Tensor stats, double inv_temperature, int64_t vocab_start, int64_t num_columns) {
+  const RowArguments rows(logits, targets, inv_temperature, vocab_start, num_columns);
+  const RowArguments to(out, targets, inv_temperature, vocab_start, num_columns);
+  to.check_overwritten("out");
+  check_device(out, "out", logits);
+  STD_TORCH_CHECK(
+      rows.dtype == ScalarType::Float && to.row_columns == rows.row_columns, "rest_softmax_into: expected float32 logits and ",
+      rows.row_columns, " columns of out, got scalar type ", int(rows.dtype), " and ", to.row_columns, " columns");
+  float* to_stats = check_floats(stats, "stats", rows.num_rows, kNumStats, logits);
+  const int device = logits.get_device();
+  const torch::stable::accelerator::DeviceGuard guard(device);
+  const Rows arguments{
+      rows.logits,     to.logits,      rows.targets,          nullptr,               to_stats,
+      rows.num_rows,   rows.row_stride, to.row_stride,        rows.vocab_start,      int(rows.num_columns),
+      int(rows.row_columns), rows.inv_temperature};
+  switch (to.dtype) {
+    case ScalarType::Float: return launch<float, float, false>(arguments, device);
+    case ScalarType::BFloat16: return launch<float, __nv_bfloat16, false>(arguments, device);
+    default: return launch<float, __half, false>(arguments, device);
+  }
+}
+
 void log_prob_dlogits_(
     Tensor logits, Tensor targets, Tensor weights, Tensor log_probs, double inv_temperature, int64_t vocab_start, int64_t num_columns) {
   const RowArguments rows(logits, targets, inv_temperature, vocab_start, num_columns);
@@ -167,6 +191,7 @@ STABLE_TORCH_LIBRARY_IMPL(rlsc_native, CompositeExplicitAutograd, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(rlsc_native, CUDA, m) {
   m.impl("rest_softmax_", TORCH_BOX(&rest_softmax_));
+  m.impl("rest_softmax_into", TORCH_BOX(&rest_softmax_into));
   m.impl("log_prob_dlogits_", TORCH_BOX(&log_prob_dlogits_));
 }
 

@@ -28,10 +28,10 @@ class SequenceChunk(NamedTuple):
         return slice(self.pieces[0].start, self.pieces[-1].stop)
 
 
-def default_chunk_tokens(logits: Tensor, num_columns: int, num_buffers: int) -> int:
-    """Return how many rows of `num_columns` logits of this dtype and device fit the workspace."""
-    workspace = WORKSPACE_BYTES.get(logits.device.type, WORKSPACE_BYTES["cuda"])
-    return max(workspace // (num_columns * logits.element_size() * num_buffers), FEWEST_TOKENS)
+def default_chunk_tokens(device: torch.device, num_columns: int, bytes_per_logit: int) -> int:
+    """Return how many rows of `num_columns` logits fit the workspace of a device, at these bytes in all buffers together."""
+    workspace = WORKSPACE_BYTES.get(device.type, WORKSPACE_BYTES["cuda"])
+    return max(workspace // (num_columns * bytes_per_logit), FEWEST_TOKENS)
 
 
 def pieces_of(start: int, stop: int, chunk_tokens: int) -> tuple[Piece, ...]:

@@ -18,6 +18,7 @@ OPS = (
     "scored_stats",
     "dlogits",
     "rest_softmax_",
+    "rest_softmax_into",
     "log_prob_dlogits_",
     "join_stats",
     "join_backward",
@@ -26,9 +27,9 @@ OPS = (
 PREFERENCE = {"cuda": ("cuda", "triton", "reference"), "cpu": ("cpp", "reference")}
 OFFERS = {
     "reference": OPS,
-    "cpp": ("log_prob_stats", "scored_stats", "dlogits", "rest_softmax_", "log_prob_dlogits_", "sequence_sums"),
+    "cpp": ("log_prob_stats", "scored_stats", "dlogits", "rest_softmax_", "rest_softmax_into", "log_prob_dlogits_", "sequence_sums"),
     "triton": OPS,
-    "cuda": ("rest_softmax_", "log_prob_dlogits_"),
+    "cuda": ("rest_softmax_", "rest_softmax_into", "log_prob_dlogits_"),
 }
 MODULES = {
     "reference": "rlsc_mcore.ops.reference",

@@ -22,6 +22,7 @@ class HeadCall:
     group: dist.ProcessGroup | None
     sequence_parallel: bool
     backend: str
+    logits_dtype: torch.dtype
     with_entropy: bool = False
 
     def score(self, logits_CVp: Tensor, targets_C: Tensor) -> PendingScores:
@@ -30,6 +31,9 @@ class HeadCall:
 
     def dlogits_(self, logits_CVp: Tensor, grad_stats_Ck: Tensor, stats_Ck: Tensor, targets_C: Tensor) -> None:
         torch.ops.rlsc.dlogits_(logits_CVp, grad_stats_Ck, stats_Ck, targets_C, *self.shard.as_arguments(), self.backend)
+
+    def rest_softmax_into(self, logits_CVp: Tensor, out_CVp: Tensor, targets_C: Tensor) -> Tensor:
+        return torch.ops.rlsc.rest_softmax_into(logits_CVp, out_CVp, targets_C, *self.shard.as_arguments(), self.backend)
 
     def rest_softmax_(self, logits_CVp: Tensor, targets_C: Tensor) -> Tensor:
         return torch.ops.rlsc.rest_softmax_(logits_CVp, targets_C, *self.shard.as_arguments(), self.backend)
@@ -43,6 +47,34 @@ class HeadCall:
         rows_CVp.scatter_(1, column_C1, torch.where(owned_C[:, None], values_C[:, None].to(rows_CVp.dtype), current_C1))
 
 
+COLUMNS_AT_ONCE = 8192  # of the weight that a CPU converts to another type
+
+
+def head_product(hidden_CH: Tensor, weight_VpH: Tensor, logits_CVp: Tensor) -> Tensor:
+    """Write hidden weight^T to `logits_CVp` and return it.
+
+    Logits of a wider type than the operands' are summed and stored in it, and never rounded to the operands'. A CPU has no such
+    product: there the operands are converted, a block of the weight at a time.
+    """
+    if logits_CVp.dtype == hidden_CH.dtype:
+        return torch.mm(hidden_CH, weight_VpH.t(), out=logits_CVp)
+    if hidden_CH.device.type != "cpu":
+        return torch.mm(hidden_CH, weight_VpH.t(), out_dtype=logits_CVp.dtype, out=logits_CVp)
+    hidden_CH = hidden_CH.to(logits_CVp.dtype)
+    for columns_CV, rows_VH in zip(logits_CVp.split(COLUMNS_AT_ONCE, 1), weight_VpH.split(COLUMNS_AT_ONCE), strict=True):
+        columns_CV.copy_(torch.mm(hidden_CH, rows_VH.to(logits_CVp.dtype).t()))
+    return logits_CVp
+
+
+def check_logits_dtype(logits_dtype: torch.dtype | None, operands: torch.dtype) -> torch.dtype:
+    """Return the type of the logits, by default the operands'; ValueError for one that is neither theirs nor float32."""
+    if logits_dtype is None or logits_dtype == operands or operands == torch.float64:
+        return operands
+    if logits_dtype != torch.float32:
+        raise ValueError(f"logits_dtype: expected {operands} like hidden_TH, or float32, got {logits_dtype}")
+    return logits_dtype
+
+
 def score_pieces(
     call: HeadCall, hidden_TH: Tensor, weight_VpH: Tensor, targets_T: Tensor, live_N: Tensor, pieces: Sequence[Piece], buffer: Tensor
 ) -> Scores:
@@ -53,7 +85,7 @@ def score_pieces(
     pending = []
     for start, stop in pieces:
         index = live_N[start:stop]
-        logits_CVp = torch.mm(hidden_TH.index_select(0, index), weight_VpH.t(), out=buffer[: stop - start])
+        logits_CVp = head_product(hidden_TH.index_select(0, index), weight_VpH, buffer[: stop - start])
         pending.append(call.score(logits_CVp, targets_T[index]))
     scores = [piece.wait() for piece in pending]
     if len(scores) == 1:

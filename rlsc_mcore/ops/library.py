@@ -86,6 +86,19 @@ def _rest_softmax_(logits_TVp: Tensor, targets_T: Tensor, *shard_and_backend: An
     return select("rest_softmax_", logits_TVp.device, logits_TVp.dtype, backend)(logits_TVp, targets_T, *shard)
 
 
+def _rest_softmax_into(logits_TVp: Tensor, out_TVp: Tensor, targets_T: Tensor, *shard_and_backend: Any) -> Tensor:
+    _overwrite(logits_TVp)
+    _overwrite(out_TVp)
+    if out_TVp.shape != logits_TVp.shape or out_TVp.device != logits_TVp.device:
+        raise ValueError(
+            f"out_TVp: expected {list(logits_TVp.shape)} on {logits_TVp.device} like logits_TVp, "
+            f"got {list(out_TVp.shape)} on {out_TVp.device}"
+        )
+    *shard, backend = shard_and_backend
+    run = select("rest_softmax_into", logits_TVp.device, logits_TVp.dtype, backend)
+    return run(logits_TVp, out_TVp, targets_T, *shard)
+
+
 def _fake_rest_softmax_(logits_TVp: Tensor, *_: Any) -> Tensor:
     return logits_TVp.new_empty(logits_TVp.shape[0], num_stats(False), dtype=working_dtype(logits_TVp.dtype))
 
@@ -149,6 +162,12 @@ _register(
 )
 # Overwrite the logits by the softmax over the rest, -1 at the target; return their statistics.
 _register(f"rest_softmax_(Tensor(a!) logits_TVp, Tensor targets_T, {SHARD}, str backend) -> Tensor", _rest_softmax_, _fake_rest_softmax_)
+# The same, written to rows of another type; the logits are lost.
+_register(
+    f"rest_softmax_into(Tensor(a!) logits_TVp, Tensor(b!) out_TVp, Tensor targets_T, {SHARD}, str backend) -> Tensor",
+    _rest_softmax_into,
+    _fake_rest_softmax_,
+)
 # Overwrite the logits of the whole vocabulary by the gradient of sum_t w_t log p_t; return log p [T].
 _register(
     f"log_prob_dlogits_(Tensor(a!) logits_TVp, Tensor targets_T, Tensor weights_T, {SHARD}, str backend) -> Tensor",

@@ -17,8 +17,10 @@ from rlsc_mcore.ops.head import (
     HeadCall,
     WeightGradient,
     check_head,
+    check_logits_dtype,
     deliver_weight_grad,
     gather_hidden,
+    head_product,
     reduce_hidden_grad,
     score_pieces,
 )
@@ -32,7 +34,7 @@ class _LinearTokenLogProbs(torch.autograd.Function):
         ctx: Any, hidden_TH: Tensor, weight_VpH: Tensor, targets_T: Tensor, live_N: Tensor, call: HeadCall, pieces: tuple[Piece, ...]
     ) -> tuple[Tensor, Tensor | None]:
         hidden_full_TH = gather_hidden(hidden_TH, call.group, call.sequence_parallel)
-        buffer = hidden_TH.new_empty(longest(pieces), weight_VpH.shape[0])
+        buffer = hidden_TH.new_empty(longest(pieces), weight_VpH.shape[0], dtype=call.logits_dtype)
         scores = score_pieces(call, hidden_full_TH, weight_VpH, targets_T, live_N, pieces, buffer)
         # Saved, so that autograd notices a change of the weight before backward recomputes the logits from it.
         ctx.save_for_backward(hidden_TH, weight_VpH, targets_T, live_N, scores.stats_RTk)
@@ -51,12 +53,16 @@ class _LinearTokenLogProbs(torch.autograd.Function):
         grad_stats = join_backward(stats_RNk, rank, call.shard.inv_temperature, grad_log_probs_T[live_N], grad_entropy_N, call.backend)
         grad_hidden_TH = torch.zeros_like(hidden_full_TH)
         grad_weight_sum = WeightGradient(weight) if ctx.needs_input_grad[1] else None
-        buffer = hidden_TH.new_empty(longest(ctx.pieces), weight.shape[0])
+        size = longest(ctx.pieces), weight.shape[0]
+        buffer = hidden_TH.new_empty(size, dtype=call.logits_dtype)
+        rounded = buffer if buffer.dtype == hidden_TH.dtype else hidden_TH.new_empty(size)  # the products' operand
         for start, stop in ctx.pieces:
             rows = slice(start, stop)
             hidden_CH = hidden_full_TH.index_select(0, live_N[rows])
-            logits = torch.mm(hidden_CH, weight.t(), out=buffer[: stop - start])
+            logits = head_product(hidden_CH, weight, buffer[: stop - start])
             call.dlogits_(logits, grad_stats[rows], stats_RNk[rank, rows], targets_N[rows])
+            if rounded is not buffer:
+                logits = rounded[: stop - start].copy_(logits)
             grad_hidden_TH.index_copy_(0, live_N[rows], logits @ weight)
             if grad_weight_sum is not None:
                 grad_weight_sum.add(logits, hidden_CH)
@@ -79,6 +85,7 @@ def linear_token_log_probs(
     chunk_tokens: int | None = None,
     num_live: int | None = None,
     with_entropy: bool = False,
+    logits_dtype: torch.dtype | None = None,
     backend: Backend = "auto",
 ) -> Any:
     """Compute log softmax(hidden weight^T / temperature) at the targets of the masked-in tokens, in chunks of logits.
@@ -86,6 +93,7 @@ def linear_token_log_probs(
     hidden_TH: [T, H], or this rank's [T / tp, H] under `sequence_parallel`; weight_VpH: [Vp, H], same dtype, this rank's rows
     from `vocab_start` (rows at or beyond `vocab_size` are padding); target_ids_T: int64 [T] and mask_T: bool [T], all tokens on
     every rank. Returns float32 [T] (with entropy a pair), 0 where the mask is False; those tokens never enter the head.
+    `logits_dtype`: type of the logits, by default hidden_TH's; float32 keeps what rounding them to bfloat16 loses.
     `chunk_tokens`: most rows of logits alive at once (default: a fixed workspace); `num_live`: mask_T.sum() on the host, which
     spares one device-to-host copy. Collectives over `group`: one all-gather of 12 (16) bytes per token and chunk; under sequence
     parallelism an all-gather of hidden in each direction and a reduce-scatter of its gradient, else an all-reduce of it.
@@ -93,11 +101,13 @@ def linear_token_log_probs(
     """
     check_head(hidden_TH, weight_VpH, target_ids_T, mask_T, vocab_start, group, sequence_parallel)
     check_target_range(target_ids_T, vocab_size)
+    dtype = check_logits_dtype(logits_dtype, hidden_TH.dtype)
     shard = VocabShard.of(weight_VpH.shape[0], vocab_size, vocab_start, temperature)
     live = live_tokens(mask_T, None, None if num_live is None else (num_live,))
     if chunk_tokens is None:
-        chunk_tokens = default_chunk_tokens(hidden_TH, weight_VpH.shape[0], num_buffers=1)
+        rounded = 0 if dtype == hidden_TH.dtype else hidden_TH.element_size()
+        chunk_tokens = default_chunk_tokens(hidden_TH.device, weight_VpH.shape[0], dtype.itemsize + rounded)
     pieces = pieces_of(0, live.positions.shape[0], chunk_tokens) or (Piece(0, 0),)
-    call = HeadCall(shard, group, sequence_parallel, backend, with_entropy)
+    call = HeadCall(shard, group, sequence_parallel, backend, dtype, with_entropy)
     log_probs_T, entropy_T = _LinearTokenLogProbs.apply(hidden_TH, weight_VpH, target_ids_T, live.positions, call, pieces)
     return (log_probs_T, entropy_T) if with_entropy else log_probs_T

@@ -26,9 +26,11 @@ from rlsc_mcore.ops.head import (
     HeadCall,
     WeightGradient,
     check_head,
+    check_logits_dtype,
     deliver_weight_grad,
     gather_hidden,
     has_main_grad,
+    head_product,
     reduce_hidden_grad,
     score_pieces,
 )
@@ -54,12 +56,16 @@ class _Pass:
         self.log_probs_N = hidden_TH.new_zeros(live_N.shape[0], dtype=torch.float64 if hidden_TH.dtype == torch.float64 else torch.float32)
         self.grad_hidden_TH: Tensor | None = None
         self.grad_weight: WeightGradient | None = None
+        self.logits_buffer: Tensor | None = None  # where logits are of another type than the products' operands
 
     def run(self, chunks: Sequence[SequenceChunk], coefficient_fn: CoefficientFn) -> None:
         """Walk the chunks in order; with several ranks one chunk's statistics are in flight while the next one's product runs."""
         num_buffers = min(group_size(self.call.group), 2)
         rows = max((longest(chunk.pieces) for chunk in chunks), default=0)
-        buffers = [self.hidden_TH.new_empty(rows, self.weight_VpH.shape[0]) for _ in range(num_buffers)]
+        size = rows, self.weight_VpH.shape[0]
+        buffers = [self.hidden_TH.new_empty(size) for _ in range(num_buffers)]
+        if self.call.logits_dtype != self.hidden_TH.dtype:
+            self.logits_buffer = self.hidden_TH.new_empty(size, dtype=self.call.logits_dtype)
         unfinished: list[Callable[[], None]] = []
         for index, chunk in enumerate(chunks):
             if len(unfinished) == num_buffers:
@@ -74,8 +80,12 @@ class _Pass:
         """Make a chunk's logits, reduce and overwrite them; the returned rest of the work needs the other ranks' statistics."""
         index = self.live_N[chunk.tokens]
         hidden_CH, targets_C = self.hidden_TH.index_select(0, index), self.targets_T[index]
-        rest_CVp = torch.mm(hidden_CH, self.weight_VpH.t(), out=buffer[: index.shape[0]])
-        stats = self.call.rest_softmax_(rest_CVp, targets_C)
+        rest_CVp = buffer[: index.shape[0]]
+        if self.logits_buffer is None:
+            stats = self.call.rest_softmax_(head_product(hidden_CH, self.weight_VpH, rest_CVp), targets_C)
+        else:
+            logits_CVp = head_product(hidden_CH, self.weight_VpH, self.logits_buffer[: index.shape[0]])
+            stats = self.call.rest_softmax_into(logits_CVp, rest_CVp, targets_C)
         gathered = GatheredStats(stats, self.call.group)
         return partial(self.finish_chunk, chunk, index, hidden_CH, targets_C, rest_CVp, gathered, coefficient_fn)
 
@@ -102,7 +112,8 @@ class _Pass:
         return partial(self.run_pieces, chunk, buffer, coefficient_fn)
 
     def run_pieces(self, chunk: SequenceChunk, buffer: Tensor, coefficient_fn: CoefficientFn) -> None:
-        scores = score_pieces(self.call, self.hidden_TH, self.weight_VpH, self.targets_T, self.live_N, chunk.pieces, buffer)
+        logits_buffer = buffer if self.logits_buffer is None else self.logits_buffer
+        scores = score_pieces(self.call, self.hidden_TH, self.weight_VpH, self.targets_T, self.live_N, chunk.pieces, logits_buffer)
         stats_RCk = scores.stats_RTk
         coefficients_C = self.weigh(chunk, scores.log_probs_T, coefficient_fn)
         if self.grad_hidden_TH is None:
@@ -111,8 +122,10 @@ class _Pass:
         for start, stop in chunk.pieces:
             index, rows = self.live_N[start:stop], slice(start - chunk.tokens.start, stop - chunk.tokens.start)
             hidden_CH = self.hidden_TH.index_select(0, index)
-            logits_CVp = torch.mm(hidden_CH, self.weight_VpH.t(), out=buffer[: stop - start])
+            logits_CVp = head_product(hidden_CH, self.weight_VpH, logits_buffer[: stop - start])
             self.call.dlogits_(logits_CVp, grad_stats_Ck[rows], stats_RCk[self.rank, rows], self.targets_T[index])
+            if logits_buffer is not buffer:
+                logits_CVp = buffer[: stop - start].copy_(logits_CVp)
             self.add_gradients(index, hidden_CH, logits_CVp, None)
 
     def weigh(self, chunk: SequenceChunk, log_probs_C: Tensor, coefficient_fn: CoefficientFn) -> Tensor:
@@ -206,6 +219,7 @@ def linear_weighted_loss(
     live_counts: Sequence[int] | None = None,
     whole_batch: bool = False,
     unit_upstream: bool = False,
+    logits_dtype: torch.dtype | None = None,
     backend: Backend = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Compute loss = -sum_t c_t log p_t over the masked-in tokens, c_t from the same pass, and both its gradients with it.
@@ -215,7 +229,8 @@ def linear_weighted_loss(
     int32 [S + 1]: all tokens on every rank. `coefficient_fn` (see CoefficientFn) sees whole sequences, and the whole batch at
     once with `whole_batch`; it must not wait for the device. `chunk_tokens`: most rows of logits alive at once, a longer
     sequence is recomputed in pieces (default: a fixed workspace); `live_counts`: the mask's count per sequence on the host,
-    which spares the only device-to-host copy. `unit_upstream`: promise that backward comes once with gradient 1; the weight's
+    which spares the only device-to-host copy. `logits_dtype`: type of the logits, by default hidden_TH's;
+    float32 keeps what rounding them to bfloat16 loses. `unit_upstream`: promise that backward comes once with gradient 1; the weight's
     gradient is then added to `main_grad` during forward and no [Vp, H] buffer is held.
 
     Returns (loss float64 [], token log-probs float32 [T], detached, 0 outside the mask), the same on every rank of `group`.
@@ -227,16 +242,19 @@ def linear_weighted_loss(
     check_target_range(target_ids_T, vocab_size)
     if live_counts is not None and len(live_counts) != cu_seqlens.shape[0] - 1:
         raise ValueError(f"live_counts: expected one count per sequence ({cu_seqlens.shape[0] - 1}), got {len(live_counts)}")
+    dtype = check_logits_dtype(logits_dtype, hidden_TH.dtype)
     shard = VocabShard.of(weight_VpH.shape[0], vocab_size, vocab_start, temperature)
     live = live_tokens(mask_T, cu_seqlens, live_counts)
     if chunk_tokens is None:
-        chunk_tokens = default_chunk_tokens(hidden_TH, weight_VpH.shape[0], min(group_size(group), 2))
+        rounded = 0 if dtype == hidden_TH.dtype else dtype.itemsize
+        per_logit = hidden_TH.element_size() * min(group_size(group), 2) + rounded
+        chunk_tokens = default_chunk_tokens(hidden_TH.device, weight_VpH.shape[0], per_logit)
     if whole_batch:
         chunks = [SequenceChunk(slice(0, len(live.counts)), pieces_of(0, live.positions.shape[0], chunk_tokens))]
     else:
         chunks = sequence_chunks(live.counts, chunk_tokens)
     chunks = [chunk for chunk in chunks if chunk.pieces]
-    call = HeadCall(shard, group, sequence_parallel, backend)
+    call = HeadCall(shard, group, sequence_parallel, backend, dtype)
     cu_live = live_offsets(mask_T, cu_seqlens)
     return _LinearWeightedLoss.apply(
         hidden_TH, weight_VpH, target_ids_T, live.positions, cu_live, call, chunks, coefficient_fn, unit_upstream

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from rlsc_mcore.ops.reference import num_stats
 
-VERSION = 4  # of csrc/bindings.cpp
-CLUSTER_OPS = ("rest_softmax_", "log_prob_dlogits_")
+VERSION = 5  # of csrc/bindings.cpp
+CLUSTER_OPS = ("rest_softmax_", "rest_softmax_into", "log_prob_dlogits_")
 ALIGNMENT_BYTES = 16  # of a bulk copy: row addresses and row strides
 LARGEST_ROW_BYTES = 8 * 225 * 1024  # 8 blocks of a cluster with the shared memory of one multiprocessor each
 
@@ -37,7 +37,9 @@ def why_not(op: str, device_type: str) -> str | None:
     if reason is not None:
         return reason
     key = {"cpu": "CPU", "cuda": "CUDA"}.get(device_type)
-    native_op = "log_prob_stats" if op == "scored_stats" else op
+    native_op = {"scored_stats": "log_prob_stats"}.get(op, op)
+    if op == "rest_softmax_into" and device_type == "cpu":
+        native_op = "rest_softmax_"  # and a copy
     if key is None or not torch._C._dispatch_has_kernel_for_dispatch_key(f"rlsc_native::{native_op}", key):
         return f"rlsc_mcore._C was built without {op} for {device_type}"
     if device_type == "cuda" and op in CLUSTER_OPS and torch.cuda.get_device_capability()[0] < 9:
@@ -120,6 +122,22 @@ def rest_softmax_(logits_TVp: Tensor, targets_T: Tensor, inv_temperature: float,
         return other(logits_TVp, targets_T, inv_temperature, vocab_start, num_columns)
     stats = _stats_like(logits_TVp, False)
     torch.ops.rlsc_native.rest_softmax_(logits_TVp, targets_T.contiguous(), stats, inv_temperature, vocab_start, num_columns)
+    return stats
+
+
+def rest_softmax_into(
+    logits_TVp: Tensor, out_TVp: Tensor, targets_T: Tensor, inv_temperature: float, vocab_start: int, num_columns: int
+) -> Tensor:
+    """Compiled `reference.rest_softmax_into`: on a GPU one read of the logits and one write of `out_TVp`, on a CPU a copy more."""
+    aligned_out = out_TVp.data_ptr() % ALIGNMENT_BYTES == 0 and out_TVp.stride(0) * out_TVp.element_size() % ALIGNMENT_BYTES == 0
+    if logits_TVp.is_cuda and aligned_out and _other_implementation("rest_softmax_", logits_TVp, num_columns) is None:
+        stats = _stats_like(logits_TVp, False)
+        torch.ops.rlsc_native.rest_softmax_into(
+            logits_TVp, out_TVp, targets_T.contiguous(), stats, inv_temperature, vocab_start, num_columns
+        )
+        return stats
+    stats = rest_softmax_(logits_TVp, targets_T, inv_temperature, vocab_start, num_columns)
+    out_TVp.copy_(logits_TVp)
     return stats
 
 

@@ -130,6 +130,15 @@ def rest_softmax_(logits_TVp: Tensor, targets_T: Tensor, inv_temperature: float,
     return stats
 
 
+def rest_softmax_into(
+    logits_TVp: Tensor, out_TVp: Tensor, targets_T: Tensor, inv_temperature: float, vocab_start: int, num_columns: int
+) -> Tensor:
+    """Write to `out_TVp`, of another float type, what `rest_softmax_` makes of the logits; these are overwritten by anything."""
+    stats = rest_softmax_(logits_TVp, targets_T, inv_temperature, vocab_start, num_columns)
+    out_TVp.copy_(logits_TVp)
+    return stats
+
+
 def unit_grad_stats(stats_Tk: Tensor, inv_temperature: float) -> Tensor:
     """Return the gradient [T, k] with which `dlogits` writes q in the rest and -1 at the target."""
     unit = torch.zeros_like(stats_Tk)

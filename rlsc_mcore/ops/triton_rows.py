@@ -143,6 +143,15 @@ def rest_softmax_(logits_TVp: Tensor, targets_T: Tensor, inv_temperature: float,
     return stats
 
 
+def rest_softmax_into(
+    logits_TVp: Tensor, out_TVp: Tensor, targets_T: Tensor, inv_temperature: float, vocab_start: int, num_columns: int
+) -> Tensor:
+    """Triton `reference.rest_softmax_into`: overwritten, then copied."""
+    stats = rest_softmax_(logits_TVp, targets_T, inv_temperature, vocab_start, num_columns)
+    out_TVp.copy_(logits_TVp)
+    return stats
+
+
 def log_prob_dlogits_(
     logits_TVp: Tensor, targets_T: Tensor, weights_T: Tensor, inv_temperature: float, vocab_start: int, num_columns: int
 ) -> Tensor:
