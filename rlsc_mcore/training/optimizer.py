@@ -1,6 +1,7 @@
 """Megatron-Core's data-parallel wrapper and optimizer, and the learning rate of a step."""
 
 import functools
+import gc
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -50,6 +51,8 @@ def check_optimizer(config: Config, backend: Backend) -> None:
         raise ConfigError("optimizer.offload_during_rollout: there is no GPU whose memory it would spare; turn it off")
     if options.offload_during_rollout and options.cpu_offload:
         raise ConfigError("optimizer.offload_during_rollout, optimizer.cpu_offload: choose one of the two")
+    if options.cpu_offload and not has_transformer_engine():
+        raise ConfigError("optimizer.cpu_offload: Megatron-Core's optimizer on the host needs TransformerEngine, which does not import")
     if options.precision_aware and not (backend.is_cuda and has_transformer_engine()):
         reason = "TransformerEngine does not import" if backend.is_cuda else "there is no GPU"
         raise ConfigError(f"optimizer.precision_aware: it needs TransformerEngine's FusedAdam, and {reason}; turn it off")
@@ -65,6 +68,8 @@ def build_optimizer(config: Config, ddp: DistributedDataParallel, backend: Backe
     check_optimizer(config, backend)
     with backend.megatron():
         optimizer = get_megatron_optimizer(megatron_optimizer_config(config), [ddp], use_gloo_process_groups=False)
+        if config.optimizer.cpu_offload:
+            gc.collect()  # Megatron builds it twice; the first holds fp32 copies of whole parameters, and itself by cycles
         for member in members(optimizer):
             initialize_state(member)
     return optimizer

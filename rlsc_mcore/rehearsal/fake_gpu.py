@@ -1,0 +1,250 @@
+"""A GPU that is not there: torch.cuda answered, fake tensors, a fake process group, and a record of what a step does.
+
+Only in a process of its own (`rlsc_mcore.rehearsal.worker`), which loads fake_cuda.cpp's library before torch. Fake tensors have
+shapes, data types and devices and no values: whatever reads a value gets 1, and is recorded.
+"""
+
+import collections
+import contextlib
+import os
+import sys
+import weakref
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+DEVICE = torch.device("cuda", 0)
+OWN_PACKAGES = ("rlsc_mcore", "megatron")
+
+
+class _Stream:
+    """A stream or an event: nothing to wait for."""
+
+    def __init__(self, *arguments: Any, **keywords: Any) -> None:
+        pass
+
+    def nothing(self, *arguments: Any, **keywords: Any) -> None:
+        """Do nothing."""
+
+    wait = wait_stream = wait_event = synchronize = record = nothing
+
+    def record_event(self, *arguments: Any) -> "_Stream":
+        return _Stream()
+
+    def query(self) -> bool:
+        return True
+
+
+class Recorder(TorchDispatchMode):
+    """Records live bytes by device with their peak, reads of values, copies to the host, and collectives by group and size."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live: collections.Counter[str] = collections.Counter()
+        self.peak: collections.Counter[str] = collections.Counter()
+        self.reads: collections.Counter[str] = collections.Counter()
+        self.copies_to_host: collections.Counter[str] = collections.Counter()  # bytes by caller
+        self.collectives: collections.Counter[str] = collections.Counter()
+        self._sizes: dict[int, int] = {}
+
+    def restart(self) -> None:
+        """Forget everything but what is alive."""
+        self.peak = self.live.copy()
+        for counter in (self.reads, self.copies_to_host, self.collectives):
+            counter.clear()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.ops.aten._local_scalar_dense.default:
+            if args[0].device.type == "cuda":
+                self.reads[_caller()] += 1
+            dtype = args[0].dtype
+            return True if dtype is torch.bool else 1.0 if dtype.is_floating_point else 1
+        if func is torch.ops.aten.index.Tensor:
+            args = (args[0], [_everything(index) for index in args[1]])
+        if func is torch.ops.aten.nonzero.default and args[0].dtype is torch.bool:
+            return torch.stack(torch.meshgrid(*(torch.arange(n, device=args[0].device) for n in args[0].shape), indexing="ij"), -1).view(
+                -1, args[0].dim()
+            )
+        source = args[0] if args and isinstance(args[0], torch.Tensor) else None
+        is_from_gpu = source is not None and source.device.type == "cuda"
+        if func is torch.ops.aten._to_copy.default and is_from_gpu and str(kwargs.get("device")) == "cpu":
+            self.copies_to_host[_caller()] += args[0].nbytes
+        if func is torch.ops.aten.copy_.default and args[0].device.type == "cpu" and args[1].device.type == "cuda":
+            self.copies_to_host[_caller()] += args[1].nbytes
+        if func.namespace == "c10d":
+            self.collectives[func._opname] += 1
+        result = func(*args, **kwargs)
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, torch.Tensor):
+                self._count(leaf)
+        return result
+
+    def resized(self, storage: torch.UntypedStorage, size: int) -> None:
+        """Account for a storage that was resized in place."""
+        key = storage._cdata
+        if key in self._sizes:
+            self._add("cuda", size - self._sizes[key])
+            self._sizes[key] = size
+
+    def _count(self, tensor: torch.Tensor) -> None:
+        storage = tensor.untyped_storage()
+        key, device = storage._cdata, tensor.device.type
+        if key in self._sizes:
+            return
+        self._sizes[key] = storage.nbytes()
+        self._add(device, storage.nbytes())
+        weakref.finalize(storage, self._free, key, device)
+
+    def _free(self, key: int, device: str) -> None:
+        self._add(device, -self._sizes.pop(key, 0))
+
+    def _add(self, device: str, size: int) -> None:
+        self.live[device] += size
+        self.peak[device] = max(self.peak[device], self.live[device])
+
+
+class _OnDevice(TorchFunctionMode):
+    """Reads an integer as the index of the GPU, and pins no memory."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if type(kwargs.get("device")) is int:
+            kwargs["device"] = DEVICE
+        kwargs.pop("pin_memory", None)
+        if func is torch.Tensor.pin_memory:
+            return args[0]
+        if func is torch.Tensor.cuda:
+            return args[0].to(DEVICE)
+        if func is torch.Tensor.type and kwargs.get("dtype", args[1] if len(args) > 1 else None) is None:
+            name = func(args[0]).rpartition(".")[2]
+            return f"torch.cuda.{name}" if args[0].device.type == "cuda" else f"torch.{name}"
+        return func(*args, **kwargs)
+
+
+def pretend(rank: int, world_size: int, memory_bytes: int) -> None:
+    """Answer for a GPU of `memory_bytes` and join a fake process group, for the rest of this process."""
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK="0")
+    answers: dict[str, Any] = {
+        "is_available": True,
+        "current_device": 0,
+        "device_count": 1,
+        "mem_get_info": (memory_bytes, memory_bytes),
+        "get_device_capability": (9, 0),
+        "memory_allocated": 0,
+        "max_memory_allocated": 0,
+        "memory_reserved": 0,
+        "memory_snapshot": [],
+    }
+    for name in ("set_device", "synchronize", "empty_cache", "manual_seed", "manual_seed_all", "set_rng_state", "_lazy_init"):
+        answers[name] = None
+    for name, answer in answers.items():
+        setattr(torch.cuda, name, lambda *arguments, answer=answer, **keywords: answer)
+    torch.cuda.get_rng_state = lambda *arguments, **keywords: torch.zeros(16, dtype=torch.uint8)  # type: ignore[assignment]
+    torch.cuda.current_stream = torch.cuda.default_stream = lambda *arguments: _Stream()  # type: ignore[assignment,return-value]
+    torch.cuda.Stream = torch.cuda.Event = _Stream  # type: ignore[assignment,misc]
+    torch.cuda.stream = lambda stream: contextlib.nullcontext()  # type: ignore[assignment,return-value]
+    FakeTensorMode.avoid_device_init = property(lambda self: True)  # type: ignore[assignment]
+    torch._C._set_only_lift_cpu_tensors(True)
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
+    new_group = dist.new_group
+
+    def fake_group(ranks: Any = None, timeout: Any = None, backend: Any = None, **keywords: Any) -> Any:
+        keywords.pop("use_local_synchronization", None)
+        return new_group(ranks, timeout, "fake", **keywords)
+
+    def gather_alike(values: list[Any], value: Any, group: Any = None) -> None:
+        values[:] = [value] * len(values)
+
+    distributed: Any = dist
+    distributed.new_group, distributed.all_gather_object = fake_group, gather_alike
+
+
+def accommodate_megatron() -> None:
+    """Replace what Megatron-Core takes from TransformerEngine on a GPU, and its CUDA random state; after `pretend`."""
+    import megatron.core.distributed.param_and_grad_buffer as buffers
+    import megatron.core.optimizer.clip_grads as clip_grads
+    import megatron.core.tensor_parallel.random as megatron_random
+
+    megatron_random._get_cuda_rng_state = lambda *arguments, **keywords: torch.empty(0)
+    megatron_random._set_cuda_rng_state = lambda *arguments, **keywords: None
+    clip_grads.multi_tensor_applier = lambda kernel, flag, lists, *rest: kernel(0, flag, lists, *rest)
+    clip_grads.l2_norm_impl = _norm
+    clip_grads.multi_tensor_scale_impl = _scale
+    buffers._coalescing_manager = _no_coalescing
+
+
+@contextlib.contextmanager
+def fake_tensors() -> Iterator[Recorder]:
+    """Make every tensor of the block a fake one; yields what records them."""
+    recorder = Recorder()
+    resize = torch.UntypedStorage.resize_
+
+    def recorded(storage: torch.UntypedStorage, size: int) -> Any:
+        recorder.resized(storage, size)
+        return resize(storage, size)
+
+    module: Any = torch.nn.Module
+    storage: Any = torch.UntypedStorage
+    to, address = module.to, storage.data_ptr
+    module.to, storage.resize_ = _move_module, recorded
+    storage.data_ptr = lambda storage: storage._cdata  # fake storages lie nowhere: tell them apart by the object
+    try:
+        with FakeTensorMode(allow_non_fake_inputs=True), recorder, _OnDevice():
+            yield recorder
+    finally:
+        module.to, storage.resize_, storage.data_ptr = to, resize, address
+
+
+def _everything(index: torch.Tensor | None) -> torch.Tensor | None:
+    """Read a mask as if it selected everything: how much it selects is in its values."""
+    if index is None or index.dtype is not torch.bool:
+        return index
+    return torch.arange(index.numel(), device=index.device)
+
+
+def _move_module(module: torch.nn.Module, *arguments: Any, **keywords: Any) -> torch.nn.Module:
+    """`Module.to(device)` by new parameters: torch swaps the data of fake ones only within a device."""
+    for part in module.modules():
+        for name, parameter in part._parameters.items():
+            if parameter is not None and parameter.device.type != "cuda":
+                moved = torch.nn.Parameter(parameter.detach().to(DEVICE), parameter.requires_grad)
+                # Megatron's marks; a fake tensor's own attributes, its device among them, are there already.
+                moved.__dict__.update({key: value for key, value in vars(parameter).items() if key not in vars(moved)})
+                part._parameters[name] = moved
+        for name, buffer in part._buffers.items():
+            if buffer is not None:
+                part._buffers[name] = buffer.to(DEVICE)
+    return module
+
+
+def _norm(chunk: int, flag: Any, lists: list[list[torch.Tensor]], *rest: Any) -> tuple[torch.Tensor, None]:
+    return torch.stack([tensor.norm().float() for tensor in lists[0]]).norm()[None], None
+
+
+def _scale(chunk: int, flag: Any, lists: list[list[torch.Tensor]], factor: float) -> None:
+    for source, target in zip(lists[0], lists[1], strict=True):
+        target.copy_(source * factor)
+
+
+@contextlib.contextmanager
+def _no_coalescing(*arguments: Any, **keywords: Any) -> Iterator[_Stream]:
+    yield _Stream()
+
+
+def _caller() -> str:
+    """Name the innermost function of the product or of Megatron that is running."""
+    frame: Any = sys._getframe(2)
+    while frame is not None:
+        module = str(frame.f_globals.get("__name__", ""))
+        if module.startswith(OWN_PACKAGES) and not module.startswith("rlsc_mcore.rehearsal"):
+            return f"{module}.{frame.f_code.co_qualname if sys.version_info >= (3, 11) else frame.f_code.co_name}"
+        frame = frame.f_back
+    return "elsewhere"

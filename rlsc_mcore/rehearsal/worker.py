@@ -1,0 +1,78 @@
+"""The process of a rehearsal: `python -m rlsc_mcore.rehearsal.worker LIBRARY JOB`, both paths; prints one JSON object.
+
+The library of fake_cuda.cpp is loaded before torch, which looks for a device's guard and hooks when it is imported.
+"""
+
+import ctypes
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+
+def main() -> None:
+    """Rehearse the job of a JSON file: `flags`, `folder` (config.json), `rank`, `world_size`, `lengths`, `steps`, `gpu_bytes`."""
+    os.environ["TORCHDYNAMO_DISABLE"] = "1"  # Megatron's fused functions run as written
+    ctypes.CDLL(sys.argv[1])
+    job = json.loads(Path(sys.argv[2]).read_text(encoding="utf-8"))
+    for module in job.get("setup", []):  # "module:function", run before anything is built
+        name, _, function = module.partition(":")
+        getattr(__import__(name, fromlist=[function]), function)()
+    print(json.dumps(rehearse(job)))
+
+
+def rehearse(job: dict[str, Any]) -> dict[str, Any]:
+    """Build the trainer of one rank and take its steps on fake tensors; returns bytes, reads, copies and collectives."""
+    from rlsc_mcore.rehearsal import fake_gpu
+
+    fake_gpu.pretend(job["rank"], job["world_size"], job["gpu_bytes"])
+    fake_gpu.accommodate_megatron()
+    from rlsc_mcore.config_file import parse_config
+    from rlsc_mcore.data.packing import pack
+    from rlsc_mcore.parallel.backend import get_backend
+    from rlsc_mcore.parallel.groups import initialize_groups
+    from rlsc_mcore.training.step import Trainer
+
+    config, folder = parse_config(job["flags"]), Path(job["folder"])
+    backend = get_backend()
+    groups = initialize_groups(backend, config.parallel.tp, pp=config.parallel.pp)
+    steps = []
+    with fake_gpu.fake_tensors() as recorder:
+        trainer = Trainer(config, folder, backend, groups, load=False)
+        built = recorder.live["cuda"]
+        for step in range(job["steps"]):
+            trainer.release_memory()
+            released = recorder.live["cuda"]
+            recorder.restart()
+            sequences = [_sequence(number, length) for number, length in enumerate(job["lengths"])]
+            batches = pack(sequences, config.training.tokens_per_micro_batch, multiple_of=trainer.token_multiple)
+            outcome = trainer.step(batches, step, len(sequences) * groups.dp_size)
+            steps.append(
+                {
+                    "updated": outcome.updated,
+                    "micro_batches": [len(batch.token_ids) for batch in batches],
+                    "released": released,
+                    "peak": recorder.peak["cuda"],
+                    "after": recorder.live["cuda"],
+                    "reads": dict(recorder.reads),
+                    "copies_to_host": dict(recorder.copies_to_host),
+                    "collectives": dict(recorder.collectives),
+                }
+            )
+    return {"built": built, "steps": steps}
+
+
+def _sequence(number: int, length: int) -> Any:
+    """A sequence of `length` tokens, the first 16 (or half) of them a prompt."""
+    from rlsc_mcore.data.packing import UniqueSequence
+    from rlsc_mcore.types import Rollout
+
+    prompt = min(16, length // 2)
+    answer = length - prompt
+    rollout = Rollout(0, number, (1,) * prompt, (1,) * answer, (0.0,) * answer, "stop", 0)
+    return UniqueSequence(rollout, number % 2, 1, (True,) * answer)
+
+
+if __name__ == "__main__":
+    main()
