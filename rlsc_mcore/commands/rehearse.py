@@ -4,7 +4,7 @@ import argparse
 import json
 import tempfile
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from importlib import resources
 from pathlib import Path
 
@@ -58,7 +58,8 @@ def run_rehearse(arguments: Sequence[str]) -> int:
     print(f"collectives of a step: {', '.join(f'{name} {count}' for name, count in sorted(step['collectives'].items())) or 'none'}")
     if known.layers is not None:
         return 0
-    planned = train_bytes(shape, config_layout(config, config.parallel.tp, known.gpus // (config.parallel.tp * config.parallel.pp)))
+    layout = config_layout(config, config.parallel.tp, known.gpus // (config.parallel.tp * config.parallel.pp))
+    planned = train_bytes(shape, replace(layout, tokens_per_micro_batch=max(step["micro_batches"])))
     beside = planned["engine"] + planned["contexts"]
     peak = step["peak"] + beside
     print(

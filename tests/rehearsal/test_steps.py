@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from rlsc_mcore.config import ConfigError, RunError
-from rlsc_mcore.planning.memory import Layout, static_bytes
+from rlsc_mcore.planning.memory import Layout, static_bytes, train_bytes
 from rlsc_mcore.rehearsal.run import fake_cuda_library, run_rank
 from tests.rehearsal.shapes import model_folder
 
@@ -67,6 +67,31 @@ def test_a_step_runs_and_holds_what_is_planned(tmp_path: Path, layout: str, flag
             assert size == pytest.approx(held["gradients"] / (world // tp), rel=0.01)
         else:
             assert not to_host
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "tp", "world", "flags", "options"),
+    [
+        ("qwen2.5-1.5b", 1, 1, [], {}),
+        ("qwen2.5-1.5b", 1, 1, ["--training.recompute", "selective"], {"recompute": "selective"}),
+        ("qwen2.5-7b", 4, 8, [], {}),
+        ("qwen2.5-72b", 8, 32, ["--training.recompute", "full"], {"recompute": "full"}),
+    ],
+    ids=["1.5b", "1.5b selective", "7b tp 4", "72b tp 8 full"],
+)
+def test_the_peak_of_a_whole_model_is_planned(
+    tmp_path: Path, name: str, tp: int, world: int, flags: list[str], options: dict[str, str]
+) -> None:
+    """Within 5 %, tensors alone: an engine and contexts are not rehearsed."""
+    model, shape = model_folder(tmp_path / "model", name)
+    base = ["--run-dir", "unused", "--model.path", str(model), "--data.path", "embedded:train", "--parallel.tp", str(tp)]
+    run = run_rank([*base, *flags], model, rank=0, world_size=world, lengths=(2000,) * 4, timeout_s=280)
+    (step,) = run["steps"]
+    planned = train_bytes(shape, Layout(tp, world // tp, tokens_per_micro_batch=max(step["micro_batches"]), **options))
+    parts = sum(planned.values()) - planned["engine"] - planned["contexts"]
+    print(f"peak {step['peak'] / 2**30:.2f} GiB, planned {parts / 2**30:.2f}")
+    assert parts == pytest.approx(step["peak"], rel=0.05)
 
 
 def test_two_passes_and_two_updates_read_no_more_per_update(tmp_path: Path) -> None:
