@@ -157,8 +157,8 @@ def initialize_groups(backend: Backend, tp: int, engine_tp: int | None = None, *
     """Join the process group that torchrun (or nobody: one rank) set up, and split it into tp x dp x pp; collective over the world.
 
     `engine_tp` is the engines' tensor-parallel size, by default `tp`. Without a launcher's environment the process is a world
-    of one, without a change to its environment, and on a CPU without a port. Raises `ConfigError` when the world size is no
-    multiple of tp x pp and of `engine_tp`.
+    of one. On one node every socket is on the loopback interface (`rendezvous.use_loopback`). Raises `ConfigError` when the
+    world size is no multiple of tp x pp and of `engine_tp`, and `RunError` when ranks are missing.
     """
     engine_tp = engine_tp or tp
     assert max(tp, engine_tp) % min(tp, engine_tp) == 0, f"trainer groups of {tp} ranks and engines of {engine_tp} do not nest"

@@ -83,6 +83,8 @@ def _plain(value: Any, *, escapes: bool = False) -> Any:
     if kind is dict:
         return {_MAP: [[_plain(key, escapes=escapes), _plain(item, escapes=escapes)] for key, item in value.items()]}
     if isinstance(value, torch.Tensor):
+        if value.is_meta:  # a shape without content
+            return {_TENSOR: [str(value.dtype).removeprefix("torch."), list(value.shape), None]}
         data = value.detach().cpu().contiguous()
         content = data.reshape(-1).view(torch.uint8).numpy().tobytes() if data.numel() else b""
         return {_TENSOR: [str(data.dtype).removeprefix("torch."), list(data.shape), content]}
@@ -118,7 +120,9 @@ def _restored(value: Any) -> Any:
     raise ValueError(f"unknown kind {kind!r}")
 
 
-def _tensor(dtype: str, shape: list[int], content: bytes | str) -> torch.Tensor:
+def _tensor(dtype: str, shape: list[int], content: bytes | str | None) -> torch.Tensor:
+    if content is None:
+        return torch.empty(shape, dtype=getattr(torch, dtype), device="meta")
     data = base64.b64decode(content) if isinstance(content, str) else content
     kind = getattr(torch, dtype)
     if not isinstance(kind, torch.dtype):

@@ -21,6 +21,7 @@ from rlsc_mcore.planning.known_models import find_model, num_parameters
 from rlsc_mcore.planning.layouts import USABLE_SHARE
 from rlsc_mcore.planning.memory import GIB, config_layout, describe_bytes, rollout_bytes, train_bytes
 from rlsc_mcore.run.folder import CONFIG_FILE
+from rlsc_mcore.run.owner import refuse_owned
 from rlsc_mcore.run.resolve import resolve_training as resolve_training
 from rlsc_mcore.run.resolve import split_options
 
@@ -71,6 +72,8 @@ def check_launch(trainer: Sequence[str], nodes: int, ranks_per_node: int, gpu_me
     run_dir = Path(config.run_dir).absolute()
     needed = _checkpoint_bytes(config, architecture) if architecture else 0
     _check_run_dir(run_dir, needed)
+    if "SLURM_JOB_ID" in os.environ:  # before the launch script claims the folder; a dry run may look at a folder in use
+        refuse_owned(run_dir)
     yield "run_dir", str(run_dir)
     yield "model", config.model.path
     yield "data", config.data.path

@@ -34,6 +34,7 @@ _BY_NUMBER = {
 _BY_TEXT = {
     "No space left on device": errno.ENOSPC,
     "Disk quota exceeded": errno.EDQUOT,
+    "No such file or directory": errno.ENOENT,
     "File too large": errno.EFBIG,
     "Read-only file system": errno.EROFS,
     "Permission denied": errno.EACCES,

@@ -222,6 +222,8 @@ class CheckpointSaver:
         rank, text = next((each for each in reasons if each[1] != ELSEWHERE), reasons[0])
         where = f"rank {rank}: " if groups.world_size > 1 else ""
         whole = "the previous checkpoint is whole" if latest_checkpoint(self._run_dir) else "there is no earlier checkpoint"
+        if not self._run_dir.is_dir():
+            whole = "the folder of the run is gone: it was moved or deleted; the checkpoints of before went with it"
         raise CheckpointError(f"checkpoint of step {step} not saved to {self.folder}: {where}{text}; {whole}") from failure
 
     def _final(self, step: int) -> Path:

@@ -15,7 +15,7 @@ from rlsc_mcore.types import Rollout
 ROLLOUT = Rollout(1, 0, (5, 6), (7, 8, 9), (-0.1, -1e-300, -0.0), "stop", 3, "a \ud83d half")
 VALUES = [
     None, True, 3, -(2**40), 2**63, 0.1, float("inf"), "", "größer\n", b"\0\xff", [], (), {}, [1, 2.5], (1, "a", None), [[1], (2,)],
-    {"a": {0.5: (1,)}, 3: [True]}, {(0, 1): "x"}, Path("/a/b"), [ROLLOUT], 
+    {"a": {0.5: (1,)}, 3: [True]}, {(0, 1): "x"}, Path("/a/b"), [ROLLOUT],
     {"answers": [AnswerRecord(0, 0.5, 1, "g", "t", None, True, True, False, False, 4, None)]},
 ]  # fmt: skip
 
@@ -32,6 +32,11 @@ def test_tensors_come_back(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
     tensor = (torch.randn(shape) * 3).to(dtype)
     for restored in (decode(encode([tensor]))[0], from_json(to_json([tensor]))[0]):
         assert restored.dtype == dtype and restored.shape == tensor.shape and torch.equal(restored, tensor)
+
+
+def test_a_shape_without_content_comes_back() -> None:
+    (restored,) = decode(encode([torch.empty(2, 3, dtype=torch.bfloat16, device="meta")]))
+    assert restored.is_meta and restored.shape == (2, 3) and restored.dtype == torch.bfloat16
 
 
 def test_nan_and_bits_of_floats() -> None:
