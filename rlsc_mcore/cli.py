@@ -8,6 +8,7 @@ import contextlib
 import os
 import signal
 import sys
+import threading
 import traceback
 from collections.abc import Sequence
 from typing import NoReturn
@@ -35,6 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(0)
     name, rest = arguments[0], arguments[1:]
     survive_a_lost_terminal()
+    threading.excepthook = _tell_of_thread
     try:
         with interruptible():
             code = _run(name, rest)
@@ -59,6 +61,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
             traceback.print_exc()
         code = 1
     _leave(code)
+
+
+def _tell_of_thread(ending: threading.ExceptHookArgs) -> None:
+    """Print in one line what the machine refused a library's thread (TensorBoard's writer); anything else with its traceback."""
+    cause = explain(ending.exc_value) if ending.exc_value is not None else None
+    if cause is None:
+        threading.__excepthook__(ending)
+    elif is_main_rank():
+        _tell("background thread", cause)
 
 
 def _tell(name: str, error: object) -> None:
