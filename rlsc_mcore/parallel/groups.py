@@ -172,6 +172,7 @@ def initialize_groups(backend: Backend, tp: int, engine_tp: int | None = None, *
     if not dist.is_initialized():
         timeout = timedelta(seconds=_timeout_s())
         store, rank, world = meet(seconds_from_environment(RENDEZVOUS_VARIABLE, DEFAULT_RENDEZVOUS_S), needs_address=backend.is_cuda)
+        store.set_timeout(timeout)  # of what groups exchange through it later: ranks come to that at very different times
         device = backend.device if backend.is_cuda else None
         dist.init_process_group(backend.collectives, store=store, rank=rank, world_size=world, timeout=timeout, device_id=device)
     # Before Megatron's groups: see `_host_group`.
