@@ -11,6 +11,7 @@ import pytest
 
 from rlsc_mcore.commands.status import describe, run_status
 from rlsc_mcore.config import ConfigError
+from rlsc_mcore.run.owner import FolderLost, owned
 from rlsc_mcore.run.progress import duration
 from rlsc_mcore.run.status import RunStatus, read_status, recorded_end, write_end
 
@@ -199,3 +200,51 @@ def test_an_earlier_run_s_crash_is_forgotten(tmp_path: Path) -> None:
     assert (read_status(tmp_path) or {})["state"] == "running"
     write_end(tmp_path, "done")
     assert (read_status(tmp_path) or {})["state"] == "done" and [path.name for path in tmp_path.iterdir()] == ["status.json"]
+
+
+def test_a_full_disk_does_not_leave_a_run_running(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No second file fits: the status is written over the old one, which has its bytes already."""
+    RunStatus(tmp_path, 10, enabled=True).phase("saving", 4)
+    size = (tmp_path / "status.json").stat().st_size
+
+    def full(file: Path, content: bytes) -> int:
+        file.touch()
+        raise OSError(28, "No space left on device", str(file))
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(OSError, match="No space"), recorded_end(tmp_path):
+        raise OSError(28, "No space left on device", str(tmp_path / "metrics.jsonl"))
+    status = read_status(tmp_path) or {}
+    assert status["state"] == "crash" and status["message"].startswith(f"{tmp_path}/metrics.jsonl: the disk is full")
+    assert (tmp_path / "status.json").stat().st_size == size and [path.name for path in tmp_path.glob("*.partial")] == []
+
+
+def test_a_folder_that_is_gone_is_not_made_again(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    folder.mkdir()
+    with owned(folder) as owner:
+        status = RunStatus(folder, 10, enabled=True, owner=owner)
+        folder.rename(tmp_path / "moved")
+        with pytest.raises(FolderLost), recorded_end(folder):
+            status.phase("rollout", 1)
+    assert not folder.exists() and (read_status(tmp_path / "moved") or {})["state"] == "running"
+
+
+def test_a_killed_run_has_crashed_whatever_its_last_word_was(tmp_path: Path) -> None:
+    write_run(tmp_path)
+    program = (
+        "import os, sys; from pathlib import Path; from rlsc_mcore.run.owner import own; own(Path(sys.argv[1])); os.kill(os.getpid(), 9)"
+    )
+    killed = subprocess.run([sys.executable, "-c", program, str(tmp_path)], check=False)
+    assert killed.returncode == -9 and (tmp_path / ".owner.json").exists()
+    facts = describe(tmp_path, now=NOW)
+    assert facts["state"].startswith("crash: ended without a word: process ") and f"rlsc train --resume {tmp_path}" in facts["state"]
+    assert run_status([str(tmp_path)]) == 1
+
+
+def test_a_status_keeps_no_secret_and_prints_no_control_character(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    RunStatus(tmp_path, 10, enabled=True)
+    write_end(tmp_path, "crash", message="https://user:secret123@host failed \x1b[2J")
+    assert "secret123" not in (tmp_path / "status.json").read_text()
+    run_status([str(tmp_path)])
+    assert "\x1b" not in capsys.readouterr().out
