@@ -114,7 +114,7 @@ class CheckpointSaver:
         self._keep_last, self._keep_best, self._asynchronous = keep_last, keep_best, asynchronous
         self._save: _Save | None = None
         if trainer.groups.is_main:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            run_dir.mkdir(parents=True, exist_ok=True)
 
     def save(self, step: int, policy_version: int, scores: Mapping[int, float] | None = None) -> Path:
         """Save the checkpoint of `step`; collective over the world.
@@ -157,7 +157,8 @@ class CheckpointSaver:
     def _make_folder(self, step: int) -> None:
         if self._trainer.groups.is_main:
             shutil.rmtree(self._partial(step), ignore_errors=True)
-            self._partial(step).mkdir()  # not its parents: a run folder that was moved away stays away
+            self.folder.mkdir(exist_ok=True)  # not its parents: a run folder that was moved away stays away
+            self._partial(step).mkdir()
 
     def _begin(self, state: RunState, scores: Mapping[int, float]) -> None:
         trainer = self._trainer
