@@ -247,7 +247,7 @@ _rlsc_end() {
 _rlsc_nodes_answer() {
     local nodes=${SLURM_JOB_NUM_NODES:-1}
     if ((nodes == 1)); then return 0; fi
-    timeout --kill-after=5 60 srun --nodes="$nodes" --ntasks="$nodes" --ntasks-per-node=1 --mpi=none true >/dev/null 2>&1
+    (($(timeout --kill-after=5 60 srun --nodes="$nodes" --ntasks="$nodes" --ntasks-per-node=1 --mpi=none echo alive 2>/dev/null | grep -c alive) == nodes))
 }
 
 _rlsc_end_stopped() { # WHAT

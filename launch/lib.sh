@@ -192,26 +192,25 @@ _rlsc_step() { # NODES RANKS_PER_NODE
 # ------------------------------------------------------------------------------------------------ before the ranks start
 
 _rlsc_check_nodes() { # NODES GPUS
-    local status=0 began=$SECONDS
+    local status=0 began=$SECONDS log=$RLSC_LOGS/node_checks.log
     rlsc_say "checking $1 nodes: checkout, run folder, GPUs, imports, disk"
     echo "$job.$attempt" >"$run_dir/.canary"
     timeout --kill-after=30 "$((check_timeout_s + 60))" srun --nodes="$1" --ntasks="$1" --ntasks-per-node=1 --mpi=none ${srun_gpus:+"$srun_gpus"} ${srun_container[@]+"${srun_container[@]}"} \
         bash -c 'if [[ ! -r $1 ]]; then echo "rlsc: error: $(hostname): no $1 here; the checkout must be on a shared file system" >&2; exit 2; fi
             source "$1" && shift && rlsc_check_node "$@"' _ "$RLSC_ROOT/launch/node.sh" \
         "$run_dir" "$job.$attempt" "$2" "$min_free_gb" "${RLSC_CHECK_IMPORTS:-1}" "$check_timeout_s" ${in_container[@]+"${in_container[@]}"} "$python" \
-        2>"$RLSC_LOGS/node_checks.log" || status=$?
-    cat "$RLSC_LOGS/node_checks.log" >&2
-    case $status in
-        0) return ;;
-        2) exit 2 ;;
-    esac
+        >"$log" 2>&1 || status=$?
+    grep -v '^checked ' "$log" >&2 || true
+    if ((status == 2)); then exit 2; fi
+    # srun also exits with 0 where its step was cancelled before it began: each node must have said that it is well.
+    if ((status == 0 && $(grep -c '^checked ' "$log") == $1)); then return; fi
     if ((SECONDS - began >= check_timeout_s + 60)); then
         rlsc_say "a node did not answer within $((check_timeout_s + 60)) s; srun -w NODE hostname finds it"
     else
         rlsc_say "the node checks were cut off (srun exit $status)"
     fi
     if [[ -n $stop ]]; then return; fi
-    if _rlsc_was_refused "$RLSC_LOGS/node_checks.log"; then rlsc_die "srun cannot start a step in this job; its line is above"; fi
+    if _rlsc_was_refused "$log"; then rlsc_die "srun cannot start a step in this job; its line is above"; fi
     _rlsc_requeue_after_crash "nothing was started"
     exit 75
 }

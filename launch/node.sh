@@ -46,7 +46,8 @@ rlsc_visible_devices() {
     done
 }
 
-# Check this node. RUN_DIR CANARY GPUS FREE_GB IMPORTS SECONDS PYTHON...; prints one line per fault, with the node's name.
+# Check this node. RUN_DIR CANARY GPUS FREE_GB IMPORTS SECONDS PYTHON...; prints one line per fault, with the node's
+# name, or "checked NODE".
 rlsc_check_node() {
     local run_dir=$1 canary=$2 gpus=$3 free_gb=$4 imports=$5 seconds=$6 bad=0 devices visible slices free broken host
     host=$(hostname)
@@ -73,6 +74,7 @@ rlsc_check_node() {
     fi
     broken=$(rlsc_broken_import "$imports" "$seconds" "$@")
     if [[ -n $broken ]]; then fault "$* cannot import $broken; install on a shared file system (bash launch/install.sh) or set PYTHON"; fi
+    if ((bad == 0)); then echo "checked $host"; fi
     return "$bad"
 }
 
