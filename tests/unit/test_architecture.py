@@ -9,6 +9,7 @@ import pytest
 
 from rlsc_mcore.config import ConfigError, ModelConfig
 from rlsc_mcore.model.architecture import CPU_HEAD_DIMS, check_head_dim, uses_transformer_engine
+from rlsc_mcore.model.families import FAMILIES
 from rlsc_mcore.model.shape import check_parallel, read_architecture
 
 QWEN2: dict[str, Any] = {
@@ -170,3 +171,25 @@ def test_transformer_engine_asked_for_on_a_cpu() -> None:
         uses_transformer_engine(model, _Cpu())  # type: ignore[arg-type]
     assert not uses_transformer_engine(ModelConfig(path="m"), _Cpu())  # type: ignore[arg-type]
     assert not uses_transformer_engine(ModelConfig(path="m", layers="torch"), _Cuda())  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_family_s_row_is_complete(name: str, tmp_path: Path) -> None:
+    """transformers builds it, its shape is read, and vLLM has its class."""
+    import importlib.util
+
+    import transformers
+
+    row = FAMILIES[name]
+    assert name == row.architecture and importlib.util.find_spec(row.vllm_module) is not None
+    text = Path(importlib.util.find_spec(row.vllm_module).origin).read_text(encoding="utf-8")  # type: ignore[union-attr,arg-type]
+    assert f"class {name}(" in text
+    config = getattr(transformers, name).config_class(hidden_size=64, num_attention_heads=4, num_hidden_layers=1, intermediate_size=32)
+    model = getattr(transformers, name)(config)
+    has_bias = model.model.layers[0].self_attn.q_proj.bias is not None
+    has_norm = hasattr(model.model.layers[0].self_attn, "q_norm")
+    assert (has_bias, has_norm) == (row.qkv_bias, row.qk_norm)
+    config.architectures = [name]
+    config.save_pretrained(tmp_path)
+    architecture = read_architecture(tmp_path)
+    assert (architecture.name, architecture.qkv_bias, architecture.qk_norm) == (name, row.qkv_bias, row.qk_norm)
