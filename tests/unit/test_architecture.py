@@ -161,7 +161,7 @@ def test_head_sizes_of_a_cpu(tmp_path: Path) -> None:
 
 
 def test_vllms_qwen2_ignores_head_dim(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"head_dim: vLLM's Qwen2 takes hidden_size / heads = 32, not 64"):
+    with pytest.raises(ConfigError, match=r"head_dim: vLLM's Qwen2ForCausalLM takes hidden_size / heads = 32, not 64"):
         check_head_dim(read_architecture(write(tmp_path, head_dim=64)), _Cpu(), tmp_path)  # type: ignore[arg-type]
 
 
