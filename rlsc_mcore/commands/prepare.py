@@ -8,6 +8,7 @@ import argparse
 import hashlib
 import importlib.util
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -84,6 +85,8 @@ def convert_gguf(weights: Path, output_dir: Path, *, model_max_length: int) -> N
     tokenizer.model_max_length = model_max_length
     model.save_pretrained(output_dir)
     tokenizer.save_pretrained(output_dir)
+    for file in output_dir.glob("*.safetensors"):
+        shutil.copymode(output_dir / "config.json", file)  # safetensors makes its files readable by their owner alone
 
 
 def _require_readers() -> None:

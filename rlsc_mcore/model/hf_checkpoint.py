@@ -19,7 +19,12 @@ from rlsc_mcore.run.made_here import check_replaceable, replacing
 
 EMBEDDED = "embedded:"
 MAX_SHARD_BYTES = 5 * 10**9
+WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+ADAPTER_CONFIG = "adapter_config.json"
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+FLOAT_TYPES = ("F64", "F32", "F16", "BF16")
+COMPARED_ROWS = 4096  # of two vocabulary tensors at a time
 # Beside the weights, what makes a folder complete for transformers and vLLM.
 SIDE_FILES = (
     "config.json",
@@ -80,31 +85,92 @@ def check_vocabulary(tokenizer: Any, architecture: Architecture, folder: Path) -
         )
 
 
+def weight_files(folder: Path) -> list[Path]:
+    """Return the weight files that transformers reads of `folder`.
+
+    These are the file that config.json names as `transformers_weights`, else model.safetensors, else the files of the
+    index. Other safetensors files beside them are no part of the model. Raises `ConfigError` when there are none, when the
+    index is damaged or names a file outside the folder, and when the folder holds an adapter instead of a whole model.
+    """
+    if (folder / ADAPTER_CONFIG).is_file():
+        raise ConfigError(
+            f"model.path: {folder} holds an adapter ({ADAPTER_CONFIG}); expected whole weights: merge it into its base "
+            "model, or remove the adapter's files"
+        )
+    first = folder / (_named_weights(folder) or WEIGHTS_FILE)
+    if first.is_file() and not first.name.endswith(".index.json"):
+        return [first]
+    index_file = first if first.name.endswith(".index.json") else folder / INDEX_FILE
+    if index_file.is_file():
+        return _indexed_files(folder, index_file)
+    if list(folder.glob("*.safetensors")):
+        raise ConfigError(
+            f"model.path: {folder} has neither {first.name} nor {INDEX_FILE}, without which transformers reads no "
+            "*.safetensors file; rename a single file, or bring the index of several"
+        )
+    hint = "; only safetensors are read, pickled *.bin files are refused" if list(folder.glob("*.bin")) else ""
+    raise ConfigError(f"model.path: {folder} has no *.safetensors weights{hint}")
+
+
+def left_over_weights(folder: Path) -> list[str]:
+    """Name the safetensors files (and an index) in `folder` that are not read; a warning, as they may be a mistake."""
+    names = {file.name for file in folder.glob("*.safetensors")}
+    names -= {file.name for file in weight_files(folder)}
+    single = (folder / WEIGHTS_FILE).is_file() and not _named_weights(folder)
+    return sorted(names | ({INDEX_FILE} if single and (folder / INDEX_FILE).is_file() else set()))
+
+
+def _named_weights(folder: Path) -> str | None:
+    """Return `transformers_weights` of config.json: the file that transformers reads instead of its default names."""
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    name = config.get("transformers_weights") if isinstance(config, dict) else None
+    if name is None:
+        return None
+    if Path(str(name)).name != name or not name.endswith((".safetensors", ".safetensors.index.json")):
+        raise ConfigError(f"{folder / 'config.json'}: transformers_weights: expected a safetensors file of the folder, got {name!r}")
+    if not (folder / name).is_file():
+        raise ConfigError(f"{folder / 'config.json'}: transformers_weights: {folder} lacks {name}")
+    return str(name)
+
+
+def _indexed_files(folder: Path, index_file: Path) -> list[Path]:
+    try:
+        index = json.loads(index_file.read_text(encoding="utf-8"))
+        names = sorted(set(index["weight_map"].values()))
+        outside = next((name for name in names if Path(name).name != name), None)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(f"{index_file}: not an index of safetensors files: {error!r}") from None
+    if not names:
+        raise ConfigError(f"{index_file}: not an index of safetensors files: it names none")
+    if outside is not None:
+        raise ConfigError(f"{index_file}: expected names of files in its folder, got {outside!r}")
+    for name in names:
+        if not (folder / name).is_file():
+            raise ConfigError(f"model.path: {folder} lacks {name}, which its {index_file.name} names")
+    return [folder / name for name in names]
+
+
 class SafetensorsFolder:
     """Random access to the tensors of a folder's safetensors files, one slice at a time."""
 
     def __init__(self, folder: Path) -> None:
-        """Open the files' headers; raises `ConfigError` when there are none or one is damaged."""
-        files = sorted(folder.glob("*.safetensors"))
-        if (folder / INDEX_FILE).is_file():
-            try:
-                index = json.loads((folder / INDEX_FILE).read_text(encoding="utf-8"))
-                files = [folder / name for name in sorted(set(index["weight_map"].values()))]
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
-                raise ConfigError(f"{folder / INDEX_FILE}: not an index of safetensors files: {error!r}") from None
-        if not files:
-            hint = "; only safetensors are read, pickled *.bin files are refused" if list(folder.glob("*.bin")) else ""
-            raise ConfigError(f"model.path: {folder} has no *.safetensors weights{hint}")
+        """Open the headers of `weight_files`; raises `ConfigError` when one is damaged or a tensor is in two of them."""
         self.folder = folder
         self._file_of: dict[str, Any] = {}
-        for file in files:
-            if not file.is_file():
-                raise ConfigError(f"model.path: {folder} lacks {file.name}, which its {INDEX_FILE} names")
+        place_of: dict[str, str] = {}
+        for file in weight_files(folder):
             try:
                 handle = safe_open(file, framework="pt")
             except SafetensorError as error:
                 raise ConfigError(f"{file}: not a whole safetensors file: {error}") from None
-            self._file_of.update(dict.fromkeys(handle.keys(), handle))
+            for name in handle.keys():  # noqa: SIM118  # no mapping
+                if name in place_of:
+                    raise ConfigError(f"model.path: {folder}: tensor {name!r} is in {place_of[name]} and in {file.name}; keep one of them")
+                place_of[name] = file.name
+                self._file_of[name] = handle
 
     def __contains__(self, name: str) -> bool:
         return name in self._file_of
@@ -112,6 +178,10 @@ class SafetensorsFolder:
     def shape(self, name: str) -> tuple[int, ...]:
         """Return a tensor's shape from the header."""
         return tuple(self._handle(name).get_slice(name).get_shape())
+
+    def dtype(self, name: str) -> str:
+        """Return a tensor's type from the header, in safetensors' spelling (`BF16`)."""
+        return str(self._handle(name).get_slice(name).get_dtype())
 
     def read(self, name: str, dim: int | None, start: int, stop: int) -> torch.Tensor:
         """Read elements [start, stop) along `dim` (0 or 1), or the whole tensor."""
@@ -127,11 +197,40 @@ class SafetensorsFolder:
 
 
 def check_weights(folder: Path, architecture: Architecture) -> None:
-    """Raise `ConfigError` when the folder has no safetensors, or a tensor is missing or does not fit config.json; reads headers only."""
+    """Raise `ConfigError` when the folder's weights are not those of its config.json.
+
+    The reasons are: no safetensors, a tensor that is missing, has another shape or is quantized, and a tied model with an
+    output layer of its own. Reads headers only, and both vocabulary tensors where a tied model has two.
+    """
     weights = SafetensorsFolder(folder)
     for name, expected in hf_shapes(architecture).items():
+        if name == HEAD and name not in weights:
+            raise ConfigError(
+                f"model.path: {folder} has no tensor {HEAD!r} and its config.json does not say tie_word_embeddings: true; "
+                "set it if the output layer is the embedding"
+            )
         if weights.shape(name) != expected:
             raise ConfigError(f"model.path: {folder}: {name} has shape {weights.shape(name)}, config.json says {expected}")
+        if weights.dtype(name) not in FLOAT_TYPES:
+            raise ConfigError(
+                f"model.path: {folder}: {name} is stored as {weights.dtype(name)}; expected one of {', '.join(FLOAT_TYPES)}: "
+                "quantized weights are not read, bring the model they were made from"
+            )
+    if architecture.tied_embeddings and HEAD in weights:
+        _check_tied_head(weights, architecture)
+
+
+def _check_tied_head(weights: SafetensorsFolder, architecture: Architecture) -> None:
+    """Accept a copy of the embedding as the output layer of a tied model, as transformers does; refuse other values."""
+    same = weights.shape(HEAD) == weights.shape(EMBEDDING)
+    for start in range(0, architecture.vocab_size if same else 0, COMPARED_ROWS):
+        rows = (0, start, min(start + COMPARED_ROWS, architecture.vocab_size))
+        same = same and torch.equal(weights.read(HEAD, *rows).float(), weights.read(EMBEDDING, *rows).float())
+    if not same:
+        raise ConfigError(
+            f"model.path: {weights.folder}: {HEAD} is not equal to {EMBEDDING}, but config.json says tie_word_embeddings: "
+            f"true; set it to false to train both, or remove {HEAD}"
+        )
 
 
 @torch.no_grad()
@@ -183,7 +282,10 @@ def _write_model(tensors: Iterable[tuple[str, torch.Tensor]], source: Path, part
     def flush() -> None:
         nonlocal pending, pending_bytes
         if pending:
-            save_file(pending, partial / f"shard-{len(shards):05d}", metadata={"format": "pt"})
+            file = partial / f"shard-{len(shards):05d}"
+            save_file(pending, file, metadata={"format": "pt"})
+            # safetensors makes its files readable by their owner alone.
+            shutil.copymode(partial / "config.json", file)
             shards.append(list(pending))
         pending, pending_bytes = {}, 0
 
@@ -195,9 +297,7 @@ def _write_model(tensors: Iterable[tuple[str, torch.Tensor]], source: Path, part
         pending_bytes += size
         total_bytes += size
     flush()
-    names = (
-        ["model.safetensors"] if len(shards) == 1 else [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
-    )
+    names = [WEIGHTS_FILE] if len(shards) == 1 else [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
     for number, name in enumerate(names):
         os.replace(partial / f"shard-{number:05d}", partial / name)
     if len(names) > 1:

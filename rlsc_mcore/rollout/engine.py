@@ -123,7 +123,8 @@ class RolloutEngine:
             cache = kv_cache_bytes(
                 config.rollout, free_bytes=free_bytes, max_model_len=max_model_len, kv_bytes_per_token=kv_bytes_per_token
             )
-            self._llm = _build_llm(config, folder, backend, groups, bind_weights, max_model_len, cache, tempered)
+            with _tied_as_configured():
+                self._llm = _build_llm(config, folder, backend, groups, bind_weights, max_model_len, cache, tempered)
             if not backend.is_cuda and groups.world_size > 1:
                 groups.barrier()  # every rank has attached
                 unlink_segments()
@@ -330,6 +331,25 @@ def allocate_storage(parameter: torch.Tensor) -> None:
     needed = int(parameter.storage_offset() + parameter.numel()) * parameter.element_size()
     if storage.nbytes() < needed:
         storage.resize_(needed)
+
+
+@contextmanager
+def _tied_as_configured() -> Iterator[None]:
+    """Let config.json alone decide whether vLLM ties its output layer to the embedding.
+
+    vLLM would untie a tied model when any safetensors file of its folder holds `lm_head.weight`, expecting to load it. The
+    trainer fills the weights here, and it ties them by config.json.
+    """
+    module: Any = importlib.import_module("vllm.config.model")
+    original = getattr(module, "checkpoint_has_lm_head", None)
+    if original is None:  # versions before 0.32 do not look
+        yield
+        return
+    module.checkpoint_has_lm_head = lambda *_, **__: False
+    try:
+        yield
+    finally:
+        module.checkpoint_has_lm_head = original
 
 
 def kv_cache_bytes(rollout: RolloutConfig, *, free_bytes: int | None, max_model_len: int, kv_bytes_per_token: int) -> int:

@@ -1,7 +1,9 @@
 """Hugging Face folders: what is read, what is refused by name, and what is written."""
 
 import json
+import os
 import re
+import stat
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from rlsc_mcore.model.hf_checkpoint import (
     SafetensorsFolder,
     check_vocabulary,
     check_weights,
+    left_over_weights,
     load_tokenizer,
     resolve_model_folder,
     write_hf_folder,
@@ -70,6 +73,83 @@ def test_expected_shapes_are_those_that_transformers_writes(tmp_path: Path, arch
     check_weights(folder, read_architecture(folder))
 
 
+def zeros(folder: Path) -> dict[str, torch.Tensor]:
+    return {name: torch.zeros_like(tensor) for name, tensor in load_file(folder / WEIGHTS).items()}
+
+
+def read_all(folder: Path) -> dict[str, torch.Tensor]:
+    source = SafetensorsFolder(folder)
+    return {name: source.read(name, None, 0, 0) for name in hf_shapes(read_architecture(folder))}
+
+
+def transformers_weights(folder: Path) -> dict[str, torch.Tensor]:
+    """What transformers itself loads from the folder: the oracle of which files count."""
+    from rlsc_mcore.parallel.packages import hide_broken_torchvision
+
+    hide_broken_torchvision()
+    from transformers import AutoModelForCausalLM
+
+    state = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).state_dict()
+    return {name: tensor for name, tensor in state.items() if name in hf_shapes(read_architecture(folder))}
+
+
+@pytest.mark.parametrize("kind", ["stray", "left-over shards", "named"])
+def test_the_files_that_are_read_are_those_of_transformers(folder: Path, kind: str) -> None:
+    left_over = []
+    if kind == "stray":  # sorts before and after the real file
+        for name in ("model_old.safetensors", "a.safetensors"):
+            save_file(zeros(folder), folder / name)
+        left_over = ["a.safetensors", "model_old.safetensors"]
+    elif kind == "left-over shards":
+        left_over = [INDEX_FILE, "old-00001.safetensors"]
+        save_file(zeros(folder), folder / "old-00001.safetensors")
+        weight_map = dict.fromkeys(zeros(folder), "old-00001.safetensors")
+        (folder / INDEX_FILE).write_text(json.dumps({"weight_map": weight_map}), encoding="utf-8")
+    else:
+        save_file({name: tensor + 1 for name, tensor in zeros(folder).items()}, folder / "ones.safetensors", {"format": "pt"})
+        edit_config(folder, transformers_weights="ones.safetensors")
+        left_over = [WEIGHTS]
+    expected = transformers_weights(folder)
+    check_weights(folder, read_architecture(folder))
+    found = read_all(folder)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    assert left_over_weights(folder) == left_over
+
+
+def test_nothing_is_left_over_in_a_plain_folder(folder: Path) -> None:
+    assert left_over_weights(folder) == []
+    shard(folder)
+    assert left_over_weights(folder) == []
+
+
+def test_a_tensor_in_two_files_of_the_index_names_both(folder: Path) -> None:
+    shard(folder)
+    extra = load_file(folder / "model-00002-of-00003.safetensors") | {"model.norm.weight": torch.zeros(128)}
+    for name in ("model-00001-of-00003.safetensors", "model-00002-of-00003.safetensors"):
+        save_file(load_file(folder / name) | {"model.norm.weight": extra["model.norm.weight"]}, folder / name)
+    with pytest.raises(ConfigError, match=r"'model\.norm\.weight' is in model-0000\d-of-00003\.safetensors and in model-0000\d-of"):
+        check_weights(folder, read_architecture(folder))
+
+
+@pytest.mark.parametrize("scale", [1.0, 2.0])
+@pytest.mark.parametrize("architecture", ["qwen2", "qwen3", "llama"])
+def test_a_tied_model_with_an_output_layer_of_its_own(tmp_path: Path, architecture: str, scale: float) -> None:
+    folder = make_model_folder(tmp_path / "model", architecture=architecture)
+    tensors = load_file(folder / WEIGHTS)
+    head = tensors["model.embed_tokens.weight"].clone()
+    head[-1] *= scale
+    save_file(tensors | {"lm_head.weight": head}, folder / WEIGHTS, {"format": "pt"})
+    if scale == 1.0:
+        check_weights(folder, read_architecture(folder))
+        return
+    named = r"lm_head\.weight is not equal to model\.embed_tokens\.weight, but config\.json says tie_word_embeddings: true"
+    with pytest.raises(ConfigError, match=named):
+        check_weights(folder, read_architecture(folder))
+    edit_config(folder, tie_word_embeddings=False)
+    check_weights(folder, read_architecture(folder))
+
+
 def damage(kind: str, folder: Path) -> None:
     weights = folder / WEIGHTS
     if kind == "truncated":
@@ -93,11 +173,26 @@ def damage(kind: str, folder: Path) -> None:
         else:
             tensors["model.layers.0.mlp.up_proj.weight"] = torch.zeros(3, 128)
         save_file(tensors, weights)
+    elif kind == "fp8":
+        name = "model.layers.0.mlp.up_proj.weight"
+        tensors = load_file(weights)
+        save_file(tensors | {name: tensors[name].to(torch.float8_e4m3fn)}, weights)
+    elif kind == "adapter":
+        (folder / "adapter_config.json").write_text("{}", encoding="utf-8")
+    elif kind == "unnamed":
+        weights.rename(folder / "consolidated.safetensors")
+    elif kind == "outside":
+        (folder / INDEX_FILE).write_text('{"weight_map": {"model.norm.weight": "../other.safetensors"}}', encoding="utf-8")
+        weights.unlink()
+    elif kind == "untied":
+        edit_config(folder, tie_word_embeddings=None)
     elif kind == "rows":
         edit_config(folder, vocab_size=513)
     elif kind == "index_json":
+        weights.unlink()
         (folder / INDEX_FILE).write_text("{", encoding="utf-8")
     elif kind == "index_fields":
+        weights.unlink()
         (folder / INDEX_FILE).write_text('{"weight_map": 3}', encoding="utf-8")
     elif kind == "index_file":
         shard(folder)
@@ -116,6 +211,11 @@ def damage(kind: str, folder: Path) -> None:
         ("norm", r"has no tensor 'model\.norm\.weight'"),
         ("shape", r"model\.layers\.0\.mlp\.up_proj\.weight has shape \(3, 128\), config\.json says \(384, 128\)"),
         ("rows", r"model\.embed_tokens\.weight has shape \(512, 128\), config\.json says \(513, 128\)"),
+        ("fp8", r"model\.layers\.0\.mlp\.up_proj\.weight is stored as F8_E4M3; expected one of F64, F32, F16, BF16"),
+        ("adapter", r"holds an adapter \(adapter_config\.json\)"),
+        ("unnamed", r"has neither model\.safetensors nor model\.safetensors\.index\.json"),
+        ("outside", r"expected names of files in its folder, got '\.\./other\.safetensors'"),
+        ("untied", r"has no tensor 'lm_head\.weight' and its config\.json does not say tie_word_embeddings: true"),
         ("index_json", rf"{re.escape(INDEX_FILE)}: not an index"),
         ("index_fields", rf"{re.escape(INDEX_FILE)}: not an index"),
         ("index_file", r"lacks model-00002-of-00003\.safetensors, which its model\.safetensors\.index\.json names"),
@@ -218,6 +318,17 @@ def test_an_existing_folder_is_replaced_only_when_the_new_one_is_whole(tmp_path:
     doubled = ((name, tensor * 2) for name, tensor in tensors.items())
     write_hf_folder(doubled, source, output, dtype="float32", write=True)
     assert torch.equal(load_file(output / WEIGHTS)["model.norm.weight"], tensors["model.norm.weight"] * 2)
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o007])
+def test_written_files_have_the_permissions_that_the_umask_leaves(tmp_path: Path, mask: int) -> None:
+    source = resolve_model_folder(EMBEDDED)
+    before = os.umask(mask)
+    try:
+        write_hf_folder(load_file(source / WEIGHTS).items(), source, tmp_path / "out", dtype="float32", write=True)
+    finally:
+        os.umask(before)
+    assert {stat.S_IMODE(file.stat().st_mode) for file in (tmp_path / "out").iterdir()} == {0o666 & ~mask}
 
 
 def test_other_ranks_write_nothing(tmp_path: Path) -> None:
