@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     ObjectiveName = str
 else:
     ObjectiveName = Literal[tuple(OBJECTIVES)]
+LOWEST_TEMPERATURE = 0.01  # vLLM raises a temperature between 0 and this to it
 TEMPLATES = ("chat", "qwen25-math", "evalchemy", "none")
 
 
@@ -34,6 +35,11 @@ def _check(condition: bool, name: str, expected: str, value: object) -> None:
         raise ConfigError(f"{name}: expected {expected}, got {value!r}")
 
 
+def _is_given(text: str) -> bool:
+    """Whether a required text is there; `null` of a YAML file arrives as None's name."""
+    return bool(text.strip()) and text != "None"
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """The policy."""
@@ -52,7 +58,7 @@ class ModelConfig:
     """Let the tokenizer's folder run its own Python code. Off: nothing supplied with a model is executed or unpickled."""
 
     def __post_init__(self) -> None:
-        _check(bool(self.path), "model.path", "a model folder or hub name", self.path)
+        _check(_is_given(self.path), "model.path", "a model folder or hub name", self.path)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +80,8 @@ class DataConfig:
     """Split to read when `path` is a hub data set."""
 
     def __post_init__(self) -> None:
-        _check(bool(self.path), "data.path", "a JSONL file or data set name", self.path)
+        _check(_is_given(self.path), "data.path", "a JSONL file or data set name", self.path)
+        _check(_is_given(self.split), "data.split", "the name of a split", self.split)
         known = self.template in TEMPLATES or self.template.endswith(".jinja")
         _check(known, "data.template", f"{', '.join(TEMPLATES)} or a file ending in .jinja", self.template)
         _check(self.questions_per_step >= 1, "data.questions_per_step", "at least 1", self.questions_per_step)
@@ -90,7 +97,7 @@ class RolloutConfig:
     """Samples per question that are trained, the first of `num_samples`; all of them count for rewards that compare the samples
     of a question. By default all are trained."""
     temperature: float = 0.5
-    """Sampling temperature (paper: 0.5)."""
+    """Sampling temperature (paper: 0.5), at least 0.01: the engine samples nothing colder."""
     top_p: float = 1.0
     """Nucleus threshold (not stated in the paper; 1.0 = off). Below 1 the samples no longer come from the softmax whose
     log-probabilities are trained, and the trainer-engine comparison is reported as null."""
@@ -123,7 +130,8 @@ class RolloutConfig:
         _check(self.num_samples >= 1, "rollout.num_samples", "at least 1", self.num_samples)
         in_range = self.num_trained is None or 1 <= self.num_trained <= self.num_samples
         _check(in_range, "rollout.num_trained", f"between 1 and rollout.num_samples = {self.num_samples}", self.num_trained)
-        _check(self.temperature > 0, "rollout.temperature", "more than 0", self.temperature)
+        coldest = f"at least {LOWEST_TEMPERATURE:g} (the engine samples nothing colder)"
+        _check(self.temperature >= LOWEST_TEMPERATURE, "rollout.temperature", coldest, self.temperature)
         _check(0 < self.top_p <= 1, "rollout.top_p", "in (0, 1]", self.top_p)
         _check(self.max_new_tokens >= 1, "rollout.max_new_tokens", "at least 1", self.max_new_tokens)
         _check(self.max_model_len is None or self.max_model_len >= 2, "rollout.max_model_len", "at least 2", self.max_model_len)
@@ -311,7 +319,7 @@ class EvaluationConfig:
     num_samples: int = 4
     """Answers per question at each temperature."""
     temperatures: tuple[float, ...] = (0.5, 1.0)
-    """Temperatures sampled at, beside one greedy answer."""
+    """Temperatures sampled at (each at least 0.01), beside one greedy answer."""
     max_questions: int | None = None
     """Use only the first so many questions."""
     grader: Literal["boxed", "lenient", "qwen"] = "boxed"
@@ -326,7 +334,11 @@ class EvaluationConfig:
         _check(0 < self.top_p <= 1, "evaluation.top_p", "more than 0 and at most 1", self.top_p)
         _check(all(self.stop), "evaluation.stop", "strings that are not empty", self.stop)
         _check(self.num_samples >= 1, "evaluation.num_samples", "at least 1", self.num_samples)
-        _check(all(0 < t < math.inf for t in self.temperatures), "evaluation.temperatures", "each more than 0", self.temperatures)
+        warm = all(LOWEST_TEMPERATURE <= t < math.inf for t in self.temperatures)
+        coldest = f"each at least {LOWEST_TEMPERATURE:g} (a greedy answer is given beside them)"
+        _check(warm, "evaluation.temperatures", coldest, self.temperatures)
+        differ = len(set(self.temperatures)) == len(self.temperatures)
+        _check(differ, "evaluation.temperatures", "different ones", self.temperatures)
         _check(self.max_questions is None or self.max_questions >= 1, "evaluation.max_questions", "at least 1", self.max_questions)
 
 
@@ -379,7 +391,7 @@ class Config:
     observability: ObservabilityConfig = field(default_factory=ObservabilityConfig)
 
     def __post_init__(self) -> None:
-        _check(bool(self.run_dir), "run_dir", "a folder for the run (--run-dir DIR)", self.run_dir)
+        _check(_is_given(self.run_dir), "run_dir", "a folder for the run (--run-dir DIR)", self.run_dir)
         gathers = self.parallel.overlap_param_gather
         _check(self.optimizer.distributed or not gathers, "parallel.overlap_param_gather", "optimizer.distributed with it", True)
         biased = self.training.updates_per_rollout > 1 and OBJECTIVES[self.algorithm.objective].needs_ratio

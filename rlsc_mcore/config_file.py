@@ -9,6 +9,7 @@ import dataclasses
 import io
 import itertools
 import re
+import typing
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,15 +20,12 @@ import yaml
 from rlsc_mcore.config import Config, ConfigError
 from rlsc_mcore.objectives import OBJECTIVES
 
-_YAML_WORDS = {"null": "None", "~": "None", "": "None", "true": "True", "false": "False"}  # YAML's spellings of Python's words
-
-
-class _TextLoader(yaml.BaseLoader):
-    """Keeps every scalar text, so that 1e-5 and `no` are read by their declared types; unquoted null, true and false become Python's."""
-
-    def construct_scalar(self, node: yaml.ScalarNode) -> str:
-        text = str(super().construct_scalar(node))
-        return _YAML_WORDS.get(text, text) if node.style is None else text
+# YAML's spellings of Python's words
+_YAML_WORDS = {"null": "None", "Null": "None", "NULL": "None", "~": "None", "": "None", "true": "True", "false": "False"}
+_SECTIONS = frozenset(
+    name for name, kind in typing.get_type_hints(Config).items() if dataclasses.is_dataclass(kind)
+)
+_DEEPEST = 8  # levels of mappings in a file; a file that refers to itself would have no end
 
 
 def parse_config(flags: Sequence[str], *, prog: str = "rlsc train", description: str | None = None) -> Config:
@@ -59,12 +57,21 @@ def read_flags(file: Path) -> list[str]:
     if not file.is_file():
         raise ConfigError(f"--config {file}: no such file")
     try:
-        tree = yaml.load(file.read_text(encoding="utf-8"), Loader=_TextLoader)  # noqa: S506  # a BaseLoader: text only
+        root = yaml.compose(file.read_text(encoding="utf-8-sig"), Loader=yaml.BaseLoader)  # noqa: S506  # text only
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"--config {file}: not a YAML file: {' '.join(str(error).split())}") from None
-    if not isinstance(tree, Mapping):
-        raise ConfigError(f"--config {file}: expected a mapping of sections, got {type(tree).__name__}")
-    return list(_flags(tree))
+    except RecursionError:
+        raise ConfigError(f"--config {file}: not a configuration: its values are nested too deeply") from None
+    if not isinstance(root, yaml.MappingNode):
+        kind = "nothing" if root is None else root.tag.rpartition(":")[2]
+        raise ConfigError(f"--config {file}: expected a mapping of sections, got {kind}")
+    flags: dict[str, tuple[list[str], int]] = {}
+    for name, values, line in _leaves(root, f"--config {file}"):
+        if name in flags:
+            field = name.removeprefix("--").replace("-", "_")
+            raise ConfigError(f"--config {file}, line {line}: {field} stands on line {flags[name][1]} already; keep one of them")
+        flags[name] = (values, line)
+    return [text for values, _ in flags.values() for text in values]
 
 
 def load_config(file: Path, overrides: Sequence[str] = ()) -> Config:
@@ -113,14 +120,43 @@ def _one_line(box: str) -> str:
     return said + (f"; perhaps you meant {meant[1]}" if meant else "")
 
 
-def _flags(node: Mapping[str, Any], prefix: str = "--") -> Iterator[str]:
-    for key, value in node.items():
-        if isinstance(value, Mapping):
-            yield from _flags(value, f"{prefix}{key}.")
-        else:
-            name = f"{prefix}{key}".replace("_", "-")
+def _leaves(mapping: yaml.MappingNode, source: str, prefix: str = "--", depth: int = 1) -> Iterator[tuple[str, list[str], int]]:
+    """Yield every value of a mapping as (flag, arguments, line).
+
+    Raises `ConfigError` naming `source` and the line at a key that stands twice in one mapping, and at what is no option.
+    """
+    lines: dict[str, int] = {}
+    for key, value in mapping.value:
+        line = key.start_mark.line + 1
+        if not isinstance(key, yaml.ScalarNode):
+            raise ConfigError(f"{source}, line {line}: expected the name of an option, got a {key.id}")
+        if key.value == "<<":
+            raise ConfigError(f"{source}, line {line}: merge keys (<<) are not read; write the options out")
+        name = f"{prefix}{key.value}".replace("_", "-")
+        if name in lines:
+            field = name.removeprefix("--").replace("-", "_")
+            raise ConfigError(f"{source}, line {line}: {field} stands on line {lines[name]} already; keep one of them")
+        lines[name] = line
+        if isinstance(value, yaml.MappingNode):
+            if depth == _DEEPEST:
+                raise ConfigError(f"{source}, line {line}: {key.value}: nested too deeply for an option")
+            yield from _leaves(value, source, f"{name}.", depth + 1)
+        elif isinstance(value, yaml.SequenceNode):
+            if not all(isinstance(item, yaml.ScalarNode) for item in value.value):
+                raise ConfigError(f"{source}, line {line}: {key.value}: expected a list of values, got a list of lists or mappings")
+            yield name, [name, *map(_text, value.value)], line
+        elif depth > 1 or key.value not in _SECTIONS or _text(value) != "None":  # a section without options is empty
             # With "=", a value that begins with a dash is not taken for a flag.
-            yield from (name, *value) if isinstance(value, list) else (f"{name}={value}",)
+            yield name, [f"{name}={_text(value)}"], line
+
+
+def _text(node: yaml.ScalarNode) -> str:
+    """Return a scalar as it is written, so that 1e-5 and `no` are read by their declared types.
+
+    Unquoted null, true and false become Python's words.
+    """
+    text = str(node.value)
+    return _YAML_WORDS.get(text, text) if node.style is None else text
 
 
 def _plain(value: Any) -> Any:

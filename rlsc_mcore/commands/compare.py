@@ -5,7 +5,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from rlsc_mcore.config import ConfigError
+from rlsc_mcore.config import LOWEST_TEMPERATURE, ConfigError
 from rlsc_mcore.experiments.compare import figure, gather, markdown, parse_seeds, print_table
 from rlsc_mcore.experiments.runs import Experiment, Variant, check_flags, run_settings
 from rlsc_mcore.objectives import OBJECTIVES
@@ -48,6 +48,12 @@ def run_compare(arguments: Sequence[str]) -> int:
         raise ConfigError("evaluation.path: a comparison needs questions to evaluate on")
     if all(variant.temperature_factor is not None for variant in variants):
         raise ConfigError("--objectives: name one that trains; its run evaluates the base model too")
+    coldest = known.temperature_factor * min(config.evaluation.temperatures, default=1.0)
+    if coldest < LOWEST_TEMPERATURE and any(variant.temperature_factor is not None for variant in variants):
+        raise ConfigError(
+            f"--temperature-factor: {known.temperature_factor:g} asks {LOWER_TEMPERATURE} for a temperature of {coldest:g}; "
+            f"expected at least {LOWEST_TEMPERATURE:g}, below which the engine does not sample"
+        )
     report = Reporter(enabled=True)
     with experiment.owned("comparison.json"):
         experiment.run(variants, report)

@@ -98,8 +98,8 @@ def test_model_folders(tmp_path: Path, run_cli: Callable[..., tuple[int, list[st
     [
         (["--rollout.num-samples", "0"], "rollout.num_samples: expected at least 1, got 0"),
         (["--algorithm.alpha", "-0.1"], "algorithm.alpha: expected at least 0, got -0.1"),
-        (["--rollout.temperature", "0"], "rollout.temperature: expected more than 0, got 0.0"),
-        (["--rollout.temperature", "-1"], "rollout.temperature: expected more than 0, got -1.0"),
+        (["--rollout.temperature", "0"], "rollout.temperature: expected at least 0.01 (the engine samples nothing colder), got 0.0"),
+        (["--rollout.temperature", "-1"], "rollout.temperature: expected at least 0.01 (the engine samples nothing colder), got -1.0"),
         (["--parallel.tp", "3"], "parallel.tp: 3 does not divide num_attention_heads = 4"),
         (["--parallel.tp", "2"], "parallel.tp: 2 does not divide the 1 processes that were started"),
         (["--rollout.max-model-len", "5000"], "rollout.max_model_len: 5000 is more than the model's context of 256 tokens"),

@@ -26,7 +26,7 @@ PACKAGE = Path(rlsc_mcore.__file__).parent
 OPTION_NAMES = Path(__file__).with_name("option_names.txt")
 # Ranges that `Config` itself refuses; everything else is drawn from a field's declared type.
 RANGES: dict[str, st.SearchStrategy[Any]] = {
-    "rollout.temperature": st.floats(1e-3, 10),
+    "rollout.temperature": st.floats(1e-2, 10),
     "rollout.top_p": st.floats(0.01, 1),
     "rollout.tp": st.none(),  # must fit parallel.tp: see the combinations below
     "rollout.kv_cache_gib": st.none() | st.floats(1e-3, 100),
@@ -51,7 +51,7 @@ RANGES: dict[str, st.SearchStrategy[Any]] = {
     "parallel.stage_layers": st.none(),
     "data.template": st.sampled_from(["chat", "none", "qwen25-math", "mine.jinja"]),
     "rollout.max_model_len": st.none() | st.integers(2, 10**6),
-    "evaluation.temperatures": st.lists(st.floats(1e-3, 10), max_size=3).map(tuple),
+    "evaluation.temperatures": st.lists(st.floats(1e-2, 10), max_size=3, unique=True).map(tuple),
     "evaluation.max_questions": st.none() | st.integers(1, 10**6),
     "observability.max_log_prob_gap": st.none() | st.floats(1e-9, 10),
 }
@@ -186,12 +186,18 @@ def test_every_option_has_a_flag_and_a_text(capsys: pytest.CaptureFixture[str]) 
     ("field", "value"),
     [
         ("run_dir", ""),
+        ("run_dir", "None"),
         ("model.path", ""),
+        ("model.path", "None"),
         ("data.path", ""),
+        ("data.path", " "),
+        ("data.split", "None"),
         ("data.questions_per_step", "0"),
         ("rollout.num_samples", "0"),
         ("rollout.temperature", "0"),
         ("rollout.temperature", "-0.5"),
+        ("rollout.temperature", "0.002"),
+        ("rollout.temperature", "0.00999"),
         ("rollout.temperature", "nan"),
         ("rollout.temperature", "inf"),
         ("rollout.top_p", "0"),
@@ -221,6 +227,8 @@ def test_every_option_has_a_flag_and_a_text(capsys: pytest.CaptureFixture[str]) 
         ("training.keep_last", "0"),
         ("evaluation.num_samples", "0"),
         ("evaluation.temperatures", "0"),
+        ("evaluation.temperatures", "0.001"),
+        ("evaluation.temperatures", "nan"),
         ("evaluation.max_questions", "0"),
         ("observability.max_log_prob_gap", "-1"),
         ("observability.max_mismatched_steps", "-1"),
@@ -306,6 +314,67 @@ def test_a_bad_file_is_named_with_its_reason(tmp_path: Path, text: str | bytes, 
     with pytest.raises(ConfigError, match=reason) as error:
         read_flags(file)
     assert str(file) in str(error.value) and "\n" not in str(error.value)
+
+
+WHOLE = "run_dir: a\nmodel: {path: m}\ndata: {path: d}\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("optimizer:\n  eps: 1e-3\noptimizer:\n  lr: 1e-4\n", "line 6: optimizer stands on line 4 already"),
+        ("optimizer:\n  lr: 1e-3\n  eps: 1e-6\n  lr: 1e-4\n", "line 7: optimizer.lr stands on line 5 already"),
+        ("training: {num_steps: 3, num-steps: 4}\n", "line 4: training.num_steps stands on line 4 already"),
+        ("optimizer: {lr: 1e-3}\noptimizer.lr: 1e-4\n", "line 5: optimizer.lr stands on line 4 already"),
+        ("run_dir: b\n", "line 4: run_dir stands on line 1 already"),
+        ("optimizer: {<<: {lr: 1e-3}}\n", "line 4: merge keys (<<) are not read"),
+        ("optimizer: &o {lr: 1e-3, x: *o}\n", "line 4: x: nested too deeply for an option"),
+        ("evaluation: {temperatures: [[0.5], 1.0]}\n", "line 4: temperatures: expected a list of values"),
+        ("? [a, b]\n: 1\n", "line 4: expected the name of an option, got a sequence"),
+        ("--- \nrun_dir: b\n", "expected a single document"),
+    ],
+)
+def test_what_is_written_twice_or_is_no_option_is_refused_with_its_line(tmp_path: Path, text: str, reason: str) -> None:
+    file = tmp_path / "twice.yaml"
+    file.write_text(WHOLE + text, encoding="utf-8")
+    with pytest.raises(ConfigError, match=re.escape(reason)) as error:
+        load_config(file)
+    assert str(error.value).startswith(f"--config {file}") and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("text", ["run_dir: null\n", "run_dir: ~\n", "run_dir:\n", "run_dir: Null\n", 'run_dir: ""\n'])
+def test_a_required_text_that_is_null_is_refused(tmp_path: Path, text: str) -> None:
+    file = tmp_path / "null.yaml"
+    file.write_text(text + "model: {path: m}\ndata: {path: d}\n", encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"^run_dir: expected a folder for the run"):
+        load_config(file)
+
+
+def test_a_section_whose_options_are_all_commented_out_is_empty(tmp_path: Path) -> None:
+    file = tmp_path / "empty.yaml"
+    file.write_text("\ufeff" + WHOLE + "optimizer:\n  # lr: 1\nevaluation: null\n", encoding="utf-8")
+    assert load_config(file) == parse_config(["--run-dir", "a", "--model.path", "m", "--data.path", "d"])
+
+
+def test_an_anchor_of_a_value_is_read(tmp_path: Path) -> None:
+    file = tmp_path / "anchor.yaml"
+    file.write_text(WHOLE + "optimizer: {lr: &rate 1e-4, min_lr: *rate}\n", encoding="utf-8")
+    config = load_config(file)
+    assert config.optimizer.lr == config.optimizer.min_lr == 1e-4
+
+
+def test_temperatures_that_repeat_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"^evaluation\.temperatures: expected different ones, got \(0\.5, 0\.5\)"):
+        parse_config([*REQUIRED, "--evaluation.temperatures", "0.5", "0.5"])
+
+
+def test_the_coldest_temperature_is_the_engines() -> None:
+    from rlsc_mcore.config import LOWEST_TEMPERATURE
+
+    sampling_params = pytest.importorskip("vllm.sampling_params")
+    kept = sampling_params.SamplingParams(temperature=LOWEST_TEMPERATURE).temperature
+    raised = sampling_params.SamplingParams(temperature=0.9 * LOWEST_TEMPERATURE).temperature
+    assert kept == raised == LOWEST_TEMPERATURE == parse_config([*REQUIRED, "--rollout.temperature", "0.01"]).rollout.temperature
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
