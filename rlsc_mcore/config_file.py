@@ -10,7 +10,7 @@ import io
 import itertools
 import re
 import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +22,7 @@ from rlsc_mcore.objectives import OBJECTIVES
 
 # YAML's spellings of Python's words
 _YAML_WORDS = {"null": "None", "Null": "None", "NULL": "None", "~": "None", "": "None", "true": "True", "false": "False"}
-_SECTIONS = frozenset(
-    name for name, kind in typing.get_type_hints(Config).items() if dataclasses.is_dataclass(kind)
-)
+_SECTIONS = frozenset(name for name, kind in typing.get_type_hints(Config).items() if dataclasses.is_dataclass(kind))
 _DEEPEST = 8  # levels of mappings in a file; a file that refers to itself would have no end
 
 
@@ -57,7 +55,7 @@ def read_flags(file: Path) -> list[str]:
     if not file.is_file():
         raise ConfigError(f"--config {file}: no such file")
     try:
-        root = yaml.compose(file.read_text(encoding="utf-8-sig"), Loader=yaml.BaseLoader)  # noqa: S506  # text only
+        root = yaml.compose(file.read_text(encoding="utf-8-sig"), Loader=yaml.BaseLoader)  # text only
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"--config {file}: not a YAML file: {' '.join(str(error).split())}") from None
     except RecursionError:

@@ -18,15 +18,33 @@ from rlsc_mcore.types import Question
 EMBEDDED_PREFIX = "embedded:"
 EMBEDDED_SETS = ("train", "validation", "test")
 
-_FILE_SUFFIXES = (".jsonl", ".json", ".ndjson", ".txt")
+_FILE_SUFFIXES = (".jsonl", ".json", ".ndjson", ".txt", ".parquet", ".csv", ".tsv", ".gz", ".zip", ".zst", ".xz", ".bz2", ".arrow")
+_PANDAS = "python -c \"import pandas; pandas.read_parquet('IN').to_json('OUT.jsonl', orient='records', lines=True)\""
+# Beginnings of files that are not JSONL -> what they are, how to make JSONL of them.
+_OTHER_FORMATS = (
+    (b"PAR1", "a Parquet file", f"convert it: {_PANDAS}"),
+    (b"\x1f\x8b", "gzip-compressed", "unpack it: gunzip --keep IN"),
+    (b"PK\x03\x04", "a zip archive (or an Excel workbook)", "unpack it: unzip IN, or save the sheet as JSON"),
+    (b"\x28\xb5\x2f\xfd", "zstd-compressed", "unpack it: zstd --decompress IN"),
+    (b"\xfd7zXZ", "xz-compressed", "unpack it: xz --decompress --keep IN"),
+    (b"BZh", "bzip2-compressed", "unpack it: bunzip2 --keep IN"),
+    (b"ARROW1", "an Arrow file", "convert it with datasets: Dataset.from_file('IN').to_json('OUT.jsonl')"),
+    (b"\xff\xff\xff\xff", "an Arrow stream", "convert it with datasets: Dataset.from_file('IN').to_json('OUT.jsonl')"),
+    (b"SQLite format 3", "an SQLite data base", "write its rows as JSON, one object per line"),
+    (b"\x89HDF", "an HDF5 file", "write its rows as JSON, one object per line"),
+    (b"version https://git-lfs", "a Git LFS pointer, not the data", "fetch the file itself: git lfs pull"),
+    (b"<!DOCTYPE", "a web page", "download the file itself"),
+    (b"<!doctype", "a web page", "download the file itself"),
+    (b"<html", "a web page", "download the file itself"),
+)
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 
 
 def read_questions(path: str, *, split: str = "train", field: str = "data.path") -> list[Question]:
-    """Read every question of a JSONL file, of `embedded:train|validation|test`, or of a hub data set's `split`.
+    """Read every question of a JSONL file, of a JSON list, of `embedded:train|validation|test`, or of a hub data set's `split`.
 
-    Records are read by `read_question`; an answer is optional. A byte order mark, CRLF ends and blank lines are accepted. Anything else raises ConfigError
-    naming `field`, the file and the line.
+    Records are read by `read_question`; an answer is optional. A byte order mark, CRLF ends and blank lines are accepted.
+    Anything else raises ConfigError naming `field`, the file and the line.
     """
     questions = [read_question(index, record, place) for index, (place, record) in enumerate(read_records(path, split=split, field=field))]
     if not questions:
@@ -45,8 +63,8 @@ def read_records(path: str, *, split: str = "train", subset: str | None = None, 
             raise ConfigError(f"{field}: expected one of {', '.join(EMBEDDED_PREFIX + known for known in EMBEDDED_SETS)}, got {path!r}")
         content = importlib.resources.files("rlsc_mcore").joinpath("assets", "questions", f"{name}.jsonl").read_bytes()
         yield from _parse_lines(content, f"{field}: {path}")
-    elif Path(path).exists() or path.endswith(_FILE_SUFFIXES) or not _HUB_NAME.fullmatch(path):
-        yield from _parse_lines(_read_file(path, field), f"{field}: {path}")
+    elif Path(path).expanduser().exists() or path.endswith(_FILE_SUFFIXES) or not _HUB_NAME.fullmatch(path):
+        yield from _parse_file(_read_file(path, field), f"{field}: {path}")
     else:
         yield from _read_hub(path, split, field, subset)
 
@@ -55,7 +73,10 @@ def questions_fingerprint(questions: Sequence[Question]) -> str:
     """Hash the questions and answers in their order (sha256, hex); a run resumes only on the questions it began with."""
     digest = hashlib.sha256()
     for question in questions:
-        digest.update(json.dumps([question.index, question.text, question.answer]).encode() + b"\n")
+        facts: list[Any] = [question.index, question.text, question.answer]
+        if question.answer_format != "math" or question.tolerance is not None:
+            facts += [question.answer_format, question.tolerance]
+        digest.update(json.dumps(facts).encode() + b"\n")
     return digest.hexdigest()
 
 
@@ -114,17 +135,82 @@ class QuestionSampler:
 
 def _read_file(path: str, field: str) -> bytes:
     try:
-        return Path(path).read_bytes()
+        return Path(path).expanduser().read_bytes()
     except FileNotFoundError:
         raise ConfigError(f"{field}: no such file: {path}") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: ~someone who is unknown
         reason = error.strerror if isinstance(error, OSError) else error
         raise ConfigError(f"{field}: cannot read {path!r}: {reason}; expected a JSONL file") from None
 
 
+def _parse_file(content: bytes, source: str) -> Iterator[tuple[str, Any]]:
+    """Yield the records of a file: one JSON object per line, a list of objects, or one object over several lines."""
+    content = content.removeprefix(codecs.BOM_UTF8)
+    other = next(((kind, remedy) for start, kind, remedy in _OTHER_FORMATS if content.startswith(start)), None)
+    if other is not None:
+        kind, remedy = other
+        raise ConfigError(f"{source}: {kind}; expected JSONL, one JSON object per line: {remedy}")
+    if source.endswith((".csv", ".tsv")):
+        raise ConfigError(
+            f"{source}: a table of separated values; expected JSONL, one JSON object per line: convert it: "
+            f"{_PANDAS.replace('read_parquet', 'read_csv')}"
+        )
+    whole = _parse_whole(content, source)
+    if isinstance(whole, list):
+        yield from ((f"{source}, item {number}", record) for number, record in enumerate(whole, start=1))
+    elif whole is not None:
+        yield source, whole
+    else:
+        yield from _parse_lines(content, source)
+
+
+def _parse_whole(content: bytes, source: str) -> list[Any] | dict[str, Any] | None:
+    """Parse a file that is one list, or one object over several lines; None where it is neither.
+
+    Raises ConfigError where a list that spreads over lines is not whole.
+    """
+    first_line, _, rest = content.strip().partition(b"\n")
+    is_list = first_line.startswith(b"[")
+    if not is_list and (not first_line.startswith(b"{") or not rest.strip() or _is_json(first_line)):
+        return None
+    try:
+        whole = _load(content.decode("utf-8"))
+    except json.JSONDecodeError as error:
+        if not is_list or _is_json(first_line) or not rest.strip():
+            return None
+        raise ConfigError(
+            f"{source}, line {error.lineno}: malformed JSON ({error.msg} at column {error.colno}); expected a list of JSON "
+            "objects, or one object per line"
+        ) from None
+    except (ValueError, RecursionError):  # the line's own error says more
+        return None
+    return whole if isinstance(whole, list | dict) else None
+
+
+def _is_json(line: bytes) -> bool:
+    try:
+        json.loads(line)
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
+def _load(text: str) -> Any:
+    """Parse JSON; raises ValueError where an object holds a name twice, of which only the last would count."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        record = dict(pairs)
+        if len(record) != len(pairs):
+            names = [name for name, _ in pairs]
+            raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} stands twice in one object")
+        return record
+
+    return json.loads(text, object_pairs_hook=unique)
+
+
 def _parse_lines(content: bytes, source: str) -> Iterator[tuple[str, Any]]:
     # Split before decoding: a JSON string may hold U+2028, which str.splitlines takes for the end of a line.
-    for number, line in enumerate(content.removeprefix(codecs.BOM_UTF8).split(b"\n"), start=1):
+    for number, line in enumerate(content.split(b"\n"), start=1):
         place = f"{source}, line {number}"
         if not line.strip():
             continue
@@ -133,7 +219,7 @@ def _parse_lines(content: bytes, source: str) -> Iterator[tuple[str, Any]]:
         except UnicodeDecodeError as error:
             raise ConfigError(f"{place}: not UTF-8 (byte {error.start + 1} of the line); save the file as UTF-8") from None
         try:
-            yield place, json.loads(text)
+            yield place, _load(text)
         except (ValueError, RecursionError) as error:
             reason = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)
             raise ConfigError(f"{place}: malformed JSON ({reason}); each line must be one whole JSON object") from None

@@ -1,7 +1,10 @@
 """Questions: every accepted form read to values found by hand, every bad input to its message, sampling by its laws."""
 
+import bz2
+import gzip
 import importlib.resources
 import json
+import lzma
 import math
 import os
 import sys
@@ -117,6 +120,71 @@ def test_bad_line_names_file_line_and_field(tmp_path: Path, content: bytes, line
     message = str(caught.value)
     assert message.startswith(f"data.path: {path}, line {line}: {what}")
     assert "\n" not in message and len(message) < 400
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b'[{"question": "A?", "answer": 1}, {"question": "B?"}]',
+        b'\xef\xbb\xbf\n[\n  {"question": "A?", "answer": "1"},\n  {"question": "B?"}\n]\n',
+        b'{"question": "A?", "answer": "1"}\n{"problem": "", "question": "B?"}',
+    ],
+)
+def test_a_list_of_objects_reads_like_lines(tmp_path: Path, content: bytes) -> None:
+    assert read_questions(write(tmp_path, content)) == [Question(0, "A?", "1"), Question(1, "B?", None)]
+
+
+def test_one_object_over_several_lines_is_one_question(tmp_path: Path) -> None:
+    assert read_questions(write(tmp_path, b'{\n  "question": "A?",\n  "answer": 1\n}\n')) == [Question(0, "A?", "1")]
+
+
+@pytest.mark.parametrize(
+    ("content", "place", "what"),
+    [
+        (b'[\n  {"question": "A?"},\n  {"question": }\n]', ", line 3", "malformed JSON (Expecting value at column 16); expected a list"),
+        (b'[{"question": "A?"}, 5]', ", item 2", "expected a JSON object, got int"),
+        (b'[{"question": "A?"}, {"answer": "1"}]', ", item 2", "a question without text"),
+        (b'{\n "data": [{"question": "A?"}]\n}', "", "a question without text: expected `problem` or `question`, got the fields 'data'"),
+        (GOOD + b'{"question": "A?", "answer": "1", "answer": "2"}', ", line 2", "malformed JSON ('answer' stands twice in one object)"),
+    ],
+)
+def test_a_bad_item_is_named(tmp_path: Path, content: bytes, place: str, what: str) -> None:
+    path = write(tmp_path, content)
+    with pytest.raises(ConfigError) as caught:
+        read_questions(path)
+    assert str(caught.value).startswith(f"data.path: {path}{place}: {what}") and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "what"),
+    [
+        ("q.parquet", b"PAR1\x15\x04", "a Parquet file"),
+        ("q.jsonl", b"PAR1\x15\x04", "a Parquet file"),
+        ("q.jsonl.gz", gzip.compress(GOOD), "gzip-compressed"),
+        ("q.jsonl.bz2", bz2.compress(GOOD), "bzip2-compressed"),
+        ("q.jsonl.xz", lzma.compress(GOOD), "xz-compressed"),
+        ("q.zst", b"\x28\xb5\x2f\xfd\x04", "zstd-compressed"),
+        ("q.zip", b"PK\x03\x04\x14", "a zip archive"),
+        ("q.arrow", b"ARROW1\x00\x00", "an Arrow file"),
+        ("q.csv", b"question,answer\n1+1?,2\n", "a table of separated values"),
+        ("q.json", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "a Git LFS pointer"),
+        ("q.jsonl", b"<!DOCTYPE html>\n<html>", "a web page"),
+    ],
+)
+def test_another_format_is_named_with_what_makes_jsonl_of_it(tmp_path: Path, name: str, content: bytes, what: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ConfigError) as caught:
+        read_questions(str(tmp_path / name), field="evaluation.path")
+    message = str(caught.value)
+    assert message.startswith(f"evaluation.path: {tmp_path / name}: {what}") and "expected JSONL" in message and "UTF-8" not in message
+
+
+def test_a_path_may_begin_with_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "mine").write_bytes(GOOD)
+    assert read_questions("~/mine") == [Question(0, "fine?", None)]
+    with pytest.raises(ConfigError, match=r"^data\.path: no such file: ~/other\.jsonl$"):
+        read_questions("~/other.jsonl")
 
 
 @pytest.mark.parametrize("content", [b"", b"\n \r\n", b"\xef\xbb\xbf"])
