@@ -1,7 +1,6 @@
 """`rlsc compare`: train several objectives on the same questions and seeds, and compare them."""
 
 import argparse
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,7 +9,7 @@ from rlsc_mcore.experiments.compare import figure, gather, markdown, parse_seeds
 from rlsc_mcore.experiments.runs import Experiment, Variant, check_flags, run_settings
 from rlsc_mcore.objectives import OBJECTIVES
 from rlsc_mcore.observability.console import Reporter
-from rlsc_mcore.run.files import write_atomically
+from rlsc_mcore.run.files import to_json, write_atomically
 
 # Name -> flags of every run that can be compared: each objective, and its variants.
 VARIANTS: dict[str, tuple[str, ...]] = {
@@ -59,7 +58,7 @@ def run_compare(arguments: Sequence[str]) -> int:
         experiment.run(variants, report)
         trained = next(variant for variant in variants if variant.temperature_factor is None)
         result = gather(experiment, variants, config.evaluation.temperatures) | run_settings(experiment, trained)
-        write_atomically(known.output / "comparison.json", json.dumps(result, indent=1) + "\n")
+        write_atomically(known.output / "comparison.json", to_json(result, indent=1) + "\n")
         write_atomically(known.output / "comparison.svg", figure(result))
         write_atomically(known.output / "comparison.md", markdown(result))
     print_table(result, report.console)

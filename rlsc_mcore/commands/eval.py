@@ -10,7 +10,8 @@ from typing import Any
 
 from rlsc_mcore.config import TEMPLATES, Config, ConfigError, RunError
 from rlsc_mcore.config_file import parse_config, read_flags
-from rlsc_mcore.data.templates import check_prompt_lengths, render_prompt
+from rlsc_mcore.data.questions import EMBEDDED_PREFIX
+from rlsc_mcore.data.templates import check_prompt_lengths, find_control_tokens, render_prompt
 from rlsc_mcore.evaluation.benchmarks import BENCHMARKS, load_benchmark
 from rlsc_mcore.evaluation.evaluate import evaluate
 from rlsc_mcore.evaluation.records import AnswerRecord, write_records
@@ -113,6 +114,7 @@ def evaluate_model(
     """
     from rlsc_mcore.rollout.engine import GenerationInterrupted
     from rlsc_mcore.training.faults import reported
+    from rlsc_mcore.training.input_record import prompt_date
     from rlsc_mcore.training.session import Session
     from rlsc_mcore.training.signals import AbortPoll
 
@@ -124,29 +126,25 @@ def evaluate_model(
     resume_from = find_checkpoint(Path(model), checkpoint or LATEST) if is_run else None
     with scratch_folder("eval") as scratch_path, _owned_output(output), reported():
         scratch = str(scratch_path / "run")
-        file = scratch_path / "questions.jsonl"
-        base = read_flags(run_file) if is_run else ["--model.path", model, "--data.path", str(file)]
-        config = parse_config([*base, *flags, "--run-dir", scratch, "--evaluation.path", str(file)], prog="rlsc eval")
+        # Neither a run's questions nor others are read: the session gets the prompts of all jobs, which size the engine.
+        base = read_flags(run_file) if is_run else ["--model.path", model, "--data.path", EMBEDDED_PREFIX]
+        config = parse_config([*base, *flags, "--run-dir", scratch, "--evaluation.path", "None"], prog="rlsc eval")
         jobs = _jobs(names, templates or [config.data.template], config, folder)
         _check_output(output, jobs)
         tokenizer = load_tokenizer(resolve_model_folder(config.model.path), config.model)
-        prompts = {job: [render_prompt(job.template, question.text, tokenizer) for question in job.questions] for job in jobs}
+        date = prompt_date(Path(model) if is_run else None)
+        prompts = {job: [render_prompt(job.template, question.text, tokenizer, date) for question in job.questions] for job in jobs}
         limit = config.rollout.max_model_len or read_architecture(resolve_model_folder(config.model.path)).max_position_embeddings
         for job in jobs:
             check_prompt_lengths(prompts[job], limit - 1, job.questions, f"--benchmarks: {job.benchmark}, template {job.template}")
-        # The session sizes the engine by the prompts of its own questions and template: give it the longest ones.
-        longest = max(jobs, key=lambda job: max(map(len, prompts[job])))
-        lines = (json.dumps({"question": question.text, "answer": question.answer}) for job in jobs for question in job.questions)
-        file.write_text("\n".join(lines) + "\n", encoding="utf-8")
-        if not is_run:
-            config = parse_config(
-                [*base, *flags, "--run-dir", scratch, "--evaluation.path", str(file), "--data.template", longest.template]
-            )
+        asked_prompts = [prompt for job in jobs for prompt in prompts[job]]
         results: dict[Job, dict[str, Any]] = {}
         try:
-            session = Session(config, stop, resume_from=resume_from)
+            session = Session(config, stop, resume_from=resume_from, asked_prompts=asked_prompts)
         except GenerationInterrupted:
             raise _interrupted(stop, results, jobs, output) from None
+        for warning in _control_token_warnings(jobs, tokenizer):
+            session.report.warn(warning)
         for job in jobs:
             try:
                 result = evaluate(
@@ -213,6 +211,20 @@ def _jobs(names: Sequence[str], templates: Sequence[str], config: Config, folder
     if repeated is not None:
         raise ConfigError(f"--benchmarks, --templates: {repeated} is asked for twice")
     return jobs
+
+
+def _control_token_warnings(jobs: Sequence[Job], tokenizer: Any) -> list[str]:
+    """Name the benchmarks whose questions hold control tokens, which the model does not read as text."""
+    warnings = []
+    for benchmark, questions in {job.benchmark: job.questions for job in jobs}.items():
+        found = find_control_tokens(questions, tokenizer)
+        if found:
+            position, token = found[0]
+            warnings.append(
+                f"--benchmarks: {benchmark}: question {questions[position].index} (counted from 0) holds the control token "
+                f"{token!r}, and {len(found) - 1} more questions hold some: they end or forge a turn of the prompt"
+            )
+    return warnings
 
 
 def _check_output(output: Path | None, jobs: Sequence[Job]) -> None:

@@ -13,7 +13,7 @@ import rlsc_mcore
 from rlsc_mcore.commands.train import run_session
 from rlsc_mcore.config import Config, ConfigError, RunError
 from rlsc_mcore.config_file import load_config
-from rlsc_mcore.run.files import write_atomically
+from rlsc_mcore.run.files import to_json, write_atomically
 from rlsc_mcore.run.folder import delete_run_files
 from rlsc_mcore.run.machine_errors import explain
 from rlsc_mcore.run.owner import owned
@@ -53,7 +53,7 @@ def _run(config: Config, baseline: str | None, flags: Sequence[str], start: floa
     summary = json.loads((run_dir / "summary.json").read_text(encoding="utf-8"))
     summary["baselines"] = {baseline: json.loads((baseline_dir / "summary.json").read_text(encoding="utf-8"))["after"]}
     summary["seconds"]["total"] = round(perf_counter() - start + summary["seconds"]["install"], 1)
-    write_atomically(run_dir / "summary.json", json.dumps(summary, indent=1) + "\n")
+    write_atomically(run_dir / "summary.json", to_json(summary, indent=1) + "\n")
     print_comparison({"before": summary["before"], "rlsc": summary["after"], **summary["baselines"]})
     return 0
 

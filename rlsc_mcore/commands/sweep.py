@@ -1,7 +1,6 @@
 """`rlsc sweep`: train a grid of settings and compare them."""
 
 import argparse
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,7 +9,7 @@ from rlsc_mcore.experiments.compare import markdown, parse_seeds
 from rlsc_mcore.experiments.runs import Experiment, check_flags, grid, run_settings
 from rlsc_mcore.experiments.sweep import figure, gather, print_table
 from rlsc_mcore.observability.console import Reporter
-from rlsc_mcore.run.files import write_atomically
+from rlsc_mcore.run.files import to_json, write_atomically
 
 DESCRIPTION = """Train every combination of the swept values and compare what came out.
 
@@ -41,7 +40,7 @@ def run_sweep(arguments: Sequence[str]) -> int:
         experiment.run(variants, report)
         temperatures = [t for t in configs[0].evaluation.temperatures if all(t in config.evaluation.temperatures for config in configs)]
         result = gather(experiment, variants, axes, temperatures) | run_settings(experiment, variants[0])
-        write_atomically(known.output / "sweep.json", json.dumps(result, indent=1) + "\n")
+        write_atomically(known.output / "sweep.json", to_json(result, indent=1) + "\n")
         write_atomically(known.output / "sweep.svg", figure(result))
         write_atomically(known.output / "sweep.md", markdown(result))
     print_table(result, report.console)

@@ -1,7 +1,6 @@
 """What the commands do; `cli.py` only picks one."""
 
 import contextlib
-import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from rlsc_mcore.config import Config
 from rlsc_mcore.config_file import parse_config
-from rlsc_mcore.run.files import write_atomically
+from rlsc_mcore.run.files import to_json, write_atomically
 from rlsc_mcore.run.folder import SKIPPED_FOLDER, newest_checkpoint
 from rlsc_mcore.run.limits import raise_file_limit
 from rlsc_mcore.run.owner import is_main_rank, refuse_owned, release_all, released
@@ -116,7 +115,7 @@ def _finish(config: Config, session: "Session", result: dict[str, Any], *, start
         "versions": session.versions(),
     }
     if session.groups.is_main:
-        write_atomically(Path(config.run_dir) / "summary.json", json.dumps(summary, indent=1) + "\n")
+        write_atomically(Path(config.run_dir) / "summary.json", to_json(summary, indent=1) + "\n")
         if is_last and result["before"] is not None:
             print_comparison({"before": result["before"], "after": result["after"]})
         session.report.line(f"run: {config.run_dir}  model: {config.run_dir}/export")

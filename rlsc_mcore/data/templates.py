@@ -1,6 +1,7 @@
 """Prompt templates: a question's text becomes the token ids that the engine continues."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,6 +21,8 @@ QWEN25_MATH = (
 # The prompt that Evalchemy gives its mathematics benchmarks, shown in the case studies of arXiv 2506.06395.
 EVALCHEMY = "Problem: {question}\nMark your solution with \\boxed\nAnswer:"
 
+PLAIN_TEMPLATES = ("evalchemy", "none")  # text, before which the tokenizer puts its own tokens
+
 _QUESTION = "{question}"
 _CHATML_TOKENS = ("<|im_start|>", "<|im_end|>")
 
@@ -29,21 +32,23 @@ class Tokenizer(Protocol):
 
     chat_template: Any
     unk_token_id: Any
+    added_tokens_decoder: Any
 
-    def apply_chat_template(self, conversation: Any, *, tokenize: bool, add_generation_prompt: bool) -> Any: ...
+    def apply_chat_template(self, conversation: Any, *, tokenize: bool, add_generation_prompt: bool, **variables: Any) -> Any: ...
 
     def convert_tokens_to_ids(self, tokens: Any) -> Any: ...
 
     def encode(self, text: Any, *, add_special_tokens: bool) -> Any: ...
 
 
-def render_text(template: str, question: str, tokenizer: Tokenizer) -> str:
+def render_text(template: str, question: str, tokenizer: Tokenizer, date: datetime | None = None) -> str:
     """Return the prompt as text, special tokens of the chat formats spelled out.
 
-    Raises ConfigError naming data.template where the tokenizer lacks what the template needs.
+    `date` is what a chat template that shows the day is told, now by default. Raises ConfigError naming data.template where
+    the tokenizer lacks what the template needs.
     """
     if template == "chat":
-        return _render_chat(question, tokenizer)
+        return _render_chat(question, tokenizer, date)
     if template == "qwen25-math":
         _require_chatml(tokenizer)
         return QWEN25_MATH.replace(_QUESTION, question)
@@ -56,16 +61,54 @@ def render_text(template: str, question: str, tokenizer: Tokenizer) -> str:
     raise ConfigError(f"data.template: expected chat, qwen25-math, evalchemy or none, got {template!r}")
 
 
-def render_prompt(template: str, question: str, tokenizer: Tokenizer) -> list[int]:
+def render_prompt(template: str, question: str, tokenizer: Tokenizer, date: datetime | None = None) -> list[int]:
     """Return the prompt's token ids.
 
     The chat formats spell out every special token, so none is added to them; plain text gets those that the tokenizer puts
-    before a text (a beginning-of-text token, for example).
+    before a text (a beginning-of-text token, for example), not those that it puts after one: a model that reads an
+    end-of-text token last has nothing to continue. `date` as in `render_text`.
     """
     with foreign_code(template):
-        text = render_text(template, question, tokenizer)
+        text = render_text(template, question, tokenizer, date)
     check_length(template, text)
-    return list(tokenizer.encode(text, add_special_tokens=template in ("evalchemy", "none")))
+    ids = list(tokenizer.encode(text, add_special_tokens=False))
+    if template not in PLAIN_TEMPLATES:
+        return ids
+    marked = list(tokenizer.encode(text, add_special_tokens=True))
+    starts = range(len(marked) - len(ids) + 1)
+    return next((marked[: start + len(ids)] for start in starts if marked[start : start + len(ids)] == ids), marked)
+
+
+def control_tokens(tokenizer: Tokenizer) -> list[str]:
+    """Return the texts that the tokenizer turns into special tokens wherever they stand, the longest first.
+
+    One or two characters are left out: some tokenizers pad with a punctuation mark.
+    """
+    added = getattr(tokenizer, "added_tokens_decoder", {}).values()
+    texts = {token.content for token in added if token.special and len(token.content.strip()) > 2}
+    return sorted(texts, key=lambda text: (-len(text), text))
+
+
+def find_control_tokens(questions: Sequence[Question], tokenizer: Tokenizer) -> list[tuple[int, str]]:
+    """Return (position in `questions`, token) of every question whose text holds a control token.
+
+    In a prompt such a text is no text: it ends the question's turn, or forges another one.
+    """
+    tokens = control_tokens(tokenizer)
+    pairs = [(place, token) for place, question in enumerate(questions) for token in tokens if token in question.text]
+    return list({place: (place, token) for place, token in reversed(pairs)}.values())[::-1]
+
+
+def check_prompt_ends(
+    prompts: Sequence[Sequence[int]], stop_token_ids: Collection[int], questions: Sequence[Question], source: str
+) -> None:
+    """Raise ConfigError at the first prompt whose last token ends an answer, naming its question in `source`."""
+    for prompt, question in zip(prompts, questions, strict=True):
+        if prompt and prompt[-1] in stop_token_ids:
+            raise ConfigError(
+                f"{source}: question {question.index} (counted from 0): its prompt ends with token {prompt[-1]}, which ends an "
+                "answer; choose another data.template, or remove the token from the template"
+            )
 
 
 def check_prompt_lengths(prompts: Sequence[Sequence[int]], max_prompt_tokens: int, questions: Sequence[Question], source: str) -> None:
@@ -77,16 +120,19 @@ def check_prompt_lengths(prompts: Sequence[Sequence[int]], max_prompt_tokens: in
         if len(prompt) > max_prompt_tokens:
             raise ConfigError(
                 f"{place}: its prompt has {len(prompt)} tokens, the limit is {max_prompt_tokens}; "
-                "remove or shorten the question, lower rollout.max_new_tokens or raise rollout.max_model_len"
+                "remove or shorten the question, or raise rollout.max_model_len up to the model's context"
             )
 
 
-def _render_chat(question: str, tokenizer: Tokenizer) -> str:
+def _render_chat(question: str, tokenizer: Tokenizer, date: datetime | None) -> str:
     if not tokenizer.chat_template:
         raise ConfigError("data.template: `chat` needs a chat template and this tokenizer has none; use qwen25-math, evalchemy or none")
     try:
         # Text rather than ids: what tokenize=True returns differs between versions of transformers.
-        text = tokenizer.apply_chat_template([{"role": "user", "content": question}], tokenize=False, add_generation_prompt=True)
+        # `strftime_now` is how a template asks for the day; a variable of that name stands before the library's own.
+        variables = {} if date is None else {"strftime_now": date.strftime}
+        turns = [{"role": "user", "content": question}]
+        text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True, **variables)
     except jinja2.TemplateError as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ConfigError(f"data.template: `chat`: the tokenizer's chat template failed ({reason}); use another template") from None
@@ -96,7 +142,7 @@ def _render_chat(question: str, tokenizer: Tokenizer) -> str:
 def _render_file(file: str, question: str, tokenizer: Tokenizer) -> str:
     """Render a user's template in a sandbox: it sees the question and the beginning-of-text token, nothing of the process."""
     try:
-        source = Path(file).read_text(encoding="utf-8")
+        source = Path(file).expanduser().read_text(encoding="utf-8")
         environment = jinja2.sandbox.ImmutableSandboxedEnvironment(undefined=jinja2.StrictUndefined, keep_trailing_newline=False)
         return environment.from_string(source).render(question=question, bos_token=getattr(tokenizer, "bos_token", None) or "")
     except (OSError, UnicodeDecodeError) as error:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from rlsc_mcore.config import ConfigError
-from rlsc_mcore.run.files import write_atomically
+from rlsc_mcore.run.files import to_json, write_atomically
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ def write_records(folder: Path, name: str, result: Mapping[str, Any]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     _write_lines(folder / f"{name}.questions.jsonl", result["questions"])
     _write_lines(folder / f"{name}.answers.jsonl", result["answers"])
-    write_atomically(folder / f"{name}.json", json.dumps(result["scores"], indent=1) + "\n")
+    write_atomically(folder / f"{name}.json", to_json(result["scores"], indent=1) + "\n")
 
 
 def read_answers(folder: Path, name: str) -> list[AnswerRecord]:
@@ -91,4 +91,4 @@ def _read_lines(file: Path, kind: type) -> list[dict[str, Any]]:
 
 
 def _write_lines(file: Path, rows: Sequence[Any]) -> None:
-    write_atomically(file, "".join(json.dumps(asdict(row), ensure_ascii=False) + "\n" for row in rows))
+    write_atomically(file, "".join(to_json(asdict(row), ensure_ascii=False) + "\n" for row in rows))

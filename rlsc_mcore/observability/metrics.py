@@ -1,14 +1,14 @@
 """metrics.jsonl: one object per step, read back for alarms and on resume; the same numbers as TensorBoard events and in W&B."""
 
-import json
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from time import perf_counter
+from time import perf_counter, time
 from typing import Any
 
 from rlsc_mcore.observability.step_metrics import DESCRIPTIONS, numbers
+from rlsc_mcore.run.files import row_from_json, row_to_json
 from rlsc_mcore.run.folder import METRICS_FILE
 
 LENGTH_COLLAPSE_SHARE = 0.5  # mean length below this share of the first step's
@@ -41,6 +41,7 @@ class MetricsWriter:
     def __init__(self, run_dir: Path, *, first_step: int, enabled: bool, tensorboard: bool, wandb_run: Any = None) -> None:
         """Keep the rows of steps before `first_step`; rows at or after it (an interrupted step's) are dropped by one rename.
 
+        TensorBoard is told to drop its events of those steps too.
         `wandb_run` (of `open_wandb`) gets the same numbers, and is finished by `close`.
         """
         self.file = run_dir / METRICS_FILE
@@ -51,13 +52,16 @@ class MetricsWriter:
         if not enabled:
             return
         partial = self.file.with_suffix(".partial")
-        partial.write_text("".join(json.dumps(row) + "\n" for row in self.rows), encoding="utf-8")
+        partial.write_text("".join(row_to_json(row) + "\n" for row in self.rows), encoding="utf-8")
         os.replace(partial, self.file)
         if tensorboard:
-            from tensorboard.compat.proto.event_pb2 import Event
+            from tensorboard.compat.proto.event_pb2 import Event, SessionLog
             from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
             self._events, self._event_type = EventFileWriter(str(run_dir / "tensorboard")), Event
+            start = SessionLog(status=SessionLog.START)
+            self._events.add_event(Event(step=first_step, wall_time=time(), session_log=start))
+            self._events.flush()
 
     def write(self, row: dict[str, Any]) -> None:
         """Append one step, a row of `StepMetrics`."""
@@ -65,7 +69,7 @@ class MetricsWriter:
         if not self._enabled:
             return
         with self.file.open("a", encoding="utf-8") as out:
-            out.write(json.dumps(row) + "\n")
+            out.write(row_to_json(row) + "\n")
         if self._events is not None:
             self._write_events(row)
         if self._wandb_run is not None:
@@ -92,14 +96,14 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
     rows = []
     for line in file.read_text(encoding="utf-8").splitlines() if file.is_file() else []:
         try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
+            rows.append(row_from_json(line))
+        except ValueError:
             break
     return rows
 
 
-def alarms(row: Mapping[str, Any], first: Mapping[str, Any]) -> list[str]:
-    """Name what looks wrong in a step, compared with the run's first."""
+def alarms(row: Mapping[str, Any], first: Mapping[str, Any], *, ends: bool = True) -> list[str]:
+    """Name what looks wrong in a step, compared with the run's first; `ends`: whether a token is known to end an answer."""
     found = []
     if row["mean_length"] < LENGTH_COLLAPSE_SHARE * first["mean_length"]:
         found.append(f"length collapse: answers average {row['mean_length']:.1f} tokens, {first['mean_length']:.1f} at the first step")
@@ -109,7 +113,9 @@ def alarms(row: Mapping[str, Any], first: Mapping[str, Any]) -> list[str]:
             f"from {first['distinct_share']:.0%} to {row['distinct_share']:.0%}"
         )
     if row["truncated_share"] > TRUNCATED_ALARM_SHARE:
-        found.append(f"{row['truncated_share']:.0%} of the answers were cut at rollout.max_new_tokens: raise it")
+        cut = f"{row['truncated_share']:.0%} of the answers were cut at rollout.max_new_tokens: "
+        unended = "no token is known to end an answer, name it as eos_token_id in generation_config.json"
+        found.append(cut + ("raise it" if ends else unended))
     return found
 
 

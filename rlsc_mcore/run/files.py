@@ -1,8 +1,14 @@
 """How a run writes its small files: whole, or not at all."""
 
 import contextlib
+import json
+import math
 import os
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
+
+NOT_FINITE = "not_finite"  # of a row: path -> nan, inf or -inf, where the row has null
 
 
 def write_atomically(file: Path, text: str) -> None:
@@ -18,3 +24,46 @@ def write_atomically(file: Path, text: str) -> None:
         with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)
         raise
+
+
+def finite(value: Any) -> Any:
+    """Return `value` with None in the place of every number that is not finite, which JSON cannot spell."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {name: finite(entry) for name, entry in value.items()}
+    return [finite(entry) for entry in value] if isinstance(value, list | tuple) else value
+
+
+def to_json(value: Any, *, indent: int | None = None, ensure_ascii: bool = True) -> str:
+    """Write `value` as JSON that every reader takes: numbers that are not finite become null."""
+    return json.dumps(finite(value), indent=indent, ensure_ascii=ensure_ascii, allow_nan=False)
+
+
+def row_to_json(row: Mapping[str, Any]) -> str:
+    """Write a row so that `row_from_json` returns it: numbers that are not finite are null, and named under `not_finite`."""
+    lost = {"/".join(map(str, path)): repr(value) for path, value in _not_finite(row)}
+    return to_json({**row, **({NOT_FINITE: lost} if lost else {})})
+
+
+def row_from_json(line: str | bytes) -> Any:
+    """Read what `row_to_json` wrote; raises ValueError at anything else than JSON."""
+    row = json.loads(line)
+    for path, value in (row.pop(NOT_FINITE, {}) if isinstance(row, dict) else {}).items():
+        *parents, name = path.split("/")
+        holder = row
+        for parent in parents:
+            holder = holder[int(parent)] if isinstance(holder, list) else holder[parent]
+        holder[int(name) if isinstance(holder, list) else name] = float(value)
+    return row
+
+
+def _not_finite(value: Any, path: tuple[str | int, ...] = ()) -> Iterator[tuple[tuple[str | int, ...], float]]:
+    if isinstance(value, float) and not math.isfinite(value):
+        yield path, value
+    elif isinstance(value, Mapping):
+        for name, entry in value.items():
+            yield from _not_finite(entry, (*path, name))
+    elif isinstance(value, list | tuple):
+        for position, entry in enumerate(value):
+            yield from _not_finite(entry, (*path, position))

@@ -1,10 +1,10 @@
 """Read how far a run is and estimate the time left, from its files."""
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from rlsc_mcore.run.files import row_from_json
 from rlsc_mcore.run.folder import METRICS_FILE
 
 RECENT_STEPS = 5
@@ -33,7 +33,7 @@ def last_metrics(run_dir: Path) -> list[dict[str, Any]]:
     rows = []
     for line in lines:
         try:
-            rows.append(json.loads(line))
+            rows.append(row_from_json(line))
         except ValueError:
             continue
     return rows

@@ -1,6 +1,5 @@
 """Write what a run leaves in its folder: the resolved configuration, the rollouts, a skipped batch."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -9,7 +8,7 @@ from rlsc_mcore.config import Config, ConfigError
 from rlsc_mcore.config_file import changed_fields, dump_config, load_config
 from rlsc_mcore.data.packing import UniqueSequence
 from rlsc_mcore.parallel.groups import Groups
-from rlsc_mcore.run.files import write_atomically
+from rlsc_mcore.run.files import to_json, write_atomically
 from rlsc_mcore.run.folder import CONFIG_FILE, EXPORT_FOLDER, SKIPPED_FOLDER
 from rlsc_mcore.run.machine_errors import explain
 from rlsc_mcore.run.made_here import check_replaceable
@@ -73,7 +72,7 @@ def write_rollouts(run_dir: Path, step: int, rollouts: "Sequence[Rollout]", grou
         for rollout in rollouts
     )
     suffix = f".rank{groups.dp_rank}" if groups.dp_size > 1 else ""
-    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    text = "".join(to_json(row, ensure_ascii=False) + "\n" for row in rows)
     write_atomically(folder / f"step_{step:06d}{suffix}.jsonl", text)
 
 
@@ -95,5 +94,5 @@ def dump_batch(run_dir: Path, step: int, sequences: Sequence[UniqueSequence], gr
                     "response_ids": sequence.rollout.response_ids,
                     "engine_log_probs": sequence.rollout.engine_log_probs,
                 }
-                out.write(json.dumps(row) + "\n")
+                out.write(to_json(row) + "\n")
     return folder

@@ -31,6 +31,7 @@ from rlsc_mcore.run.folder import SKIPPED_FOLDER
 from rlsc_mcore.run.status import RunStatus
 from rlsc_mcore.training import checkpoint
 from rlsc_mcore.training.faults import start_watchdog
+from rlsc_mcore.training.input_record import claim_inputs
 from rlsc_mcore.training.inputs import read_inputs
 from rlsc_mcore.training.memory_ledger import MemoryLedger
 from rlsc_mcore.training.metrics_row import step_row
@@ -46,22 +47,30 @@ from rlsc_mcore.weight_sync.verify import compare_with_export
 class Session:
     """A run on this rank: data, trainer, engine, and what has been written so far."""
 
-    def __init__(self, config: Config, stop: StopRequest, *, resume_from: Path | None = None) -> None:
+    def __init__(
+        self,
+        config: Config,
+        stop: StopRequest,
+        *,
+        resume_from: Path | None = None,
+        asked_prompts: Sequence[list[int]] | None = None,
+    ) -> None:
         """Check all input, then build trainer and engine and, with `resume_from`, load that checkpoint; collective over the world.
 
+        `asked_prompts` are the prompts of an evaluation without training, which reads no questions of the configuration.
         Raises `ConfigError` before anything is built or written when an input is bad, and `GenerationInterrupted` on a stop
         signal while it builds: nothing was trained, what was saved before is as it was.
         """
         self.config, self.stop = config, stop
         self.run_dir = Path(config.run_dir)
         self.backend = get_backend()
-        self.inputs = read_inputs(config, self.backend)
+        self.inputs = read_inputs(config, self.backend, asked_prompts)
         architecture = self.inputs.architecture
         engine_tp = config.rollout.tp or config.parallel.tp
         self.groups = initialize_groups(self.backend, config.parallel.tp, engine_tp, pp=config.parallel.pp)
         self.watchdog = start_watchdog(config, self.groups)
         self.report = Reporter(self.groups.is_main)
-        if config.data.questions_per_step < self.groups.dp_size:
+        if asked_prompts is None and config.data.questions_per_step < self.groups.dp_size:
             raise ConfigError(
                 f"data.questions_per_step: {config.data.questions_per_step} leaves data-parallel ranks without a question; "
                 f"expected at least {self.groups.dp_size}"
@@ -69,6 +78,10 @@ class Session:
         owner = claim_run_folder(self.run_dir, config, self.groups, resuming=resume_from is not None)
         if owner is not None and owner.took_over:
             self.report.warn(f"took over {self.run_dir} from {owner.took_over}, which has ended without giving it up")
+        if self.inputs.record is not None:
+            claim_inputs(self.run_dir, self.inputs.record, self.groups)
+        for warning in self.inputs.warnings:
+            self.report.warn(warning)
         wandb_project = config.observability.wandb_project if self.groups.is_main else None
         wandb_run = open_wandb(wandb_project, self.run_dir, dataclasses.asdict(config))
         self.status = RunStatus(
@@ -217,7 +230,7 @@ class Session:
         first = self.metrics.rows[0] if self.metrics.rows else row
         row["engine_imbalance"] = self.engine_imbalance
         row["memory"], grown = self.memory.close_step(self.groups)
-        row["warnings"] = alarms(row, first) + mismatch_warnings(row, self._compared_dtype()) + grown
+        row["warnings"] = alarms(row, first, ends=bool(self.inputs.stop_token_ids)) + mismatch_warnings(row, self._compared_dtype()) + grown
         # A rank stands for the ranks of its model group, whose tokens are the same.
         members = self.groups.tp_size * self.groups.pp_size
         row["gpu"] = self.gpu.take(sum(len(rollout.response_ids) for rollout in rollouts) // members)
@@ -339,7 +352,7 @@ class Session:
             state = checkpoint.resume(resume_from, self.trainer, self.report.warn)
         else:
             state = checkpoint.load_checkpoint(resume_from, self.trainer)
-        if state.questions != self.inputs.fingerprint:
+        if self.inputs.record is not None and state.questions != self.inputs.fingerprint:
             raise ConfigError(f"data.path: {self.config.data.path} has changed since the run was started; resume needs the same questions")
         self.start_step = state.step
 

@@ -1,13 +1,18 @@
 """metrics.jsonl: appended, cut where a run resumes, read past a half-written end; and what raises an alarm."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from rlsc_mcore.observability.metrics import MetricsWriter, PhaseTimer, alarms, read_metrics
+from rlsc_mcore.run.files import row_from_json, row_to_json
 from rlsc_mcore.run.folder import METRICS_FILE
+from rlsc_mcore.run.progress import last_metrics
 
 
 def rows(count: int) -> list[dict[str, Any]]:
@@ -71,6 +76,69 @@ def test_tensorboard_holds_the_same_numbers(tmp_path: Path) -> None:
     assert found == {
         (step, name): pytest.approx(value) for step in range(2) for name, value in (("loss", 0.5 - step), ("seconds/train", 1.5))
     }
+
+
+BROKEN = [
+    {
+        "step": 0,
+        "loss": math.nan,
+        "log_prob_gap_mean": None,
+        "log_p_old": {"q50": -math.inf},
+        "updates": [{"loss": 1.0}, {"loss": math.inf}],
+    },
+    {"step": 1, "loss": 2.0, "seconds": {}, "warnings": ["NaN"]},
+]
+
+
+def test_every_line_is_json_whatever_the_numbers(tmp_path: Path) -> None:
+    def refuse(text: str) -> None:
+        raise AssertionError(f"{text} is no JSON")
+
+    writer = write(tmp_path, BROKEN)
+    MetricsWriter(tmp_path, first_step=2, enabled=True, tensorboard=False).close()  # the rows are written again
+    rows = [json.loads(line, parse_constant=refuse) for line in (tmp_path / METRICS_FILE).read_text(encoding="utf-8").splitlines()]
+    assert rows[0]["loss"] is None and rows[0]["log_p_old"] == {"q50": None} and rows[0]["updates"] == [{"loss": 1.0}, {"loss": None}]
+    assert rows[0]["not_finite"] == {"loss": "nan", "log_p_old/q50": "-inf", "updates/1/loss": "inf"}
+    assert rows[1] == BROKEN[1]
+    # Read back they are what they were: a gap that is no number counts as a mismatch, one that was not compared does not.
+    for found in (read_metrics(tmp_path), writer.rows, last_metrics(tmp_path)):
+        assert math.isnan(found[0]["loss"]) and found[0]["log_prob_gap_mean"] is None and "not_finite" not in found[0]
+        assert found[0]["log_p_old"]["q50"] == -math.inf and found[0]["updates"][1]["loss"] == math.inf
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.sampled_from(["nan", "NaN", "a\nb"]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["a", "loss", "x.y", "nan", "0"]), inner, max_size=3),
+    max_leaves=12,
+)
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.dictionaries(st.sampled_from(["a", "loss", "x.y", "nan", "0"]), json_values, max_size=4))
+def test_a_row_comes_back_as_it_was(row: dict[str, Any]) -> None:
+    line = row_to_json(row)
+    json.loads(line, parse_constant=lambda text: pytest.fail(f"{text} is no JSON"))
+    assert repr(row_from_json(line)) == repr(row)
+
+
+@pytest.mark.parametrize("first_step", [0, 2])
+def test_tensorboard_shows_a_repeated_step_once(tmp_path: Path, first_step: int) -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    write(tmp_path, rows(4), tensorboard=True)
+    repeated = [{"step": step, "loss": 100.0 + step} for step in range(first_step, 5)]
+    write(tmp_path, repeated, first_step=first_step, tensorboard=True)
+    accumulator = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    shown = [(event.step, event.value) for event in accumulator.Scalars("loss")]
+    assert shown == [(row["step"], pytest.approx(row["loss"])) for row in read_metrics(tmp_path)]
+    assert [step for step, _ in shown] == [0, 1, 2, 3, 4]
+
+
+def test_the_advice_for_cut_answers_fits_the_cause() -> None:
+    (raise_it,) = alarms(FIRST | {"truncated_share": 1.0}, FIRST)
+    (no_end,) = alarms(FIRST | {"truncated_share": 1.0}, FIRST, ends=False)
+    assert raise_it.endswith("raise it") and "eos_token_id" in no_end and "raise it" not in no_end
 
 
 FIRST = {"mean_length": 100.0, "f_estimate": 0.1, "distinct_share": 0.8, "truncated_share": 0.0}

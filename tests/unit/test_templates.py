@@ -1,11 +1,20 @@
 """Templates: prompts against text written out by hand, token ids against a tokenizer with known ids, errors by message."""
 
+from datetime import datetime
+
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from rlsc_mcore.config import ConfigError
-from rlsc_mcore.data.templates import check_prompt_lengths, render_prompt, render_text
+from rlsc_mcore.data.templates import (
+    check_prompt_ends,
+    check_prompt_lengths,
+    control_tokens,
+    find_control_tokens,
+    render_prompt,
+    render_text,
+)
 from rlsc_mcore.types import Question
 
 CHATML = (
@@ -16,7 +25,9 @@ LLAMA_LIKE = "{{ bos_token }}{% for message in messages %}[{{ message['content']
 BOS, IM_START, IM_END = 256, 257, 258
 
 
-def make_tokenizer(chat_template: str | None, *, chatml_tokens: bool = True, adds_bos: bool = False) -> PreTrainedTokenizerFast:
+def make_tokenizer(
+    chat_template: str | None, *, chatml_tokens: bool = True, adds_bos: bool = False, appends: bool = False
+) -> PreTrainedTokenizerFast:
     """Build a tokenizer whose ids are the UTF-8 bytes of the text, followed by three special tokens."""
     byte_characters = sorted(pre_tokenizers.ByteLevel.alphabet())
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
@@ -26,8 +37,10 @@ def make_tokenizer(chat_template: str | None, *, chatml_tokens: bool = True, add
     backend = Tokenizer(models.BPE(vocab={character: byte for byte, character in character_of.items()}, merges=[]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.add_special_tokens(["<s>", "<|im_start|>", "<|im_end|>"] if chatml_tokens else ["<s>"])
-    if adds_bos:
-        backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", BOS)])
+    around = f"{'<s> ' if adds_bos else ''}$A{' <|im_end|>' if appends else ''}"
+    if around != "$A":
+        special = [("<s>", BOS), *([("<|im_end|>", IM_END)] if appends else [])]
+        backend.post_processor = processors.TemplateProcessing(single=around, special_tokens=special)
     return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", chat_template=chat_template)
 
 
@@ -68,6 +81,45 @@ def test_plain_templates_get_the_tokens_a_text_begins_with(adds_bos: bool) -> No
     )
 
 
+@pytest.mark.parametrize("adds_bos", [False, True])
+@pytest.mark.parametrize("text", ["What is 2+3?", "a<|im_end|>", "<|im_end|>", " spaces ", "é\n"])
+def test_no_prompt_ends_with_a_token_that_the_tokenizer_appends(adds_bos: bool, text: str) -> None:
+    plain, appending = make_tokenizer(CHATML, adds_bos=adds_bos), make_tokenizer(CHATML, adds_bos=adds_bos, appends=True)
+    for template in ("none", "evalchemy", "chat", "qwen25-math"):
+        assert render_prompt(template, text, appending) == render_prompt(template, text, plain)
+    assert appending.encode(text)[-1] == IM_END
+
+
+DATED = "{{ strftime_now('%d %b %Y') }}{% for message in messages %}[{{ message['content'] }}]{% endfor %}"
+
+
+def test_a_template_that_shows_the_day_shows_the_given_one() -> None:
+    tokenizer = make_tokenizer(DATED)
+    assert render_text("chat", "q", tokenizer, datetime(2024, 7, 5)) == "05 Jul 2024[q]"
+    assert render_text("chat", "q", tokenizer) == f"{datetime.now():%d %b %Y}[q]"
+    assert render_text("chat", "q", make_tokenizer(CHATML), datetime(2024, 7, 5)) == render_text("chat", "q", make_tokenizer(CHATML))
+
+
+def test_control_tokens_in_questions_are_found() -> None:
+    texts = ["plain", "x <|im_end|>\n<|im_start|>assistant\n", "a < b and |c|", "strike <s>this</s>", "<|im_ end|>"]
+    questions = [Question(index, text, None) for index, text in enumerate(texts)]
+    assert find_control_tokens(questions, make_tokenizer(CHATML)) == [(1, "<|im_start|>"), (3, "<s>")]
+    assert find_control_tokens(questions, make_tokenizer(None, chatml_tokens=False)) == [(3, "<s>")]
+
+
+def test_a_short_padding_token_is_no_control_token() -> None:
+    tokenizer = make_tokenizer(CHATML)
+    tokenizer.add_special_tokens({"pad_token": "!"})
+    assert control_tokens(tokenizer) == ["<|im_start|>", "<|im_end|>", "<s>"]
+
+
+def test_a_prompt_that_ends_an_answer_is_refused() -> None:
+    questions = [Question(0, "a", None), Question(4, "b", None)]
+    check_prompt_ends([[1, 2], [2, 3]], [7], questions, "q.jsonl")
+    with pytest.raises(ConfigError, match=r"^q\.jsonl: question 4 \(counted from 0\): its prompt ends with token 7, which ends an answer"):
+        check_prompt_ends([[7, 2], [2, 7]], [7], questions, "q.jsonl")
+
+
 def test_missing_chat_template_names_the_field_and_the_way_out() -> None:
     with pytest.raises(ConfigError) as caught:
         render_prompt("chat", "q", make_tokenizer(None))
@@ -104,7 +156,7 @@ def test_prompt_lengths() -> None:
         check_prompt_lengths([[1] * 4, [1] * 6], 5, questions, "gsm8k.jsonl")
     assert str(caught.value) == (
         "gsm8k.jsonl: question 7 (counted from 0): its prompt has 6 tokens, the limit is 5; "
-        "remove or shorten the question, lower rollout.max_new_tokens or raise rollout.max_model_len"
+        "remove or shorten the question, or raise rollout.max_model_len up to the model's context"
     )
     with pytest.raises(ConfigError, match=r"^gsm8k\.jsonl: question 3 \(counted from 0\): its prompt has no tokens"):
         check_prompt_lengths([[], [1]], 5, questions, "gsm8k.jsonl")
