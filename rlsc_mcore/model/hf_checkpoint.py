@@ -34,10 +34,12 @@ SIDE_FILES = (
     "special_tokens_map.json",
     "added_tokens.json",
     "chat_template.jinja",
+    "chat_template.json",
     "vocab.json",
     "merges.txt",
     "tokenizer.model",
 )
+MORE_TEMPLATES = "additional_chat_templates"
 
 
 def resolve_model_folder(path: str) -> Path:
@@ -58,7 +60,7 @@ def resolve_model_folder(path: str) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(path, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.jinja", "*.model"]))
+        return Path(snapshot_download(path, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.jinja", "*.model", "*.py"]))
     except Exception as error:  # offline, unknown name, no permission: all mean the same to the user
         reason = str(error).splitlines()[0]
         raise ConfigError(f"model.path: {path} is no local folder and could not be fetched from the hub: {reason}") from None
@@ -310,6 +312,9 @@ def _copy_side_files(source: Path, target: Path, dtype: str) -> None:
     for name in SIDE_FILES:
         if (source / name).is_file():
             shutil.copyfile(source / name, target / name)
+    for file in [*source.glob("*.py"), *source.glob(f"{MORE_TEMPLATES}/*.jinja")]:  # a tokenizer's own code, named templates
+        (target / file.relative_to(source)).parent.mkdir(exist_ok=True)
+        shutil.copyfile(file, target / file.relative_to(source))
     config = json.loads((target / "config.json").read_text(encoding="utf-8"))
     config.pop("torch_dtype", None)
     config["dtype"] = dtype

@@ -131,6 +131,7 @@ def test_a_run_of_another_configuration_is_refused(tmp_path: Path) -> None:
         (["--seeds", "0,x"], "--seeds: expected different whole numbers"),
         (["--seeds", "1,1"], "--seeds"),
         (["--temperature-factor", "2"], "--temperature-factor"),
+        (["--temperature-factor", "0.01"], "--temperature-factor: 0.01 asks lower_temperature for a temperature of 0.005"),
         (["--optimizer.lr", "-1"], "optimizer.lr"),
         (["--optimzer.lr", "1"], "--optimzer.lr"),
         (["--evaluation.path", "None"], "evaluation.path"),

@@ -284,6 +284,15 @@ def test_a_written_folder_reads_back(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [output]
 
 
+def test_a_tokenizers_code_and_named_templates_are_written_too(folder: Path, tmp_path: Path) -> None:
+    (folder / "additional_chat_templates").mkdir()
+    for name in ("additional_chat_templates/tool.jinja", "tokenization_mine.py"):
+        (folder / name).write_text("content", encoding="utf-8")
+    write_hf_folder(load_file(folder / WEIGHTS).items(), folder, tmp_path / "out", dtype="float32", write=True)
+    for name in ("additional_chat_templates/tool.jinja", "tokenization_mine.py"):
+        assert (tmp_path / "out" / name).read_text(encoding="utf-8") == "content"
+
+
 @pytest.mark.parametrize("limit", [1, 100_000, 400_000])
 def test_large_models_are_written_in_files_of_limited_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: int) -> None:
     monkeypatch.setattr(hf_checkpoint, "MAX_SHARD_BYTES", limit)
