@@ -6,6 +6,7 @@ from pathlib import Path
 
 from rlsc_mcore.config import LOWEST_TEMPERATURE, ConfigError
 from rlsc_mcore.experiments.compare import figure, gather, markdown, parse_seeds, print_table
+from rlsc_mcore.experiments.paired import compare_evaluations, print_pairs
 from rlsc_mcore.experiments.runs import Experiment, Variant, check_flags, run_settings
 from rlsc_mcore.objectives import OBJECTIVES
 from rlsc_mcore.observability.console import Reporter
@@ -22,7 +23,11 @@ ALL = "all"
 DESCRIPTION = """Train and evaluate several objectives on the same questions and seeds.
 
 A comparison that was stopped goes on with the same command. Every other option is one of `rlsc train` and holds for all runs.
-`lower_temperature` trains nothing: it is the base model, answering at `--temperature-factor` times each temperature. """
+`lower_temperature` trains nothing: it is the base model, answering at `--temperature-factor` times each temperature.
+
+  rlsc compare --runs RUN_OR_FOLDER RUN_OR_FOLDER ...
+
+compares finished runs (after training) or folders of `rlsc eval` in pairs, question by question, and trains nothing."""
 
 
 def run_compare(arguments: Sequence[str]) -> int:
@@ -31,12 +36,18 @@ def run_compare(arguments: Sequence[str]) -> int:
         "rlsc compare", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     known_names = [*VARIANTS, LOWER_TEMPERATURE]
-    parser.add_argument("--config", type=Path, required=True, help="configuration file of every run")
+    parser.add_argument("--config", type=Path, help="configuration file of every run")
+    parser.add_argument("--runs", nargs="+", type=Path, help="train nothing: compare finished runs or folders of rlsc eval")
     parser.add_argument("--objectives", default=",".join(DEFAULT_OBJECTIVES), help=f"{ALL}, or some of {', '.join(known_names)}")
     parser.add_argument("--seeds", default="0,1,2", help="seeds of every objective")
-    parser.add_argument("--output", type=Path, default=Path("runs/compare"), help="folder of the runs and of comparison.json, .svg and .md")
+    parser.add_argument("--output", type=Path, help="folder of the runs and of comparison.json, .svg and .md (default: runs/compare)")
     parser.add_argument("--temperature-factor", type=float, default=0.5, help="of lower_temperature")
     known, flags = parser.parse_known_args(arguments)
+    if known.runs is not None:
+        return _compare_finished(known.runs, known.output, flags)
+    if known.config is None:
+        raise ConfigError("--config: expected the configuration file of every run (or --runs to compare finished ones)")
+    known.output = known.output or Path("runs/compare")
     if not 0 < known.temperature_factor < 1:
         raise ConfigError(f"--temperature-factor: expected a number between 0 and 1, got {known.temperature_factor:g}")
     variants = [_variant(name, flags, known.temperature_factor) for name in _names(known.objectives, known_names)]
@@ -63,6 +74,17 @@ def run_compare(arguments: Sequence[str]) -> int:
         write_atomically(known.output / "comparison.md", markdown(result))
     print_table(result, report.console)
     report.line(f"wrote {known.output}/comparison.json, .svg and .md")
+    return 0
+
+
+def _compare_finished(runs: Sequence[Path], output: Path | None, flags: Sequence[str]) -> int:
+    if flags:
+        raise ConfigError(f"--runs: compares finished evaluations and takes no option of rlsc train, got {flags[0]}")
+    rows = compare_evaluations(runs)
+    print_pairs(rows, Reporter(enabled=True).console)
+    if output is not None:
+        output.mkdir(parents=True, exist_ok=True)
+        write_atomically(output / "paired.json", to_json(rows, indent=1) + "\n")
     return 0
 
 

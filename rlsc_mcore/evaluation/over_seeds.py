@@ -2,11 +2,12 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 from rlsc_mcore.evaluation.records import AnswerRecord, question_means
-from rlsc_mcore.evaluation.scores import GREEDY, UNTEMPERED, score_key
-from rlsc_mcore.evaluation.statistics import paired_change
+from rlsc_mcore.evaluation.scores import GREEDY, UNTEMPERED, estimate, score_key
+from rlsc_mcore.evaluation.statistics import PairedChange, bootstrap_interval, crossed_change, paired_change
 
 
 def metric_names(temperatures: Sequence[float]) -> dict[str, tuple[float, str]]:
@@ -32,20 +33,25 @@ def seed_average(per_seed: Sequence[Sequence[AnswerRecord]], temperature: float,
 def summarize(
     before: Sequence[Sequence[AnswerRecord]], after: Sequence[Sequence[AnswerRecord]], names: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Score one variant against the base, both given seed by seed: value, paired change with interval and p-value, spread over seeds."""
+    """Score one variant against the base, both given seed by seed.
+
+    Each metric has its value and paired change over questions, with intervals and p-value, the spread of the seeds, and,
+    where both sides have the same two seeds or more, the change as a sample of questions and seeds (`change.over_seeds`).
+    """
     rows: dict[str, Any] = {}
     for name, (temperature, field) in names.items():
         first, second = seed_average(before, temperature, field), seed_average(after, temperature, field)
         if not first.keys() & second.keys():
             continue
         change = paired_change(first, second)
-        value = paired_change(dict.fromkeys(second, 0.0), second)
+        value = estimate(list(second.values()))
+        low, high = bootstrap_interval(list(second.values()))
         per_seed = [_mean(seed_average([answers], temperature, field)) for answers in after]
         rows[name] = {
-            "mean": value.mean,
-            "standard_error": value.standard_error,
-            "low": value.low,
-            "high": value.high,
+            "mean": value["mean"],
+            "standard_error": value["standard_error"],
+            "low": low,
+            "high": high,
             "per_seed": per_seed,
             "seed_spread": _spread(per_seed),
             "change": {
@@ -54,9 +60,31 @@ def summarize(
                 "low": change.low,
                 "high": change.high,
                 "p_value": change.p_value,
+                "over_seeds": _over_seeds(before, after, temperature, field, change),
             },
         }
     return rows
+
+
+def _over_seeds(
+    before: Sequence[Sequence[AnswerRecord]],
+    after: Sequence[Sequence[AnswerRecord]],
+    temperature: float,
+    field: str,
+    over_questions: PairedChange,
+) -> dict[str, Any] | None:
+    """Return the change over questions and seeds, never surer than the one over questions alone; None without two seeds."""
+    if len(before) != len(after):
+        return None
+    sides = [[seed_average([answers], temperature, field) for answers in side] for side in (before, after)]
+    change = crossed_change(*sides)
+    if change is None:
+        return None
+    return asdict(change) | {
+        "low": min(change.low, over_questions.low),
+        "high": max(change.high, over_questions.high),
+        "p_value": max(change.p_value, over_questions.p_value),
+    }
 
 
 def _probabilities(answers: Sequence[AnswerRecord], temperature: float) -> dict[int, float]:

@@ -1,5 +1,6 @@
 """`rlsc compare`: the objectives against each other, on the same questions and seeds; one table and one figure."""
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -9,6 +10,7 @@ from rich.table import Table
 from rlsc_mcore.config import ConfigError
 from rlsc_mcore.evaluation.over_seeds import metric_names, summarize
 from rlsc_mcore.evaluation.scores import score_label
+from rlsc_mcore.evaluation.statistics import holm
 from rlsc_mcore.experiments.runs import Experiment, Variant
 from rlsc_mcore.reports.charts import Dot, dot_chart
 from rlsc_mcore.reports.standalone import standalone_svg
@@ -23,11 +25,23 @@ def gather(experiment: Experiment, variants: Sequence[Variant], temperatures: Se
     trained = next(variant for variant in variants if variant.temperature_factor is None)
     before = [experiment.answers(trained, seed, "before") for seed in experiment.seeds]
     rows = {BASE: summarize(before, before, names)}
-    for variant in variants:
-        after = [experiment.answers(variant, seed, "after") for seed in experiment.seeds]
-        rows[variant.name] = summarize(before, after, names)
+    after = {v.name: [experiment.answers(v, seed, "after") for seed in experiment.seeds] for v in variants}
+    for name, answers in after.items():
+        rows[name] = summarize(before, answers, names)
+    _correct({name: row for name, row in rows.items() if name != BASE})
+    pairs = {f"{b} - {a}": summarize(after[a], after[b], names) for a, b in itertools.combinations(after, 2)}
+    _correct(pairs)
     questions = len({answer.question for answers in before for answer in answers})
-    return {"questions": questions, "seeds": list(experiment.seeds), "rows": rows}
+    return {"questions": questions, "seeds": list(experiment.seeds), "rows": rows, "pairs": pairs}
+
+
+def _correct(rows: Mapping[str, Any]) -> None:
+    """Add to each change the p-value corrected over all rows of its metric (Holm), over seeds where there are several."""
+    for metric in dict.fromkeys(metric for row in rows.values() for metric in row):
+        changes = {name: row[metric]["change"] for name, row in rows.items() if metric in row}
+        p_values = {name: (change["over_seeds"] or change)["p_value"] for name, change in changes.items()}
+        for name, value in holm(p_values).items():
+            changes[name]["corrected_p_value"] = value
 
 
 def figure(result: Mapping[str, Any]) -> str:
@@ -58,9 +72,24 @@ def markdown(result: Mapping[str, Any]) -> str:
     for name, row in rows.items():
         lines.append(f"| {name} | " + " | ".join(_cell(metric, name, row.get(metric)).replace("\n", " ") for metric in metrics) + " |")
     questions, seeds = result["questions"], len(result["seeds"])
-    return "\n".join(
-        [*lines, "", f"{questions} questions, {seeds} seeds; in brackets the change against the base, paired by question.", ""]
-    )
+    level = "questions and seeds" if seeds > 1 else "questions"
+    lines += [
+        "",
+        f"{questions} questions, {seeds} seeds; in brackets the paired change against the base, +- its standard error over {level}.",
+        "",
+    ]
+    tested = [metric for metric in metrics if metric.startswith(("accuracy", "greedy"))]
+    if not result.get("pairs") or not tested:
+        return "\n".join(lines)
+    lines += [
+        f"Every pair of variants: the paired change with its 95 % interval over {level}, and the p-value corrected over the pairs (Holm).",
+        "",
+        "| | " + " | ".join(title(metric) for metric in tested) + " |",
+        "|---" + "|---:" * len(tested) + "|",
+    ]
+    for name, row in result["pairs"].items():
+        lines.append(f"| {name} | " + " | ".join(_pair_cell(row.get(metric)) for metric in tested) + " |")
+    return "\n".join([*lines, ""])
 
 
 def title(metric: str) -> str:
@@ -95,5 +124,14 @@ def _cell(metric: str, name: str, row: Mapping[str, Any] | None) -> str:
     digits = 1 if metric == "mean_length" else 3
     if name == BASE:
         return f"{row['mean']:.{digits}f}"
-    change, error = row["change"]["mean"], row["change"]["standard_error"]
+    counted = row["change"].get("over_seeds") or row["change"]
+    change, error = counted["mean"], counted["standard_error"]
     return f"{row['mean']:.{digits}f}\n({change:+.{digits}f}" + (f" +- {error:.{digits}f})" if error is not None else ")")
+
+
+def _pair_cell(row: Mapping[str, Any] | None) -> str:
+    if row is None:
+        return "-"
+    counted = row["change"]["over_seeds"] or row["change"]
+    corrected = row["change"]["corrected_p_value"]
+    return f"{counted['mean']:+.3f} ({counted['low']:+.3f} to {counted['high']:+.3f}), p = {corrected:.2g}"

@@ -70,6 +70,9 @@ def test_a_finished_comparison_is_gathered_without_a_run(tmp_path: Path, capsys:
     assert figure.startswith("<svg ") and "lower_temperature" in figure
     table = (tmp_path / "comparison.md").read_text(encoding="utf-8").splitlines()
     assert table[2].startswith("| base | 0.000 |") and table[3].startswith("| rlsc | 0.625 (+0.625 +- 0.239) |")
+    pair = result["pairs"]["lower_temperature - rlsc"]["accuracy_t0.5"]["change"]
+    assert pair["mean"] == 0 and pair["corrected_p_value"] == 1 and pair["over_seeds"]["low"] < 0 < pair["over_seeds"]["high"]
+    assert any(line.startswith("| lower_temperature - rlsc | +0.000 (-0.") for line in table)
     assert "4 questions, 2 seeds" in capsys.readouterr().out
     assert not list((tmp_path / "logs").iterdir())
 
@@ -120,6 +123,58 @@ def test_a_run_of_another_configuration_is_refused(tmp_path: Path) -> None:
     wanted = re.escape(f"another configuration (optimizer.lr: 1.0 -> {load_config(CONFIG).optimizer.lr})")
     with pytest.raises(ConfigError, match=wanted):
         experiment.run([Variant("rlsc")], Reporter(enabled=False))
+
+
+def evaluation(folder: Path, name: str, rates: dict[int, list[bool]], text: str = "1+7?") -> None:
+    questions = [QuestionRecord(question, text, "8", text) for question in rates]
+    write_records(folder, name, {"scores": {}, "answers": answers(rates, (0.0, 0.5)), "questions": questions})
+
+
+def test_finished_evaluations_are_paired_and_corrected(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    right, wrong = [True, True], [False, False]
+    for name, count in (("a", 8), ("b", 5)):  # benchmark a: all 8 questions change, b: all 5 do
+        evaluation(tmp_path / "one", f"{name}.chat", dict.fromkeys(range(count), wrong))
+        evaluation(tmp_path / "two", f"{name}.chat", dict.fromkeys(range(count), right))
+    evaluation(tmp_path / "two", "c.chat", {0: right})  # only one side has it
+    arguments = ["--runs", str(tmp_path / "one"), str(tmp_path / "two"), "--output", str(tmp_path / "out")]
+    assert run_compare(arguments) == 0
+    rows = json.loads((tmp_path / "out" / "paired.json").read_text(encoding="utf-8"))
+    sampled = {row["benchmark"]: row for row in rows if row["temperature"] == 0.5 and row["graded"] == "boxed"}
+    assert list(sampled) == ["a.chat", "b.chat"]
+    assert (sampled["a.chat"]["p_value"], sampled["b.chat"]["p_value"]) == (2 / 2**8, 2 / 2**5)
+    assert sampled["a.chat"]["corrected_p_value"] == 2 * 2 / 2**8 and sampled["b.chat"]["corrected_p_value"] == 2 / 2**5
+    assert sampled["a.chat"]["change"] == 1.0 and 0.5 < sampled["a.chat"]["low"] < 1
+    assert "corrected" in capsys.readouterr().out
+
+
+def test_two_trained_runs_are_compared_after_training(tmp_path: Path) -> None:
+    for name, right in (("first", [True, False]), ("second", [True, True])):
+        write_run(tmp_path / name, dict.fromkeys(range(6), right))
+        (tmp_path / name / "config.yaml").write_text("", encoding="utf-8")
+    assert run_compare(["--runs", str(tmp_path / "second"), str(tmp_path / "first"), "--output", str(tmp_path)]) == 0
+    rows = json.loads((tmp_path / "paired.json").read_text(encoding="utf-8"))
+    (row,) = [row for row in rows if row["temperature"] == 0.5 and row["graded"] == "boxed"]
+    assert (row["first_mean"], row["second_mean"], row["change"], row["p_value"]) == (1.0, 0.5, -0.5, 2 / 2**6)
+
+
+def test_what_cannot_be_paired_is_refused(tmp_path: Path) -> None:
+    evaluation(tmp_path / "one", "a.chat", {0: [True, True]})
+    evaluation(tmp_path / "two", "b.chat", {0: [True, True]})
+    evaluation(tmp_path / "three", "a.chat", {0: [True, True]}, text="another?")
+    (tmp_path / "empty").mkdir()
+    for names, message in (
+        (["one"], "--runs: expected two folders or more"),
+        (["one", "one"], "--runs: expected different folders"),
+        (["one", "two"], "share no benchmark"),
+        (["one", "three"], "question 0 is another one"),
+        (["one", "empty"], "neither a run nor a folder of rlsc eval"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            run_compare(["--runs", *(str(tmp_path / name) for name in names)])
+    with pytest.raises(ConfigError, match="takes no option of rlsc train, got --optimizer"):
+        run_compare(["--runs", str(tmp_path / "one"), str(tmp_path / "two"), "--optimizer.lr", "1"])
+    with pytest.raises(ConfigError, match=r"^--config: expected the configuration file"):
+        run_compare([])
 
 
 @pytest.mark.parametrize(
