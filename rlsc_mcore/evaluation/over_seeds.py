@@ -76,8 +76,8 @@ def _over_seeds(
     """Return the change over questions and seeds, never surer than the one over questions alone; None without two seeds."""
     if len(before) != len(after):
         return None
-    sides = [[seed_average([answers], temperature, field) for answers in side] for side in (before, after)]
-    change = crossed_change(*sides)
+    first, second = ([seed_average([answers], temperature, field) for answers in side] for side in (before, after))
+    change = crossed_change(first, second)
     if change is None:
         return None
     return asdict(change) | {

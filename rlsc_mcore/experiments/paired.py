@@ -115,12 +115,12 @@ def _changes(first: Sequence[AnswerRecord], second: Sequence[AnswerRecord]) -> l
     rows = []
     for temperature in sorted({answer.temperature for answer in first} & {answer.temperature for answer in second}):
         for field, graded in FIELDS.items():
-            sides = [question_means(answers, temperature, field) for answers in (first, second)]
-            shared = sides[0].keys() & sides[1].keys()
+            before, after = (question_means(answers, temperature, field) for answers in (first, second))
+            shared = before.keys() & after.keys()
             if not shared:
                 continue
-            change = asdict(paired_change(*sides))
-            means = [sum(side[question] for question in shared) / len(shared) for side in sides]
+            change = asdict(paired_change(before, after))
+            means = [sum(side[question] for question in shared) / len(shared) for side in (before, after)]
             rows.append(
                 {
                     "temperature": temperature,
