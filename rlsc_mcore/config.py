@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 else:
     ObjectiveName = Literal[tuple(OBJECTIVES)]
 LOWEST_TEMPERATURE = 0.01  # vLLM raises a temperature between 0 and this to it
-TEMPLATES = ("chat", "qwen25-math", "evalchemy", "none")
+TEMPLATES = ("chat", "qwen25-math", "evalchemy", "evalchemy-chat", "none")
 
 
 class ConfigError(Exception):
@@ -70,7 +70,8 @@ class DataConfig:
     and, where evaluated, `answer`."""
     template: str = "chat"
     """Prompt template: `chat` is the model's own chat template; `qwen25-math` adds the system line that asks for step-by-step
-    reasoning and \\boxed{}; `evalchemy` is the paper's case-study prompt; `none` passes the question as it is; a file ending in
+    reasoning and \\boxed{}; `evalchemy` is the paper's case-study prompt as plain text, `evalchemy-chat` the same as a user's turn of the
+    model's own chat template, which is how Evalchemy asks; `none` passes the question as it is; a file ending in
     .jinja is rendered with `question` and `bos_token` and spells out every special token."""
     questions_per_step: int = 8
     """Questions sampled from per step, over all data-parallel ranks (the paper does not state it)."""
@@ -184,6 +185,8 @@ class AlgorithmConfig:
         _check(0 < self.clip_low <= 1, "algorithm.clip_low", "in (0, 1]", self.clip_low)
         _check(self.clip_high > 0, "algorithm.clip_high", "more than 0", self.clip_high)
         _check(self.kl >= 0, "algorithm.kl", "at least 0", self.kl)
+        dealt = self.objective != "rlsc_shuffled" or self.confidence == "sequence"
+        _check(dealt, "algorithm.confidence", "sequence with algorithm.objective rlsc_shuffled", self.confidence)
 
 
 @dataclass(frozen=True, kw_only=True)

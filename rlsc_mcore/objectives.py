@@ -22,6 +22,7 @@ class Objective:
     needs_labels: bool = False  # every question needs an `answer`
     needs_ratio: bool = False  # a later update on the same rollouts is biased without an importance ratio, and has none
     defaults: tuple[str, ...] = ()  # flags that this objective sets where neither file nor command line gives them
+    is_control: bool = False  # answers what a gain is due to; `rlsc compare` trains it only where it is named
     variants: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # settings that `rlsc compare` offers -> their flags
 
     @property
@@ -110,6 +111,29 @@ _ROWS = (
         reward="rlsc_mcore.grading.rewards:label_rewards",
         needs_labels=True,
         defaults=("--algorithm.advantage=standardized",),
+    ),
+    Objective(
+        "rlsc_shuffled",
+        "RLSC, weights shuffled (control)",
+        "RLSC's weights, dealt to the samples of a question at random: what is left of a gain is not due to confidence",
+        rule="rlsc_mcore.algorithm.shuffled:ShuffledConfidence",
+        is_control=True,
+    ),
+    Objective(
+        "format",
+        "box reward (control)",
+        "reward 1 for any closed box, whatever it holds, minus the question's mean reward",
+        rule="rlsc_mcore.algorithm.group_reward:GroupReward",
+        reward="rlsc_mcore.grading.control_rewards:format_rewards",
+        is_control=True,
+    ),
+    Objective(
+        "random",
+        "random reward (control)",
+        "a coin's reward for each distinct answer, minus the question's mean reward",
+        rule="rlsc_mcore.algorithm.group_reward:GroupReward",
+        reward="rlsc_mcore.grading.control_rewards:random_rewards",
+        is_control=True,
     ),
 )
 OBJECTIVES = {row.name: row for row in _ROWS}

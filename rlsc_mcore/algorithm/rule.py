@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
+from rlsc_mcore.algorithm.confidence import group_log_normalizer
 from rlsc_mcore.config import AlgorithmConfig
 
 
@@ -36,6 +37,13 @@ class ObjectiveRule:
     def alpha(self) -> float:
         """The alpha in effect: 0 for objectives without one."""
         return 0.0
+
+    def group_values(self, sequence_log_probs_S: torch.Tensor, multiplicity_S: torch.Tensor, group_ids_S: torch.Tensor) -> torch.Tensor:
+        """Return what `needs_group` asks for, as `ScoredSequences.log_normalizer_S`: log of the sum of p(y|x) over the question's samples.
+
+        All sequences of all ranks, in the same order on each: float64 [S], float64 [S], int64 [S] (-1 is padding) -> float64 [S].
+        """
+        return group_log_normalizer(sequence_log_probs_S, multiplicity_S, group_ids_S)
 
     def sequence_weights(self, scored: ScoredSequences) -> torch.Tensor:
         """Return the weight of one sample of each sequence, float64 [S]."""

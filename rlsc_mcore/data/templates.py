@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import jinja2
 import jinja2.sandbox
 
-from rlsc_mcore.config import ConfigError
+from rlsc_mcore.config import TEMPLATES, ConfigError
 from rlsc_mcore.data.foreign_code import check_length, foreign_code
 from rlsc_mcore.types import Question
 
@@ -52,13 +52,15 @@ def render_text(template: str, question: str, tokenizer: Tokenizer, date: dateti
     if template == "qwen25-math":
         _require_chatml(tokenizer)
         return QWEN25_MATH.replace(_QUESTION, question)
+    if template == "evalchemy-chat":
+        return _render_chat(EVALCHEMY.replace(_QUESTION, question), tokenizer, date, template)
     if template == "evalchemy":
         return EVALCHEMY.replace(_QUESTION, question)
     if template == "none":
         return question
     if template.endswith(".jinja"):
         return _render_file(template, question, tokenizer)
-    raise ConfigError(f"data.template: expected chat, qwen25-math, evalchemy or none, got {template!r}")
+    raise ConfigError(f"data.template: expected {', '.join(TEMPLATES)} or a file ending in .jinja, got {template!r}")
 
 
 def render_prompt(template: str, question: str, tokenizer: Tokenizer, date: datetime | None = None) -> list[int]:
@@ -124,9 +126,11 @@ def check_prompt_lengths(prompts: Sequence[Sequence[int]], max_prompt_tokens: in
             )
 
 
-def _render_chat(question: str, tokenizer: Tokenizer, date: datetime | None) -> str:
+def _render_chat(question: str, tokenizer: Tokenizer, date: datetime | None, template: str = "chat") -> str:
     if not tokenizer.chat_template:
-        raise ConfigError("data.template: `chat` needs a chat template and this tokenizer has none; use qwen25-math, evalchemy or none")
+        raise ConfigError(
+            f"data.template: `{template}` needs a chat template and this tokenizer has none; use qwen25-math, evalchemy or none"
+        )
     try:
         # Text rather than ids: what tokenize=True returns differs between versions of transformers.
         # `strftime_now` is how a template asks for the day; a variable of that name stands before the library's own.
@@ -135,7 +139,7 @@ def _render_chat(question: str, tokenizer: Tokenizer, date: datetime | None) -> 
         text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True, **variables)
     except jinja2.TemplateError as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ConfigError(f"data.template: `chat`: the tokenizer's chat template failed ({reason}); use another template") from None
+        raise ConfigError(f"data.template: `{template}`: the tokenizer's chat template failed ({reason}); use another template") from None
     return str(text)
 
 

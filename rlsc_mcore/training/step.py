@@ -9,7 +9,6 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
 
-from rlsc_mcore.algorithm.confidence import group_log_normalizer
 from rlsc_mcore.algorithm.entropy import entropy_loss
 from rlsc_mcore.algorithm.objective import WeightedObjective
 from rlsc_mcore.config import Config
@@ -194,7 +193,7 @@ class Trainer:
                 normalizers = first.normalizers
             elif objective.needs_group:
                 self.policy.model.set_is_first_microbatch()
-                normalizers = [*self._group_normalizers(batches)]
+                normalizers = [*self._group_normalizers(batches, objective)]
             # TransformerEngine's layers keep fp8 copies of the weights until they are told that a pass is the first on new ones.
             self.policy.model.set_is_first_microbatch()
 
@@ -287,7 +286,7 @@ class Trainer:
 
         return self.ddp(batch, head=entropy_head if objective.trains_entropy else head)
 
-    def _group_normalizers(self, batches: Sequence[PackedBatch]) -> list[torch.Tensor]:
+    def _group_normalizers(self, batches: Sequence[PackedBatch], objective: WeightedObjective) -> list[torch.Tensor]:
         """Score all samples first (no gradient), because a weight needs its whole question; the policy is the same in both passes.
 
         A question's samples may lie on several ranks: their log-probs are gathered over the data-parallel group. Returns one tensor
@@ -313,7 +312,7 @@ class Trainer:
             parts = self.groups.gather_objects_over_dp(mine.cpu())
             everyone = torch.cat(parts, dim=1).to(mine.device)
             before = sum(part.shape[1] for part in parts[: self.groups.dp_rank])
-        joined = group_log_normalizer(everyone[0], everyone[1], everyone[2].long())
+        joined = objective.rule.group_values(everyone[0], everyone[1], everyone[2].long())
         return list(joined[before : before + mine.shape[1]].split([len(part) for part in sums]))
 
     def _update(self, loss: float) -> tuple[bool, float]:

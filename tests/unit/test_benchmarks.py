@@ -261,7 +261,8 @@ def test_templates_are_checked_by_name() -> None:
     flags = ["--run-dir", "r", "--model.path", "m", "--data.path", "d"]
     assert parse_config([*flags, "--data.template", "a.jinja"]).data.template == "a.jinja"
     with pytest.raises(
-        ConfigError, match=r"^data\.template: expected chat, qwen25-math, evalchemy, none or a file ending in \.jinja, got 'x'"
+        ConfigError,
+        match=r"^data\.template: expected chat, .*, none or a file ending in \.jinja, got 'x'",
     ):
         parse_config([*flags, "--data.template", "x"])
 

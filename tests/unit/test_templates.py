@@ -120,6 +120,13 @@ def test_a_prompt_that_ends_an_answer_is_refused() -> None:
         check_prompt_ends([[7, 2], [2, 7]], [7], questions, "q.jsonl")
 
 
+def test_evalchemy_asks_in_a_users_turn() -> None:
+    turn = "Problem: 1+1?\nMark your solution with \\boxed\nAnswer:"
+    assert render_text("evalchemy-chat", "1+1?", make_tokenizer(CHATML)) == f"<|im_start|>user\n{turn}<|im_end|>\n<|im_start|>assistant\n"
+    with pytest.raises(ConfigError, match=r"^data\.template: `evalchemy-chat` needs a chat template"):
+        render_text("evalchemy-chat", "1+1?", make_tokenizer(None))
+
+
 def test_missing_chat_template_names_the_field_and_the_way_out() -> None:
     with pytest.raises(ConfigError) as caught:
         render_prompt("chat", "q", make_tokenizer(None))
@@ -146,7 +153,9 @@ def test_qwen25_math_needs_chatml_tokens() -> None:
 def test_unknown_template() -> None:
     with pytest.raises(ConfigError) as caught:
         render_prompt("alpaca", "q", make_tokenizer(None))
-    assert str(caught.value) == "data.template: expected chat, qwen25-math, evalchemy or none, got 'alpaca'"
+    assert str(caught.value) == (
+        "data.template: expected chat, qwen25-math, evalchemy, evalchemy-chat, none or a file ending in .jinja, got 'alpaca'"
+    )
 
 
 def test_prompt_lengths() -> None:

@@ -1,5 +1,6 @@
 """The objective table: every row is complete, appears wherever a user chooses or reads an objective, and trains a step."""
 
+import itertools
 import math
 import typing
 from dataclasses import replace
@@ -31,7 +32,8 @@ def test_a_row_is_complete(row: Objective) -> None:
     reward = row.load_reward()
     if reward is not None:
         rewards = reward(["so \\boxed{4}", "\\boxed{5}", "none", "\\boxed{4}"], Question(0, "2 + 2?", "4"))
-        assert rewards in ([1.0, 0.0, 0.0, 1.0], [0.5, 0.25, 0.0, 0.5])
+        expected = {"format": [[1.0, 1.0, 0.0, 1.0]], "random": [list(bits) for bits in itertools.product((0.0, 1.0), repeat=4)]}
+        assert rewards in expected.get(row.name, ([1.0, 0.0, 0.0, 1.0], [0.5, 0.25, 0.0, 0.5]))
     assert not row.needs_labels or reward is not None
 
 
@@ -74,7 +76,8 @@ def train_a_step(folder: str, objective: str) -> dict[str, Any]:
     groups = initialize_groups(backend, 1)
     config = tiny_config(folder, ["--algorithm.objective", objective, "--optimizer.lr", "1e-3"])
     trainer = Trainer(config, Path(folder), backend, groups)
-    rollouts = [replace(r, text=f"\\boxed{{{sum(r.response_ids) % 2}}}") for r in make_rollouts(num_questions=3, num_samples=3)]
+    sums = [(rollout, sum(rollout.response_ids)) for rollout in make_rollouts(num_questions=3, num_samples=3)]
+    rollouts = [replace(rollout, text=f"\\boxed{{{total % 2}}}" if total % 3 else f"{total}") for rollout, total in sums]
     questions = [Question(index, "?", "1") for index in range(3)]
     graded = trained_rollouts(config.algorithm, config.rollout, rollouts, questions)
     sequences = merge_identical(

@@ -1,0 +1,49 @@
+"""Control for RLSC: the same weights, dealt to the samples of each question at random.
+
+loss = - sum_y (confidence(dealt(y)) + alpha) log p(y|x), with `dealt` a random permutation of the question's samples.
+Weights and samples keep their distributions; only which sample gets which weight changes. A gain that this control shares
+with RLSC is not due to the model's confidence.
+"""
+
+import math
+
+import torch
+
+from rlsc_mcore.algorithm.rlsc import Rlsc
+from rlsc_mcore.algorithm.rule import ScoredSequences
+
+
+class ShuffledConfidence(Rlsc):
+    """Weigh each sample by the confidence of a random sample of its question, plus alpha."""
+
+    @property
+    def needs_group(self) -> bool:
+        """True: the weights of a question's samples are permuted among them."""
+        return True
+
+    def group_values(self, sequence_log_probs_S: torch.Tensor, multiplicity_S: torch.Tensor, group_ids_S: torch.Tensor) -> torch.Tensor:
+        """Return log of each sequence's mean confidence after the permutation, float64 [S]; 0 for padding (group -1).
+
+        A sequence sampled k times is k samples, and gets the mean of k confidences. The permutation is drawn from the log-probs
+        themselves, so that it needs no state and is the same on every rank.
+        """
+        log_probs, counts, groups = sequence_log_probs_S.cpu(), multiplicity_S.cpu().long(), group_ids_S.cpu()
+        values = torch.zeros_like(log_probs)
+        for group in sorted(set(groups[groups >= 0].tolist())):
+            members = torch.nonzero(groups == group).flatten()
+            samples = log_probs[members].repeat_interleave(counts[members]).sort().values  # in an order that no rank decides
+            generator = torch.Generator().manual_seed(int(abs(float(samples.sum())) * 100) % 2**31 + group)
+            dealt = samples[torch.randperm(len(samples), generator=generator)]
+            order = members[torch.argsort(log_probs[members], stable=True)]
+            for member, share in zip(order.tolist(), dealt.split(counts[order].tolist()), strict=True):
+                values[member] = torch.logsumexp(share, 0) - math.log(len(share)) if len(share) else 0.0
+        return values.to(sequence_log_probs_S.device)
+
+    def sequence_weights(self, scored: ScoredSequences) -> torch.Tensor:
+        """Return the dealt confidence + alpha, float64 [S]."""
+        assert scored.log_normalizer_S is not None, "shuffled weights need the log-probs of all samples of a question first"
+        return self._plus_alpha(scored.log_normalizer_S)
+
+    def token_weights(self, scored: ScoredSequences) -> torch.Tensor | None:
+        """Return None: all tokens of a sample have its weight."""
+        return None
