@@ -1,5 +1,6 @@
 """The paper's experiment end to end with the embedded model: every command of the chain, then its table."""
 
+import json
 import os
 import subprocess
 import sys
@@ -8,7 +9,10 @@ from pathlib import Path
 import pytest
 
 SCRIPT = Path(__file__).parents[2] / "launch" / "reproduce_table2.sh"
-SMALL = ["--k", "2", "--evaluation.max-questions", "8", "--training.num-steps", "1", "--data.questions-per-step", "4"]
+SMALL = [
+    *("--arms", "shuffled_weights", "--seeds", "0", "--steps", "1,2"),
+    *("--evaluation.max-questions", "6", "--data.questions-per-step", "4", "--rollout.max-new-tokens", "40"),
+]
 
 
 @pytest.mark.slow
@@ -17,6 +21,13 @@ def test_the_chain_runs_here(tmp_path: Path) -> None:
     command = ["bash", str(SCRIPT), "--local", "--sizes", "tiny", "--output", str(tmp_path), *SMALL]
     done = subprocess.run(command, env=os.environ | {"PYTHON": sys.executable}, capture_output=True, text=True, timeout=1400, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
-    rows = [line.split(" | ")[0].strip("| ") for line in (tmp_path / "table2.md").read_text(encoding="utf-8").splitlines()]
-    assert rows[-5:] == ["base, chat", "base, none", "paper_10_steps", "paper_20_steps", "length_normalized_20_steps"]
-    assert len(list(tmp_path.glob("tiny/runs/*/summary.json"))) == 3
+    text = (tmp_path / "table2.md").read_text(encoding="utf-8")
+    rows = [line.split(" | ")[0].strip("| ") for line in text.splitlines() if line.startswith("| ") and not line.startswith("| | ")]
+    trained = ["shuffled_weights, 1 steps", "shuffled_weights, 2 steps"]
+    # The table, the changes, pass@k and the temperatures.
+    assert rows == ["base, chat", "base, none", *trained, *trained, "base, chat", "base, none", *trained, "base, chat", "base, none"]
+    assert "embedded:train †" in text and "embedded:validation, k = 4" in text and "embedded:validation, T = 0.25" in text
+    table = json.loads((tmp_path / "table2.json").read_text(encoding="utf-8"))["tiny"]
+    for cells in table["rows"].values():
+        assert list(cells) == ["embedded:train", "embedded:validation"]
+        assert all(cell["questions"] == 6 and cell["low"] < cell["high"] for both in cells.values() for cell in both.values())
