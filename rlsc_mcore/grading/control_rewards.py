@@ -4,7 +4,7 @@ import hashlib
 from collections.abc import Sequence
 from typing import Any
 
-from rlsc_mcore.grading.answers import extract_boxed
+from rlsc_mcore.grading.extraction import extract_boxed
 
 
 def format_rewards(responses: Sequence[str], *_: Any) -> list[float]:
