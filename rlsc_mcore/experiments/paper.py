@@ -56,7 +56,15 @@ PROTOCOLS = (
     Protocol("gpqa_diamond", ("gpqa_diamond",), 3, 0.7, "evalchemy-chat", note="mean of 3 answers at T = 0.7, Evalchemy's prompt"),
     Protocol("pass_at_k", ("aime24", "amc23", "math500"), PASS_AT_K, 0.5, column=False, note=f"pass@k to k = {PASS_AT_K} at T = 0.5"),
     *(
-        Protocol(f"temperature_{t:g}", ("aime24", "math500"), 4, t, base_only=True, column=False, note=f"mean of 4 answers at T = {t:g}")
+        Protocol(
+            f"temperature_{t:g}".replace(".", "p"),
+            ("aime24", "math500"),
+            4,
+            t,
+            base_only=True,
+            column=False,
+            note=f"mean of 4 answers at T = {t:g}",
+        )
         for t in LOWER_TEMPERATURES
     ),
 )
@@ -65,7 +73,7 @@ TINY_PROTOCOLS = (
     Protocol("one_answer", ("embedded:train",), note="one greedy answer"),
     Protocol("mean_of_2", ("embedded:validation",), 2, 0.7, "evalchemy-chat", note="mean of 2 answers at T = 0.7, Evalchemy's prompt"),
     Protocol("pass_at_k", ("embedded:validation",), 4, 0.5, column=False, note="pass@k to k = 4 at T = 0.5"),
-    Protocol("temperature_0.25", ("embedded:validation",), 2, 0.25, base_only=True, column=False, note="mean of 2 answers at T = 0.25"),
+    Protocol("temperature_0p25", ("embedded:validation",), 2, 0.25, base_only=True, column=False, note="mean of 2 answers at T = 0.25"),
 )
 
 # What is trained, each with every seed: the paper's recipe, its parts one by one, and controls.

@@ -72,7 +72,9 @@ def test_the_chain_can_run_in_its_order(tmp_path: Path) -> None:
     evaluation = by_name["1.5b.rlsc.seed0.step20.amc23"]
     assert evaluation[:4] == ("--model", str(tmp_path / "1.5b" / "runs" / "rlsc_seed0"), "--checkpoint", "20")
     assert str(tmp_path / "1.5b" / "rlsc" / "seed0" / "step20" / "amc23") in evaluation
-    assert str(tmp_path / "1.5b" / "base" / "temperature_0.25") in by_name["1.5b.base.temperature_0.25"]
+    assert str(tmp_path / "1.5b" / "base" / "temperature_0p25") in by_name["1.5b.base.temperature_0p25"]
+    outputs = [Path(task.arguments[task.arguments.index("--output") + 1]) for task in tasks if task.kind == "eval"]
+    assert len(set(outputs)) == len(outputs) and not any(output.suffix for output in outputs)  # folders, as rlsc eval has it
     assert all(task.arguments[-2:] == ("--optimizer.lr", "2e-5") for task in tasks if task.kind != "table")
     assert set(tasks[-1].after) == {task.name for task in tasks if task.kind == "eval"}
 
