@@ -14,6 +14,7 @@ CONFIG_FILE = "config.yaml"
 EXPORT_FOLDER = "export"
 SKIPPED_FOLDER = "skipped"  # batches of steps that were not finite
 METRICS_FILE = "metrics.jsonl"
+INPUTS_FILE = "inputs.json"
 FOLDER = "checkpoints"
 LATEST = "latest"
 BEST = "best"
@@ -23,7 +24,7 @@ CHECKPOINT_HELP = "latest, best (by training.keep_best), or the number of a step
 _CHECKPOINT_NAME = re.compile(r"step_(\d{6,})")
 # What a run writes into its folder, as patterns below it.
 _WRITTEN = (
-    *(CONFIG_FILE, METRICS_FILE, "summary.json", "status.json*", "ending.json", "launch.json", "*.partial"),
+    *(CONFIG_FILE, METRICS_FILE, INPUTS_FILE, "summary.json", "status.json*", "ending.json", "launch.json", "*.partial"),
     *("report.html", "report.svg", "report.png", "metrics.partial"),
     *(f"{FOLDER}/step_*", f"{FOLDER}/{LATEST}*", f"{FOLDER}/{BEST}*"),
     *("rollouts/step_*.jsonl*", f"{SKIPPED_FOLDER}/step_*.jsonl", "evaluation/before*.json*", "evaluation/after*.json*"),

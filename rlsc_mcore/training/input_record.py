@@ -18,9 +18,9 @@ from rlsc_mcore.data.questions import questions_fingerprint
 from rlsc_mcore.model.hf_checkpoint import weight_files
 from rlsc_mcore.parallel.groups import Groups
 from rlsc_mcore.run.files import write_atomically
+from rlsc_mcore.run.folder import INPUTS_FILE
 from rlsc_mcore.types import Question
 
-FILE_NAME = "inputs.json"
 WHOLE_FILE_BYTES = 64 << 20  # larger weight files are sampled
 SAMPLE_BYTES = 4096
 TOKENIZER_FILES = (
@@ -110,12 +110,12 @@ def claim_inputs(run_dir: Path, record: InputRecord, groups: Groups) -> None:
         names = [meaning for name, meaning in MEANINGS.items() if other.digests[name] != first.digests[name]]
         raise ConfigError(f"{', '.join(names) or 'the date'}: ranks 0 and {rank} read different ones; give every node the same files")
     if groups.is_main and read_record(run_dir) is None:
-        write_atomically(run_dir / FILE_NAME, json.dumps(asdict(record), indent=1) + "\n")
+        write_atomically(run_dir / INPUTS_FILE, json.dumps(asdict(record), indent=1) + "\n")
 
 
 def read_record(run_dir: Path) -> InputRecord | None:
     """Read RUN/inputs.json; None where there is none. Raises `ConfigError` where it is damaged."""
-    file = run_dir / FILE_NAME
+    file = run_dir / INPUTS_FILE
     if not file.is_file():
         return None
     try:

@@ -15,8 +15,9 @@ from rlsc_mcore.config import ConfigError
 from rlsc_mcore.config_file import parse_config
 from rlsc_mcore.parallel.backend import get_backend
 from rlsc_mcore.run.files import write_atomically
+from rlsc_mcore.run.folder import INPUTS_FILE, delete_run_files
 from rlsc_mcore.training import input_record
-from rlsc_mcore.training.input_record import FILE_NAME, MEANINGS, InputRecord, read_record
+from rlsc_mcore.training.input_record import MEANINGS, InputRecord, read_record
 from rlsc_mcore.training.inputs import RunInputs, read_inputs
 from tests.helpers.folders import copy_embedded, edit_config
 
@@ -57,7 +58,7 @@ def begin(folder: Path, **changes: str) -> RunInputs:
     assert inputs.record is not None
     (folder / "run").mkdir()
     record = {"date": inputs.record.date, "digests": inputs.record.digests}
-    write_atomically(folder / "run" / FILE_NAME, json.dumps(record))
+    write_atomically(folder / "run" / INPUTS_FILE, json.dumps(record))
     return inputs
 
 
@@ -131,8 +132,8 @@ def test_a_run_does_not_continue_with_other_inputs(here: Path, edit: Any, templa
         read(here, **{"data.template": template})
     message = str(error.value)
     assert message.startswith(", ".join(MEANINGS[name] for name in named) + " has changed") and "\n" not in message
-    (here / "run" / FILE_NAME).unlink()
-    read(here, **{"data.template": template})  # a new run takes them
+    delete_run_files(here / "run")
+    read(here, **{"data.template": template})  # a new run in the emptied folder takes them
 
 
 def test_large_weight_files_are_compared_by_samples_of_every_tensor(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -155,7 +156,7 @@ def test_a_run_keeps_asking_with_the_day_that_it_began_on(here: Path) -> None:
     record = read_record(here / "run")
     assert record is not None and datetime.fromisoformat(record.date).hour == 0
     # The same run on another day: as if it had begun long ago.
-    (here / "run" / FILE_NAME).unlink()
+    (here / "run" / INPUTS_FILE).unlink()
     older = read(here)
     old_day = datetime(2024, 7, 5)
     prompts = [older.tokenizer.encode(f"05 Jul 2024What is {n}+1??", add_special_tokens=False) for n in range(4)]
@@ -164,14 +165,14 @@ def test_a_run_keeps_asking_with_the_day_that_it_began_on(here: Path) -> None:
         "prompts": input_record._hash_json(prompts), "evaluation_prompts": input_record._hash_json(prompts[:2])
     }  # fmt: skip
     content = json.dumps({"date": old_day.isoformat(), "digests": digests})
-    write_atomically(here / "run" / FILE_NAME, content)
+    write_atomically(here / "run" / INPUTS_FILE, content)
     assert read(here).prompts == prompts
 
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"date": "x", "digests": {}}', '{"date": "2026-01-01"}'])
 def test_a_damaged_record_is_named(here: Path, content: str) -> None:
     (here / "run").mkdir()
-    (here / "run" / FILE_NAME).write_text(content, encoding="utf-8")
+    (here / "run" / INPUTS_FILE).write_text(content, encoding="utf-8")
     with pytest.raises(ConfigError, match=r"inputs\.json: not the record of a run's inputs") as error:
         read(here)
     assert "\n" not in str(error.value)
