@@ -118,7 +118,7 @@ def evaluate_model(
     from rlsc_mcore.training.session import Session
     from rlsc_mcore.training.signals import AbortPoll
 
-    stop = stop or StopRequest()
+    stop = StopRequest() if stop is None else stop  # one that no signal has set is false
     run_file = Path(model) / "config.yaml"
     is_run = run_file.is_file()
     if checkpoint is not None and not is_run:
