@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 FULL = "the disk is full"
+CUT_SHORT = "a write was cut short: a quota, the largest size of a file (ulimit -f), or a disk that was full a moment ago"
 FULL_SHARE = 0.01  # libraries hide the cause of a failed write: below this share of free space it is the disk
 _BY_NUMBER = {
     errno.ENOSPC: f"{FULL}; free space and go on",
@@ -57,7 +58,9 @@ def explain(error: BaseException, place: Path | None = None) -> str | None:
         number = each.errno if isinstance(each, OSError) else None
         if number not in _BY_NUMBER:
             number = next((code for text, code in _BY_TEXT.items() if text in str(each)), None)
-        if number is None and any(text in str(each) for text in _FAILED_WRITES) and place is not None and is_full(place):
+        if number is None and any(text in str(each) for text in _FAILED_WRITES) and place is not None:
+            if not is_full(place):
+                return f"{place}: {CUT_SHORT}"
             number = errno.ENOSPC
         if number is not None:
             file = getattr(each, "filename", None)

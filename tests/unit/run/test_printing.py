@@ -92,6 +92,11 @@ def test_the_machine_s_refusals_are_told_in_one_line(error: Exception, said: str
         assert text is not None and text.startswith(said) and "\n" not in text
 
 
-def test_other_errors_are_not_explained(tmp_path: Path) -> None:
+def test_other_errors_are_not_explained() -> None:
     assert explain(ValueError("no such option")) is None
-    assert explain(RuntimeError("unexpected pos 704 vs 598"), tmp_path) is None  # there is room
+    assert explain(RuntimeError("unexpected pos 704 vs 598")) is None
+
+
+def test_a_write_that_torch_cannot_explain(tmp_path: Path) -> None:
+    text = explain(RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 704 vs 598"), tmp_path)
+    assert text is not None and text.startswith(f"{tmp_path}: a write was cut short: a quota, the largest size of a file")
