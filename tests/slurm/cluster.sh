@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # A real SLURM cluster on one machine, without systemd: slurmctld, munge and one slurmd per virtual node, started by hand from a
-# private directory. A node is a set of namespaces (host name, mounts, network) around its slurmd, with a /dev/shm of its own.
+# private directory. A node is a set of namespaces (host name, mounts, network) around its slurmd. The nodes of one cluster share a
+# /dev/shm of their own: vLLM's collectives on a CPU meet there, also those of ranks on two nodes.
 #
 #   cluster.sh install        Debian's packages, where they are missing (seconds, 4 MB)
 #   cluster.sh start          bring the cluster up (a second); prints `export SLURM_CONF=...`
@@ -167,7 +168,7 @@ start_node() { # I
     rm -f "$dir/run/id.n$i" "$dir/run/ready.n$i"
     # exec all the way: the id of unshare becomes that of slurmd
     unshare --mount --uts --net bash -c '
-        mount --bind "$1/hosts" /etc/hosts && mount -t tmpfs tmpfs /dev/shm && hostname "n$2" || exit 1
+        mount --bind "$1/hosts" /etc/hosts && mount --bind "$1/shm" /dev/shm && hostname "n$2" || exit 1
         echo "n$2 $(readlink /proc/self/ns/uts)" >>"$1/namespaces"
         echo $$ >"$1/run/id.n$2.partial" && mv "$1/run/id.n$2.partial" "$1/run/id.n$2"
         for _ in $(seq 200); do [[ -e $1/run/ready.n$2 ]] && break; sleep 0.05; done
@@ -198,8 +199,9 @@ start() {
     [[ $(id -u) == 0 ]] || cannot "needs root, to make namespaces"
     install
     rm -rf "$dir"
-    mkdir -p "$dir"/{state,spool,log,run,dev} && : >"$dir/.rlsc_cluster" && chmod 755 "$dir" || die "cannot write $dir"
+    mkdir -p "$dir"/{state,spool,log,run,dev,shm} && : >"$dir/.rlsc_cluster" && chmod 755 "$dir" || die "cannot write $dir"
     trap 'code=$?; if [[ -z $up ]]; then tail -n 5 "$dir"/log/* >&2; stop; fi; exit $code' EXIT
+    mount -t tmpfs tmpfs "$dir/shm" || cannot "a tmpfs cannot be mounted here"
     for net in $(seq 77 97) ""; do # the name is the lock: the first bridge that can be made is ours
         [[ -n $net ]] || die "no network bridge could be made"
         ip link add "rlscsl$net" type bridge 2>/dev/null && break
@@ -278,6 +280,7 @@ stop() {
     done
     net=$(cat "$dir/run/net" 2>/dev/null)
     [[ -n $net ]] && ip link del "rlscsl$net" 2>/dev/null
+    umount "$dir/shm" 2>/dev/null
     rm -f "$pids" "$conf" "$dir/run/net"
 }
 

@@ -92,9 +92,9 @@ class Cluster:
 
     def left_behind(self) -> dict[str, Any]:
         """List what jobs left on the nodes: processes, shared memory, listening rendezvous ports, allocated CPUs and GPUs."""
-        segments, listening = [], []
+        segments = [path.name for path in (self.folder / "shm").iterdir() if path.name.startswith("rlsc-")]
+        listening = []
         for node in (1, 2):
-            segments += [f"n{node}:{name}" for name in self.script("in", str(node), "ls", "/dev/shm").split()]
             table = self.script("in", str(node), "cat", "/proc/net/tcp", "/proc/net/tcp6").splitlines()
             fields = [line.split() for line in table if ":" in line]
             ports = [int(entry[1].rsplit(":", 1)[1], 16) for entry in fields if len(entry) > 3 and entry[3] == "0A"]
