@@ -20,6 +20,8 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from rlsc_mcore.parallel import groups
+
 DEVICE = torch.device("cuda", 0)
 OWN_PACKAGES = ("rlsc_mcore", "megatron")
 
@@ -163,8 +165,10 @@ def pretend(rank: int, world_size: int, memory_bytes: int) -> None:
     def gather_alike(values: list[Any], value: Any, group: Any = None) -> None:
         values[:] = [value] * len(values)
 
+    # Every rank's object is this one's: messages between ranks hold values, which fake tensors lack.
     distributed: Any = dist
     distributed.new_group, distributed.all_gather_object = fake_group, gather_alike
+    groups._gather_objects = lambda value, group, size: [value] * size
 
 
 def accommodate_megatron() -> None:

@@ -60,7 +60,19 @@ def rehearse(job: dict[str, Any]) -> dict[str, Any]:
                     "collectives": dict(recorder.collectives),
                 }
             )
-    return {"built": built, "steps": steps}
+        saved = _saved_bytes(trainer)
+    return {"built": built, "steps": steps, "saved": saved}
+
+
+def _saved_bytes(trainer: Any) -> int:
+    """Count the bytes that this rank writes into a checkpoint."""
+    from megatron.core.dist_checkpointing.dict_utils import nested_values
+    from megatron.core.dist_checkpointing.mapping import ShardedTensor, is_main_replica
+
+    from rlsc_mcore.training.checkpoint import sharded_state
+
+    tensors = [value for value in nested_values(sharded_state(trainer, is_loading=False)) if isinstance(value, ShardedTensor)]
+    return sum(tensor.data.nbytes for tensor in tensors if is_main_replica(tensor.replica_id))
 
 
 def _sequence(number: int, length: int) -> Any:

@@ -166,7 +166,7 @@ class CheckpointSaver:
         # the entry script again.
         filesystem_async._results_queue = queue.Queue()
         with trainer.backend.megatron(), no_pickles(), _failing_late():
-            sharded = _sharded_state(trainer, is_loading=False)
+            sharded = sharded_state(trainer, is_loading=False)
             request = dist_checkpointing.save(sharded, str(self._partial(state.step)), async_sharded_save=True)
         self._save = _Save(state, request, scores)
         if request.preload_fn is not None:
@@ -256,7 +256,7 @@ def load_checkpoint(checkpoint: Path, trainer: Trainer) -> RunState:
     except (CheckpointError, UnreadableCheckpoint, NewerCheckpoint) as error:
         problem = type(error).__name__, str(error)
     _raise_together(groups, problem)
-    sharded = _sharded_state(trainer, is_loading=True)
+    sharded = sharded_state(trainer, is_loading=True)
     with trainer.backend.megatron(), no_pickles():
         try:
             loaded = dist_checkpointing.load(sharded, str(checkpoint))
@@ -340,7 +340,7 @@ def _failing_late() -> Iterator[None]:
         raise failures[0]
 
 
-def _sharded_state(trainer: Trainer, *, is_loading: bool) -> dict[str, Any]:
+def sharded_state(trainer: Trainer, *, is_loading: bool) -> dict[str, Any]:
     group = parallel_state.get_data_parallel_group(with_context_parallel=True)
     model = trainer.ddp.module.sharded_state_dict(metadata={"dp_cp_group": group})
     # Layers' extra state (fp8 scales) is stored as pickles, which a load would have to execute: it is left out.

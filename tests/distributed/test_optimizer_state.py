@@ -40,7 +40,7 @@ def described(folder: str, tp: int, flags: list[str]) -> dict[str, Any]:
     from megatron.core.dist_checkpointing.dict_utils import nested_values
     from megatron.core.dist_checkpointing.mapping import ShardedTensor
 
-    from rlsc_mcore.training.checkpoint import _sharded_state
+    from rlsc_mcore.training.checkpoint import sharded_state
     from rlsc_mcore.training.offload import state_tensors
 
     trainer = make_trainer(folder, tp, flags)
@@ -48,7 +48,7 @@ def described(folder: str, tp: int, flags: list[str]) -> dict[str, Any]:
     trainer.step(batches, 0, count)
     weights = trainer.memory()["weights"].keys()
     own = {tensor.untyped_storage().data_ptr() for tensor in state_tensors(trainer.optimizer, weights)} | set(weights)
-    state = _sharded_state(trainer, is_loading=False)
+    state = sharded_state(trainer, is_loading=False)
     tensors = [value for value in nested_values(state) if isinstance(value, ShardedTensor)]
     main = [tensor for tensor in tensors if not any(tensor.replica_id)]
     return {
@@ -89,9 +89,9 @@ def save_as_megatron_does(folder: str, run_dir: str, tp: int, flags: list[str]) 
     for step in range(2):
         batches, count = make_batches(trainer, step, lonely=False)
         trainer.step(batches, step, count)
-    original, checkpoint._sharded_state = checkpoint._sharded_state, sharded_state
+    original, checkpoint.sharded_state = checkpoint.sharded_state, sharded_state
     checkpoint.save_checkpoint(Path(run_dir), trainer, 2, 2, "questions", 1)
-    checkpoint._sharded_state = original
+    checkpoint.sharded_state = original
     assert dist_checkpointing.check_is_distributed_checkpoint(str(Path(run_dir) / "checkpoints" / "step_000002"))
     return [tensor.clone() for tensor in state_tensors(trainer.optimizer, trainer.memory()["weights"].keys())]
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from rlsc_mcore.config import ConfigError, RunError
-from rlsc_mcore.planning.memory import Layout, static_bytes, train_bytes
+from rlsc_mcore.planning.memory import Layout, host_bytes, static_bytes, train_bytes
 from rlsc_mcore.rehearsal.run import fake_cuda_library, run_rank
 from tests.rehearsal.shapes import model_folder
 
@@ -55,6 +55,7 @@ def test_a_step_runs_and_holds_what_is_planned(tmp_path: Path, layout: str, flag
     run = rehearse(tmp_path, layout, *flags, setup=TE_ADAM if needs_adam else [])
     held = static_bytes(shape, Layout(tp, world // tp, **planned))
     assert run["built"] == pytest.approx(sum(held.values()), rel=0.01)
+    assert run["saved"] == pytest.approx(host_bytes(shape, Layout(tp, world // tp, **planned))["a save"], rel=0.02)
     asleep = held["weights"] + (0 if planned.get("offload_during_rollout") else held["optimizer"])
     for step in run["steps"]:
         assert step["updated"] and step["reads"] == READS
