@@ -219,12 +219,12 @@ def _store_tile(row_ptr, at, values, num_columns, row_columns, MASKED: tl.conste
 @triton.jit
 def row_kernel(
     logits, row_stride, targets, weights, stats, log_probs, inv_temperature, vocab_start, num_columns, row_columns,
-    WEIGHTED: tl.constexpr, BLOCK: tl.constexpr, REST: tl.constexpr,
+    WEIGHTED: tl.constexpr, BLOCK: tl.constexpr, REST: tl.constexpr, FULL: tl.constexpr,
 ):  # fmt: skip
     """A whole row in one program's registers: one read and one write (at most MAX_ROW columns).
 
-    With REST the row is a tile of BLOCK real columns and a masked tile of REST more: one tile of the next power of two would be up
-    to half empty.
+    With REST the row is a tile of BLOCK columns and a masked tile of REST more: one tile of the next power of two would be up to half
+    empty. FULL: the first tile has no padding, and is not masked.
     """
     row = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, BLOCK)
@@ -244,7 +244,7 @@ def row_kernel(
     column = _local_column(target, vocab_start, num_columns)
     scale = inv_temperature * LOG2E
     x_target = _target_logit(row_ptr, column)
-    x = _load_rest(row_ptr, at, column, num_columns, REST == 0)
+    x = _load_rest(row_ptr, at, column, num_columns, not FULL)
     largest = tl.maximum(tl.max(x, 0), LOWEST)
     if REST > 0:
         at_rest = BLOCK + tl.arange(0, REST)
@@ -269,11 +269,11 @@ def row_kernel(
         tl.store(stats + row * 3, tl.where(total == 0, float("-inf"), largest))
         tl.store(stats + row * 3 + 1, (log2_sum + fused_multiply_add(-largest, scale, top)) * LN2)
         tl.store(stats + row * 3 + 2, x_target)
-    _store_tile(row_ptr, at, e * rest_scale, num_columns, row_columns, REST == 0)
+    _store_tile(row_ptr, at, e * rest_scale, num_columns, row_columns, not FULL)
     if REST > 0:
         _store_tile(row_ptr, at_rest, e_rest * rest_scale, num_columns, row_columns, True)
     tl.debug_barrier()  # the target's element has been written with its tile by another thread
-    tl.store(row_ptr + column, target_value.to(logits.dtype.element_ty), mask=column >= 0)
+    tl.store(row_ptr + column, target_value, mask=column >= 0)
 
 
 @triton.jit

@@ -10,6 +10,7 @@ from torch import Tensor
 from rlsc_mcore.ops.reference import num_stats, unit_grad_stats, weighted_grad_stats
 
 MAX_ROW = 24576  # columns that one program keeps in registers
+SMALL_ROW = 256  # columns that row_kernel takes as one tile
 WIDE_ROW = 65536  # columns from which stats_kernel takes more than one warp for a row
 STATS_UNROLL = 4
 STATS_NARROW, STATS_WIDE = (256, 1), (1024, 4)  # (columns of a block, warps) below WIDE_ROW and from there on
@@ -102,13 +103,12 @@ def dlogits(
     return out
 
 
-def row_tiles(num_columns: int, row_columns: int) -> tuple[int, int]:
-    """Return the widths of row_kernel's two tiles; one tile (and 0) where two would be no narrower."""
-    block = 1 << max(num_columns.bit_length() - 1, 0)
-    rest = _width(row_columns - block)
-    if num_columns < block or row_columns <= block or rest >= block:
+def row_tiles(row_columns: int) -> tuple[int, int]:
+    """Return the widths of row_kernel's two tiles: the largest power of two below the row's width, and what holds the remainder."""
+    if row_columns <= SMALL_ROW:
         return _width(row_columns), 0
-    return block, rest
+    block = 1 << (row_columns - 1).bit_length() - 1
+    return block, _width(row_columns - block)
 
 
 def row_warps(width: int) -> int:
@@ -125,10 +125,10 @@ def _overwrite_row(
     out = torch.empty(shape, dtype=torch.float32, device=logits_TVp.device)
     weights = out if weights_T is None else weights_T.to(torch.float32).contiguous()
     if num_rows and row_columns:
-        block, rest = row_tiles(num_columns, row_columns)
+        block, rest = row_tiles(row_columns)
         _kernels().row_kernel[(num_rows,)](
             logits_TVp, logits_TVp.stride(0), targets_T.contiguous(), weights, out, out, inv_temperature, vocab_start, num_columns,
-            row_columns, WEIGHTED=weights_T is not None, BLOCK=block, REST=rest, num_warps=row_warps(block + rest),
+            row_columns, WEIGHTED=weights_T is not None, BLOCK=block, REST=rest, FULL=num_columns >= block, num_warps=row_warps(block + rest),
         )  # fmt: skip
     return out
 

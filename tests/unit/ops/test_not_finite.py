@@ -64,6 +64,8 @@ SPOILED = {
     "all -inf": whole_row(NEG_INF),
 }
 
+IN_LONG_ROWS = ("one NaN", "NaN among -inf", "+inf at the target")
+
 
 def spoiled_rows(kind, vocab, dtype):
     """Five rows of which the second and the last are spoiled; the third is ignored and NaN. Padding columns are NaN."""
@@ -78,9 +80,11 @@ def spoiled_rows(kind, vocab, dtype):
     return logits.to(dtype), targets
 
 
-@pytest.mark.parametrize("kind", SPOILED)
 @pytest.mark.parametrize(
-    ("vocab", "dtype", "with_entropy"), [(37, torch.float32, True), (5003, torch.bfloat16, False), (9001, torch.float16, True)]
+    ("kind", "vocab", "dtype", "with_entropy"),
+    [(kind, 37, torch.float32, True) for kind in SPOILED]
+    + [(kind, 5003, torch.bfloat16, False) for kind in IN_LONG_ROWS]
+    + [(kind, 9001, torch.float16, True) for kind in IN_LONG_ROWS],
 )
 def test_log_p_and_its_gradient_are_nan_where_log_softmax_is(placement: Placement, kind, vocab, dtype, with_entropy):
     """Rows of one block, of several blocks of a CPU's op, and of several steps of a GPU's."""
@@ -102,8 +106,10 @@ def test_log_p_and_its_gradient_are_nan_where_log_softmax_is(placement: Placemen
         assert torch.equal(out[1].isnan().cpu(), expected.isnan())
 
 
-@pytest.mark.parametrize("kind", SPOILED)
-@pytest.mark.parametrize(("vocab", "dtype"), [(37, torch.float32), (40003, torch.bfloat16)])
+@pytest.mark.parametrize(
+    ("kind", "vocab", "dtype"),
+    [(kind, 37, torch.float32) for kind in SPOILED] + [(kind, 40003, torch.bfloat16) for kind in IN_LONG_ROWS],
+)
 def test_overwriting_ops_keep_nan(placement: Placement, kind, vocab, dtype):
     logits, targets = (value.to(placement.device) for value in spoiled_rows(kind, vocab, dtype))
     shard, weights = (1.0, 0, vocab), torch.linspace(-1, 1, 5, device=placement.device)

@@ -33,8 +33,8 @@ TYPES = {
 FLOATS = ("stats", "log_probs", "weights", "grad_stats", "target_excluded", "shares", "grad_log_probs", "grad_entropy", "values")
 TYPES |= dict.fromkeys(FLOATS, "*fp32")
 TILE = {"SEARCH_STEPS": 10, "ROWS": triton_copy.ROWS, "COLUMNS": triton_copy.COLUMNS}
-ROW = dict(zip(("BLOCK", "REST"), triton_rows.row_tiles(19008, 19008), strict=True))
-LONGEST = dict(zip(("BLOCK", "REST"), triton_rows.row_tiles(triton_rows.MAX_ROW, triton_rows.MAX_ROW), strict=True))
+ROW = dict(zip(("BLOCK", "REST"), triton_rows.row_tiles(19008), strict=True))
+LONGEST = dict(zip(("BLOCK", "REST"), triton_rows.row_tiles(triton_rows.MAX_ROW), strict=True))
 JOIN = {"NUM_RANKS": 8, "NUM_STATS": 4, "BLOCK": triton_rows.JOIN_BLOCK}
 
 
@@ -43,8 +43,8 @@ def stats(width, num_stats, scored=True):
     return kernels.stats_kernel, {"NUM_STATS": num_stats, "SCORED": scored, "BLOCK": block, "UNROLL": triton_rows.STATS_UNROLL}, warps
 
 
-def row(weighted, tiles):
-    return kernels.row_kernel, {"WEIGHTED": weighted, **tiles}, triton_rows.row_warps(tiles["BLOCK"] + tiles["REST"])
+def row(weighted, tiles, full=True):
+    return kernels.row_kernel, {"WEIGHTED": weighted, **tiles, "FULL": full}, triton_rows.row_warps(tiles["BLOCK"] + tiles["REST"])
 
 
 # kernel, constants, warps
@@ -59,7 +59,8 @@ CASES = {
     "row, rest": row(False, ROW),
     "longest row, weighted": row(True, LONGEST),
     "longest row, rest": row(False, LONGEST),
-    "one tile": row(True, {"BLOCK": 16384, "REST": 0}),
+    "two equal tiles": row(True, {"BLOCK": 8192, "REST": 8192}),
+    "row, mostly padding": row(True, ROW, False),
     "join": (kernels.join_kernel, JOIN, 4),
     "join backward": (kernels.join_backward_kernel, {**JOIN, "HAS_LOG_PROBS": True, "HAS_ENTROPY": True}, 4),
     "sums": (kernels.sums_kernel, {"BLOCK": triton_rows.SUMS_BLOCK}, triton_rows.SUMS_WARPS),
