@@ -352,6 +352,11 @@ class OpsConfig:
     backend: Literal["auto", "reference", "cpp", "triton", "cuda"] = "auto"
     """Implementation; `auto` takes the fastest that runs on this device, `reference` plain PyTorch. Results agree."""
 
+    logits_dtype: Literal["float32", "model"] = "float32"
+    """Data type of the logits, in scoring, in the loss and in the engine. `float32`: the head multiplies operands of `model.dtype`
+    and does not round the logits. `model`: logits of `model.dtype`; with bfloat16 the log-probability of a long answer is wrong in
+    its first digits. The engine follows where its vLLM has `head_dtype` for generation, otherwise it samples from `model.dtype`."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class ObservabilityConfig:

@@ -128,7 +128,8 @@ def _overwrite_row(
         block, rest = row_tiles(row_columns)
         _kernels().row_kernel[(num_rows,)](
             logits_TVp, logits_TVp.stride(0), targets_T.contiguous(), weights, out, out, inv_temperature, vocab_start, num_columns,
-            row_columns, WEIGHTED=weights_T is not None, BLOCK=block, REST=rest, FULL=num_columns >= block, num_warps=row_warps(block + rest),
+            row_columns, WEIGHTED=weights_T is not None, BLOCK=block, REST=rest, FULL=num_columns >= block,
+            num_warps=row_warps(block + rest),
         )  # fmt: skip
     return out
 

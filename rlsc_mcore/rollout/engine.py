@@ -285,6 +285,8 @@ def _build_llm(
         options.update(block_size=CPU_BLOCK_SIZE)
     if groups.world_size > 1:
         options.update(distributed_executor_backend="external_launcher")
+    if config.ops.logits_dtype == "float32" and has_head_dtype():
+        options.update(hf_overrides={"head_dtype": "float32"})
     return LLM(
         model=str(folder),
         dtype=config.rollout.dtype or config.model.dtype,
@@ -304,6 +306,15 @@ def _build_llm(
         disable_log_stats=True,
         **options,
     )
+
+
+def has_head_dtype() -> bool:
+    """Whether vLLM's logits processor computes the logits of generation in `head_dtype`; older ones know it for pooling only."""
+    import inspect
+
+    from vllm.model_executor.layers.logits_processor import LogitsProcessor
+
+    return "head_dtype" in inspect.getsource(LogitsProcessor)
 
 
 @contextmanager

@@ -333,6 +333,7 @@ class Trainer:
             vocab_start=self.policy.vocab_start,
             group=self.groups.tp_group if self.groups.tp_size > 1 else None,
             sequence_parallel=self.groups.tp_size > 1,
+            logits_dtype=torch.float32 if self.config.ops.logits_dtype == "float32" else None,
             backend=self.config.ops.backend,
         )
 

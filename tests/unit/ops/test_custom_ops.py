@@ -23,6 +23,7 @@ CALLS = {
     "dlogits": lambda x, t, b: (x, torch.ones_like(x[:, :4]), torch.ops.rlsc.log_prob_stats(x, t, *SHARD, True, b), t, *SHARD, b),
     "dlogits_": lambda x, t, b: (x, torch.ones_like(x[:, :3]), torch.ops.rlsc.log_prob_stats(x, t, *SHARD, False, b), t, *SHARD, b),
     "rest_softmax_": lambda x, t, b: (x, t, *SHARD, b),
+    "rest_softmax_into": lambda x, t, b: (x, x.bfloat16(), t, *SHARD, b),
     "log_prob_dlogits_": lambda x, t, b: (x, t, torch.linspace(-1, 1, 5, device=x.device), *SHARD, b),
     "join_stats": lambda x, t, b: (torch.stack([x[:, :3], x[:, 3:6]]).contiguous(), 1.25, b),
     "join_backward": lambda x, t, b: (torch.stack([x[:, :4], x[:, 4:8]]).contiguous(), 1, 1.25, x[:, 8].contiguous(), None, b),

@@ -1,0 +1,96 @@
+"""Measure what rounding logits costs: log-probs of whole answers from float32 and from bfloat16 logits against float64.
+
+    python -m benchmarks.bench_logits_dtype
+
+Operands (hidden states, head weight) are bfloat16 in all three; only the logits' type differs. p_old is a product over an answer,
+so what counts is the error of the sum of an answer's log-probs. Answers are drawn with the spread of a trained model: most tokens
+are confident, some are not. Writes results/<device>/logits_dtype.json.
+"""
+
+import argparse
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.harness import RESULTS, about, device_name
+from rlsc_mcore.ops import linear_token_log_probs
+
+VOCAB = 152064
+SPREAD = 2.5  # standard deviation of a logit that is not the target's
+BOOST = (10.0, 30.0)  # what the target's logit has more than the others, drawn uniformly: p from 1 % to 1 - 1e-6
+
+
+def draw(num_tokens: int, hidden_size: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Draw (hidden, weight, targets); hidden and weight are bfloat16."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(VOCAB, hidden_size, generator=generator).mul_(SPREAD / math.sqrt(hidden_size)).bfloat16()
+    targets = torch.randint(0, VOCAB, (num_tokens,), generator=generator)
+    own = weight[targets].float()
+    low, high = BOOST
+    boost = low + (high - low) * torch.rand(num_tokens, 1, generator=generator)
+    hidden = torch.randn(num_tokens, hidden_size, generator=generator) + boost * own / own.square().sum(1, keepdim=True)
+    return hidden.bfloat16().to(device), weight.to(device), targets.to(device)
+
+
+def exact_log_probs(hidden: Tensor, weight: Tensor, targets: Tensor, rows: int) -> Tensor:
+    """Compute log p in float64, some columns of the vocabulary at a time: float64 [T]."""
+    target_logits = (hidden.double() * weight[targets].double()).sum(1)
+    parts = [torch.logsumexp(hidden.double() @ block.double().t(), dim=1) for block in weight.split(rows)]
+    return target_logits - torch.logsumexp(torch.stack(parts), dim=0)
+
+
+def errors(log_probs: Tensor, exact: Tensor, length: int) -> dict[str, Any]:
+    """Compare token by token and answer by answer."""
+    off = log_probs.double() - exact
+    answers = off.view(-1, length).sum(1)
+    return {
+        "mean_token_error": float(off.abs().mean()),
+        "largest_token_error": float(off.abs().max()),
+        "answer_errors": answers.tolist(),
+        "largest_answer_error": float(answers.abs().max()),
+        "largest_relative_error_of_p": float(answers.abs().max().expm1()),
+    }
+
+
+def main() -> None:
+    """Measure and write the result."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--answers", type=int, default=4)
+    parser.add_argument("--length", type=int, default=1000, help="tokens of an answer")
+    parser.add_argument("--hidden-size", type=int, default=256)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--out", type=Path, default=None, help="folder of the result; default: results/<device>")
+    options = parser.parse_args()
+    device = torch.device(options.device)
+    hidden, weight, targets = draw(options.answers * options.length, options.hidden_size, device)
+    exact = exact_log_probs(hidden, weight, targets, rows=19008)
+    rows = {}
+    for dtype in (torch.bfloat16, torch.float32):
+        log_probs = linear_token_log_probs(
+            hidden, weight, targets, mask_T=torch.ones_like(targets, dtype=torch.bool), vocab_size=VOCAB, logits_dtype=dtype
+        )
+        rows[str(dtype).removeprefix("torch.")] = errors(log_probs, exact, options.length)
+    shape = {
+        "vocabulary": VOCAB,
+        "hidden_size": options.hidden_size,
+        "answers": options.answers,
+        "tokens_per_answer": options.length,
+        "mean_log_p": float(exact.mean()),
+        "share_of_tokens_above_p_0.99": float((exact > math.log(0.99)).double().mean()),
+    }
+    folder = options.out or RESULTS / device_name(device)
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "logits_dtype.json"
+    path.write_text(json.dumps({"about": about(device), "shape": shape, "logits_dtype": rows}, indent=1) + "\n", encoding="utf-8")
+    for name, row in rows.items():
+        answer, token = row["largest_answer_error"], row["largest_token_error"]
+        print(f"{name} logits: log p of an answer is off by up to {answer:.3g}, of a token by {token:.3g}")
+    print(path)
+
+
+if __name__ == "__main__":
+    main()
