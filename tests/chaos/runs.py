@@ -125,7 +125,7 @@ def fault_inside(draw: random.Random, layout: Layout) -> dict[str, Any]:
     """Draw a fault that a rank does to itself at the beginning of a phase."""
     fault: dict[str, Any] = {
         "phase": draw.choice(PHASES),
-        "step": draw.randrange(STEPS + 1),
+        "step": draw.randrange(STEPS),
         "rank": draw.randrange(layout.ranks),
         "do": draw.choice(["exit", "kill", "raise"]),
         "value": 3,
