@@ -134,6 +134,10 @@ class Backend:
         torch.cuda.synchronize = lambda *args, **kwargs: None  # type: ignore[assignment]
         import megatron.core.tensor_parallel.random as megatron_random
 
+        from rlsc_mcore.parallel.megatron_versions import use_cpu_streams
+
+        use_cpu_streams()
+
         megatron_random._get_cuda_rng_state = lambda *args, **kwargs: torch.empty(0)
         megatron_random._set_cuda_rng_state = lambda *args, **kwargs: None
         if multiplies_with_onednn():

@@ -26,10 +26,10 @@ import torch
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing import serialization
 from megatron.core.dist_checkpointing.strategies import filesystem_async
-from megatron.core.dist_checkpointing.strategies.common import TorchCommonSaveStrategy
 from torch.distributed.checkpoint.api import CheckpointException
 
 from rlsc_mcore.parallel.groups import Groups
+from rlsc_mcore.parallel.megatron_versions import COMMON_STATE_WRITER, SAVE_OPTIONS
 from rlsc_mcore.run.folder import BEST, FOLDER, LATEST, latest_checkpoint
 from rlsc_mcore.run.machine_errors import explain
 from rlsc_mcore.training.checkpoint_files import (
@@ -167,7 +167,7 @@ class CheckpointSaver:
         filesystem_async._results_queue = queue.Queue()
         with trainer.backend.megatron(), no_pickles(), _failing_late():
             sharded = sharded_state(trainer, is_loading=False)
-            request = dist_checkpointing.save(sharded, str(self._partial(state.step)), async_sharded_save=True)
+            request = dist_checkpointing.save(sharded, str(self._partial(state.step)), async_sharded_save=True, **SAVE_OPTIONS)
         self._save = _Save(state, request, scores)
         if request.preload_fn is not None:
             self._save.buckets = request.preload_fn()
@@ -312,7 +312,7 @@ def _failing_late() -> Iterator[None]:
     """
     failures: list[Exception] = []
     writers = [
-        (TorchCommonSaveStrategy, "save_common"),
+        COMMON_STATE_WRITER,
         (filesystem_async.FileSystemWriterAsync, "prepare_local_plan"),
         (filesystem_async.FileSystemWriterAsync, "finish"),
         (serialization, "save_config"),

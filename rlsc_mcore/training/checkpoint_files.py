@@ -15,12 +15,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core.dist_checkpointing.strategies.common import TorchCommonLoadStrategy, TorchCommonSaveStrategy
 from torch.distributed.checkpoint import filesystem
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
 from rlsc_mcore.config import CollectiveRunError, ConfigError
+from rlsc_mcore.parallel.megatron_versions import common_state_as
 from rlsc_mcore.parallel.messages import from_json, to_json
 from rlsc_mcore.run.folder import MANIFEST, all_checkpoints, checkpoint_step
 from rlsc_mcore.run.machine_errors import explain
@@ -276,33 +276,27 @@ def no_pickles() -> Iterator[None]:
     the end of the block.
     """
     patched: Any = filesystem
-    originals: tuple[Any, ...] = (patched.pickle, torch.load, TorchCommonSaveStrategy.save_common, TorchCommonLoadStrategy.load_common)
+    originals: tuple[Any, ...] = (patched.pickle, torch.load)
 
     def load_tensors(*arguments: Any, **options: Any) -> Any:
         return originals[1](*arguments, **{**options, "weights_only": True})
 
     patched.pickle = _MetadataReader
     torch.load = load_tensors
-    TorchCommonSaveStrategy.save_common = _save_common
-    TorchCommonLoadStrategy.load_common = _load_common
     try:
-        yield
+        with common_state_as(_save_common, lambda folder: read_common(Path(folder))):
+            yield
     finally:
-        patched.pickle, torch.load = originals[:2]
-        TorchCommonSaveStrategy.save_common, TorchCommonLoadStrategy.load_common = originals[2:]
+        patched.pickle, torch.load = originals
 
 
-def _save_common(strategy: Any, values: Any, folder: Any) -> None:
+def _save_common(values: Any, folder: Any) -> None:
     if dist.get_rank() == 0:
         file = Path(folder) / COMMON
         with file.open("w", encoding="utf-8") as out:
             out.write(to_json(values) + "\n")
             out.flush()
             os.fsync(out.fileno())
-
-
-def _load_common(strategy: Any, folder: Any) -> Any:
-    return read_common(Path(folder))
 
 
 def check_backend(checkpoint: Path) -> None:
