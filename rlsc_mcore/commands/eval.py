@@ -3,20 +3,23 @@
 import argparse
 import contextlib
 import json
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from rlsc_mcore.config import TEMPLATES, Config, ConfigError, RunError
 from rlsc_mcore.config_file import parse_config, read_flags
+from rlsc_mcore.data.few_shot import Example, published_examples, read_examples, with_examples
 from rlsc_mcore.data.questions import EMBEDDED_PREFIX
-from rlsc_mcore.data.templates import check_prompt_lengths, find_control_tokens, render_prompt
+from rlsc_mcore.data.templates import check_prompt_lengths, find_control_tokens, render_prompt, turn_end_ids
 from rlsc_mcore.evaluation.benchmarks import BENCHMARKS, load_benchmark
 from rlsc_mcore.evaluation.evaluate import evaluate
 from rlsc_mcore.evaluation.records import AnswerRecord, write_records
 from rlsc_mcore.evaluation.sampling_scores import sampling_scores
 from rlsc_mcore.evaluation.table import print_comparison
+from rlsc_mcore.grading.formats import GRADERS
 from rlsc_mcore.model.hf_checkpoint import load_tokenizer, resolve_model_folder
 from rlsc_mcore.model.shape import read_architecture
 from rlsc_mcore.run.folder import CHECKPOINT_HELP, LATEST, find_checkpoint
@@ -40,11 +43,35 @@ class Job:
     benchmark: str
     template: str
     questions: Sequence[Question]
+    examples: Sequence[Example] = ()  # before each question
+    max_new_tokens: int | None = None  # None: as configured
+
+    def prompts(self, tokenizer: Any, date: datetime) -> list[list[int]]:
+        """Return the token ids of every question's prompt."""
+        return [render_prompt(self.template, with_examples(q.text, self.examples), tokenizer, date) for q in self.questions]
 
     @property
     def name(self) -> str:
         """File-name safe and unique within an evaluation."""
         return f"{_stem(self.benchmark)}.{_stem(self.template)}"
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """What differs between benchmarks: worked examples and the longest answer."""
+
+    few_shot: Mapping[str, int] = field(default_factory=dict)
+    few_shot_file: Path | None = None
+    token_budget: Mapping[str, int] = field(default_factory=dict)
+
+    def examples(self, name: str) -> list[Example]:
+        """Return the examples before each question of a benchmark; ConfigError where there are too few."""
+        count = self.few_shot.get(name, 0)
+        known = read_examples(self.few_shot_file) if self.few_shot_file is not None else published_examples(name)
+        if count > len(known):
+            source = self.few_shot_file or "the examples of this package, which has those of mmlu_stem"
+            raise ConfigError(f"--few-shot: {count} examples for {name}, but {source} hold {len(known)}; name a file with --few-shot-file")
+        return known[:count]
 
 
 def run_eval(arguments: Sequence[str]) -> int:
@@ -61,11 +88,21 @@ def run_eval(arguments: Sequence[str]) -> int:
     parser.add_argument("--output", type=Path, help="FILE.json for one benchmark, or a folder; questions and answers go beside the scores")
     parser.add_argument("--num-samples", "--k", default="4", help="answers per question at each temperature")
     parser.add_argument("--temperatures", "--temperature", nargs="*", default=["0.5", "1.0"], help="beside one greedy answer")
+    parser.add_argument("--grader", choices=GRADERS, help="what counts as right; --evaluation.grader")
+    parser.add_argument("--top-p", help="nucleus of the sampled answers; --evaluation.top-p")
+    parser.add_argument("--stop", nargs="+", metavar="TEXT", help="strings that end an answer; --evaluation.stop")
+    parser.add_argument("--few-shot", metavar="N", help="worked examples before each question: N, or BENCHMARK=N,... for some benchmarks")
+    parser.add_argument("--few-shot-file", type=Path, help="examples of your own: records with question and solution")
+    parser.add_argument("--token-budget", metavar="N", help="longest answer in tokens: N, or BENCHMARK=N,... for some benchmarks")
     known, flags = parser.parse_known_args(arguments)
     if known.benchmarks is not None and known.data is not None:
         raise ConfigError("--data: name its file among --benchmarks")
     names = _split(known.benchmarks) if known.benchmarks is not None else [known.data or "embedded:test"]
     settings = ["--evaluation.num-samples", known.num_samples, "--evaluation.temperatures", *known.temperatures, *flags]
+    for name, value in (("grader", known.grader), ("top-p", known.top_p)):
+        settings += [] if value is None else [f"--evaluation.{name}", value]
+    settings += [] if known.stop is None else ["--evaluation.stop", *known.stop]
+    protocol = Protocol(_numbers("--few-shot", known.few_shot, names), known.few_shot_file, _numbers("--token-budget", known.token_budget, names))
     templates = None if known.templates is None else list(TEMPLATES) if known.templates == "all" else _split(known.templates)
     with StopRequest(on_end=lambda signal_name: _leave_nothing()).listening() as stop:
         results = evaluate_model(
@@ -73,6 +110,7 @@ def run_eval(arguments: Sequence[str]) -> int:
             names,
             templates,
             settings,
+            protocol,
             folder=known.benchmark_dir,
             output=known.output,
             checkpoint=known.checkpoint,
@@ -100,6 +138,7 @@ def evaluate_model(
     names: Sequence[str],
     templates: Sequence[str] | None,
     flags: Sequence[str],
+    protocol: Protocol | None = None,
     *,
     folder: Path | None,
     output: Path | None,
@@ -129,11 +168,14 @@ def evaluate_model(
         # Neither a run's questions nor others are read: the session gets the prompts of all jobs, which size the engine.
         base = read_flags(run_file) if is_run else ["--model.path", model, "--data.path", EMBEDDED_PREFIX]
         config = parse_config([*base, *flags, "--run-dir", scratch, "--evaluation.path", "None"], prog="rlsc eval")
-        jobs = _jobs(names, templates or [config.data.template], config, folder)
+        jobs = _jobs(names, templates or [config.data.template], config, folder, protocol or Protocol())
+        budget = max([config.rollout.max_new_tokens, *(job.max_new_tokens or 0 for job in jobs)])
+        longest = ["--rollout.max-new-tokens", str(budget)]  # sizes the engine's context
+        config = parse_config([*base, *flags, *longest, "--run-dir", scratch, "--evaluation.path", "None"], prog="rlsc eval")
         _check_output(output, jobs)
         tokenizer = load_tokenizer(resolve_model_folder(config.model.path), config.model)
         date = prompt_date(Path(model) if is_run else None)
-        prompts = {job: [render_prompt(job.template, question.text, tokenizer, date) for question in job.questions] for job in jobs}
+        prompts = {job: job.prompts(tokenizer, date) for job in jobs}
         limit = config.rollout.max_model_len or read_architecture(resolve_model_folder(config.model.path)).max_position_embeddings
         for job in jobs:
             check_prompt_lengths(prompts[job], limit - 1, job.questions, f"--benchmarks: {job.benchmark}, template {job.template}")
@@ -150,6 +192,8 @@ def evaluate_model(
                 result = evaluate(
                     *(session.engine, tokenizer, job.questions, prompts[job], config, session.groups, session.report),
                     label=job.name,
+                    max_new_tokens=job.max_new_tokens,
+                    stop_token_ids=turn_end_ids(job.template, tokenizer),
                     should_stop=AbortPoll(stop, session.groups),
                 )
             except GenerationInterrupted:
@@ -201,12 +245,16 @@ def _is_evaluation(file: Path) -> bool:
     return isinstance(scores, dict) and {"greedy", "lenient_greedy"} <= scores.keys()
 
 
-def _jobs(names: Sequence[str], templates: Sequence[str], config: Config, folder: Path | None) -> list[Job]:
+def _jobs(names: Sequence[str], templates: Sequence[str], config: Config, folder: Path | None, protocol: Protocol) -> list[Job]:
     questions = {name: load_benchmark(name, folder)[: config.evaluation.max_questions] for name in names}
     for template in templates:
         if template not in TEMPLATES and not template.endswith(".jinja"):
             raise ConfigError(f"--templates: expected {', '.join(TEMPLATES)}, a file ending in .jinja or all, got {template!r}")
-    jobs = [Job(name, template, tuple(questions[name])) for name in names for template in templates]
+    examples = {name: protocol.examples(name) for name in names}
+    budgets = {name: protocol.token_budget.get(name, config.rollout.max_new_tokens) for name in names}
+    jobs = [
+        Job(name, template, tuple(questions[name]), tuple(examples[name]), budgets[name]) for name in names for template in templates
+    ]
     repeated = next((job.name for job in jobs if [other.name for other in jobs].count(job.name) > 1), None)
     if repeated is not None:
         raise ConfigError(f"--benchmarks, --templates: {repeated} is asked for twice")
@@ -241,16 +289,32 @@ def _by_temperature(answers: Sequence[AnswerRecord], temperatures: Sequence[floa
 
 
 def _shown(row: dict[str, Any]) -> dict[str, Any]:
-    """The table's rows: the scores, and of the sampled ones pass@k and maj@k of the most samples."""
+    """Return the table's rows: the scores, and of the sampled ones avg@n, pass@n and maj@n of all n samples."""
     shown = {name: value for name, value in row.items() if name != "by_temperature"}
     for temperature, scores in row["by_temperature"].items():
-        passes = [name for name in scores if name.startswith("pass@")][-1:]
-        for name in [*passes, *(name for name in scores if name.startswith("maj@"))]:
+        for name in _names_of_most_samples(scores):
             shown[f"{name}, T = {temperature}"] = scores[name]
         auroc = scores.get("calibration", {}).get("auroc_within")
         if auroc is not None:
             shown[f"AUROC of p(y|x) within a question, T = {temperature}"] = {"mean": auroc, "standard_error": None}
     return shown
+
+
+def _names_of_most_samples(scores: dict[str, Any]) -> list[str]:
+    return [[name for name in scores if name.startswith(kind)][-1] for kind in ("avg@", "pass@", "maj@") if scores]
+
+
+def _numbers(option: str, text: str | None, names: Sequence[str]) -> dict[str, int]:
+    """Read `N` or `NAME=N,NAME=N`; returns a number for each named benchmark."""
+    if text is None:
+        return {}
+    pairs = [("", text)] if text.isdigit() else [part.rpartition("=")[::2] for part in text.split(",")]
+    numbers: dict[str, int] = {}
+    for name, value in pairs:
+        if not value.strip().isdigit() or (name and name.strip() not in names) or (not name and len(pairs) > 1):
+            raise ConfigError(f"{option}: expected a number, or NAME=NUMBER,... with names among {', '.join(names)}, got {text!r}")
+        numbers.update(dict.fromkeys([name.strip()] if name else names, int(value)))
+    return numbers
 
 
 def _split(text: str) -> list[str]:

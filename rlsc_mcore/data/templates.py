@@ -18,13 +18,15 @@ QWEN25_MATH = (
     "<|im_start|>user\n{question}<|im_end|>\n"
     "<|im_start|>assistant\n"
 )
-# The prompt that Evalchemy gives its mathematics benchmarks, shown in the case studies of arXiv 2506.06395.
+# The prompt that Evalchemy gives its mathematics benchmarks, shown in the case studies of arXiv 2506.06395: as plain text
+# here, in a user turn of the model's chat template (which Evalchemy does) with `evalchemy-chat`.
 EVALCHEMY = "Problem: {question}\nMark your solution with \\boxed\nAnswer:"
 
 PLAIN_TEMPLATES = ("evalchemy", "none")  # text, before which the tokenizer puts its own tokens
 
 _QUESTION = "{question}"
 _CHATML_TOKENS = ("<|im_start|>", "<|im_end|>")
+_TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<end_of_turn>", "<|end|>", "<|eot|>", "<|END_OF_TURN_TOKEN|>")
 
 
 class Tokenizer(Protocol):
@@ -164,3 +166,32 @@ def _require_chatml(tokenizer: Tokenizer) -> None:
         raise ConfigError(
             f"data.template: `qwen25-math` needs the token {missing[0]}, which this tokenizer lacks; use chat, evalchemy or none"
         )
+
+
+def turn_end_ids(template: str, tokenizer: Any) -> list[int]:
+    """Return the token that ends the model's turn under a template, as a list; empty where the template has no turns.
+
+    A tokenizer's end token may be another one: base models with a chat template often name the end of a document.
+    """
+    if template in ("chat", "evalchemy-chat"):
+        after = _text_after_answer(tokenizer)
+        ids = list(tokenizer.encode(after, add_special_tokens=False)) if after else []
+    elif template == "qwen25-math" or template.endswith(".jinja"):
+        shown = render_text(template, "", tokenizer)
+        known = [token for token in _TURN_ENDS if token in shown]
+        ids = [tokenizer.convert_tokens_to_ids(known[0])] if known else []
+    else:
+        return []
+    added = getattr(tokenizer, "added_tokens_decoder", {})
+    return [token for token in ids[:1] if token in added and token != tokenizer.unk_token_id]
+
+
+def _text_after_answer(tokenizer: Any) -> str:
+    """Return what the chat template writes after an answer; nothing where it refuses answers."""
+    answer = "the answer itself"
+    turns = [{"role": "user", "content": "a question"}, {"role": "assistant", "content": answer}]
+    try:
+        text = str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=False))
+    except jinja2.TemplateError:
+        return ""
+    return text.rpartition(answer)[2].lstrip()

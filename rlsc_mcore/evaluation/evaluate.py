@@ -26,6 +26,8 @@ def evaluate(
     report: Reporter,
     *,
     label: str,
+    max_new_tokens: int | None = None,
+    stop_token_ids: Sequence[int] = (),
     should_stop: Callable[[], bool] | None = None,
 ) -> dict[str, Any]:
     """Answer every question greedily and `evaluation.num_samples` times at each temperature, and score it.
@@ -33,7 +35,9 @@ def evaluate(
     Returns {"scores": name -> {"mean", "standard_error"}, "answers": [AnswerRecord], "questions": [QuestionRecord]}. Names:
     `greedy`, `accuracy_t0.5` (strict: the last box), `lenient_t0.5` (else the last number), per temperature; `boxed_share`,
     `mean_length`, `truncated_share`, `distinct_share` and `confidence_f` (F) at the highest temperature. The same seeds for
-    every `label`, so that before and after are paired. Raises `GenerationInterrupted` soon after `should_stop` answers True.
+    every `label`, so that before and after are paired. `max_new_tokens` replaces `rollout.max_new_tokens`; `stop_token_ids`
+    end an answer beside the engine's own. `evaluation.grader` says what is right. Raises `GenerationInterrupted` soon after
+    `should_stop` answers True.
     Collective over the world: questions are spread over the engines, results are the same on every rank.
     """
     local = range(groups.engine_index, len(questions), groups.num_engines)
@@ -48,8 +52,11 @@ def evaluate(
                 prompt_ids=prompts[i],
                 num_samples=num_samples,
                 temperature=temperature,
-                max_new_tokens=min(config.rollout.max_new_tokens, engine.max_model_len - len(prompts[i])),
+                max_new_tokens=min(max_new_tokens or config.rollout.max_new_tokens, engine.max_model_len - len(prompts[i])),
                 seed=sample_seed(config.training.seed, f"evaluation/{temperature}", 0, questions[i].index),
+                top_p=config.evaluation.top_p if temperature != GREEDY else 1.0,
+                stop_token_ids=stop_token_ids,
+                stop=config.evaluation.stop,
             )
             for i in local
         ]
@@ -67,9 +74,12 @@ def evaluate(
         numbers = [sample for group in completions for sample in range(len(group))]
         asked_of = [questions[i] for i, group in zip(local, completions, strict=True) for _ in group]
         sampled = [completion for group in completions for completion in group]
-        texts = [tokenizer.decode(list(completion.token_ids), skip_special_tokens=True) for completion in sampled]
-        grades = grade_answers(texts, asked_of)
-        record = partial(_record, temperature, engine.tempered)
+        decoded = (tokenizer.decode(list(completion.token_ids), skip_special_tokens=True) for completion in sampled)
+        texts = [text_before_stop(text, config.evaluation.stop) for text in decoded]
+        grades = grade_answers(texts, asked_of, config.evaluation.grader)
+        # The engine's log-probs are of the softmax that was sampled where it scores the tempered one, or where nothing tempers it.
+        is_scored = config.evaluation.top_p == 1 and (temperature == UNTEMPERED or (engine.tempered and temperature != GREEDY))
+        record = partial(_record, temperature, is_scored)
         records = map(record, asked_of, numbers, sampled, texts, grades)
         graded = [[next(records) for _ in group] for group in completions]
         outcomes[temperature] = dict(zip(local, graded, strict=True))
@@ -90,6 +100,12 @@ def evaluate(
     return {"scores": _scores(merged, config.evaluation.temperatures), "answers": rows, "questions": asked}
 
 
+def text_before_stop(text: str, stops: Sequence[str]) -> str:
+    """Cut a text at the first of the strings that end an answer."""
+    starts = [start for stop in stops if (start := text.find(stop)) >= 0]
+    return text[: min(starts)] if starts else text
+
+
 def _scores(outcomes: dict[float, dict[int, list[AnswerRecord]]], temperatures: Sequence[float]) -> dict[str, Any]:
     by_temperature = {t: score([group for _, group in sorted(groups.items())]) for t, groups in outcomes.items()}
     scores: dict[str, Any] = {}
@@ -99,16 +115,14 @@ def _scores(outcomes: dict[float, dict[int, list[AnswerRecord]]], temperatures: 
     if temperatures:
         highest = by_temperature[max(temperatures)]
         scores.update({name: highest[name] for name in HIGHEST_TEMPERATURE_SCORES})
-    if UNTEMPERED in by_temperature:
+    if "confidence_f" in by_temperature.get(UNTEMPERED, {}):
         scores["confidence_f"] = by_temperature[UNTEMPERED]["confidence_f"]
     return scores
 
 
 def _record(
-    temperature: float, tempered: bool, question: Question, sample: int, completion: Completion, text: str, result: Grade
+    temperature: float, is_scored: bool, question: Question, sample: int, completion: Completion, text: str, result: Grade
 ) -> AnswerRecord:
-    # The engine's log-probs are of the softmax that was sampled where it scores the tempered one, or where nothing tempers it.
-    scored = temperature == UNTEMPERED or (tempered and temperature != GREEDY)
     return AnswerRecord(
         question=question.index,
         temperature=temperature,
@@ -121,5 +135,5 @@ def _record(
         boxed=result.boxed,
         truncated=completion.finish_reason == "length",
         tokens=len(completion.token_ids),
-        log_prob=sum(completion.log_probs) if scored else None,
+        log_prob=sum(completion.log_probs) if is_scored else None,
     )

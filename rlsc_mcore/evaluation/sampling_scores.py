@@ -1,7 +1,9 @@
 """Scores that need several samples per question: pass@k, maj@k, and whether confidence knows what is right."""
 
+import itertools
 import math
-from collections.abc import Mapping, Sequence
+import random
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +14,7 @@ from rlsc_mcore.evaluation.scores import estimate
 from rlsc_mcore.grading.rewards import answer_classes
 
 NUM_BINS = 10
+MAX_SUBSETS = 200  # of a question's answers, that maj@k is averaged over
 
 
 @dataclass(frozen=True)
@@ -34,20 +37,48 @@ def pass_at_k(num_samples: int, num_right: int, k: int) -> float:
 
 
 def majority_accuracy(answers: Sequence[AnswerRecord]) -> float:
-    """Return the chance that the majority's boxed answer is right; equally frequent answers share it. Unboxed ones cast no vote."""
-    voters = [answer for answer in answers if answer.boxed]
-    classes = answer_classes([answer.extracted for answer in voters])
-    counts = {label: classes.count(label) for label in set(classes) if label >= 0}
+    """Return the chance that the majority's answer is right; equally frequent answers share it.
+
+    An answer that is neither boxed nor counted as right (`strict`, by `evaluation.grader`) casts no vote.
+    """
+    return majority_at_k(answers, len(answers))
+
+
+def majority_at_k(answers: Sequence[AnswerRecord], k: int) -> float:
+    """Return the chance that the majority of k answers is right, over subsets of the answers of this size.
+
+    All answers once where k is their number; the mean over every subset where there are at most 200, else over 200 subsets
+    drawn with a fixed seed.
+    """
+    votes, is_right = _votes(answers)
+    if math.comb(len(answers), k) <= MAX_SUBSETS:
+        subsets: Iterable[Sequence[int]] = itertools.combinations(range(len(answers)), k)
+    else:
+        stream = random.Random(f"maj@{k}/{len(answers)}")
+        subsets = [stream.sample(range(len(answers)), k) for _ in range(MAX_SUBSETS)]
+    outcomes = [_majority([votes[i] for i in subset], is_right) for subset in subsets]
+    return math.fsum(outcomes) / len(outcomes)
+
+
+def _votes(answers: Sequence[AnswerRecord]) -> tuple[list[int], dict[int, bool]]:
+    """Return each answer's class (-1: no vote), and of each class whether its first answer is right."""
+    votes = answer_classes([answer.extracted if answer.boxed or answer.strict else None for answer in answers])
+    return votes, {label: answers[votes.index(label)].strict for label in set(votes) if label >= 0}
+
+
+def _majority(votes: Sequence[int], is_right: Mapping[int, bool]) -> float:
+    counts = {label: votes.count(label) for label in set(votes) if label >= 0}
     if not counts:
         return 0.0
     winners = [label for label, count in counts.items() if count == max(counts.values())]
-    return sum(voters[classes.index(label)].strict for label in winners) / len(winners)
+    return sum(is_right[label] for label in winners) / len(winners)
 
 
 def sampling_scores(answers: Sequence[AnswerRecord], temperature: float) -> dict[str, Any]:
     """Score all answers at one temperature: name -> mean with standard error over questions, and the calibration.
 
-    pass@k for every power of two up to the number of samples, maj@n over all samples, mean log p, lengths, calibration.
+    avg@n over all n samples; pass@k and maj@k for every power of two up to n and for n itself;
+    mean log p, lengths, calibration.
     """
     groups: dict[int, list[AnswerRecord]] = {}
     for answer in answers:
@@ -57,9 +88,12 @@ def sampling_scores(answers: Sequence[AnswerRecord], temperature: float) -> dict
         return {}
     count = min(len(group) for group in groups.values())
     scores: dict[str, Any] = {}
-    for k in [2**power for power in range(count.bit_length()) if 2**power <= count]:
+    sizes = sorted({2**power for power in range(count.bit_length()) if 2**power <= count} | {count})
+    scores[f"avg@{count}"] = estimate([sum(a.strict for a in group) / len(group) for group in groups.values()])
+    for k in sizes:
         scores[f"pass@{k}"] = estimate([pass_at_k(len(g), sum(a.strict for a in g), k) for g in groups.values()])
-    scores[f"maj@{count}"] = estimate([majority_accuracy(group) for group in groups.values()])
+    for k in sizes:
+        scores[f"maj@{k}"] = estimate([majority_at_k(group, k) for group in groups.values()])
     lengths = [answer.tokens for group in groups.values() for answer in group]
     scores["median_length"] = {"mean": float(np.median(lengths)), "standard_error": None}
     scored = [answer for group in groups.values() for answer in group if answer.log_prob is not None]

@@ -65,6 +65,8 @@ class SamplingRequest:
     max_new_tokens: int
     seed: int
     top_p: float = 1.0
+    stop_token_ids: Sequence[int] = ()  # end an answer, beside the engine's own
+    stop: Sequence[str] = ()  # strings that end an answer
 
 
 @dataclass(frozen=True)
@@ -233,10 +235,11 @@ class RolloutEngine:
             top_p=request.top_p,
             max_tokens=request.max_new_tokens,
             seed=request.seed if request.temperature > 0 else None,
-            stop_token_ids=list(self.stop_token_ids),
+            stop_token_ids=sorted({*self.stop_token_ids, *request.stop_token_ids}),
+            stop=list(request.stop),
             ignore_eos=False,
             logprobs=0,
-            detokenize=False,
+            detokenize=bool(request.stop),
             output_kind=_final_only(),
         )
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from rlsc_mcore.config import Config, ConfigError, DataConfig
 from rlsc_mcore.data.questions import QuestionSampler, questions_fingerprint, read_questions, read_records
-from rlsc_mcore.data.templates import check_prompt_ends, check_prompt_lengths, find_control_tokens, render_prompt
+from rlsc_mcore.data.templates import check_prompt_ends, check_prompt_lengths, find_control_tokens, render_prompt, turn_end_ids
 from rlsc_mcore.grading.rewards import check_labels
 from rlsc_mcore.model.architecture import check_fp8, check_head_dim, uses_transformer_engine
 from rlsc_mcore.model.hf_checkpoint import (
@@ -73,7 +73,7 @@ def read_inputs(config: Config, backend: Backend, asked_prompts: Sequence[list[i
     check_wandb(config.observability.wandb_project)
 
     data, rollout, evaluation = config.data, config.rollout, config.evaluation
-    stop_token_ids = _stop_token_ids(folder, tokenizer)
+    stop_token_ids = sorted({*_stop_token_ids(folder, tokenizer), *turn_end_ids(data.template, tokenizer)})
     warnings = [*_model_warnings(folder), *_end_warnings(stop_token_ids, folder)]
     context = architecture.max_position_embeddings
     limit = rollout.max_model_len or context

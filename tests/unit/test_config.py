@@ -52,6 +52,8 @@ RANGES: dict[str, st.SearchStrategy[Any]] = {
     "data.template": st.sampled_from(["chat", "none", "qwen25-math", "mine.jinja"]),
     "rollout.max_model_len": st.none() | st.integers(2, 10**6),
     "evaluation.temperatures": st.lists(st.floats(1e-2, 10), max_size=3, unique=True).map(tuple),
+    "evaluation.top_p": st.floats(0.01, 1),
+    "evaluation.stop": st.lists(st.sampled_from(["\n\n", "Question:", "</s>"]), max_size=2).map(tuple),
     "evaluation.max_questions": st.none() | st.integers(1, 10**6),
     "observability.max_log_prob_gap": st.none() | st.floats(1e-9, 10),
 }

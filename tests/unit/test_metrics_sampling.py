@@ -2,6 +2,7 @@
 
 import io
 import itertools
+import itertools
 import math
 from dataclasses import replace
 
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from rlsc_mcore.evaluation.records import AnswerRecord
-from rlsc_mcore.evaluation.sampling_scores import auroc, majority_accuracy, pass_at_k, reliability, sampling_scores
+from rlsc_mcore.evaluation.sampling_scores import auroc, majority_accuracy, majority_at_k, pass_at_k, reliability, sampling_scores
 from rlsc_mcore.evaluation.table import print_comparison
 from tests.helpers.run_folders import make_answer
 
@@ -82,6 +83,24 @@ def test_a_calibrated_model_is_found_calibrated() -> None:
         assert part.accuracy == pytest.approx(part.confidence, abs=0.05)
 
 
+@pytest.mark.parametrize("k", [1, 2, 3, 4, 5])
+def test_maj_at_k_is_the_mean_over_all_subsets(k: int) -> None:
+    answers = [replace(make_answer(0, text, right=text == "a", sample=i), extracted=text) for i, text in enumerate("aabbc")]
+    expected = []
+    for subset in itertools.combinations("aabbc", k):
+        top = max(map(subset.count, subset))
+        winners = {letter for letter in subset if subset.count(letter) == top}
+        expected.append(("a" in winners) / len(winners))
+    assert majority_at_k(answers, k) == pytest.approx(sum(expected) / len(expected))
+
+
+def test_maj_at_k_of_many_answers_is_sampled_and_the_same_every_time() -> None:
+    texts = ["a" if i % 3 else f"b{i}" for i in range(64)]
+    answers = [replace(make_answer(0, text, right=text == "a", sample=i), extracted=text) for i, text in enumerate(texts)]
+    assert majority_at_k(answers, 1) == pytest.approx(42 / 64)
+    assert majority_at_k(answers, 8) == majority_at_k(answers, 8) > 0.9 and majority_at_k(answers, 64) == 1
+
+
 def test_all_scores_of_a_temperature() -> None:
     answers = [
         replace(make_answer(q, f"{q}{s}", right=s < right, sample=s), log_prob=-1.0 if s < right else -2.0, tokens=10 + s)
@@ -89,7 +108,10 @@ def test_all_scores_of_a_temperature() -> None:
         for s in range(4)
     ]
     scores = sampling_scores(answers, 1.0)
-    assert {name for name in scores if "@" in name} == {"pass@1", "pass@2", "pass@4", "maj@4"}
+    assert {name for name in scores if "@" in name} == {
+        "avg@4", *(f"{kind}@{k}" for kind in ("pass", "maj") for k in (1, 2, 4))
+    }
+    assert scores["avg@4"]["mean"] == scores["maj@1"]["mean"] == pytest.approx((0.25 + 1 + 0) / 3)
     assert scores["pass@1"]["mean"] == pytest.approx((0.25 + 1 + 0) / 3)
     assert scores["pass@2"]["mean"] == pytest.approx((0.5 + 1 + 0) / 3)
     assert scores["pass@4"]["mean"] == pytest.approx(2 / 3)

@@ -169,3 +169,20 @@ def test_prompt_lengths() -> None:
     )
     with pytest.raises(ConfigError, match=r"^gsm8k\.jsonl: question 3 \(counted from 0\): its prompt has no tokens"):
         check_prompt_lengths([[], [1]], 5, questions, "gsm8k.jsonl")
+
+
+def test_evalchemy_chat_is_the_same_prompt_in_a_user_turn() -> None:
+    tokenizer = make_tokenizer(CHATML)
+    assert render_text("evalchemy-chat", "1+1?", tokenizer) == render_text("chat", render_text("evalchemy", "1+1?", tokenizer), tokenizer)
+
+
+def test_the_token_that_ends_a_turn_is_the_templates_whatever_the_tokenizer_ends_texts_with(tmp_path: Path) -> None:
+    tokenizer = make_tokenizer(CHATML)
+    tokenizer.eos_token = "<s>"
+    (tmp_path / "mine.jinja").write_text("<|im_start|>user\n{{ question }}<|im_end|>\n<|im_start|>assistant\n", encoding="utf-8")
+    (tmp_path / "plain.jinja").write_text("Q: {{ question }}\nA:", encoding="utf-8")
+    for template in ("chat", "evalchemy-chat", "qwen25-math", str(tmp_path / "mine.jinja")):
+        assert turn_end_ids(template, tokenizer) == [IM_END], template
+    for template in ("none", "evalchemy", str(tmp_path / "plain.jinja")):
+        assert turn_end_ids(template, tokenizer) == [], template
+    assert turn_end_ids("chat", make_tokenizer(LLAMA_LIKE)) == []  # its turns end with text
