@@ -102,7 +102,8 @@ def run_eval(arguments: Sequence[str]) -> int:
     for name, value in (("grader", known.grader), ("top-p", known.top_p)):
         settings += [] if value is None else [f"--evaluation.{name}", value]
     settings += [] if known.stop is None else ["--evaluation.stop", *known.stop]
-    protocol = Protocol(_numbers("--few-shot", known.few_shot, names), known.few_shot_file, _numbers("--token-budget", known.token_budget, names))
+    few_shot, token_budget = (_numbers(f"--{o}", getattr(known, o.replace("-", "_")), names) for o in ("few-shot", "token-budget"))
+    protocol = Protocol(few_shot, known.few_shot_file, token_budget)
     templates = None if known.templates is None else list(TEMPLATES) if known.templates == "all" else _split(known.templates)
     with StopRequest(on_end=lambda signal_name: _leave_nothing()).listening() as stop:
         results = evaluate_model(
@@ -252,9 +253,7 @@ def _jobs(names: Sequence[str], templates: Sequence[str], config: Config, folder
             raise ConfigError(f"--templates: expected {', '.join(TEMPLATES)}, a file ending in .jinja or all, got {template!r}")
     examples = {name: protocol.examples(name) for name in names}
     budgets = {name: protocol.token_budget.get(name, config.rollout.max_new_tokens) for name in names}
-    jobs = [
-        Job(name, template, tuple(questions[name]), tuple(examples[name]), budgets[name]) for name in names for template in templates
-    ]
+    jobs = [Job(name, template, tuple(questions[name]), tuple(examples[name]), budgets[name]) for name in names for template in templates]
     repeated = next((job.name for job in jobs if [other.name for other in jobs].count(job.name) > 1), None)
     if repeated is not None:
         raise ConfigError(f"--benchmarks, --templates: {repeated} is asked for twice")

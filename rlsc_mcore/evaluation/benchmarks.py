@@ -71,9 +71,7 @@ def load_benchmark(name: str, folder: Path | None = None) -> list[Question]:
                 raise
             raise ConfigError(_bring(benchmark, folder, str(error))) from None
     seed = None if benchmark is None else benchmark.option_seed
-    questions = [
-        read_question(index, record, place, needs_answer=True, option_seed=seed) for index, (place, record) in enumerate(records)
-    ]
+    questions = [read_question(index, record, place, needs_answer=True, option_seed=seed) for index, (place, record) in enumerate(records)]
     if not questions:
         raise ConfigError(f"{FIELD}: {name} holds no questions")
     return questions

@@ -86,7 +86,7 @@ class _Comparisons:
 _comparisons = _Comparisons()
 
 
-def grade(response_text: str, gold: str, equal: "Callable[[str, str], bool] | None" = None) -> Grade:
+def grade(response_text: str, gold: str, equal: Callable[[str, str], bool] | None = None) -> Grade:
     """Grade a response by `equal` (`is_correct` by default). A box that is empty or never closed counts as none.
 
     Where the gold answer is a list of n items, n boxes in the last sentence with boxes count as one list.
@@ -179,15 +179,20 @@ def _equal(answer: str, gold: str, depth: int) -> bool:
 
 def _same_with_ellipsis(answer: str, gold: str, depth: int) -> bool:
     """Compare what has an ellipsis part by part, in order: what the ellipsis stands for cannot be computed."""
-    if read_number(answer) is not None or read_number(gold) is not None:
-        return _same_measure(answer, gold) if not (_ELLIPSIS in answer and _ELLIPSIS in gold) else read_number(answer) == read_number(gold)
-    parts, gold_parts = (
-        [part.strip(" ,;") for text_part in text.split(_ELLIPSIS) for part in structures.split_items(text_part) or [""]] for text in (answer, gold)
-    )
+    if read_number(answer) is not None or read_number(gold) is not None:  # 0.333...
+        return _same_measure(answer, gold)
+    parts, gold_parts = _parts_between_ellipses(answer), _parts_between_ellipses(gold)
     if answer.count(_ELLIPSIS) != gold.count(_ELLIPSIS) or len(parts) != len(gold_parts):
         return False
     pairs = zip(parts, gold_parts, strict=True)
     return all(compact(a) == compact(b) or (not _OPEN_END.search(a + " " + b) and bool(a) and _equal(a, b, depth + 1)) for a, b in pairs)
+
+
+def _parts_between_ellipses(text: str) -> list[str]:
+    parts = []
+    for stretch in text.split(_ELLIPSIS):
+        parts += [part.strip(" ,;") for part in structures.split_items(stretch)] or [""]
+    return parts
 
 
 def _same_list(answer: str, gold: str, depth: int) -> bool | None:
@@ -298,15 +303,15 @@ def _same_bracketed(answer: str, gold: str, depth: int) -> bool | None:
     brackets, gold_brackets = structures.read_brackets(_without_name(answer)), structures.read_brackets(_without_name(gold))
     if brackets is None and gold_brackets is None:
         return None
-    single = [side is not None and side.opening in "([" and len(structures.split_items(side.inside)) < 2 for side in (brackets, gold_brackets)]
-    if (single[0] or brackets is None) and (single[1] or gold_brackets is None):
-        inner = [side.inside if side is not None and side.opening == "(" else text for side, text in ((brackets, answer), (gold_brackets, gold))]
-        return _equal(inner[0], inner[1], depth + 1) if inner != [answer, gold] and all(inner) else None
+    if _is_grouping(brackets) and _is_grouping(gold_brackets):
+        inner, gold_inner = _without_round(answer, brackets), _without_round(gold, gold_brackets)
+        return _equal(inner, gold_inner, depth + 1) if (inner, gold_inner) != (answer, gold) and inner and gold_inner else None
     if brackets is None or gold_brackets is None:
         either = brackets or gold_brackets
         if either is not None and either.opening == "\\{":
-            other, items = (gold, either.inside) if gold_brackets is None else (answer, either.inside)
-            return len(structures.expand_signs(structures.split_items(items))) == 1 and _equal(other, items, depth + 1)
+            other = gold if gold_brackets is None else answer
+            is_single = len(structures.expand_signs(structures.split_items(either.inside))) == 1
+            return is_single and _equal(other, either.inside, depth + 1)
         same = _same_vector(answer, gold, depth)
         return False if same is None and "\\begin" not in answer + gold and "\\cup" not in answer + gold else same
     if (brackets.opening, brackets.closing) != (gold_brackets.opening, gold_brackets.closing):
@@ -319,6 +324,15 @@ def _same_bracketed(answer: str, gold: str, depth: int) -> bool | None:
             elif len(items) == len(gold_items) and all(_equal(a, b, depth + 1) for a, b in zip(items, gold_items, strict=True)):
                 return True
     return False
+
+
+def _is_grouping(brackets: structures.Brackets | None) -> bool:
+    """Say whether there are no brackets, or brackets around one expression."""
+    return brackets is None or (brackets.opening in "([" and len(structures.split_items(brackets.inside)) < 2)
+
+
+def _without_round(text: str, brackets: structures.Brackets | None) -> str:
+    return brackets.inside if brackets is not None and brackets.opening == "(" else text
 
 
 def _same_members(items: list[str], gold_items: list[str], depth: int) -> bool:

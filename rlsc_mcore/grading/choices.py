@@ -8,6 +8,7 @@ from rlsc_mcore.grading.latex import normalize, plain_text
 LETTERS = "ABCDEFGHIJ"
 
 _MARKUP = re.compile(r"[*_`$\"“”']+")
+_FONT = re.compile(r"\\(?:text|textbf|mathbf|mathrm|boldsymbol)\s*\{([^{}]*)\}")
 _LEAD = re.compile(
     r"(?:the|my|final|correct|right|best|most|likely|answer|answers|option|choice|letter|is|are|be|must|would|should|therefore|thus|clearly|so|hence"
     r"|:|=|,|-|\s)+",
@@ -20,15 +21,18 @@ _SECOND_LETTER = re.compile(
 )
 _LOWER_WORD = re.compile(r"\s+[a-z]{2,}")
 _STATED = re.compile(
-    r"(?:\b(?:answer|option|choice)s?(?:\s+(?:here|choice|option|letter))?\s*(?:is|:|=|must be|would be|should be|was)|\b(?:must|should|would) be"
+    r"(?:\b(?:answer|option|choice)s?(?:\s+(?:here|choice|option|letter))?\s*(?:is|:|=|must be|would be|should be|was)"
+    r"|\b(?:must|should|would) be"
     r"|\b(?:choose|chose|pick|select|go with)(?:\s+(?:option|choice|answer))?)\s*:?\s*(?=(?P<answer>[^\n]{1,80}))",
     re.IGNORECASE,
 )
 _JUDGED = re.compile(
-    r"(?:\b(?:option|choice|answer)\s+)?(?:\(([A-Ja-j])\)|\b([A-J]))\s+(?:is|must be)\s+(?:the\s+)?(?:right|correct|best|true|answer|only)\b"
+    r"(?:\b(?:option|choice|answer)\s+)?(?:\(([A-Ja-j])\)|\b([A-J]))\s+(?:is|must be)"
+    r"\s+(?:the\s+)?(?:right|correct|best|true|answer|only)\b"
 )
 _CONCLUDED = re.compile(
-    r"(?:\b(?:so|thus|hence|therefore|conclude|answer|option|choice|is|be)\b[\s,:]*)(?:\(([A-Ja-j])\)|([A-J]))[\s.]*$", re.IGNORECASE | re.MULTILINE
+    r"(?:\b(?:so|thus|hence|therefore|conclude|answer|option|choice|is|be)\b[\s,:]*)(?:\(([A-Ja-j])\)|([A-J]))[\s.]*$",
+    re.IGNORECASE | re.MULTILINE,
 )
 _LINE = re.compile(r"^\s*(?:[\[(]\s*([A-Ja-j])\s*[\])]|([A-J]))[\s.):]*$", re.MULTILINE)
 _BRACKETED = re.compile(r"(?<![A-Za-z0-9'])\(([A-J])\)(?![A-Za-z0-9])")
@@ -45,7 +49,7 @@ def extract_choice(text: str) -> str | None:
 
 def find_choice(response: str) -> str | None:
     """Return the letter that a response without a box decides for; None where it names none or several."""
-    text = _MARKUP.sub(" ", re.sub(r"\\(?:text|textbf|mathbf|mathrm|boldsymbol)\s*\{([^{}]*)\}", r"\1", response.replace("\\(", "").replace("\\)", "")))
+    text = _MARKUP.sub(" ", _FONT.sub(r"\1", response.replace("\\(", "").replace("\\)", "")))
     for match in reversed(list(_STATED.finditer(text))):
         answer = match["answer"].strip()
         lead = _LEAD.match(answer)

@@ -31,13 +31,60 @@ _TOKEN = re.compile(
     r"\s*(?:(?P<number>[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])(?:\.[0-9]+)?|[0-9]+(?:\.[0-9]+)?|\.[0-9]+)|(?P<command>\\[A-Za-z]+)|(?P<other>\S))"
 )
 _GREEK = frozenset(
-    "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi rho sigma tau upsilon phi chi psi omega Gamma Delta Theta"
-    " Lambda Xi Pi Sigma Upsilon Phi Psi Omega hbar ell nabla partial odot R Re Im".split()
+    [
+        "alpha",
+        "beta",
+        "gamma",
+        "delta",
+        "epsilon",
+        "zeta",
+        "eta",
+        "theta",
+        "iota",
+        "kappa",
+        "lambda",
+        "mu",
+        "nu",
+        "xi",
+        "rho",
+        "sigma",
+        "tau",
+        "upsilon",
+        "phi",
+        "chi",
+        "psi",
+        "omega",
+        "Gamma",
+        "Delta",
+        "Theta",
+        "Lambda",
+        "Xi",
+        "Pi",
+        "Sigma",
+        "Upsilon",
+        "Phi",
+        "Psi",
+        "Omega",
+        "hbar",
+        "ell",
+        "nabla",
+        "partial",
+        "odot",
+        "R",
+        "Re",
+        "Im",
+    ]
 )
-_DECORATIONS = frozenset("vec hat bar tilde dot ddot overline widehat overrightarrow mathcal mathscr mathfrak".split())
+_DECORATIONS = frozenset(
+    ["vec", "hat", "bar", "tilde", "dot", "ddot", "overline", "widehat", "overrightarrow", "mathcal", "mathscr", "mathfrak"]
+)
 _FUNCTIONS = {
-    **{name: name for name in "sin cos tan cot sec csc sinh cosh tanh exp ln".split()},
-    **{"arcsin": "asin", "arccos": "acos", "arctan": "atan", "log": "ln", "lg": "log10"},
+    **{name: name for name in ["sin", "cos", "tan", "cot", "sec", "csc", "sinh", "cosh", "tanh", "exp", "ln"]},
+    "arcsin": "asin",
+    "arccos": "acos",
+    "arctan": "atan",
+    "log": "ln",
+    "lg": "log10",
 }
 _INVERSES = {"sin": "asin", "cos": "acos", "tan": "atan"}
 _OPAQUE_FUNCTIONS = frozenset("fg")
@@ -167,11 +214,12 @@ _local = threading.local()  # a context of mpmath changes its precision while it
 
 
 def _context(digits: int) -> Any:
-    contexts: dict[int, Any] = _local.__dict__
-    if digits not in contexts:
-        contexts[digits] = mpmath.MPContext()
-        contexts[digits].dps = digits
-    return contexts[digits]
+    name = f"context_{digits}"
+    if not hasattr(_local, name):
+        context = mpmath.MPContext()
+        context.dps = digits
+        setattr(_local, name, context)
+    return getattr(_local, name)
 
 
 def _as(scale: Fraction, value: Value) -> Value:
@@ -415,8 +463,7 @@ class _Parser:
 
     def function_argument(self) -> tuple[Any, ...]:
         if self.next in ("(", "[", "{"):
-            group = self.group()
-            return group
+            return self.group()
         factors = [(1, self.power())]
         while self.begins_factor() and self.next[1:] not in _FUNCTIONS and self.next not in ("(", "["):
             self.check_juxtaposed_numbers()
@@ -519,7 +566,7 @@ class _Evaluator:
 
     def of_power(self, base_tree: tuple[Any, ...], exponent_tree: tuple[Any, ...]) -> Value:
         base, exponent = self.value(base_tree), self.value(exponent_tree)
-        if isinstance(exponent, Fraction) and abs(exponent) > _MAX_EXPONENT or abs(exponent) > _MAX_EXPONENT:
+        if abs(exponent) > _MAX_EXPONENT:
             _unsupported("large exponent")
         if isinstance(base, Fraction) and isinstance(exponent, Fraction) and exponent.denominator == 1:
             bits = (base.numerator.bit_length() + base.denominator.bit_length()) * abs(exponent)

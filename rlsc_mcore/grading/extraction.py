@@ -1,6 +1,7 @@
 r"""Find the final answer in a response: the last box, the stated answer, the last number."""
 
 import re
+from itertools import pairwise
 
 _BOX_OR_BRACE = re.compile(
     r"\\(?:boxed|fbox)(?:\s*(?P<open>\{)|[ \t]*(?P<bare>(?=[^\s{A-Za-z]|[ \t]|(?<=[ \t])[A-Za-z])[^\n]*))"
@@ -62,7 +63,7 @@ def last_boxes(text: str, count: int) -> list[str] | None:
     boxes = find_boxes(text)[-count:]
     if len(boxes) < count:
         return None
-    for (start, content), (next_start, _) in zip(boxes, boxes[1:], strict=False):
+    for (start, content), (next_start, _) in pairwise(boxes):
         between = text[start + len(content) : next_start]
         if next_start < start + len(content) or _SENTENCE_END.search(between.replace("\\boxed", "").rstrip("{ ")):
             return None

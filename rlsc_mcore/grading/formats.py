@@ -24,7 +24,7 @@ def grade_answers(responses: Sequence[str], questions: Sequence[Question], grade
     pairs = list(zip(responses, questions, strict=True))
     distinct = list(dict.fromkeys(pairs))
     with ThreadPoolExecutor(NUM_WORKERS) as threads:
-        grades = dict(zip(distinct, threads.map(lambda pair: grade_answer(*pair, grader), distinct), strict=True))
+        grades = dict(zip(distinct, threads.map(lambda pair: grade_answer(pair[0], pair[1], grader), distinct), strict=True))
     return [grades[pair] for pair in pairs]
 
 
@@ -61,10 +61,13 @@ def _is_close(answer: str, gold: str, tolerance: float) -> bool:
     for golds in map(_values, item_readings(normalize(gold))):
         for answers in map(_values, item_readings(normalize(answer))):
             # A hundredth more: the bound itself counts, whatever its last binary digit.
-            if golds and answers and len(answers) == len(golds):
-                if all(abs(a - b) <= 1.01 * tolerance for a, b in zip(sorted(answers), sorted(golds), strict=True)):
-                    return True
+            if golds and answers and len(answers) == len(golds) and _all_within(answers, golds, 1.01 * tolerance):
+                return True
     return False
+
+
+def _all_within(answers: list[float], golds: list[float], tolerance: float) -> bool:
+    return all(abs(a - b) <= tolerance for a, b in zip(sorted(answers), sorted(golds), strict=True))
 
 
 def _values(items: Sequence[str]) -> list[float] | None:

@@ -15,19 +15,44 @@ _SCIENTIFIC = re.compile(
 )
 _POWER_OF_TEN = re.compile(_TEN_POWER)
 _PLAIN = re.compile(_DECIMAL)
-_MIXED = re.compile(rf"(?P<whole>{_INTEGER}) ?(?:\\frac\{{(?P<top>[0-9]+)\}}\{{(?P<bottom>[0-9]+)\}}|(?<= )(?P<over>[0-9]+) ?/ ?(?P<under>[0-9]+))")
+_MIXED = re.compile(
+    rf"(?P<whole>{_INTEGER}) ?(?:\\frac\{{(?P<top>[0-9]+)\}}\{{(?P<bottom>[0-9]+)\}}|(?<= )(?P<over>[0-9]+) ?/ ?(?P<under>[0-9]+))"
+)
 _REPEATING = re.compile(
     rf"(?P<whole>{_INTEGER})?\.(?P<fixed>[0-9]*)(?:\\(?:overline|bar|dot) ?\{{?(?P<block>[0-9]+)\}}?|\((?P<round>[0-9]+)\))"
 )
-_DOTTED = re.compile(rf"(?P<whole>{_INTEGER})?\.(?P<fixed>[0-9]*)\\dot ?\{{?(?P<first>[0-9])\}}?(?P<middle>[0-9]*)\\dot ?\{{?(?P<last>[0-9])\}}?")
-_ELLIPSIS = re.compile(rf"(?P<whole>{_INTEGER})?\.(?P<fixed>[0-9]*?)(?:(?P<digit>[0-9])(?P=digit){{2,}}|(?P<block>[0-9]{{2,}}?)(?P=block)+) ?\\ldots ?")
+_DOTTED = re.compile(
+    rf"(?P<whole>{_INTEGER})?\.(?P<fixed>[0-9]*)\\dot ?\{{?(?P<first>[0-9])\}}?(?P<middle>[0-9]*)\\dot ?\{{?(?P<last>[0-9])\}}?"
+)
+_ELLIPSIS = re.compile(
+    rf"(?P<whole>{_INTEGER})?\.(?P<fixed>[0-9]*?)(?:(?P<digit>[0-9])(?P=digit){{2,}}|(?P<block>[0-9]{{2,}}?)(?P=block)+) ?\\ldots ?"
+)
 _BASE = re.compile(
     r"\(? ?(?P<digits>[0-9A-Z]+(?:\.[0-9A-Z]+)?) ?\)? ?(?:_ ?(?:\{ ?(?:\\text\{)?(?P<braced>[0-9]{1,2}|[a-z]+)\}? ?\}?|(?P<bare>[0-9]))|"
     r"(?:\\text\{ ?base|base) ?\}? ?\{?(?P<worded>[0-9]{1,2}|[a-z]+)\}?\}?)"
 )
 _BASE_NAMES = {
     name: base
-    for base, name in enumerate("two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen".split(), 2)
+    for base, name in enumerate(
+        [
+            "two",
+            "three",
+            "four",
+            "five",
+            "six",
+            "seven",
+            "eight",
+            "nine",
+            "ten",
+            "eleven",
+            "twelve",
+            "thirteen",
+            "fourteen",
+            "fifteen",
+            "sixteen",
+        ],
+        2,
+    )
 }
 
 
@@ -94,7 +119,7 @@ def _read_quotient(text: str) -> Fraction | None:
         top, separator, bottom = text[6:-1].partition("}{")
     else:
         top, separator, bottom = text.partition("/")
-    if not separator or any(character in top + bottom for character in "{}/") and "^" not in top + bottom:
+    if not separator or (any(character in top + bottom for character in "{}/") and "^" not in top + bottom):
         return None
     numerator, denominator = read_number(top.strip()), read_number(bottom.strip())
     if numerator is None or not denominator:

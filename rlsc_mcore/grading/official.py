@@ -37,7 +37,7 @@ def grade_official_choice(response: str, gold: str) -> Grade:
 
 def extract_official(response: str) -> str:
     """Return the last box, else what follows "the answer is" or "final answer is", else the last number, else nothing."""
-    before, stated, after = response.rpartition("final answer is $")
+    _, stated, after = response.rpartition("final answer is $")
     if stated and "$. I hope" in after:
         return after.partition("$. I hope")[0].strip()
     boxed = extract_boxed(response)
@@ -78,7 +78,9 @@ def _is_close(answer: str, gold: str) -> bool:
     measure, gold_measure = split_measure(answer), split_measure(gold)
     value, gold_value = number_value(measure.core), number_value(gold_measure.core)
     if value is not None and gold_value is not None:
-        return any(math.isclose(value, expected, rel_tol=RELATIVE_TOLERANCE) for expected in (gold_value / 100, gold_value, gold_value * 100))
+        return any(
+            math.isclose(value, expected, rel_tol=RELATIVE_TOLERANCE) for expected in (gold_value / 100, gold_value, gold_value * 100)
+        )
     matrix, gold_matrix = read_matrix(answer), read_matrix(gold)
     if matrix is not None and gold_matrix is not None:
         return _all_close([cell for row in matrix[1] for cell in row], [cell for row in gold_matrix[1] for cell in row])

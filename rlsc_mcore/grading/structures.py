@@ -225,18 +225,16 @@ def _read_piece(text: str) -> tuple[list[Interval], set[str]] | None:
     items = split_items(brackets.inside)
     if len(items) != 2:
         return None
-    low, high = _end(items[0], -1), _end(items[1], 1)
-    if low is False or high is False:
+    if not _is_end(items[0], -1) or not _is_end(items[1], 1):
         return None
+    low, high = (None if "\\infty" in item else item for item in items)
     return [Interval(low, high, brackets.opening == "[", brackets.closing == "]")], set()
 
 
-def _end(text: str, direction: int) -> str | None | bool:
-    """Return a finite end's text, None for the infinite one of this direction, False for anything else."""
-    plain = text.replace(" ", "")
-    if plain in (("-\\infty",) if direction < 0 else ("\\infty", "+\\infty")):
-        return None
-    return text if number_value(text) is not None else False
+def _is_end(text: str, direction: int) -> bool:
+    """Say whether a text is a number or the infinity of this direction."""
+    infinite = ("-\\infty",) if direction < 0 else ("\\infty", "+\\infty")
+    return text.replace(" ", "") in infinite or number_value(text) is not None
 
 
 def _read_inequality(sides: list[str], signs: list[str]) -> tuple[list[Interval], set[str]] | None:
@@ -252,10 +250,11 @@ def _read_inequality(sides: list[str], signs: list[str]) -> tuple[list[Interval]
         low, name, high = sides
         if not is_name(name) or number_value(name) is not None:
             return None
-        ends = _end(low, -1), _end(high, 1)
-        if False in ends:
+        if not _is_end(low, -1) or not _is_end(high, 1):
             return None
-        return [Interval(ends[0] or None, ends[1] or None, signs[0] == "\\le" and ends[0] is not None, signs[1] == "\\le" and ends[1] is not None)], {name}  # type: ignore[arg-type]  # fmt: skip
+        low_end, high_end = (None if "\\infty" in end else end for end in (low, high))
+        low_closed, high_closed = (sign == "\\le" and "\\infty" not in end for sign, end in zip(signs, (low, high), strict=True))
+        return [Interval(low_end, high_end, low_closed, high_closed)], {name}
     left, right = sides
     if is_name(left) and number_value(right) is not None:
         return [Interval(None, right, False, signs[0] == "\\le")], {left}

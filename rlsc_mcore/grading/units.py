@@ -96,7 +96,7 @@ _NOT_UNITS = re.compile(
 )
 _SYMBOLS = "|".join(sorted(map(re.escape, KNOWN), key=len, reverse=True))
 _POWER = r"(?:\s*\^\s*(?:\{\s*[-+]?[0-9]\s*\}|[-+]?[0-9]))?"
-_ATOM = rf"(?:\\text\{{[^{{}}]*[A-Za-z\u00c5][^{{}}]*\}}|\\mu\s*(?:\\text\{{[A-Za-z]+\}}|[A-Za-z]+)|\\Omega|\\(?:degree|circ)(?![A-Za-z])\s*[CF]?)"
+_ATOM = r"(?:\\text\{[^{}]*[A-Za-z\u00c5][^{}]*\}|\\mu\s*(?:\\text\{[A-Za-z]+\}|[A-Za-z]+)|\\Omega|\\(?:degree|circ)(?![A-Za-z])\s*[CF]?)"
 _JOIN = r"(?:\s|/|\\cdot(?![A-Za-z])|\*|\.|-)*"
 _TEXT_UNIT = re.compile(rf"(?P<unit>(?:/|per)?\s*{_ATOM}{_POWER}(?:{_JOIN}(?:{_ATOM}|(?<=[/\s])(?:{_SYMBOLS})(?![A-Za-z])){_POWER})*)$")
 _SYMBOL = rf"(?:{_SYMBOLS})(?![A-Za-z]){_POWER}"
@@ -104,7 +104,9 @@ _PLAIN_UNIT = re.compile(
     rf"(?<=[0-9)\}}\s])(?P<unit>\s*/?\s*(?:(?:sq(?:uare)?|cu(?:bic)?)\.?\s+)?{_SYMBOL}(?:(?:\s*/\s*|\s+|\s*\\cdot\s*|\*|\s+per\s+)\(?{_SYMBOL}\)?)*)$"
 )
 _WORD_UNIT = re.compile(r"(?<=[0-9}])\s+(?P<unit>[A-Za-z]{2,}(?:[ /-][A-Za-z]+)*)$|(?<=[0-9])\s*/\s*(?P<per>[A-Za-z]{2,})$")
-_NUMBER_END = re.compile(r"[-+]?[0-9][0-9.,]*|.*[0-9.]\s*(?:\\times|\\cdot|\*|x)\s*10\s*\^.*|\\frac\{[-+]?[0-9]+\}\{[0-9]+\}|[-+]?[0-9]+/[0-9]+")
+_NUMBER_END = re.compile(
+    r"[-+]?[0-9][0-9.,]*|.*[0-9.]\s*(?:\\times|\\cdot|\*|x)\s*10\s*\^.*|\\frac\{[-+]?[0-9]+\}\{[0-9]+\}|[-+]?[0-9]+/[0-9]+"
+)
 _PERCENT = re.compile(r"(?:%|\\text\{\s*(?:%|percent|per cent)\s*\}|\s+per ?cent)\s*$")
 _ENDS_OPEN = re.compile(r"(?:[-+*/^_=<>(\[{,;|]|\\(?:cdot|times|div|frac|sqrt|in|le|ge|ne|cup|cap|to|setminus|mid|overline))\s*$")
 

@@ -9,7 +9,7 @@ import torch
 
 from rlsc_mcore.algorithm.objective import WeightedObjective
 from rlsc_mcore.config import Config
-from rlsc_mcore.grading.answers import extract_boxed
+from rlsc_mcore.grading.extraction import extract_boxed
 from rlsc_mcore.observability.mismatch import GAPS
 from rlsc_mcore.parallel.groups import Groups
 from rlsc_mcore.training.redistribute import Exchange

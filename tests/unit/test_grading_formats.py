@@ -1,3 +1,4 @@
+# ruff: noqa: E501 - the spellings of one letter stand together
 """Every benchmark's own answer format, by hand-made right and wrong pairs; the graders in parallel agree with themselves alone."""
 
 from concurrent.futures import ThreadPoolExecutor
@@ -82,7 +83,7 @@ BOXED_CHOICES = {
         ),
         None,
     ),
-    **{"A": "A", "a": "A", "(a)": "A", "A 5 m/s": "A", "A. a catalyst": "A", "\\text{(A) a catalyst}": "A", "I": "I", "j": "J"},
+    "A": "A", "a": "A", "(a)": "A", "A 5 m/s": "A", "A. a catalyst": "A", "\\text{(A) a catalyst}": "A", "I": "I", "j": "J",
 }  # fmt: skip
 SAID_CHOICES = {
     "The right choice is a catalyst.": None,

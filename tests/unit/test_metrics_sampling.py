@@ -2,7 +2,6 @@
 
 import io
 import itertools
-import itertools
 import math
 from dataclasses import replace
 
@@ -108,9 +107,7 @@ def test_all_scores_of_a_temperature() -> None:
         for s in range(4)
     ]
     scores = sampling_scores(answers, 1.0)
-    assert {name for name in scores if "@" in name} == {
-        "avg@4", *(f"{kind}@{k}" for kind in ("pass", "maj") for k in (1, 2, 4))
-    }
+    assert {name for name in scores if "@" in name} == {"avg@4", *(f"{kind}@{k}" for kind in ("pass", "maj") for k in (1, 2, 4))}
     assert scores["avg@4"]["mean"] == scores["maj@1"]["mean"] == pytest.approx((0.25 + 1 + 0) / 3)
     assert scores["pass@1"]["mean"] == pytest.approx((0.25 + 1 + 0) / 3)
     assert scores["pass@2"]["mean"] == pytest.approx((0.5 + 1 + 0) / 3)
