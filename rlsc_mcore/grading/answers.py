@@ -209,13 +209,9 @@ def _same_list(answer: str, gold: str, depth: int) -> bool | None:
                 continue
             if _same_items(items, gold_items, depth):
                 return True
-    if len(readings) == len(gold_readings) == 1 or max(map(len, gold_readings)) > 1:
-        return _same_set_and_list(answer, gold, depth) or _same_measure_lists(answer, gold)
-    return _same_measure(answer, gold) if min(map(len, readings)) == 1 else False
-
-
-def _same_measure_lists(answer: str, gold: str) -> bool:
-    return "," not in gold and "\\text{and}" not in gold and "\\pm" not in answer + gold and _same_measure(answer, gold)
+    if min(map(len, readings)) > 1 or min(map(len, gold_readings)) > 1:
+        return _same_set_and_list(answer, gold, depth)
+    return _same_measure(answer, gold)
 
 
 def _same_set_and_list(answer: str, gold: str, depth: int) -> bool:

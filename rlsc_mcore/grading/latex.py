@@ -148,7 +148,7 @@ _COMMANDS = {
     "tg": "tan",
     "ctg": "cot",
     "arctg": "arctan",
-    "approxeq": "approx",
+    "approxeq": "approx", "sim": "approx", "simeq": "approx",
 }
 _PLAIN = {"{": "\\{", "}": "\\}"}  # of the replacements above, those that need a backslash
 _COMMAND = re.compile(r"\\(" + "|".join(sorted(_COMMANDS, key=len, reverse=True)) + r")(?![A-Za-z])")
@@ -158,6 +158,7 @@ _WORD_COMMAND = re.compile(
     r"|pi|infinity|infty|inf|theta|alpha|beta|gamma|lambda|omega|sigma)(?![A-Za-z])"
 )
 _WORD_COMMANDS = {"asin": "arcsin", "acos": "arccos", "atan": "arctan", "infinity": "infty", "inf": "infty"}
+_ALL_REALS = re.compile(r"\\text\{\s*(?:the set of )?all reals?(?: numbers)?\s*\}|all reals?(?: numbers)?")
 _UPRIGHT_LETTER = re.compile(r"\\text\{([ei])\}")
 _TEXT_FUNCTION = re.compile(r"\\text\{(arcsin|arccos|arctan|sinh|cosh|tanh|sin|cos|tan|cot|sec|csc|log|ln|exp|lg)\}")
 _TEXT_NUMBER = re.compile(r"\\text\{([-+]?[0-9][0-9.,/ %]*|\([A-Za-z]\)|[\s.,;:]*)\}")
@@ -187,6 +188,8 @@ def normalize(text: str) -> str:
         text = re.sub("[€£¥₹]", "", text).translate(_CHARACTERS)
     text = text.replace("*{10}", "*10").replace("**", "^").replace("<=", "\\le ").replace(">=", "\\ge ").replace("!=", "\\ne ")
     text = text.replace("...", "\\ldots ")
+    if "all real" in text:
+        text = _ALL_REALS.sub(r"\\R ", text)
     if any(character in text for character in "\\${~'"):
         text = _normalize_commands(text)
     text = _outside_text(text, _WORD_COMMAND, lambda match: "\\" + _WORD_COMMANDS.get(match[1], match[1]) + " ")
