@@ -148,7 +148,9 @@ _COMMANDS = {
     "tg": "tan",
     "ctg": "cot",
     "arctg": "arctan",
-    "approxeq": "approx", "sim": "approx", "simeq": "approx",
+    "approxeq": "approx",
+    "sim": "approx",
+    "simeq": "approx",
 }
 _PLAIN = {"{": "\\{", "}": "\\}"}  # of the replacements above, those that need a backslash
 _COMMAND = re.compile(r"\\(" + "|".join(sorted(_COMMANDS, key=len, reverse=True)) + r")(?![A-Za-z])")
