@@ -123,7 +123,8 @@ def run_eval(arguments: Sequence[str]) -> int:
                 job.template if templates else Path(known.model).name: row for job, row in results.items() if job.benchmark == benchmark
             }
             print_comparison(
-                {name: _shown(row) for name, row in columns.items()}, title=f"{benchmark}, mean +- standard error over questions"
+                {name: _shown(row) for name, row in columns.items()},
+                title=f"{benchmark}, mean +- standard error over questions; grader: {next(iter(columns.values()))['protocol']['grader']}",
             )
     return 0
 
@@ -200,7 +201,8 @@ def evaluate_model(
             except GenerationInterrupted:
                 session.close()
                 raise _interrupted(stop, results, jobs, output) from None
-            row = result["scores"] | {"by_temperature": _by_temperature(result["answers"], config.evaluation.temperatures)}
+            by_temperature = _by_temperature(result["answers"], config.evaluation.temperatures)
+            row = result["scores"] | {"by_temperature": by_temperature, "protocol": _protocol_record(job, config)}
             results[job] = row
             if output is not None and session.groups.is_main:
                 target = output if output.suffix == ".json" else output / f"{job.name}.json"
@@ -287,9 +289,21 @@ def _by_temperature(answers: Sequence[AnswerRecord], temperatures: Sequence[floa
     return {f"{temperature:g}": sampling_scores(answers, temperature) for temperature in temperatures}
 
 
+def _protocol_record(job: Job, config: Config) -> dict[str, Any]:
+    """Return what a reader of the scores needs to know to repeat them."""
+    return {
+        "template": job.template,
+        "grader": config.evaluation.grader,
+        "few_shot": len(job.examples),
+        "max_new_tokens": job.max_new_tokens,
+        "top_p": config.evaluation.top_p,
+        "stop": list(config.evaluation.stop),
+    }
+
+
 def _shown(row: dict[str, Any]) -> dict[str, Any]:
     """Return the table's rows: the scores, and of the sampled ones avg@n, pass@n and maj@n of all n samples."""
-    shown = {name: value for name, value in row.items() if name != "by_temperature"}
+    shown = {name: value for name, value in row.items() if name not in ("by_temperature", "protocol")}
     for temperature, scores in row["by_temperature"].items():
         for name in _names_of_most_samples(scores):
             shown[f"{name}, T = {temperature}"] = scores[name]

@@ -174,10 +174,12 @@ def turn_end_ids(template: str, tokenizer: Any) -> list[int]:
     A tokenizer's end token may be another one: base models with a chat template often name the end of a document.
     """
     if template in ("chat", "evalchemy-chat"):
-        after = _text_after_answer(tokenizer)
+        with foreign_code(template):
+            after = _text_after_answer(tokenizer)
         ids = list(tokenizer.encode(after, add_special_tokens=False)) if after else []
     elif template == "qwen25-math" or template.endswith(".jinja"):
-        shown = render_text(template, "", tokenizer)
+        with foreign_code(template):
+            shown = render_text(template, "", tokenizer)
         known = [token for token in _TURN_ENDS if token in shown]
         ids = [tokenizer.convert_tokens_to_ids(known[0])] if known else []
     else:

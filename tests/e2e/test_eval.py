@@ -52,6 +52,7 @@ def test_benchmarks_under_several_templates(tmp_path: Path) -> None:
         greedy = [answer.strict for answer in answers if answer.temperature == 0]
         assert scores["greedy"]["mean"] == pytest.approx(sum(greedy) / len(greedy))
         assert 0 <= scores["by_temperature"]["1"]["pass@1"]["mean"] <= scores["by_temperature"]["1"]["pass@4"]["mean"] <= 1
+        assert scores["protocol"]["grader"] == "boxed" and scores["protocol"]["max_new_tokens"] == 64
     prompt = read_question_records(tmp_path / "out", "embedded_validation.mine")[0].prompt
     assert prompt.startswith("<|im_start|>user\nPlease: ")
     assert "(B) 4" in read_question_records(tmp_path / "out", "mine.none")[0].prompt
@@ -67,3 +68,21 @@ def test_a_runs_last_weights(tmp_path: Path) -> None:
     assert read_answers(tmp_path, "again") == read_answers(run / "evaluation", "after")
     rlsc("eval", "--model", str(run), "--checkpoint", "1", "--output", str(tmp_path / "named.json"), *few)
     assert read_answers(tmp_path, "named") == read_answers(tmp_path, "again")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_protocol_of_examples_stop_strings_budget_and_grader(tmp_path: Path) -> None:
+    (tmp_path / "mine.jsonl").write_text(json.dumps(CHOICE) + "\n", encoding="utf-8")
+    (tmp_path / "examples.jsonl").write_text(json.dumps({"problem": "1+1?", "solution": "It is \\boxed{2}."}) + "\n", encoding="utf-8")
+    rlsc(
+        *("eval", "--model", "embedded:tiny_qwen2", "--data", str(tmp_path / "mine.jsonl"), "--templates", "chat", "--k", "4"),
+        *("--few-shot", "1", "--few-shot-file", str(tmp_path / "examples.jsonl"), "--token-budget", "24", "--stop", "=", "--top-p", "0.9"),
+        *("--grader", "lenient", "--temperature", "1.0", "--model.dtype", "float32", "--output", str(tmp_path / "out.json")),
+    )
+    answers = read_answers(tmp_path, "out")
+    assert all("=" not in answer.text and answer.tokens <= 24 for answer in answers)
+    assert all(answer.strict == answer.lenient and answer.log_prob is None for answer in answers)
+    assert "1+1?\nIt is \\boxed{2}.\n\nWhich is 2+2?\nAnswer Choices: (A) 3 (B) 4" in read_question_records(tmp_path, "out")[0].prompt
+    protocol = json.loads((tmp_path / "out.json").read_text(encoding="utf-8"))["protocol"]
+    assert protocol == {"template": "chat", "grader": "lenient", "few_shot": 1, "max_new_tokens": 24, "top_p": 0.9, "stop": ["="]}
