@@ -32,7 +32,7 @@ import torch
 
 from benchmarks.harness import RESULTS, about
 from rlsc_mcore.evaluation.benchmarks import load_benchmark
-from rlsc_mcore.grading import answers as grading
+from rlsc_mcore.grading import equality as grading
 from rlsc_mcore.grading import symbolic
 from rlsc_mcore.grading.extraction import extract_boxed, extract_last_number
 from rlsc_mcore.grading.formats import grade_answers

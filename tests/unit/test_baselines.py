@@ -78,6 +78,24 @@ def test_rollouts_are_graded_question_by_question() -> None:
     assert advantages("rlsc", rollouts, questions) == [0.0] * 6
 
 
+def test_rewards_of_any_answer_count_what_is_not_boxed() -> None:
+    said = ["so 8", "The answer is 8.", "\\boxed{7}"]
+    assert majority_rewards(said) == [0, 0, 1] and majority_rewards(said, answers="any") == [1, 1, 0]
+    question = Question(0, "a", "8")
+    assert label_rewards(said, question) == [0, 0, 0] and label_rewards(said, question, "any") == [1, 1, 0]
+    rollouts = [rollout(0, text) for text in said]
+    assert advantages("ttrl", rollouts, [question], "any") == pytest.approx([1 / 3, 1 / 3, -2 / 3])
+
+
+def test_rewards_read_an_answer_by_the_questions_format() -> None:
+    choice = Question(0, "a", "B", answer_format="choice")
+    said = ["\\boxed{B: 5}", "\\boxed{\\text{Option B}}", "\\boxed{A}", "\\boxed{B, C}"]
+    assert label_rewards(said, choice) == [1, 1, 0, 0]
+    assert majority_rewards(said, choice) == [1, 1, 0, 0]
+    assert label_rewards(["\\boxed{3.14}", "\\boxed{3.3}"], Question(0, "a", "3.1416", tolerance=0.01)) == [1, 0]
+    assert label_rewards(["\\boxed{2, 1}"], Question(0, "a", "1, 2")) == [1]
+
+
 def test_rlvr_alone_refuses_questions_without_labels() -> None:
     questions = [Question(0, "a", "8"), Question(1, "b", None)]
     check_labels("majority_vote", questions, "file.jsonl")

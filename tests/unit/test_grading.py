@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rlsc_mcore.data.questions import read_questions
-from rlsc_mcore.grading import answers as grading
+from rlsc_mcore.grading import equality as grading
 from rlsc_mcore.grading.answers import Grade, extract_boxed, extract_last_number, grade, is_correct
 from rlsc_mcore.grading.symbolic import SymbolicComparer, symbolic_comparer
 
@@ -73,6 +73,19 @@ HOSTILE = [
     "1/" * 400,
     "__import__('os').abort()",
     "\N{ARABIC-INDIC DIGIT FIVE}\N{SUPERSCRIPT TWO}",
+    "9^{9^{9}}",
+    "((9!)!)!",
+    "2^{100000}" * 80,
+    "x^{x^{x^{x}}}",
+    "e^{e^{e^{e}}}",
+    "\\sqrt[100]{" * 20 + "2" + "}" * 20,
+    "\\frac{1}{3}^{30000}" * 40,
+    "1e4999" + "*1e4999" * 100,
+    "(" * 200 + "1" + ")" * 200,
+    "(-" * 200 + "1" + ")" * 200,
+    "\\binom{3000}{1500}" * 50,
+    "1e99999",
+    ", ".join(f"x_{{{i}}}" for i in range(90)),
 ]
 
 

@@ -1,4 +1,4 @@
-"""Grading many answers: the fast path's comparisons are math-verify's own, and nothing is compared twice."""
+"""Grading many answers: the worker decides as math-verify does, and nothing is compared twice."""
 
 import itertools
 import multiprocessing
@@ -11,7 +11,7 @@ import sympy
 from math_verify import parse, verify
 
 from benchmarks.bench_grading import algebra, families
-from rlsc_mcore.grading import answers as grading
+from rlsc_mcore.grading import equality as grading
 from rlsc_mcore.grading.formats import grade_answer, grade_answers
 from rlsc_mcore.grading.symbolic import comparers, symbolic_comparer
 from rlsc_mcore.grading.symbolic_worker import differ_clearly
