@@ -36,6 +36,9 @@ _OPEN_END = re.compile(r"(?:^| )[-+*/=<>]|(?:[-+*/=<>]|\\(?:cdot|times|le|ge))(?
 _INFINITE = re.compile(r"[-+]? ?\\infty")
 _MEMBER = re.compile(r"^[A-Za-z] ?\\in ?(?=[\[(\\])")
 _NUMBER_AFTER_FACTOR = re.compile(r"[)}][0-9]|\\(?!sqrt|log|ln|sin|cos|tan)[A-Za-z]+[0-9]|(?<![\\A-Za-z_^{])[A-Za-z][0-9]")
+_BINDERS = re.compile(r"\\(?:sum|prod|int|lim)(?![A-Za-z])")
+_MEASURE_IN_TEXT = re.compile(r"^\\text\{([-+]?[0-9.][^{}:]*)\}$")
+_SAID = re.compile(r"^\\text\{[^{}]*(?:\bis|:|=)\s*\}\s*(?=.)")
 _LETTERS = re.compile(r"\\[A-Za-z]+|([A-Za-z])")
 
 
@@ -84,6 +87,9 @@ def _equal(answer: str, gold: str, depth: int) -> bool:
         return True
     if depth > _MAX_DEPTH:
         return False
+    answer, gold = (_MEASURE_IN_TEXT.sub(r"\1", text) for text in (answer, gold))
+    if _SAID.search(answer) and not _SAID.search(gold):
+        return _equal(_SAID.sub("", answer), gold, depth + 1)
     number, gold_number = read_number(answer), read_number(gold)
     if number is not None and gold_number is not None and "," not in answer + gold:
         return number == gold_number
@@ -99,7 +105,7 @@ def _equal(answer: str, gold: str, depth: int) -> bool:
         return letter == gold_letter
     if is_words(gold) and "\\text{and}" not in gold and "," not in gold:
         return same_words(answer, gold) and (is_words(answer) or "\\text" in answer or not gold.isupper())
-    for compare in (_same_region, _same_list, _same_matrix, _same_bracketed, _same_relation):
+    for compare in (_same_region, _same_list, _same_matrix, _same_bracketed, _same_relation, _same_ratio):
         same = compare(answer, gold, depth)
         if same is not None:
             return same
@@ -356,6 +362,17 @@ def _base_letter(name: str) -> str:
     return compact(re.sub(r"_ ?(?:\{.*\}|\S)$", "", name))
 
 
+def _same_ratio(answer: str, gold: str, depth: int) -> bool | None:
+    """Compare `3:4` part by part; a ratio of two also equals the quotient. None where neither side is a ratio."""
+    if ":" not in answer + gold or "\\text" in answer + gold:
+        return None
+    parts, gold_parts = ([part.strip() for part in text.split(":")] for text in (answer, gold))
+    if len(parts) == len(gold_parts):
+        return all(_equal(a, b, depth + 1) for a, b in zip(parts, gold_parts, strict=True))
+    quotient, gold_quotient = (f"\\frac{{{p[0]}}}{{{p[1]}}}" if len(p) == 2 else p[0] for p in (parts, gold_parts))
+    return max(len(parts), len(gold_parts)) == 2 and all([*parts, *gold_parts]) and _equal(quotient, gold_quotient, depth + 1)
+
+
 def _same_measure(answer: str, gold: str) -> bool:
     """Compare expressions with their units and percent signs."""
     if _INFINITE.fullmatch(answer) or _INFINITE.fullmatch(gold):
@@ -383,6 +400,7 @@ def _same_measure(answer: str, gold: str) -> bool:
 def _guarded(answer: str, gold: str) -> bool:
     """Ask math-verify, which ignores letter case and reads words as products: the letters of both sides must be the same."""
     letters, gold_letters = ({letter for letter in _LETTERS.findall(text) if letter} for text in (answer, gold))
-    if letters != gold_letters or _NUMBER_AFTER_FACTOR.search(answer) or is_words(answer) or is_words(gold):
+    bound = _BINDERS.search(answer + gold)  # the letter that a sum runs over is nobody else's
+    if (letters != gold_letters and not bound) or _NUMBER_AFTER_FACTOR.search(answer) or is_words(answer) or is_words(gold):
         return False
     return _comparisons.of(answer, gold)

@@ -46,10 +46,10 @@ def same_expression(answer: str, gold: str, scale: Fraction = Fraction(1)) -> bo
         if constant:
             return same
         if not same:
-            if point == POSITIVE_POINTS:  # sqrt(x^2) and x differ here; math-verify knows which letters are real
-                return None
             if first.on_branch or second.on_branch:
                 continue
+            if point == POSITIVE_POINTS:  # sqrt(x^2) and x differ here; math-verify knows which letters are real
+                return None
             return False
         decided += 1
     return True if decided >= 2 else None

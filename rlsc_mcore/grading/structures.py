@@ -138,6 +138,8 @@ def is_name(text: str) -> bool:
         return all(is_name(part.strip()) for part in parts)
     if re.fullmatch(r"\\frac\{[A-Z]{2}\}\{[A-Z]{2}\}|[A-Z]{2} ?/ ?[A-Z]{2}", text):
         return True
+    if re.fullmatch(r"\|[A-Za-z]{1,3}\||\\?# ?[A-Za-z]+", text):  # the size of a set
+        return True
     return _ONE_NAME.fullmatch(text) is not None and not _KNOWN_FUNCTION.match(text)
 
 

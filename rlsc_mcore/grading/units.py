@@ -107,6 +107,7 @@ _WORD_UNIT = re.compile(r"(?<=[0-9}])\s+(?P<unit>[A-Za-z]{2,}(?:[ /-][A-Za-z]+)*
 _NUMBER_END = re.compile(
     r"[-+]?[0-9][0-9.,]*|.*[0-9.]\s*(?:\\times|\\cdot|\*|x)\s*10\s*\^.*|\\frac\{[-+]?[0-9]+\}\{[0-9]+\}|[-+]?[0-9]+/[0-9]+"
 )
+_UNIT_QUOTIENT = re.compile(r"(?<=[0-9]) ?\\frac\{([A-Za-z]+)\}\{([A-Za-z]+)\}$")
 _PERCENT = re.compile(r"(?:%|\\text\{\s*(?:%|percent|per cent)\s*\}|\s+per ?cent)\s*$")
 _ENDS_OPEN = re.compile(r"(?:[-+*/^_=<>(\[{,;|]|\\(?:cdot|times|div|frac|sqrt|in|le|ge|ne|cup|cap|to|setminus|mid|overline))\s*$")
 
@@ -114,6 +115,9 @@ _ENDS_OPEN = re.compile(r"(?:[-+*/^_=<>(\[{,;|]|\\(?:cdot|times|div|frac|sqrt|in
 def split_measure(text: str) -> Measure:
     """Split percent signs and the unit off the end of a normalized answer."""
     percent = False
+    quotient = _UNIT_QUOTIENT.search(text)
+    if quotient is not None and quotient[1] in KNOWN and quotient[2] in KNOWN:
+        text = text[: quotient.start()] + f" {quotient[1]}/{quotient[2]}"
     stripped = _PERCENT.sub("", text).rstrip()
     if stripped != text and stripped:
         return Measure(stripped, None, True)

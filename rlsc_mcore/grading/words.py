@@ -36,6 +36,7 @@ _PRODUCTS = tuple(map(frozenset, ("abcd", "xyzw", "pqrst", "mnkl", "uvw", "ijk")
 _ROMAN = re.compile(r"(?=[MDCLXVI]{2,})M{0,3}(?:C[MD]|D?C{0,3})(?:X[CL]|L?X{0,3})(?:I[XV]|V?I{0,3})", re.IGNORECASE)
 _WORDS = re.compile(r"[A-Za-z]{3,}(?:[ ',.:;/-]+[A-Za-z]+|[ ,.:-]+[0-9]+)*")
 _TEXT = re.compile(r"\\text\{[^{}]*[A-Za-z]{2,}[^{}]*\}")
+_TIME = re.compile(r"[0-9]{1,2}(?::[0-9]{2})? ?[apAP]\.? ?[mM]\.?")
 _NAME = re.compile(r"[A-Z]{2,}")
 _ARTICLE = re.compile(r"^(?:an?|the) (?=[a-z]{2})")
 _LETTER = re.compile(r"\(?\s*([A-Za-z])\s*[).]?")
@@ -48,11 +49,13 @@ def is_words(text: str) -> bool:
         return False
     if not plain.isascii() and re.fullmatch(r"[^\W\d_]{2,}(?: [^\W\d_]+)*", plain):
         return True
+    if _TIME.fullmatch(plain):
+        return True
     if _WORDS.fullmatch(plain):
         return not _is_product(text)
     if plain.casefold() in _TWO_LETTER_WORDS or _ROMAN.fullmatch(plain) or _NAME.fullmatch(plain):
         return True
-    return text.startswith("\\text{") and _TEXT.fullmatch(text) is not None
+    return text.startswith("\\text{") and not plain[:1].isdigit() and _TEXT.fullmatch(text) is not None
 
 
 def same_words(first: str, second: str) -> bool:
@@ -78,5 +81,6 @@ def _is_product(text: str) -> bool:
 
 
 def _folded(text: str) -> str:
-    plain = re.sub(r"[^\w\s+-]|_", " ", text.casefold())
+    plain = re.sub(r"\b([ap])\. ?m\b\.?", r"\1m", text.casefold())  # a.m.
+    plain = re.sub(r"[^\w\s+-]|_", " ", plain)
     return _ARTICLE.sub("", " ".join(plain.replace("-", " ").split()))
