@@ -84,7 +84,7 @@ def test_rewards_of_any_answer_count_what_is_not_boxed() -> None:
     question = Question(0, "a", "8")
     assert label_rewards(said, question) == [0, 0, 0] and label_rewards(said, question, "any") == [1, 1, 0]
     rollouts = [rollout(0, text) for text in said]
-    assert advantages("ttrl", rollouts, [question], "any") == pytest.approx([1 / 3, 1 / 3, -2 / 3])
+    assert advantages("majority_vote", rollouts, [question], rewards="any") == pytest.approx([1 / 3, 1 / 3, -2 / 3])
 
 
 def test_rewards_read_an_answer_by_the_questions_format() -> None:
