@@ -53,7 +53,7 @@ PROTOCOLS = (
     Protocol("one_answer", ("aime24", "math500", "gsm8k", "minerva", "olympiad"), note="one greedy answer"),
     Protocol("amc23", ("amc23",), 8, 0.7, note="mean of 8 answers at T = 0.7"),
     Protocol("mmlu_stem", ("mmlu_stem",), few_shot=5, note="one greedy answer after 5 examples"),
-    Protocol("gpqa_diamond", ("gpqa_diamond",), 3, 0.7, "evalchemy-chat", note="mean of 3 answers at T = 0.7, Evalchemy's prompt"),
+    Protocol("gpqa_diamond", ("gpqa_diamond",), 3, 0.7, "chat", note="mean of 3 answers at T = 0.7, Evalchemy's prompt"),
     Protocol("pass_at_k", ("aime24", "amc23", "math500"), PASS_AT_K, 0.5, column=False, note=f"pass@k to k = {PASS_AT_K} at T = 0.5"),
     *(
         Protocol(

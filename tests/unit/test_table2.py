@@ -50,7 +50,7 @@ def test_every_column_of_the_paper_has_a_protocol() -> None:
     assert by_name["amc23"].options == ("--k", "8", "--temperatures", "0.7")
     assert by_name["mmlu_stem"].options == ("--temperatures", "--few-shot", "5")
     assert (by_name["gpqa_diamond"].num_samples, by_name["gpqa_diamond"].temperature) == (3, 0.7)
-    assert by_name["gpqa_diamond"].template == "evalchemy-chat" and by_name["pass_at_k"].num_samples == 64
+    assert by_name["gpqa_diamond"].template == "chat" and by_name["pass_at_k"].num_samples == 64
 
 
 def test_the_chain_can_run_in_its_order(tmp_path: Path) -> None:
@@ -63,7 +63,7 @@ def test_the_chain_can_run_in_its_order(tmp_path: Path) -> None:
         assert set(task.after) <= set(names[:position])
     by_name = {task.name: task.arguments for task in tasks}
     assert ",".join(TEMPLATES) in by_name["7b.base.one_answer"] and "qwen25-math" in by_name["7b.rlsc.seed2.step40.one_answer"]
-    assert "evalchemy-chat" in by_name["7b.rlsc.seed2.step10.gpqa_diamond"]
+    assert "chat" in by_name["7b.rlsc.seed2.step10.gpqa_diamond"]
     train = by_name["1.5b.self_sft_log_p_at_1.seed1.train"]
     config = load_config(SIZES["1.5b"].config, train[2:])
     assert (config.training.num_steps, config.training.save_every, config.training.seed) == (40, 10, 1)

@@ -1,6 +1,7 @@
 """Templates: prompts against text written out by hand, token ids against a tokenizer with known ids, errors by message."""
 
 from datetime import datetime
+from pathlib import Path
 
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
@@ -14,6 +15,7 @@ from rlsc_mcore.data.templates import (
     find_control_tokens,
     render_prompt,
     render_text,
+    turn_end_ids,
 )
 from rlsc_mcore.types import Question
 
