@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Make .venv in the repository's root: the pinned packages of one stack, and rlsc_mcore itself (editable).
 #
-#   bash launch/install.sh [--with test] [--with smollm2] [--with hub] [--with wandb] [--with bench]
+#   bash launch/install.sh [--with test] [--with smollm2] [--with hub] [--with wandb] [--with bench] [--with docs]
 #
 # Idempotent: what is already there in the wanted version is kept, and with nothing to do it ends within a second.
 # The stacks and their versions are in rlsc_mcore/commands/stacks.tsv. Settings, all optional, from the environment:
@@ -84,7 +84,7 @@ sets=()
 while (($#)); do
     case $1 in
         --with)
-            [[ ${2:-} =~ ^(test|smollm2|hub|wandb|bench)$ ]] || die "--with takes test, smollm2, hub, wandb or bench, got '${2:-}'"
+            [[ ${2:-} =~ ^(test|smollm2|hub|wandb|bench|docs)$ ]] || die "--with takes test, smollm2, hub, wandb, bench or docs, got '${2:-}'"
             sets+=("$2")
             shift 2
             ;;
@@ -280,7 +280,7 @@ for name in ${sets[@]+"${sets[@]}"}; do
         set_mark "set-$name" "$key"
         continue
     fi
-    if [[ $name =~ ^(hub|wandb|bench)$ ]]; then # with what they depend on, beside the pinned packages
+    if [[ $name =~ ^(hub|wandb|bench|docs)$ ]]; then # with what they depend on, beside the pinned packages
         must "installing the set '$name'" "Nothing but what it is for needs it." pip_install --no-compile -c "$lock" -r "$venv/requirements-$name.txt"
     else
         must "installing the set '$name'" "Check the network and pip's configuration." pip_install --no-compile --no-deps -r "$venv/requirements-$name.txt"
