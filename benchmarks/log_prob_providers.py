@@ -48,8 +48,7 @@ def ours(backend: str, device: torch.device) -> Provider:
                 raise UnavailableError(reason)
 
     def forward(logits: Tensor, targets: Tensor) -> Tensor:
-        stats = torch.ops.rlsc.log_prob_stats(logits, targets, 1.0, 0, logits.shape[1], False, backend)
-        return torch.ops.rlsc.join_stats(stats[None], backend)[0]
+        return torch.ops.rlsc.scored_stats(logits, targets, 1.0, 0, logits.shape[1], False, backend)[1]
 
     def step(logits: Tensor, targets: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
         return torch.ops.rlsc.log_prob_dlogits_(logits, targets, weights, 1.0, 0, logits.shape[1], backend), logits
