@@ -30,6 +30,16 @@ class CollectiveRunError(RunError):
     """A `RunError` that every rank raises, with the same line: rank 0 prints it."""
 
 
+def check_answers_per_step(config: "Config", dp_size: int) -> None:
+    """Raise `ConfigError` where a step samples fewer answers than there are data-parallel ranks to train them."""
+    questions, samples = config.data.questions_per_step, config.rollout.num_samples
+    if questions * samples < dp_size:
+        raise ConfigError(
+            f"data.questions_per_step: {questions} x rollout.num_samples {samples} = {questions * samples} answers per step leave "
+            f"data-parallel ranks without one; expected at least {dp_size}"
+        )
+
+
 def _check(condition: bool, name: str, expected: str, value: object) -> None:
     if not condition or value == math.inf:
         raise ConfigError(f"{name}: expected {expected}, got {value!r}")

@@ -1,5 +1,6 @@
 """Which data-parallel rank trains which sequence: equal estimated FLOPs, few sequences moved."""
 
+import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -55,10 +56,14 @@ def _longest_first(costs: Sequence[float], num_ranks: int, owners: Sequence[int]
     mean = sum(costs) / num_ranks
     totals = [0.0] * num_ranks
     ranks = [0] * len(costs)
+    least_loaded = [(0.0, rank) for rank in range(num_ranks)]  # a heap, with entries of loads that have grown since
     for index in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
-        rank = min(range(num_ranks), key=totals.__getitem__)
+        while least_loaded[0][0] != totals[least_loaded[0][1]]:
+            heapq.heappop(least_loaded)
+        rank = least_loaded[0][1]
         if owners is not None and totals[owners[index]] + costs[index] <= mean:
             rank = owners[index]
         ranks[index] = rank
         totals[rank] += costs[index]
+        heapq.heappush(least_loaded, (totals[rank], rank))
     return ranks

@@ -44,13 +44,24 @@ def merge_identical(
         first.setdefault(key, rollout)
         assert advantage.setdefault(key, value) == value, "identical answers with different advantages"
 
-    def trained(rollout: Rollout) -> tuple[bool, ...]:
-        if rollout.finish_reason == "length" and not train_truncated:
-            return (False,) * len(rollout.response_ids)
-        last = len(rollout.response_ids) - 1
-        return tuple(train_end_token or i < last or token not in stop_token_ids for i, token in enumerate(rollout.response_ids))
+    return [
+        UniqueSequence(
+            rollout,
+            groups[key[0]],
+            counts[key],
+            trained_tokens(rollout, train_end_token=train_end_token, train_truncated=train_truncated, stop_token_ids=stop_token_ids),
+            advantage[key],
+        )
+        for key, rollout in first.items()
+    ]
 
-    return [UniqueSequence(rollout, groups[key[0]], counts[key], trained(rollout), advantage[key]) for key, rollout in first.items()]
+
+def trained_tokens(rollout: Rollout, *, train_end_token: bool, train_truncated: bool, stop_token_ids: frozenset[int]) -> tuple[bool, ...]:
+    """Mark the response tokens that are trained; see `merge_identical`."""
+    if rollout.finish_reason == "length" and not train_truncated:
+        return (False,) * len(rollout.response_ids)
+    last = len(rollout.response_ids) - 1
+    return tuple(train_end_token or i < last or token not in stop_token_ids for i, token in enumerate(rollout.response_ids))
 
 
 def pack(sequences: Sequence[UniqueSequence], tokens_per_micro_batch: int, *, multiple_of: int = 1) -> list[PackedBatch]:

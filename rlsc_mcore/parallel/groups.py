@@ -1,6 +1,8 @@
 """Process groups: the only reader of Megatron's parallel state."""
 
 import os
+import pickle
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -48,7 +50,7 @@ class Groups:
     model_host_group: dist.ProcessGroup  # the same over gloo: flags from host to host, no device involved
     engine_tp_size: int
     engine_host_group: dist.ProcessGroup  # the ranks of this rank's engine, over gloo
-    engines_group: dist.ProcessGroup  # this rank's counterparts in all engines
+    engines_group: dist.ProcessGroup  # this rank's counterparts in all engines, over gloo
 
     @property
     def is_main(self) -> bool:
@@ -100,6 +102,21 @@ class Groups:
         dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
         return float(tensor.item())
 
+    def sums_over_engines(self, values: Sequence[float]) -> list[float]:
+        """Sum each of `values` over the engines, one rank of each; collective over this rank's counterparts, on the host."""
+        tensor = torch.tensor(values, dtype=torch.float64)
+        if self.num_engines > 1:
+            dist.all_reduce(tensor, group=self.engines_group)
+        return tensor.tolist()
+
+    def reduce_over_dp(self, tensor: torch.Tensor, op: Any = dist.ReduceOp.SUM) -> torch.Tensor:
+        """Return the reduction of a host tensor over the data-parallel group, on the host; collective over that group."""
+        if self.dp_size == 1:
+            return tensor
+        on_device = tensor.to(self._device(), copy=True)
+        dist.all_reduce(on_device, op=op, group=self.dp_group)
+        return on_device.cpu()
+
     def sum_over_dp(self, tensor: torch.Tensor) -> torch.Tensor:
         """Sum `tensor` over the data-parallel group in place and return it; collective over that group."""
         if self.dp_size > 1:
@@ -133,6 +150,50 @@ class Groups:
         values = [value]
         dist.broadcast_object_list(values, src=source, group=self.pp_group)
         return values[0]
+
+    def model_ranks(self, dp_rank: int) -> list[int]:
+        """Return the ranks of the world that train what data-parallel rank `dp_rank` trains, in member order."""
+        per_stage = self.world_size // self.pp_size
+        return [stage * per_stage + dp_rank * self.tp_size + place for stage in range(self.pp_size) for place in range(self.tp_size)]
+
+    def gather_tables_over_engines(self, table: torch.Tensor) -> list[torch.Tensor]:
+        """Collect the host tables [rows, columns] of this rank's counterparts in all engines, in engine order.
+
+        The number of rows may differ. Collective over those ranks, on the host.
+        """
+        if self.num_engines == 1:
+            return [table]
+        counts = torch.zeros(self.num_engines, dtype=torch.int64)
+        dist.all_gather_into_tensor(counts, torch.tensor([len(table)]), group=self.engines_group)
+        longest = int(counts.max())
+        padded = torch.zeros(longest, table.shape[1], dtype=table.dtype)
+        padded[: len(table)] = table
+        gathered = torch.empty(self.num_engines * longest, table.shape[1], dtype=table.dtype)
+        if longest:
+            dist.all_gather_into_tensor(gathered, padded, group=self.engines_group)
+        return [gathered[engine * longest :][:count] for engine, count in enumerate(counts.tolist())]
+
+    def exchange_objects_over_engines(self, parts: Sequence[Any]) -> list[Any]:
+        """Send `parts[i]` to this rank's counterpart in engine i, pickled, and return what each of them sent, in engine order.
+
+        Collective over those ranks, on the host.
+        """
+        if self.num_engines == 1:
+            return list(parts)
+        blobs = [torch.frombuffer(bytearray(pickle.dumps(part)), dtype=torch.uint8) for part in parts]
+        sizes, theirs = torch.tensor([len(blob) for blob in blobs]), torch.zeros(self.num_engines, dtype=torch.int64)
+        dist.all_to_all_single(theirs, sizes, group=self.engines_group)
+        received = torch.empty(int(theirs.sum()), dtype=torch.uint8)
+        dist.all_to_all_single(received, torch.cat(blobs), theirs.tolist(), sizes.tolist(), group=self.engines_group)
+        # What the ranks of one run send each other; nothing from outside reaches this.
+        return [pickle.loads(part.numpy().tobytes()) for part in received.split(theirs.tolist())]  # noqa: S301
+
+    def exchange_over_world(self, parts: Sequence[torch.Tensor], sizes: Sequence[int]) -> list[torch.Tensor]:
+        """Send host tensor `parts[r]` (int32) to rank r and return the `sizes[r]` elements that it sent; collective over the world."""
+        device = self._device()
+        received = torch.empty(sum(sizes), dtype=torch.int32, device=device)
+        dist.all_to_all_single(received, torch.cat(list(parts)).to(device), list(sizes), [len(part) for part in parts])
+        return list(received.cpu().split(list(sizes)))
 
     def gather_objects_over_engines(self, value: Any) -> list[Any]:
         """Collect `value` of this rank's counterpart in every engine, in engine order; collective over those ranks."""
@@ -255,7 +316,7 @@ def _make_host_groups(world_size: int, tp: int, pp: int, engine_tp: int) -> list
     return [
         None if is_gloo or len(model) == 1 else _host_group(model),
         None if engine == model else _host_group(engine),
-        None if counterparts == data_parallel else _host_group(counterparts),
+        None if is_gloo and counterparts == data_parallel else _host_group(counterparts),
     ]
 
 

@@ -15,8 +15,8 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from rlsc_mcore.config import Config, ConfigError
-from rlsc_mcore.model.shape import Architecture, check_parallel, read_architecture
+from rlsc_mcore.config import Config, ConfigError, check_answers_per_step
+from rlsc_mcore.model.shape import Architecture, check_parallel, check_stages, read_architecture
 from rlsc_mcore.planning.known_models import find_model, num_parameters
 from rlsc_mcore.planning.layouts import USABLE_SHARE
 from rlsc_mcore.planning.memory import GIB, config_layout, describe_bytes, rollout_bytes, train_bytes
@@ -60,11 +60,12 @@ def check_launch(trainer: Sequence[str], nodes: int, ranks_per_node: int, gpu_me
     world, tp = nodes * ranks_per_node, config.parallel.tp
     if world % tp:
         raise ConfigError(f"parallel.tp: {tp} does not divide the {world} ranks ({nodes} nodes x {ranks_per_node})")
-    if config.data.questions_per_step < world // tp:
-        raise ConfigError(
-            f"data.questions_per_step: {config.data.questions_per_step} leaves data-parallel ranks without a question; "
-            f"expected at least {world // tp} ({world} ranks / tp {tp})"
-        )
+    pp = config.parallel.pp
+    if world % (tp * pp):
+        ranks = f"{world} ranks ({nodes} nodes x {ranks_per_node})"
+        raise ConfigError(f"parallel.pp: parallel.tp {tp} x parallel.pp {pp} = {tp * pp} do not divide the {ranks}")
+    dp = world // (tp * pp)
+    check_answers_per_step(config, dp)
     architecture = _check_model(config)
     _check_data(config.data.path, "data.path")
     if config.evaluation.path is not None:
@@ -77,11 +78,12 @@ def check_launch(trainer: Sequence[str], nodes: int, ranks_per_node: int, gpu_me
     yield "run_dir", str(run_dir)
     yield "model", config.model.path
     yield "data", config.data.path
-    yield "layout", f"tp {tp} x dp {world // tp}" + (f" (tp {tp} spans nodes of {ranks_per_node}: slow)" if tp > ranks_per_node else "")
+    stages = f" x pp {pp}" if pp > 1 else ""
+    yield "layout", f"tp {tp} x dp {dp}{stages}" + (f" (tp {tp} spans nodes of {ranks_per_node}: slow)" if tp > ranks_per_node else "")
     yield "steps", str(config.training.num_steps)
     yield "start", f"resumes {checkpoint}" if checkpoint else "a new run"
     if architecture:
-        yield from _memory(config, architecture, world // tp, gpu_memory_gib)
+        yield from _memory(config, architecture, dp, gpu_memory_gib)
         yield "checkpoint", f"about {needed / 1e9:.1f} GB each, {config.training.keep_last} kept, every {config.training.save_every} steps"
 
 
@@ -92,11 +94,12 @@ def _check_model(config: Config) -> Architecture | None:
     else:
         folder = Path(path).expanduser()
         if not folder.is_dir() and _is_hub_name(path):
-            return _check_public_model(path, config.parallel.tp)
+            return _check_public_model(path, config)
     if not folder.is_dir():
         raise ConfigError(f"model.path: no folder {path}")
     architecture = read_architecture(folder)
     check_parallel(architecture, config.parallel.tp, folder)
+    check_stages(architecture, config.parallel, folder)
     if not any(folder.glob("*.safetensors")):
         raise ConfigError(f"model.path: {folder} has no *.safetensors")
     if not (folder / "tokenizer.json").is_file() and not (folder / "tokenizer_config.json").is_file():
@@ -104,12 +107,13 @@ def _check_model(config: Config) -> Architecture | None:
     return architecture
 
 
-def _check_public_model(name: str, tp: int) -> Architecture | None:
+def _check_public_model(name: str, config: Config) -> Architecture | None:
     try:
         architecture = find_model(name)
     except ConfigError:
         return None  # it is fetched at the start, and checked then
-    check_parallel(architecture, tp, Path(name))
+    check_parallel(architecture, config.parallel.tp, Path(name))
+    check_stages(architecture, config.parallel, Path(name))
     return architecture
 
 

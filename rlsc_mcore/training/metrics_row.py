@@ -2,10 +2,10 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from rlsc_mcore.algorithm.objective import WeightedObjective
 from rlsc_mcore.config import Config
@@ -30,34 +30,47 @@ def step_row(
     seconds: Mapping[str, float],
     memory_bytes: Mapping[str, int],
 ) -> dict[str, Any]:
-    """Summarise one step over all data-parallel ranks, as fields of `StepMetrics`; collective over the data-parallel group.
+    """Summarise one step over all ranks, as fields of `StepMetrics`; collective over the world.
 
-    F, the quantiles, alpha's share and the effective samples are over the rollouts that have a token to train.
+    `rollouts` are those of this rank's engine. Only sums, counts and extremes travel. F, the quantiles, alpha's share and the effective
+    samples are over the rollouts that have a token to train.
     """
-    gathered = groups.gather_objects_over_dp((list(rollouts), outcome.scores, outcome.num_tokens))
-    all_rollouts = [rollout for part, _, _ in gathered for rollout in part]
-    scores = _concatenate([part for _, part, _ in gathered])
-    num_tokens = sum(count for _, _, count in gathered)
-    num_samples = len(all_rollouts)
-    response_tokens = sum(len(rollout.response_ids) for rollout in all_rollouts)
-    distinct = len({(rollout.question_index, rollout.response_ids) for rollout in all_rollouts})
-    trained_samples = float(scores.multiplicity.sum())
+    num_samples, response_tokens, truncated, boxed = groups.sums_over_engines(
+        [
+            len(rollouts),
+            sum(len(rollout.response_ids) for rollout in rollouts),
+            sum(rollout.finish_reason == "length" for rollout in rollouts),
+            sum(extract_boxed(rollout.text) is not None for rollout in rollouts),
+        ]
+    )
+    scores = outcome.scores
+    weights, probabilities = scores.weights, scores.log_probs.exp()
+    sums = torch.stack(
+        [
+            torch.tensor(float(outcome.num_tokens), dtype=torch.float64),
+            scores.multiplicity.sum(),
+            (scores.multiplicity * probabilities).sum(),
+            (scores.multiplicity * weights).sum(),
+            (scores.multiplicity * weights**2).sum(),
+        ]
+    )
+    num_tokens, trained_samples, probability, weight, squared_weight = groups.reduce_over_dp(sums).tolist()
     comparable = config.rollout.top_p == 1.0 or config.algorithm.log_prob_temperature == "1.0"
-    probabilities = scores.log_probs.exp()
+    objective = WeightedObjective(config.algorithm, int(num_samples))
     return {
         "step": step,
         "policy_version": policy_version,
         "loss": outcome.loss,
-        "f_estimate": float((scores.multiplicity * probabilities).sum()) / max(1.0, trained_samples),
-        "log_p_old": _quantiles(scores.log_probs, scores.multiplicity),
-        "alpha_share": _alpha_share(WeightedObjective(config.algorithm, num_samples), scores, trained_samples),
-        "effective_samples": _effective_samples(scores),
-        "num_samples": num_samples,
+        "f_estimate": probability / max(1.0, trained_samples),
+        "log_p_old": _quantiles(scores.log_probs, scores.multiplicity, groups),
+        "alpha_share": objective.alpha * trained_samples / weight if weight > 0 else 0.0,
+        "effective_samples": weight * weight / squared_weight if squared_weight > 0 else 0.0,
+        "num_samples": int(num_samples),
         "mean_length": response_tokens / num_samples,
-        "truncated_share": sum(rollout.finish_reason == "length" for rollout in all_rollouts) / num_samples,
-        "distinct_share": distinct / num_samples,
-        "boxed_share": sum(extract_boxed(rollout.text) is not None for rollout in all_rollouts) / num_samples,
-        **(_gaps(scores) if comparable else dict.fromkeys(GAPS)),
+        "truncated_share": truncated / num_samples,
+        "distinct_share": exchange.num_distinct / num_samples,
+        "boxed_share": boxed / num_samples,
+        **(_gaps(scores, groups) if comparable else dict.fromkeys(GAPS)),
         "grad_norm": outcome.grad_norm,
         "lr": outcome.lr,
         "skipped": not outcome.updated,
@@ -65,7 +78,7 @@ def step_row(
         "seconds": {name: round(value, 4) for name, value in seconds.items()},
         "rollout_tokens_per_s": round(response_tokens / max(1e-9, seconds["rollout"]), 1),
         "train_tokens_per_s": round(num_tokens / max(1e-9, seconds["train"]), 1),
-        "train_tokens": num_tokens,
+        "train_tokens": int(num_tokens),
         "packing": {
             # Of the tokens of all rollouts: spared because identical answers share one pass.
             "merged_share": 1.0 - exchange.num_tokens / max(1, exchange.num_tokens_unmerged),
@@ -80,39 +93,59 @@ def step_row(
     }
 
 
-def _concatenate(parts: Sequence[SequenceScores]) -> SequenceScores:
-    if len(parts) == 1:
-        return parts[0]
-    return SequenceScores(**{entry.name: torch.cat([getattr(part, entry.name) for part in parts]) for entry in fields(SequenceScores)})
-
-
-def _gaps(scores: SequenceScores) -> dict[str, float]:
+def _gaps(scores: SequenceScores, groups: Groups) -> dict[str, float]:
     """|trainer - engine| log-prob: mean, 99th percentile (nearest rank) and largest over tokens; of answers' signed sums likewise."""
     tokens, sequences = scores.token_gaps, scores.gap_sums.abs()
-    if not len(tokens):
+    sums = torch.tensor([len(tokens), float(tokens.double().sum()), len(sequences), float(sequences.sum())], dtype=torch.float64)
+    num_tokens, token_sum, num_sequences, sequence_sum = groups.reduce_over_dp(sums).tolist()
+    if not num_tokens:
         return dict.fromkeys(GAPS, 0.0)
-    rank = math.ceil(0.99 * len(tokens))
-    values = (tokens.double().mean(), tokens.kthvalue(rank).values, tokens.max(), sequences.mean(), sequences.max())
-    return dict(zip(GAPS, map(float, values), strict=True))
+    ones = torch.ones(len(tokens), dtype=torch.int64)
+    nearest = math.ceil(0.99 * num_tokens) - 1
+    high, largest = order_statistics(tokens.double(), ones, [nearest, int(num_tokens) - 1], groups)
+    longest = torch.tensor(float(sequences.max()) if len(sequences) else 0.0, dtype=torch.float64)
+    largest_sum = float(groups.reduce_over_dp(longest, dist.ReduceOp.MAX))
+    values = (token_sum / num_tokens, high, largest, sequence_sum / num_sequences, largest_sum)
+    return dict(zip(GAPS, values, strict=True))
 
 
-def _quantiles(values: torch.Tensor, multiplicity: torch.Tensor) -> dict[str, float]:
-    """Quantiles over samples: a sequence sampled k times counts k times."""
-    expanded = torch.repeat_interleave(values, multiplicity.long())
-    if not len(expanded):
+def _quantiles(values: torch.Tensor, multiplicity: torch.Tensor, groups: Groups) -> dict[str, float]:
+    """Smallest, largest and linearly interpolated quantiles over samples: a sequence sampled k times counts k times."""
+    counts = multiplicity.long()
+    count = int(groups.reduce_over_dp(counts.sum()))
+    if not count:
         return {}
-    points = torch.quantile(expanded, torch.tensor(QUANTILES, dtype=expanded.dtype), interpolation="linear").tolist()
+    positions = [q * (count - 1) for q in QUANTILES]
+    below = [math.floor(position) for position in positions]
+    above = [math.ceil(position) for position in positions]
+    found = order_statistics(values, counts, [0, *below, *above, count - 1], groups)
+    low, high = (torch.tensor(found[1 + start :][: len(QUANTILES)], dtype=torch.float64) for start in (0, len(QUANTILES)))
+    fractions = torch.tensor(positions, dtype=torch.float64) - torch.tensor(below, dtype=torch.float64)
+    points = torch.lerp(low, high, fractions).tolist()
     named = {f"q{int(100 * q)}": value for q, value in zip(QUANTILES, points, strict=True)}
-    return {"min": float(expanded.min()), **named, "max": float(expanded.max())}
+    return {"min": found[0], **named, "max": found[-1]}
 
 
-def _alpha_share(objective: WeightedObjective, scores: SequenceScores, num_samples: float) -> float:
-    """Share of the total weight that is alpha: 1 means unweighted self-training."""
-    total = float((scores.multiplicity * scores.weights).sum())
-    return objective.alpha * num_samples / total if total > 0 else 0.0
+def order_statistics(values: torch.Tensor, counts: torch.Tensor, ranks: Sequence[int], groups: Groups) -> list[float]:
+    """Return the values of the given ranks, from 0, in the sorted values of all data-parallel ranks; exact.
 
-
-def _effective_samples(scores: SequenceScores) -> float:
-    """(sum w)^2 / sum w^2 over samples."""
-    total, squares = (scores.multiplicity * scores.weights).sum(), (scores.multiplicity * scores.weights**2).sum()
-    return float(total**2 / squares) if squares > 0 else 0.0
+    `values` float64 [N] on the host, of which each counts `counts` (int64 [N]) times. Collective over the data-parallel group: eight
+    sums of 256 counts per rank asked for, whatever N is. A radix selection: each pass fixes 8 more bits of every answer.
+    """
+    bits = values.contiguous().view(torch.int64)
+    # Integers in the order of the floats, from 0 on: the sign flips negative ones, and the top bit moves them below the others.
+    keys = torch.where(bits < 0, ~bits, bits ^ torch.iinfo(torch.int64).min)
+    prefixes, left = [0] * len(ranks), list(ranks)
+    for shift in range(56, -1, -8):
+        digits = (keys >> shift) & 0xFF
+        table = torch.zeros(len(ranks), 256, dtype=torch.int64)
+        for number, prefix in enumerate(prefixes):
+            chosen = (keys >> shift >> 8) & ((1 << (56 - shift)) - 1) == prefix
+            table[number] = torch.zeros(256, dtype=torch.int64).index_add_(0, digits[chosen], counts[chosen])
+        for number, row in enumerate(groups.reduce_over_dp(table).cumsum(dim=1)):
+            digit = int(torch.searchsorted(row, left[number], right=True))
+            left[number] -= int(row[digit - 1]) if digit else 0
+            prefixes[number] = prefixes[number] << 8 | digit
+    found = torch.tensor([prefix - (1 << 64) if prefix >= 1 << 63 else prefix for prefix in prefixes], dtype=torch.int64)
+    bits = torch.where(found < 0, found ^ torch.iinfo(torch.int64).min, ~found)
+    return bits.view(torch.float64).tolist()

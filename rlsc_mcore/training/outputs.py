@@ -54,8 +54,8 @@ def claim_run_folder(run_dir: Path, config: Config, groups: "Groups", *, resumin
 
 
 def write_rollouts(run_dir: Path, step: int, rollouts: "Sequence[Rollout]", groups: "Groups") -> None:
-    """Write a step's answers as JSONL, one file per data-parallel rank."""
-    if groups.member:
+    """Write a step's answers as JSONL, one file per engine."""
+    if groups.engine_tp_rank:
         return
     folder = run_dir / ROLLOUTS
     folder.mkdir(exist_ok=True)
@@ -71,7 +71,7 @@ def write_rollouts(run_dir: Path, step: int, rollouts: "Sequence[Rollout]", grou
         }
         for rollout in rollouts
     )
-    suffix = f".rank{groups.dp_rank}" if groups.dp_size > 1 else ""
+    suffix = f".rank{groups.engine_index}" if groups.num_engines > 1 else ""
     text = "".join(to_json(row, ensure_ascii=False) + "\n" for row in rows)
     write_atomically(folder / f"step_{step:06d}{suffix}.jsonl", text)
 

@@ -1,17 +1,29 @@
-"""Rollouts change ranks before they are trained: every data-parallel rank gets equal FLOPs, whatever it sampled."""
+"""Move rollouts from the engines that sampled them to the ranks that train them: equal FLOPs for every data-parallel rank.
+
+Headers of 72 bytes per answer go to all ranks, so that all of them compute the same plan. Tokens and log-probs travel once, as
+int32 and float32, from a rank of the engine that sampled them to each rank that trains them. Prompts are known everywhere. Text
+travels only for objectives with a reward, to the one engine that rewards all answers of a question.
+"""
 
 import hashlib
-from array import array
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
+import torch
+
+from rlsc_mcore.config import AlgorithmConfig, RolloutConfig
 from rlsc_mcore.data.balance import CostModel, assign, imbalance, loads
 from rlsc_mcore.data.packing import UniqueSequence
+from rlsc_mcore.grading.rewards import trained_rollouts
+from rlsc_mcore.objectives import OBJECTIVES
 from rlsc_mcore.parallel.groups import Groups
-from rlsc_mcore.types import Rollout
+from rlsc_mcore.types import Question, Rollout
 
 Asked = tuple[int, int]  # question index, how often it was asked before within the step
-_Key = tuple[int, bytes]  # question, digest of the answer's tokens
+MarkTrained = Callable[[Rollout], tuple[bool, ...]]  # which response tokens are trained
+# Columns of a header, int64.
+PLACE, SAMPLE, QUESTION, LENGTH, TRAINED, TRUNCATED, VERSION, DIGEST, DIGEST_2 = range(9)
 
 
 @dataclass(frozen=True)
@@ -19,81 +31,218 @@ class Exchange:
     """What this rank trains, and what the exchange was worth."""
 
     sequences: list[UniqueSequence]
-    num_sequences: int  # distinct sequences of the step, over all ranks
+    num_sequences: int  # distinct sequences that are trained, over all ranks
+    num_distinct: int  # distinct sequences that were sampled
     num_tokens: int  # their tokens, prompts included
     num_tokens_unmerged: int  # tokens there would be without merging identical answers
     moved_share: float  # of the distinct sequences
     imbalance_sampled: float  # largest rank's FLOPs / mean - 1, had every rank trained what it sampled
     imbalance: float  # the same, as trained
+    engine_imbalance: float  # tokens of the engine that sampled most / mean - 1
 
 
 @dataclass(frozen=True)
-class _Header:
-    key: _Key
-    num_tokens: int
-    num_trained: int
+class _Sequence:
+    """A distinct answer of the step, from the headers alone."""
+
+    engine: int  # that sampled it first
+    position: int  # among that engine's rollouts
+    header: Sequence[int]
     multiplicity: int
+    advantage: float
 
 
-def gather_rollouts(
-    rollouts: Sequence[Rollout], positions: Mapping[Asked, int], num_samples: int, groups: Groups
-) -> tuple[list[Rollout], float]:
-    """Turn what this rank's engine sampled into what its trainer group holds; collective over the ranks of one place per engine.
+@dataclass(frozen=True)
+class _Transfer:
+    """What one rank sends to another: the sequences' numbers in the step, in order."""
 
-    `positions` gives the place in the step of every (question, how often it was asked before within the step). Every trainer
-    group gets all samples of every so manieth place, in the order that was asked. Returns them with the engines' imbalance:
-    the tokens of the engine that sampled most / mean - 1.
+    source: int
+    target: int
+    numbers: tuple[int, ...]
+
+
+def redistribute(
+    rollouts: Sequence[Rollout],
+    places: Mapping[Asked, int],
+    options: RolloutConfig,
+    prompts: Sequence[Sequence[int]],
+    mark_trained: MarkTrained,
+    cost: CostModel,
+    groups: Groups,
+    rewards: Mapping[tuple[int, int], float] | None = None,
+) -> Exchange:
+    """Merge identical answers of the step and spread the distinct ones by estimated FLOPs; collective over the world.
+
+    `rollouts` are those of this rank's engine, equal on all its ranks. `places` gives the place in the step of every (question, how
+    often it was asked before within the step), `options` how many samples of a question are trained, `prompts` the prompt of every question index, `rewards` the advantage of every
+    (place, sample); see `gather_advantages`. Sequences are ordered by place and sample, and their questions numbered over all ranks.
     """
-    parts = groups.gather_objects_over_engines(list(rollouts))
-    tokens = [float(sum(len(rollout.response_ids) for rollout in part)) for part in parts]
-    placed = [(positions[r.question_index, r.sample_index // num_samples], r.sample_index, r) for part in parts for r in part]
-    mine = sorted((item for item in placed if item[0] % groups.dp_size == groups.dp_rank), key=lambda item: item[:2])
-    return [rollout for _, _, rollout in mine], imbalance(tokens)
-
-
-def redistribute_sequences(sequences: Sequence[UniqueSequence], cost: CostModel, groups: Groups) -> Exchange:
-    """Spread the step's distinct sequences over the data-parallel ranks by estimated FLOPs; collective over that group.
-
-    Only lengths and digests travel to every rank, and the tokens of those that move. Questions are numbered over all ranks, so
-    that `group` means the same everywhere, and a question asked on several ranks is one question. The sequences' sum of
-    gradients does not change.
-    """
-    headers = [_Header(_key(s), len(s.rollout.prompt_ids) + len(s.rollout.response_ids), sum(s.trained), s.multiplicity) for s in sequences]
-    by_rank = groups.gather_objects_over_dp(headers)
-    merged: dict[_Key, _Header] = {}
-    owners: dict[_Key, int] = {}
-    questions: dict[int, int] = {}
-    for rank, theirs in enumerate(by_rank):
-        for header in theirs:
-            earlier = merged.get(header.key)
-            total = header.multiplicity + (0 if earlier is None else earlier.multiplicity)
-            merged[header.key] = replace(header, multiplicity=total)
-            owners.setdefault(header.key, rank)
-            questions.setdefault(header.key[0], len(questions))
-    keys = list(merged)
-    costs = [cost.flops(header.num_tokens, header.num_trained) for header in merged.values()]
-    owner = [owners[key] for key in keys]
-    target = assign(costs, owner, groups.dp_size)
-    mine = {key: s for key, s in zip((header.key for header in headers), sequences, strict=True) if owners[key] == groups.dp_rank}
-    leaving = {key: mine[key] for key, rank in zip(keys, target, strict=True) if key in mine and rank != groups.dp_rank}
-    for arriving in groups.gather_objects_over_dp(leaving):
-        mine.update(arriving)
-    trained = [
-        replace(mine[key], group=questions[key[0]], multiplicity=merged[key].multiplicity)
-        for key, rank in zip(keys, target, strict=True)
-        if rank == groups.dp_rank
-    ]
+    own = _headers(rollouts, places, options.num_samples, mark_trained)
+    tables = [table.tolist() for table in groups.gather_tables_over_engines(torch.from_numpy(own))]
+    sequences = _merge(tables, options, rewards)
+    lengths = [len(prompts[each.header[QUESTION]]) + each.header[LENGTH] for each in sequences]
+    costs = [cost.flops(length, each.header[TRAINED]) for length, each in zip(lengths, sequences, strict=True)]
+    owners = [_owner(each.engine, number, groups) for number, each in enumerate(sequences)]
+    targets = assign(costs, owners, groups.dp_size)
+    received = _send_tokens(rollouts, sequences, targets, prompts, groups)
+    question_numbers: dict[int, int] = {}
+    for each in sequences:
+        question_numbers.setdefault(each.header[QUESTION], len(question_numbers))
+    trained = []
+    for number, each in enumerate(sequences):
+        if targets[number] == groups.dp_rank:
+            rollout = received[number] if number in received else rollouts[each.position]
+            group = question_numbers[each.header[QUESTION]]
+            trained.append(UniqueSequence(rollout, group, each.multiplicity, mark_trained(rollout), each.advantage))
     return Exchange(
         sequences=trained,
-        num_sequences=len(keys),
-        num_tokens=sum(header.num_tokens for header in merged.values()),
-        num_tokens_unmerged=sum(header.num_tokens * header.multiplicity for header in merged.values()),
-        moved_share=sum(a != b for a, b in zip(owner, target, strict=True)) / max(1, len(keys)),
-        imbalance_sampled=imbalance(loads(costs, owner, groups.dp_size)),
-        imbalance=imbalance(loads(costs, target, groups.dp_size)),
+        num_sequences=len(sequences),
+        num_distinct=len({(row[QUESTION], row[DIGEST], row[DIGEST_2]) for table in tables for row in table}),
+        num_tokens=sum(lengths),
+        num_tokens_unmerged=sum(length * each.multiplicity for length, each in zip(lengths, sequences, strict=True)),
+        moved_share=sum(a != b for a, b in zip(owners, targets, strict=True)) / max(1, len(sequences)),
+        imbalance_sampled=imbalance(loads(costs, owners, groups.dp_size)),
+        imbalance=imbalance(loads(costs, targets, groups.dp_size)),
+        engine_imbalance=imbalance([float(sum(row[LENGTH] for row in table)) for table in tables]),
     )
 
 
-def _key(sequence: UniqueSequence) -> _Key:
-    tokens = array("q", sequence.rollout.response_ids).tobytes()
-    return sequence.rollout.question_index, hashlib.sha256(tokens).digest()
+def gather_advantages(
+    algorithm: AlgorithmConfig,
+    options: RolloutConfig,
+    rollouts: Sequence[Rollout],
+    places: Mapping[Asked, int],
+    questions: Sequence[Question],
+    groups: Groups,
+) -> dict[tuple[int, int], float] | None:
+    """Reward the step's answers; collective over the ranks of one place per engine. None where the objective has no reward.
+
+    All answers of a question are rewarded together, by engine `question % engines`: the others send it their text. Returns the
+    advantage of every answer that is trained, by (place, sample).
+    """
+    if OBJECTIVES[algorithm.objective].reward is None:
+        return None
+    parts: list[list[tuple[int, Rollout]]] = [[] for _ in range(groups.num_engines)]
+    for rollout in rollouts:
+        place = places[rollout.question_index, rollout.sample_index // options.num_samples]
+        parts[rollout.question_index % groups.num_engines].append(
+            (place, replace(rollout, prompt_ids=(), response_ids=(), engine_log_probs=()))
+        )
+    mine = sorted(
+        (item for part in groups.exchange_objects_over_engines(parts) for item in part), key=lambda item: (item[0], item[1].sample_index)
+    )
+    graded = trained_rollouts(algorithm, options, [rollout for _, rollout in mine], questions)
+    table = torch.tensor(
+        [
+            [float(places[rollout.question_index, rollout.sample_index // options.num_samples]), float(rollout.sample_index), value]
+            for rollout, value in graded
+        ],
+        dtype=torch.float64,
+    ).reshape(-1, 3)
+    rows = torch.cat(groups.gather_tables_over_engines(table)).tolist()
+    return {(int(place), int(sample)): value for place, sample, value in rows}
+
+
+def _headers(
+    rollouts: Sequence[Rollout], places: Mapping[Asked, int], num_samples: int, mark_trained: MarkTrained
+) -> "np.ndarray[tuple[int, int], np.dtype[np.int64]]":
+    """Describe this engine's answers: int64 [answers, 9]."""
+    table = np.zeros((len(rollouts), DIGEST_2 + 1), dtype=np.int64)
+    for row, rollout in zip(table, rollouts, strict=True):
+        tokens = np.asarray(rollout.response_ids, dtype=np.int32)
+        row[PLACE] = places[rollout.question_index, rollout.sample_index // num_samples]
+        row[SAMPLE], row[QUESTION], row[LENGTH] = rollout.sample_index, rollout.question_index, len(tokens)
+        row[TRAINED], row[TRUNCATED] = sum(mark_trained(rollout)), rollout.finish_reason == "length"
+        row[VERSION] = rollout.policy_version
+        row[DIGEST:] = np.frombuffer(hashlib.sha256(tokens.tobytes()).digest()[:16], dtype=np.int64)
+    return table
+
+
+def _merge(
+    tables: Sequence[Sequence[Sequence[int]]], options: RolloutConfig, rewards: Mapping[tuple[int, int], float] | None
+) -> list[_Sequence]:
+    """Merge equal answers to one question that are trained; the first by place and sample stands for all of them."""
+    num_trained = options.num_trained or options.num_samples
+    answers = [
+        (row, engine, position)
+        for engine, table in enumerate(tables)
+        for position, row in enumerate(table)
+        if row[SAMPLE] % options.num_samples < num_trained
+    ]
+    answers.sort(key=lambda answer: (answer[0][PLACE], answer[0][SAMPLE]))
+    merged: dict[tuple[int, int, int], list[tuple[Sequence[int], int, int]]] = {}
+    for answer in answers:
+        row = answer[0]
+        merged.setdefault((row[QUESTION], row[DIGEST], row[DIGEST_2]), []).append(answer)
+    sequences = []
+    for same in merged.values():
+        values = {0.0 if rewards is None else rewards[row[PLACE], row[SAMPLE]] for row, _, _ in same}
+        assert len(values) == 1, "identical answers with different advantages"
+        row, engine, position = same[0]
+        sequences.append(_Sequence(engine, position, row, len(same), values.pop()))
+    return sequences
+
+
+def _owner(engine: int, number: int, groups: Groups) -> int:
+    """Return a data-parallel rank whose trainer ranks include ranks of the engine; an engine over several takes turns."""
+    first = engine * groups.engine_tp_size % (groups.world_size // groups.pp_size) // groups.tp_size
+    return (first + number % max(1, groups.engine_tp_size // groups.tp_size)) % groups.dp_size
+
+
+def _transfers(sequences: Sequence[_Sequence], targets: Sequence[int], groups: Groups) -> list[_Transfer]:
+    """List what leaves or reaches this rank, by source and target.
+
+    A rank of the sampling engine keeps what it trains; every other target has one source, the engine's ranks in turn.
+    """
+    size = groups.engine_tp_size
+    numbers: dict[tuple[int, int], list[int]] = {}
+    for number, (each, dp_rank) in enumerate(zip(sequences, targets, strict=True)):
+        if groups.engine_index != each.engine and dp_rank != groups.dp_rank:
+            continue
+        for member, target in enumerate(groups.model_ranks(dp_rank)):
+            source = each.engine * size + member % size
+            if target // size != each.engine and groups.rank in (source, target):
+                numbers.setdefault((source, target), []).append(number)
+    return [_Transfer(source, target, tuple(which)) for (source, target), which in numbers.items()]
+
+
+def _send_tokens(
+    rollouts: Sequence[Rollout],
+    sequences: Sequence[_Sequence],
+    targets: Sequence[int],
+    prompts: Sequence[Sequence[int]],
+    groups: Groups,
+) -> dict[int, Rollout]:
+    """Send tokens and log-probs to the ranks that train them; returns what arrived, without text, by number in the step."""
+    if groups.world_size == groups.engine_tp_size:  # one engine: every rank has all answers
+        return {}
+    outgoing: list[list[np.ndarray]] = [[] for _ in range(groups.world_size)]
+    incoming: list[tuple[int, ...]] = [() for _ in range(groups.world_size)]
+    for transfer in _transfers(sequences, targets, groups):
+        if transfer.target == groups.rank:
+            incoming[transfer.source] = transfer.numbers
+            continue
+        for number in transfer.numbers:
+            rollout = rollouts[sequences[number].position]
+            outgoing[transfer.target].append(np.asarray(rollout.response_ids, dtype=np.int32))
+            outgoing[transfer.target].append(np.asarray(rollout.engine_log_probs, dtype=np.float32).view(np.int32))
+    empty = np.zeros(0, dtype=np.int32)
+    parts = [torch.from_numpy(np.concatenate([empty, *arrays])) for arrays in outgoing]
+    sizes = [sum(2 * sequences[number].header[LENGTH] for number in numbers) for numbers in incoming]
+    received = {}
+    for numbers, part in zip(incoming, groups.exchange_over_world(parts, sizes), strict=True):
+        values, start = part.numpy(), 0
+        for number in numbers:
+            header = sequences[number].header
+            middle, end = start + header[LENGTH], start + 2 * header[LENGTH]
+            received[number] = Rollout(
+                question_index=header[QUESTION],
+                sample_index=header[SAMPLE],
+                prompt_ids=tuple(prompts[header[QUESTION]]),
+                response_ids=tuple(values[start:middle].tolist()),
+                engine_log_probs=tuple(values[middle:end].view(np.float32).tolist()),
+                finish_reason="length" if header[TRUNCATED] else "stop",
+                policy_version=header[VERSION],
+            )
+            start = end
+    return received

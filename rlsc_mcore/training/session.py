@@ -5,15 +5,15 @@ import importlib.metadata
 import json
 import platform
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import rlsc_mcore
-from rlsc_mcore.config import CollectiveRunError, Config, ConfigError
-from rlsc_mcore.data.packing import merge_identical, pack
+from rlsc_mcore.config import CollectiveRunError, Config, ConfigError, check_answers_per_step
+from rlsc_mcore.data.packing import pack, trained_tokens
 from rlsc_mcore.evaluation.evaluate import evaluate
 from rlsc_mcore.evaluation.records import write_records
-from rlsc_mcore.grading.rewards import trained_rollouts
 from rlsc_mcore.model.architecture import DTYPES, layers_reason
 from rlsc_mcore.model.hf_checkpoint import write_hf_folder
 from rlsc_mcore.model.weight_map import export_weights
@@ -36,7 +36,7 @@ from rlsc_mcore.training.inputs import read_inputs
 from rlsc_mcore.training.memory_ledger import MemoryLedger
 from rlsc_mcore.training.metrics_row import step_row
 from rlsc_mcore.training.outputs import claim_run_folder, dump_batch, write_rollouts
-from rlsc_mcore.training.redistribute import gather_rollouts, redistribute_sequences
+from rlsc_mcore.training.redistribute import Asked, gather_advantages, redistribute
 from rlsc_mcore.training.signals import AbortPoll, StopRequest
 from rlsc_mcore.training.step import StepOutcome, Trainer
 from rlsc_mcore.types import Rollout
@@ -70,11 +70,8 @@ class Session:
         self.groups = initialize_groups(self.backend, config.parallel.tp, engine_tp, pp=config.parallel.pp)
         self.watchdog = start_watchdog(config, self.groups)
         self.report = Reporter(self.groups.is_main)
-        if asked_prompts is None and config.data.questions_per_step < self.groups.dp_size:
-            raise ConfigError(
-                f"data.questions_per_step: {config.data.questions_per_step} leaves data-parallel ranks without a question; "
-                f"expected at least {self.groups.dp_size}"
-            )
+        if asked_prompts is None:
+            check_answers_per_step(config, self.groups.dp_size)
         owner = claim_run_folder(self.run_dir, config, self.groups, resuming=resume_from is not None)
         if owner is not None and owner.took_over:
             self.report.warn(f"took over {self.run_dir} from {owner.took_over}, which has ended without giving it up")
@@ -127,13 +124,14 @@ class Session:
         self.timer = PhaseTimer(self.backend.synchronize, self.gpu.enter)
         self.memory = MemoryLedger(self.trainer, self.engine, self.backend)
         self._warned: set[str] = set()
+        self._places: dict[Asked, int] = {}  # of the step that was sampled last
         self.check_stop()
         self.stop.begin()
 
     # ------------------------------------------------------------------ stages of one step
 
     def sample(self, step: int) -> list[Rollout]:
-        """Sample the step's questions, spread over the engines, and return those that this rank's trainer group trains first.
+        """Sample the step's questions, spread over the engines, and return what this rank's engine sampled.
 
         Collective over the world. Raises `GenerationInterrupted` on a stop signal, on every rank.
         """
@@ -165,8 +163,7 @@ class Session:
                 rollouts = []
         self.check_stop()
         self.memory.measure("rollout")
-        places = {question: place for place, question in enumerate(zip(asked, repeats, strict=True))}
-        rollouts, self.engine_imbalance = gather_rollouts(rollouts, places, num_samples, self.groups)
+        self._places = {question: place for place, question in enumerate(zip(asked, repeats, strict=True))}
         return rollouts
 
     def train(self, step: int, rollouts: Sequence[Rollout]) -> StepOutcome:
@@ -176,15 +173,18 @@ class Session:
         self.status.phase("training", step)
         with self.timer.phase("pack"):
             algorithm, rollout_options = self.config.algorithm, self.config.rollout
-            graded = trained_rollouts(algorithm, rollout_options, rollouts, self.inputs.questions)
-            sequences = merge_identical(
-                [rollout for rollout, _ in graded],
+            places = self._places
+            rewards = gather_advantages(algorithm, rollout_options, rollouts, places, self.inputs.questions, self.groups)
+            mark_trained = partial(
+                trained_tokens,
                 train_end_token=algorithm.train_end_token,
                 train_truncated=algorithm.train_truncated,
                 stop_token_ids=frozenset(self.inputs.stop_token_ids),
-                advantages=[advantage for _, advantage in graded],
             )
-            self.exchange = redistribute_sequences(sequences, self.inputs.architecture.cost_model(), self.groups)
+            cost = self.inputs.architecture.cost_model()
+            self.exchange = redistribute(
+                rollouts, places, rollout_options, self.inputs.prompts, mark_trained, cost, self.groups, rewards
+            )
             batches = pack(self.exchange.sequences, self.config.training.tokens_per_micro_batch, multiple_of=self.trainer.token_multiple)
         self.engine.sleep()
         self.memory.measure("sleep")
@@ -215,7 +215,7 @@ class Session:
         self.memory.measure("swap")
 
     def record(self, step: int, rollouts: Sequence[Rollout], outcome: StepOutcome) -> None:
-        """Write the step's metrics and answers, and raise its alarms; collective over the data-parallel group."""
+        """Write the step's metrics and answers, and raise its alarms; collective over the world."""
         row = step_row(
             self.config,
             self.groups,
@@ -228,12 +228,11 @@ class Session:
             self.backend.memory_bytes(),
         )
         first = self.metrics.rows[0] if self.metrics.rows else row
-        row["engine_imbalance"] = self.engine_imbalance
+        row["engine_imbalance"] = self.exchange.engine_imbalance
         row["memory"], grown = self.memory.close_step(self.groups)
         row["warnings"] = alarms(row, first, ends=bool(self.inputs.stop_token_ids)) + mismatch_warnings(row, self._compared_dtype()) + grown
-        # A rank stands for the ranks of its model group, whose tokens are the same.
-        members = self.groups.tp_size * self.groups.pp_size
-        row["gpu"] = self.gpu.take(sum(len(rollout.response_ids) for rollout in rollouts) // members)
+        # A rank stands for the ranks of its engine, whose rollouts are the same.
+        row["gpu"] = self.gpu.take(sum(len(rollout.response_ids) for rollout in rollouts) // self.groups.engine_tp_size)
         if row["skipped"]:
             dumped = dump_batch(self.run_dir, step, self.exchange.sequences, self.groups)
             row["warnings"].append(f"loss {row['loss']} or gradient norm {row['grad_norm']} is not finite: step skipped, batch in {dumped}")

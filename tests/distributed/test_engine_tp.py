@@ -108,12 +108,12 @@ def test_engines_of_another_size(world: int, tp: int, engine_tp: int, architectu
         assert rank["compared"] == rank["parameters"] == rank["aliased"] + rank["copied"]
         assert rank["after"] == ranks[0]["after"]
         assert all(row["log_prob_gap_max"] < 1e-4 for row in rank["rows"])
-    for step in range(3):  # every question was sampled once, and is trained by one data-parallel group
-        groups = [ranks[first]["rollouts"][step] for first in range(0, world, tp)]
-        assert all(ranks[number]["rollouts"][step] == groups[number // tp] for number in range(world))
-        trained = [rollout[:2] for group in groups for rollout in group]
-        assert len(trained) == len(set(trained)) == 16
-        assert all(groups)
+    for step in range(3):  # every answer was sampled once, by one engine
+        engines = [ranks[first]["rollouts"][step] for first in range(0, world, engine_tp)]
+        assert all(ranks[number]["rollouts"][step] == engines[number // engine_tp] for number in range(world))
+        sampled = [rollout[:2] for engine in engines for rollout in engine]
+        assert len(sampled) == len(set(sampled)) == 16
+        assert all(engines)
     export = str(tmp_path / "run" / "export")
     fresh = run_ranks(engine_tp, greedy_answers, export, str(tmp_path / "fresh"), engine_tp)
     assert ranks[0]["after"] == fresh[0]
@@ -180,7 +180,7 @@ def test_dp2_is_the_run_of_one_rank(folder: str, tmp_path: Path) -> None:
     (alone,) = run_ranks(1, train_and_export, folder, str(tmp_path / "alone"), 1)
     first = sorted(rollout for rank in ranks for rollout in rank["rollouts"][0])
     assert first == sorted(alone["rollouts"][0])  # a question's answers do not depend on who samples them
-    assert {q for q, _, _ in ranks[0]["rollouts"][0]}.isdisjoint({q for q, _, _ in ranks[1]["rollouts"][0]})
+    assert {r[:2] for r in ranks[0]["rollouts"][0]}.isdisjoint({r[:2] for r in ranks[1]["rollouts"][0]})
     written = [json.loads(line) for line in (tmp_path / "dp2" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     for row, single in zip(written, alone["rows"], strict=True):
         assert row["num_samples"] == single["num_samples"] == 16

@@ -41,7 +41,13 @@ def test_tensor_parallelism_over_nodes_is_remarked(tmp_path: Path, capsys: pytes
     [
         ((), 3, "parallel.tp: 2 does not divide the 3 ranks (1 nodes x 3)"),
         (("--parallel.tp", "4"), 4, "parallel.tp: 4 does not divide num_key_value_heads = 2"),
-        (("--data.questions-per-step", "1"), 4, "data.questions_per_step: 1 leaves data-parallel ranks without a question"),
+        (
+            ("--data.questions-per-step", "1", "--rollout.num-samples", "1"),
+            4,
+            "data.questions_per_step: 1 x rollout.num_samples 1 = 1 answers",
+        ),
+        (("--parallel.pp", "3"), 4, "parallel.pp: parallel.tp 2 x parallel.pp 3 = 6 do not divide the 4 ranks"),
+        (("--parallel.pp", "8", "--parallel.tp", "1"), 8, "parallel.pp: 8 stages, but"),
         (("--model.path", "Qwen/Qwen2.5-Math-7B", "--parallel.tp", "8"), 8, "parallel.tp: 8 does not divide num_attention_heads = 28"),
         (("--model.path", "/absent"), 2, "model.path: no folder /absent"),
         (("--model.path", "embedded:absent"), 2, "model.path: no folder embedded:absent"),
