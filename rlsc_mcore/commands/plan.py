@@ -6,9 +6,10 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from importlib import resources
+from pathlib import Path
 
 from rlsc_mcore.config import Config, ConfigError
-from rlsc_mcore.model.shape import Architecture
+from rlsc_mcore.model.shape import Architecture, check_stages
 from rlsc_mcore.planning.known_models import MODELS, find_model, num_parameters
 from rlsc_mcore.planning.layouts import Candidate, candidates
 from rlsc_mcore.planning.memory import GIB, Layout, config_layout, describe_bytes, host_bytes
@@ -32,6 +33,7 @@ def run_plan(arguments: Sequence[str]) -> int:
     parser.add_argument("--response-tokens", type=int, help="tokens of a typical answer (default: a third of the longest)")
     parser.add_argument("--max-num-seqs", type=int, default=256, help="rollout.max_num_seqs")
     parser.add_argument("--engine-tp", type=int, help="rollout.tp (default: the best for each layout)")
+    parser.add_argument("--pp", type=int, help="parallel.pp (default: the best for each layout)")
     parser.add_argument("--precision-aware", action="store_true", help="optimizer.precision_aware: moments in bfloat16")
     parser.add_argument("--cpu-offload", type=float, help="optimizer.cpu_offload: share of the optimizer's state on the host")
     parser.add_argument("--offload-during-rollout", action="store_true", help="optimizer.offload_during_rollout")
@@ -71,21 +73,26 @@ def run_plan(arguments: Sequence[str]) -> int:
         known.gpus,
         known.gpu_memory_gib,
         known.gpus_per_node,
-        known.questions_per_step,
+        known.pp,
     )
 
 
 def dry_run_config(config: Config, gpus: str | None, gpu_memory_gib: str | None) -> int:
     """`rlsc train --dry-run`: print the plan of a run's own settings; returns 0 if its layout fits, 1 if not.
 
-    By default on as many GPUs as the launcher starts processes (at least parallel.tp), with the memory of this machine's.
+    By default on as many GPUs as the launcher starts processes (at least parallel.tp x parallel.pp), with the memory of this machine's.
     """
-    started = max(config.parallel.tp, int(os.environ.get("WORLD_SIZE", "1")))
+    ranks = config.parallel.tp * config.parallel.pp
+    started = max(ranks, int(os.environ.get("WORLD_SIZE", "1")))
     num_gpus = _positive("--gpus", gpus, started)
     memory_gib = _positive("--gpu-memory-gib", gpu_memory_gib, _installed_gib() or 80.0)
     if num_gpus % config.parallel.tp:
         raise ConfigError(f"parallel.tp: {config.parallel.tp} does not divide {num_gpus:g} GPUs")
-    return _plan_config(config, find_model(_local(config.model.path)), int(num_gpus), memory_gib)
+    if num_gpus % ranks:
+        raise ConfigError(f"parallel.pp: parallel.tp x parallel.pp = {ranks} do not divide {num_gpus:g} GPUs")
+    shape = find_model(_local(config.model.path))
+    check_stages(shape, config.parallel, Path(config.model.path))
+    return _plan_config(config, shape, int(num_gpus), memory_gib)
 
 
 def _positive(name: str, text: str | None, default: float) -> float:
@@ -117,11 +124,9 @@ def _plan_config(config: Config, shape: Architecture, num_gpus: int, gpu_memory_
     rollout, training = config.rollout, config.training
     num_rollouts = config.data.questions_per_step * rollout.num_samples
     work = Work(num_rollouts, 256, max(1, rollout.max_new_tokens // 3), rollout.max_new_tokens, rollout.max_num_seqs)
-    layout = config_layout(config, config.parallel.tp, num_gpus // config.parallel.tp)
+    layout = config_layout(config, config.parallel.tp, num_gpus // (config.parallel.tp * config.parallel.pp))
     chosen = (config.parallel.tp, training.recompute)
-    return _print_plan(
-        shape, config.model.path, layout, work, None, num_gpus, gpu_memory_gib, 8, config.data.questions_per_step, chosen=chosen
-    )
+    return _print_plan(shape, config.model.path, layout, work, None, num_gpus, gpu_memory_gib, 8, pp=config.parallel.pp, chosen=chosen)
 
 
 def _print_plan(
@@ -133,7 +138,7 @@ def _print_plan(
     num_gpus: int,
     memory_gib: float,
     gpus_per_node: int,
-    num_questions: int,
+    pp: int | None = None,
     chosen: tuple[int, str] | None = None,
 ) -> int:
     gpu = GPUS[gpu_name or ("a100" if memory_gib < 79 else "h100" if memory_gib < 100 else "h200" if memory_gib < 160 else "b200")]
@@ -147,7 +152,8 @@ def _print_plan(
             num_gpus=num_gpus,
             gpu_bytes=int(memory_gib * GIB),
             gpus_per_node=gpus_per_node,
-            num_questions=num_questions,
+            pp=pp,
+            searches_offload=chosen is None,
         )
 
     found = consider(layout)
@@ -156,7 +162,7 @@ def _print_plan(
         f"{work.num_rollouts} answers per step, prompt {work.prompt_tokens}, answers {work.response_tokens} on average and at most "
         f"{work.longest_response} tokens; {layout.tokens_per_micro_batch} tokens per micro-batch"
     )
-    print(f"\n{'tp':>3} {'dp':>4} {'engine tp':>9} {'recompute':>10} {'training':>9} {'rollout':>8} {'s/step':>7}")
+    print(f"\n{'tp':>3} {'pp':>3} {'dp':>4} {'engine tp':>9} {'recompute':>10} {'training':>9} {'rollout':>8} {'s/step':>7}")
     for candidate in found:
         print(_row(candidate))
     fits = [c for c in found if not c.why_not]
@@ -166,20 +172,19 @@ def _print_plan(
         for flags, base in _remedies(layout, work):
             best = consider(base)[0]
             if not best.why_not:
-                print(f"with {flags} parallel.tp {best.layout.tp}, training.recompute {best.layout.recompute} fits:")
+                print(f"with {flags} {_describe_layout(best.layout)} fits:")
                 print(f"  training: {describe_bytes(best.training)}\n  rollout: {describe_bytes(best.rollout)}")
                 break
         return 1
-    engine = "" if shown.layout.engine_ranks == shown.layout.tp else f"rollout.tp {shown.layout.engine_ranks}, "
     title = "this configuration" if chosen else "best"
-    print(f"\n{title}: parallel.tp {shown.layout.tp}, {engine}training.recompute {shown.layout.recompute}")
+    print(f"\n{title}: {_describe_layout(shown.layout)}")
     for phase, parts in (("training", shown.training), ("rollout", shown.rollout)):
         print(f"  {phase}: {describe_bytes(parts)}")
     on_host = ", ".join(f"{reason} {size / GIB:.2f}" for reason, size in host_bytes(shape, shown.layout).items())
     print(f"  host memory per GPU, GiB: {on_host}")
     moved = ", ".join(f"{group} {size / GIB:.2f}" for group, size in communication_bytes(shape, shown.layout, work).items())
     print(f"  moved per GPU and step, GiB: {moved}")
-    print("  estimated seconds: " + ", ".join(f"{phase} {value:.1f}" for phase, value in shown.seconds.items()))
+    print("  estimated seconds: " + ", ".join(f"{phase} {value:.1f}" for phase, value in shown.seconds.items() if value or phase == "swap"))
     print("Memory is counted from shapes (within 10 % of the measured peak on a CPU); seconds are estimates for comparing layouts.")
     if shown.why_not:
         print(f"does not fit: {shown.why_not}")
@@ -202,8 +207,21 @@ def _remedies(layout: Layout, work: Work) -> Iterator[tuple[str, Layout]]:
             yield f"{flags} --cpu-offload {share:g}", replace(small, cpu_offload=share)
 
 
+def _describe_layout(layout: Layout) -> str:
+    """Name the options of a layout that are not the defaults."""
+    named = [f"parallel.tp {layout.tp}"]
+    if layout.pp > 1:
+        named.append(f"parallel.pp {layout.pp}")
+    if layout.engine_ranks != layout.tp:
+        named.append(f"rollout.tp {layout.engine_ranks}")
+    if layout.offload_during_rollout:
+        named.append("optimizer.offload_during_rollout True")
+    return ", ".join([*named, f"training.recompute {layout.recompute}"])
+
+
 def _row(candidate: Candidate) -> str:
     layout = candidate.layout
     sizes = f"{sum(candidate.training.values()) / GIB:9.1f} {sum(candidate.rollout.values()) / GIB:8.1f}"
-    end = f"  does not fit: {candidate.why_not}" if candidate.why_not else ""
-    return f"{layout.tp:3} {layout.dp:4} {layout.engine_ranks:9} {layout.recompute:>10} {sizes} {candidate.step_seconds:7.1f}{end}"
+    seconds = "-" if candidate.why_not else f"{candidate.step_seconds:.1f}"
+    end = f"  does not fit: {candidate.why_not}" if candidate.why_not else "  offload" if layout.offload_during_rollout else ""
+    return f"{layout.tp:3} {layout.pp:3} {layout.dp:4} {layout.engine_ranks:9} {layout.recompute:>10} {sizes} {seconds:>7}{end}"

@@ -1,5 +1,6 @@
 """Shapes of public models by name, and of any model folder."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from rlsc_mcore.config import ConfigError
@@ -82,10 +83,20 @@ def find_model(name: str) -> Architecture:
 
 def num_parameters(shape: Architecture, tp: int = 1, *, padded: bool = False) -> int:
     """Count the parameters on one of `tp` ranks: matrices are split, norms are not; `padded` counts the filled-up vocabulary."""
+    split, whole = stage_parameters(shape, shape.padded_vocab_size(tp) if padded else shape.vocab_size, (shape.num_layers,), 0)
+    return split // tp + whole
+
+
+def stage_parameters(shape: Architecture, vocabulary_rows: int, stage_layers: Sequence[int], stage: int) -> tuple[int, int]:
+    """Count one pipeline stage's parameters over all tensor-parallel ranks: those that are split over them, and those that are not.
+
+    The last of several stages has its own copy of tied embeddings.
+    """
     hidden, queries, keys = shape.hidden_size, shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
-    rows = shape.padded_vocab_size(tp) if padded else shape.vocab_size
     split = hidden * (2 * queries + 2 * keys) + 3 * hidden * shape.ffn_hidden_size
     split += queries + 2 * keys if shape.qkv_bias else 0
     whole = 2 * hidden + (2 * shape.head_dim if shape.qk_norm else 0)
-    vocabulary = rows * hidden * (1 if shape.tied_embeddings else 2)
-    return (shape.num_layers * split + vocabulary) // tp + shape.num_layers * whole + hidden
+    is_first, is_last = stage == 0, stage == len(stage_layers) - 1
+    has_head = is_last and not (is_first and shape.tied_embeddings)
+    vocabulary = vocabulary_rows * hidden * (is_first + has_head)
+    return stage_layers[stage] * split + vocabulary, stage_layers[stage] * whole + hidden * is_last

@@ -22,7 +22,7 @@ class Candidate:
 
     @property
     def step_seconds(self) -> float:
-        return self.seconds["rollout"] + self.seconds["training"] + self.seconds["reduce and gather"] + self.seconds["swap"]
+        return sum(seconds for phase, seconds in self.seconds.items() if not phase.startswith("of it"))
 
     @property
     def peak_bytes(self) -> int:
@@ -30,33 +30,55 @@ class Candidate:
 
 
 def candidates(
-    shape: Architecture, base: Layout, work: Work, gpu: Gpu, *, num_gpus: int, gpu_bytes: int, gpus_per_node: int, num_questions: int
+    shape: Architecture,
+    base: Layout,
+    work: Work,
+    gpu: Gpu,
+    *,
+    num_gpus: int,
+    gpu_bytes: int,
+    gpus_per_node: int,
+    pp: int | None = None,
+    searches_offload: bool = True,
 ) -> list[Candidate]:
-    """Return every layout that the shape allows, the fastest that fits first, then those that do not fit by what they lack.
+    """Return a layout for each tensor-parallel size and recomputation: the fastest that fits first, then what does not fit by its size.
 
-    Each with the engine size that is best for it: `base.engine_tp`, or where that is None the fastest that fits.
+    Each with the engine size (`base.engine_tp`, or any where that is None), the pipeline size (`pp`, or any) and, with
+    `searches_offload`, the choice of `optimizer.offload_during_rollout` that is fastest of what fits.
     """
     usable = int(gpu_bytes * USABLE_SHARE)
     sizes = [tp for tp in (1, 2, 4, 8, 16) if tp <= min(num_gpus, gpus_per_node) and num_gpus % tp == 0]
+    stages = [pp] if pp else [1, *(size for size in (2, 4, 8, 16) if size <= shape.num_layers)]
+    offloads = {base.offload_during_rollout, searches_offload and not base.cpu_offload}
     found = []
     for tp in sizes:
         for recompute in ("none", "selective", "full"):
-            trainer = replace(base, tp=tp, dp=num_gpus // tp, recompute=recompute)
-            layouts = [replace(trainer, engine_tp=size) for size in ([base.engine_tp] if base.engine_tp else sizes)]
-            options = [_consider(shape, layout, work, gpu, usable, gpus_per_node, num_questions) for layout in layouts]
-            found.append(min(options, key=_preference))
+            layouts = [
+                replace(
+                    base, tp=tp, pp=size, dp=num_gpus // (tp * size), recompute=recompute, engine_tp=engine, offload_during_rollout=offload
+                )
+                for size in stages
+                if num_gpus % (tp * size) == 0
+                for engine in ([base.engine_tp] if base.engine_tp else sizes)
+                for offload in ([True] if base.offload_during_rollout else sorted(offloads))
+            ]
+            if layouts:
+                options = [_consider(shape, layout, work, gpu, usable, gpus_per_node) for layout in layouts]
+                found.append(min(options, key=_preference))
     fits = sorted((c for c in found if not c.why_not), key=lambda c: (c.step_seconds, c.peak_bytes))
     return fits + sorted((c for c in found if c.why_not), key=lambda c: c.peak_bytes)
 
 
-def _preference(candidate: Candidate) -> tuple[bool, bool, float, bool]:
-    """What fits first, then what is fast; of equals the trainer's own size, which needs no second copy of the weights."""
-    layout = candidate.layout
-    other_size = layout.engine_ranks != layout.tp
-    return bool(candidate.why_not), bool(candidate.why_not) and other_size, candidate.step_seconds, other_size
+def _preference(candidate: Candidate) -> tuple[bool, float, float, bool]:
+    """What fits first, then what is fast; of equals the trainer's own size, which needs no second copy of the weights.
+
+    Of what does not fit the smallest first.
+    """
+    layout, fails = candidate.layout, bool(candidate.why_not)
+    return fails, candidate.peak_bytes if fails else 0, candidate.step_seconds, layout.engine_ranks != layout.tp
 
 
-def _consider(shape: Architecture, layout: Layout, work: Work, gpu: Gpu, usable: int, gpus_per_node: int, num_questions: int) -> Candidate:
+def _consider(shape: Architecture, layout: Layout, work: Work, gpu: Gpu, usable: int, gpus_per_node: int) -> Candidate:
     indivisible = [
         f"{field} {size}"
         for field, size in (("heads", shape.num_heads), ("KV heads", shape.num_kv_heads), ("MLP width", shape.ffn_hidden_size))
@@ -72,8 +94,8 @@ def _consider(shape: Architecture, layout: Layout, work: Work, gpu: Gpu, usable:
     why_not = ""
     if indivisible:
         why_not = f"tp {max(layout.tp, layout.engine_ranks)} does not divide {', '.join(indivisible)}"
-    elif num_questions < layout.dp:
-        why_not = f"{num_questions} questions per step for {layout.dp} data-parallel ranks"
+    elif work.num_rollouts < layout.dp:
+        why_not = f"{work.num_rollouts} answers per step for {layout.dp} data-parallel ranks"
     elif sum(training.values()) > usable:
         why_not = f"training needs {sum(training.values()) / 2**30:.1f} GiB of {usable / 2**30:.1f} usable"
     elif room < min(wanted, FEWEST_LONGEST * longest):

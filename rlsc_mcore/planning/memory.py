@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from rlsc_mcore.config import Config
 from rlsc_mcore.model.shape import Architecture
-from rlsc_mcore.planning.known_models import num_parameters
+from rlsc_mcore.planning.known_models import num_parameters, stage_parameters
 
 GIB = 2**30
 
@@ -41,6 +41,8 @@ class Layout:
     offload_during_rollout: bool = False  # no optimizer state is on the GPU while sampling
     grad_dtype: str = "float32"
     fused_swiglu: bool = True  # as on a GPU
+    pp: int = 1  # pipeline stages
+    stage_layers: tuple[int, ...] | None = None  # None: as many per stage as make them equally slow
 
     @property
     def engine_ranks(self) -> int:
@@ -50,12 +52,27 @@ class Layout:
     @property
     def num_engines(self) -> int:
         """Engines that sample at the same time."""
-        return self.tp * self.dp // self.engine_ranks
+        return self.num_gpus // self.engine_ranks
+
+    @property
+    def num_gpus(self) -> int:
+        """GPUs in all."""
+        return self.tp * self.dp * self.pp
+
+    def layers_of(self, shape: Architecture) -> tuple[int, ...]:
+        """Return the layers of each pipeline stage."""
+        return self.stage_layers or shape.stage_layers(self.pp)
 
 
-def static_bytes(shape: Architecture, layout: Layout) -> dict[str, int]:
-    """Return weights, gradients and optimizer states of one rank: what it holds all the time that it trains."""
-    numel = num_parameters(shape, layout.tp, padded=True)
+def rank_parameters(shape: Architecture, layout: Layout, stage: int = 0) -> int:
+    """Return the parameters of one of the trainer's ranks in pipeline stage `stage`."""
+    split, whole = stage_parameters(shape, shape.padded_vocab_size(layout.tp), layout.layers_of(shape), stage)
+    return split // layout.tp + whole
+
+
+def static_bytes(shape: Architecture, layout: Layout, stage: int = 0) -> dict[str, int]:
+    """Return weights, gradients and optimizer states of one rank of a stage: what it holds all the time that it trains."""
+    numel = rank_parameters(shape, layout, stage)
     shards = layout.dp if layout.distributed else 1
     states = PRECISION_AWARE_BYTES if layout.precision_aware else MASTER_BYTES[layout.dtype]
     return {
@@ -65,8 +82,10 @@ def static_bytes(shape: Architecture, layout: Layout) -> dict[str, int]:
     }
 
 
-def activation_bytes(shape: Architecture, layout: Layout) -> int:
-    """Return the peak of what one micro-batch's forward and backward hold, without the head's logits.
+def activation_bytes(shape: Architecture, layout: Layout, stage: int = 0) -> int:
+    """Return the peak of what the micro-batches in flight in a stage hold, without the head's logits.
+
+    In the 1F1B schedule stage s of P holds P - s micro-batches: 1 without a pipeline.
 
     Per token and layer, in elements: 7.5 hidden states (norms in and out, residuals, dropout of rate 0), queries four times and
     keys and values three times (projected, rotated, attended), and 3 MLP widths (gate and up, product), 5 where SwiGLU is not fused.
@@ -78,23 +97,25 @@ def activation_bytes(shape: Architecture, layout: Layout) -> int:
     mlp = (3 if layout.fused_swiglu else 5) * shape.ffn_hidden_size / layout.tp
     layer = (7.5 * hidden + 4 * queries + 3 * keys) / layout.tp + mlp
     ends = 5 * hidden / layout.tp + 2 * shape.head_dim
+    num_layers, in_flight = layout.layers_of(shape)[stage], layout.pp - stage
     if layout.recompute == "full":
-        kept = shape.num_layers * hidden / layout.tp + layer
+        kept = in_flight * num_layers * hidden / layout.tp + layer
     elif layout.recompute == "selective":
-        kept = shape.num_layers * (layer - mlp) + mlp
+        kept = in_flight * num_layers * (layer - mlp) + mlp
     else:
-        kept = shape.num_layers * layer
+        kept = in_flight * num_layers * layer
+    ends *= in_flight
     return int(layout.tokens_per_micro_batch * WIDTH[layout.dtype] * (kept + ends))
 
 
-def update_bytes(shape: Architecture, layout: Layout) -> int:
+def update_bytes(shape: Architecture, layout: Layout, stage: int = 0) -> int:
     """Return what an update allocates for its time, after the activations are freed: float32 copies of its bfloat16 inputs.
 
     TransformerEngine's FusedAdam (2.12 and earlier) copies both moments of the parameters that it updates at once, and frees the
     copies of one part after it made those of the next. Megatron's optimizer copies the gradients of this rank's shard, unless
     `precision_aware` or `cpu_offload` reads them as they are.
     """
-    shard = num_parameters(shape, layout.tp, padded=True) // (layout.dp if layout.distributed else 1)
+    shard = rank_parameters(shape, layout, stage) // (layout.dp if layout.distributed else 1)
     if layout.precision_aware:
         largest = max(shape.padded_vocab_size(layout.tp), 2 * shape.ffn_hidden_size) * shape.hidden_size // layout.tp
         return 8 * min(shard, max(largest, UPDATE_PART_ELEMENTS) + UPDATE_PART_ELEMENTS)
@@ -102,14 +123,19 @@ def update_bytes(shape: Architecture, layout: Layout) -> int:
 
 
 def train_bytes(shape: Architecture, layout: Layout) -> dict[str, int]:
-    """Return what one GPU holds while training, by part; the engine sleeps (level 2)."""
+    """Return what one GPU of the fullest pipeline stage holds while training, by part; the engine sleeps (level 2)."""
+    return max((_stage_train_bytes(shape, layout, stage) for stage in range(layout.pp)), key=lambda parts: sum(parts.values()))
+
+
+def _stage_train_bytes(shape: Architecture, layout: Layout, stage: int) -> dict[str, int]:
     gathered = layout.tokens_per_micro_batch * shape.hidden_size * WIDTH[layout.dtype] * 2 if layout.tp > 1 else 0
-    activations, head = activation_bytes(shape, layout), HEAD_WORKSPACE_BYTES + gathered
+    activations = activation_bytes(shape, layout, stage)
+    head = HEAD_WORKSPACE_BYTES + gathered if stage == layout.pp - 1 else 0
     return {
-        **static_bytes(shape, layout),
+        **static_bytes(shape, layout, stage),
         "activations": activations,
         "logits workspace": head,
-        "update beyond them": max(0, update_bytes(shape, layout) - activations - head),
+        "update beyond them": max(0, update_bytes(shape, layout, stage) - activations - head),
         "engine": ENGINE_RESIDENT_BYTES,
         "contexts": CONTEXT_BYTES,
     }
@@ -120,33 +146,48 @@ def kv_bytes_per_token(shape: Architecture, layout: Layout) -> int:
     return 2 * shape.num_layers * (shape.num_kv_heads // layout.engine_ranks) * shape.head_dim * WIDTH[layout.dtype]
 
 
-def engine_weight_bytes(shape: Architecture, layout: Layout) -> int:
-    """Return the bytes of the engine's own weights on one GPU.
+def engine_weight_bytes(shape: Architecture, layout: Layout, stage: int = 0) -> int:
+    """Return the bytes of the engine's own weights on one GPU, and of the two buffers that received ones pass through.
 
-    Only `linear_qkv` where trainer and engine are of one size, as its rows lie otherwise; else all of them, and the two buffers
-    that they are gathered through.
+    Where trainer and engine are of one tensor-parallel size, its own weights are the other stages' and of its own stage
+    `linear_qkv`, whose rows lie otherwise; else all of them.
     """
     width, ranks = WIDTH[layout.dtype], layout.engine_ranks
+    numel = num_parameters(shape, ranks, padded=True)
     if ranks == layout.tp:
         rows = (shape.num_heads + 2 * shape.num_kv_heads) * shape.head_dim
-        return shape.num_layers * shape.hidden_size * rows // ranks * width
-    buffers = 2 * (1 + layout.tp) * EXCHANGE_BUCKET_BYTES if layout.tp > 1 else 0
-    return num_parameters(shape, ranks, padded=True) * width + buffers
+        own = layout.layers_of(shape)[stage] * shape.hidden_size * rows // ranks
+        numel = max(0, numel - rank_parameters(shape, layout, stage)) + own if layout.pp > 1 else own
+    return numel * width + exchange_buffer_bytes(layout)
+
+
+def exchange_buffer_bytes(layout: Layout) -> int:
+    """Return the bytes of the exchange's buffers: two of a bucket for each stream that is sent and each rank that sends."""
+    if layout.tp * layout.pp == 1 or (layout.pp == 1 and layout.engine_ranks == layout.tp):
+        return 0
+    streams = max(1, layout.engine_ranks // layout.tp) + (layout.pp > 1 and layout.engine_ranks < layout.tp)
+    sources = layout.pp * max(1, layout.tp // layout.engine_ranks)
+    return 2 * (streams + sources) * EXCHANGE_BUCKET_BYTES
 
 
 def rollout_bytes(shape: Architecture, layout: Layout, kv_cache: int) -> dict[str, int]:
-    """Return what one GPU holds while sampling, by part."""
+    """Return what one GPU of the fullest pipeline stage holds while sampling, by part."""
+    parts = (_stage_rollout_bytes(shape, layout, kv_cache, stage) for stage in range(layout.pp))
+    return max(parts, key=lambda each: sum(each.values()))
+
+
+def _stage_rollout_bytes(shape: Architecture, layout: Layout, kv_cache: int, stage: int) -> dict[str, int]:
     prefill = (
         layout.max_num_batched_tokens * WIDTH[layout.dtype] * (4 * shape.hidden_size + 3 * shape.ffn_hidden_size // layout.engine_ranks)
     )
-    resident = static_bytes(shape, layout)
+    resident = static_bytes(shape, layout, stage)
     resident["gradients"] = 0  # `Trainer.release_memory` frees the buffers before the engine wakes
     if layout.offload_during_rollout:
         resident["optimizer"] = 0
     return {
         **resident,
         "KV cache": kv_cache,
-        "engine": engine_weight_bytes(shape, layout) + prefill + ENGINE_RESIDENT_BYTES,
+        "engine": engine_weight_bytes(shape, layout, stage) + prefill + ENGINE_RESIDENT_BYTES,
         "contexts": CONTEXT_BYTES,
     }
 
@@ -157,7 +198,7 @@ def host_bytes(shape: Architecture, layout: Layout) -> dict[str, int]:
     A save copies this rank's part of weights and optimizer state, equal parts of both where the optimizer is distributed
     (`training/optimizer_state.py`), else all of them on one data-parallel rank; a load copies nothing.
     """
-    numel = num_parameters(shape, layout.tp, padded=True)
+    numel = max(rank_parameters(shape, layout, stage) for stage in range(layout.pp))
     shard = numel // (layout.dp if layout.distributed else 1)
     states = PRECISION_AWARE_BYTES if layout.precision_aware else MASTER_BYTES[layout.dtype]
     offloaded = states * shard if layout.offload_during_rollout else 0
@@ -167,7 +208,7 @@ def host_bytes(shape: Architecture, layout: Layout) -> dict[str, int]:
 
 
 def config_layout(config: Config, tp: int, dp: int) -> Layout:
-    """Return what a configuration's memory follows from, spread over tp x dp GPUs."""
+    """Return what a configuration's memory follows from, spread over tp x dp x `parallel.pp` GPUs."""
     return Layout(
         tp,
         dp,
@@ -181,6 +222,8 @@ def config_layout(config: Config, tp: int, dp: int) -> Layout:
         engine_tp=config.rollout.tp or tp,
         offload_during_rollout=config.optimizer.offload_during_rollout,
         grad_dtype=config.optimizer.grad_dtype,
+        pp=config.parallel.pp,
+        stage_layers=config.parallel.stage_layers,
     )
 
 

@@ -3,8 +3,15 @@
 from dataclasses import dataclass
 
 from rlsc_mcore.model.shape import Architecture
-from rlsc_mcore.planning.known_models import num_parameters
-from rlsc_mcore.planning.memory import WIDTH, Layout, kv_bytes_per_token
+from rlsc_mcore.planning.known_models import num_parameters, stage_parameters
+from rlsc_mcore.planning.memory import (
+    MASTER_BYTES,
+    PRECISION_AWARE_BYTES,
+    WIDTH,
+    Layout,
+    kv_bytes_per_token,
+    rank_parameters,
+)
 
 
 @dataclass(frozen=True)
@@ -16,6 +23,8 @@ class Gpu:
     memory_tb_per_s: float
     link_gb_per_s: float  # to the GPUs of its node, one direction
     network_gb_per_s: float = 50.0  # to other nodes, per GPU
+    host_gb_per_s: float = 25.0  # to page-locked host memory, one direction
+    host_memory_gb_per_s: float = 37.0  # of the host's own memory, per GPU of a node of eight
 
 
 GPUS = {
@@ -41,15 +50,16 @@ class Work:
 
 
 def seconds(shape: Architecture, layout: Layout, work: Work, gpu: Gpu, gpus_per_node: int) -> dict[str, float]:
-    """Estimate the seconds of rollout, training, data-parallel communication and hot swap of one step."""
+    """Estimate the seconds of rollout, training, data-parallel communication, hot swap and offloading of one step."""
     cost = shape.cost_model()
     length = work.prompt_tokens + work.response_tokens
     passes = 4 / 3 if layout.recompute == "full" else 1.0
     flops = work.num_rollouts * cost.flops(length, work.response_tokens) * passes
     if layout.recompute == "selective":  # the MLP's forward once more: three products of 2 operations per weight and token
         flops += work.num_rollouts * length * shape.num_layers * 6 * shape.hidden_size * shape.ffn_hidden_size
-    train = flops / (layout.tp * layout.dp * gpu.bf16_tflops * 1e12 * TRAIN_EFFICIENCY)
-    numel, width = num_parameters(shape, layout.tp, padded=True), WIDTH[layout.dtype]
+    train = flops / (layout.num_gpus * gpu.bf16_tflops * 1e12 * TRAIN_EFFICIENCY)
+    waits = pipeline_waits(shape, layout, work)
+    numel, width = max(rank_parameters(shape, layout, stage) for stage in range(layout.pp)), WIDTH[layout.dtype]
     per_engine = work.num_rollouts / layout.num_engines
     decoding = min(per_engine, work.max_num_seqs)
     engine_bytes = num_parameters(shape, layout.engine_ranks, padded=True) * width
@@ -59,35 +69,81 @@ def seconds(shape: Architecture, layout: Layout, work: Work, gpu: Gpu, gpus_per_
         token_s += 2 * shape.num_layers * ALL_REDUCE_S
     # As many decoding steps as full batches take, but never fewer than the longest answer has tokens.
     rollout = token_s * max(per_engine * work.response_tokens / decoding, work.longest_response)
-    reduce_link = gpu.link_gb_per_s if layout.tp * layout.dp <= gpus_per_node else gpu.network_gb_per_s
+    reduce_link = gpu.link_gb_per_s if layout.num_gpus <= gpus_per_node else gpu.network_gb_per_s
     share = (layout.dp - 1) / layout.dp
     reduce = numel * (4 + width) * share / (reduce_link * 1e9)
     tensor_parallel = 0.0
     if layout.tp > 1:
         # Forward and backward: a gather and a scatter of the hidden states around attention and MLP of every layer.
-        moved = 8 * shape.num_layers * shape.hidden_size * width * (layout.tp - 1) / layout.tp
+        moved = 8 * max(layout.layers_of(shape)) * shape.hidden_size * width * (layout.tp - 1) / layout.tp
         tensor_parallel = moved * work.num_rollouts / layout.dp * length / (gpu.link_gb_per_s * 1e9) * passes
+    # Stages lie far apart in the order of ranks: on other nodes where there are several.
+    swap_link = gpu.network_gb_per_s if layout.pp > 1 and layout.num_gpus > gpus_per_node else gpu.link_gb_per_s
     return {
         "rollout": rollout,
-        "training": train + tensor_parallel,
+        "training": (train + tensor_parallel) * waits,
         "of it tensor-parallel": tensor_parallel,
+        "of it pipeline waits": (train + tensor_parallel) * (waits - 1),
         "reduce and gather": reduce,
-        "swap": swapped_bytes(shape, layout) / (gpu.link_gb_per_s * 1e9),
+        "swap": swapped_bytes(shape, layout) / (swap_link * 1e9),
+        "offload": offload_seconds(shape, layout, gpu),
     }
 
 
+def pipeline_waits(shape: Architecture, layout: Layout, work: Work) -> float:
+    """Return by what factor a pipeline lengthens training: its filling and emptying, and a stage slower than the mean; 1 without."""
+    if layout.pp == 1:
+        return 1.0
+    tokens = work.num_rollouts / layout.dp * (work.prompt_tokens + work.response_tokens)
+    micro_batches = max(1.0, tokens / layout.tokens_per_micro_batch)
+    cost = shape.cost_model()
+    stages = [layers * cost.per_token / shape.num_layers for layers in layout.layers_of(shape)]
+    stages[-1] += cost.per_trained_token * work.response_tokens / (work.prompt_tokens + work.response_tokens)
+    return (micro_batches + layout.pp - 1) / micro_batches * max(stages) * layout.pp / sum(stages)
+
+
+def offload_seconds(shape: Architecture, layout: Layout, gpu: Gpu) -> float:
+    """Estimate what optimizer state in host memory costs per step: two copies of it, or its update there.
+
+    An update there moves gradients down and weights up, and reads and writes masters, moments and gradients in host memory.
+    """
+    shard = max(rank_parameters(shape, layout, stage) for stage in range(layout.pp)) / (layout.dp if layout.distributed else 1)
+    states = PRECISION_AWARE_BYTES if layout.precision_aware else MASTER_BYTES[layout.dtype]
+    if layout.offload_during_rollout:
+        return 2 * states * shard / (gpu.host_gb_per_s * 1e9)
+    moved, touched = 4 + WIDTH[layout.dtype], 2 * states + 4
+    return layout.cpu_offload * shard * (moved / gpu.host_gb_per_s + touched / gpu.host_memory_gb_per_s) / 1e9
+
+
 def swapped_bytes(shape: Architecture, layout: Layout) -> int:
-    """Return what one GPU receives in a hot swap: what its engine's share has beyond its trainer's."""
-    if layout.engine_ranks >= layout.tp:
-        return 0
-    engine = num_parameters(shape, layout.engine_ranks, padded=True) * WIDTH[layout.dtype]
-    return engine * (layout.tp - layout.engine_ranks) // layout.tp
+    """Return the most that one GPU receives in a hot swap.
+
+    Rank r of E engine ranks needs the r-th E-th of every split weight (`weight_sync/plan.py`). Of its own stage it holds its
+    trainer's T-th; it receives what of its part lies elsewhere, and its part of all other stages with their norms.
+    """
+    engine, per_stage = layout.engine_ranks, layout.tp * layout.dp
+    stages = [stage_parameters(shape, shape.padded_vocab_size(layout.tp), layout.layers_of(shape), s) for s in range(layout.pp)]
+    tied_copy = shape.padded_vocab_size(layout.tp) * shape.hidden_size if shape.tied_embeddings and layout.pp > 1 else 0
+    most = 0.0
+    for stage, (split, _) in enumerate(stages):
+        others_split = sum(other for number, (other, _) in enumerate(stages) if number != stage)
+        others_whole = sum(whole for number, (_, whole) in enumerate(stages) if number != stage)
+        # Tied embeddings lie on the first and the last stage, and are one weight of an engine.
+        others_split -= tied_copy
+        for rank in range(stage * per_stage, stage * per_stage + min(per_stage, max(layout.tp, engine))):
+            part, held = rank % engine / engine, rank % layout.tp / layout.tp
+            overlap = max(0.0, min(part + 1 / engine, held + 1 / layout.tp) - max(part, held))
+            most = max(most, split * (1 / engine - overlap) + others_split / engine + others_whole)
+    return round(most * WIDTH[layout.dtype])
 
 
 def communication_bytes(shape: Architecture, layout: Layout, work: Work) -> dict[str, int]:
-    """Return the bytes that one GPU sends in a step: over its tensor-parallel and its data-parallel group, and receives in a swap."""
-    numel, width = num_parameters(shape, layout.tp, padded=True), WIDTH[layout.dtype]
+    """Return the bytes that one GPU sends in a step over its tensor-, data- and pipeline-parallel group, and receives in a swap."""
+    numel, width = max(rank_parameters(shape, layout, stage) for stage in range(layout.pp)), WIDTH[layout.dtype]
     tokens = work.num_rollouts / layout.dp * (work.prompt_tokens + work.response_tokens)
-    tensor = 8 * shape.num_layers * shape.hidden_size * width * tokens * (layout.tp - 1) / layout.tp
+    tensor = 8 * max(layout.layers_of(shape)) * shape.hidden_size * width * tokens * (layout.tp - 1) / layout.tp
     data = numel * (4 + width) * (layout.dp - 1) / layout.dp
-    return {"tensor parallel": int(tensor), "data parallel": int(data), "hot swap": swapped_bytes(shape, layout)}
+    sent = {"tensor parallel": int(tensor), "data parallel": int(data)}
+    if layout.pp > 1:  # hidden states forward, their gradients back
+        sent["pipeline"] = int(2 * tokens * shape.hidden_size * width / layout.tp)
+    return {**sent, "hot swap": swapped_bytes(shape, layout)}

@@ -69,11 +69,14 @@ class WeightExchange:
         parts: dict[Any, int] = {}
         for rank in self._others:
             content = tuple((piece.weight.engine_name, piece.block) for bucket in outgoing[rank] for piece in bucket)
-            self._part_of[rank] = parts.setdefault(content, len(parts))
+            self._part_of[rank] = parts.setdefault(content, len(parts)) if content else 0
         num_parts = max(1, len(parts))
+        # An all-gather fills a part for every rank; else only those that send to this one have a part.
+        sources = ranks if self._all_gather else [rank for rank in self._others if incoming[rank]]
+        self._slot_of = {rank: slot for slot, rank in enumerate(sources)}
         device = next(iter(parameters.values())).device
         self._send = [torch.empty(num_parts * max(sizes), dtype=plan.dtype, device=device) for _ in range(2)]
-        self._receive = [torch.empty(place.num_members * max(sizes), dtype=plan.dtype, device=device) for _ in range(2)]
+        self._receive = [torch.empty(max(1, len(sources)) * max(sizes), dtype=plan.dtype, device=device) for _ in range(2)]
         self._buckets = [
             self._make(
                 number % 2, size, {d: _at(outgoing[d], number) for d in self._others}, {s: _at(incoming[s], number) for s in self._others}
@@ -93,12 +96,14 @@ class WeightExchange:
             for piece in pieces:
                 tensor = self._tensors[piece.weight.engine_name]
                 unpacked.append(tensor.narrow(piece.weight.axis, piece.block.target_start, piece.block.length))
-                received.append(_view(self._receive[slot][rank * size :], piece))
+                received.append(_view(self._receive[slot][self._slot_of[rank] * size :], piece))
         world = dist.get_process_group_ranks(self._group)
         sends = [
             (world[rank], self._send[slot][self._part_of[rank] * size :][: _size(pieces)]) for rank, pieces in outgoing.items() if pieces
         ]
-        receives = [(world[rank], self._receive[slot][rank * size :][: _size(pieces)]) for rank, pieces in incoming.items() if pieces]
+        receives = [
+            (world[rank], self._receive[slot][self._slot_of[rank] * size :][: _size(pieces)]) for rank, pieces in incoming.items() if pieces
+        ]
         return _Bucket(BlockCopy(packed, shards), BlockCopy(unpacked, received), size, tuple(sends), tuple(receives))
 
     @property

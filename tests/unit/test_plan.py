@@ -1,14 +1,19 @@
 """`rlsc plan`: what is counted from shapes, what fits where, and that no torch is needed."""
 
+import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from rlsc_mcore.commands.plan import dry_run_config, run_plan
+from rlsc_mcore.commands.train import run_train
 from rlsc_mcore.config import ConfigError
-from rlsc_mcore.planning.known_models import MODELS
+from rlsc_mcore.model.shape import Architecture
+from rlsc_mcore.model.weight_map import BoundWeight, describe_weights, join_stages
+from rlsc_mcore.planning.known_models import MODELS, num_parameters
 from rlsc_mcore.planning.layouts import Candidate, candidates
 from rlsc_mcore.planning.memory import (
     Layout,
@@ -16,13 +21,17 @@ from rlsc_mcore.planning.memory import (
     engine_weight_bytes,
     host_bytes,
     kv_bytes_per_token,
+    rank_parameters,
     rollout_bytes,
     static_bytes,
     train_bytes,
     update_bytes,
 )
-from rlsc_mcore.planning.timing import GPUS, Work, seconds, swapped_bytes
+from rlsc_mcore.planning.timing import GPUS, Work, pipeline_waits, seconds, swapped_bytes
+from rlsc_mcore.weight_sync.plan import Place, build_plan
 from tests.helpers.tiny import tiny_config
+from tests.unit.test_swap_plan import engine_tensors, shapes_of
+from tests.unit.test_weight_map import TORCH_NORMS, Shape, bound_ranks
 
 WORK = Work(1024, 256, 1024, 3072)
 
@@ -87,21 +96,162 @@ def test_an_engine_of_another_size() -> None:
     assert engine_weight_bytes(shape, single) == 2 * numel + 2 * 5 * (32 << 20)  # a copy, and the exchange's buffers
     assert engine_weight_bytes(shape, wide) < 2 * numel / 3.9  # a slice, without any exchange
     assert [layout.num_engines for layout in (equal, single, wide)] == [2, 8, 2]
-    assert swapped_bytes(shape, single) == 2 * numel * 3 // 4 and swapped_bytes(shape, equal) == swapped_bytes(shape, wide) == 0
+    split = numel - (2 * 28 + 1) * 3584  # every rank has the norms
+    assert swapped_bytes(shape, single) == 2 * split * 3 // 4 and swapped_bytes(shape, equal) == swapped_bytes(shape, wide) == 0
+    # Of a trainer of 4 and engines of 8, rank 3 samples with the fourth eighth, which rank 1 trains; rank 0 with its own.
+    assert swapped_bytes(MODELS["qwen2.5-32b"], Layout(4, 8, engine_tp=8)) == pytest.approx(7.63 * 2**30, rel=1e-3)
     assert kv_bytes_per_token(shape, single) == 4 * kv_bytes_per_token(shape, equal)
     gpu = GPUS["h200"]
-    assert seconds(shape, single, WORK, gpu, 8)["swap"] == pytest.approx(2 * numel * 0.75 / 450e9)
+    assert seconds(shape, single, WORK, gpu, 8)["swap"] == pytest.approx(2 * split * 0.75 / 450e9)
     many = Work(65536, 256, 1024, 3072)  # so many answers that weights are read for full batches only
     assert seconds(shape, single, many, gpu, 8)["rollout"] < seconds(shape, equal, many, gpu, 8)["rollout"]
     few = Work(64, 256, 1024, 3072)  # the longest answer decides: more GPUs read the weights of each token faster
     assert seconds(shape, single, few, gpu, 8)["rollout"] > seconds(shape, equal, few, gpu, 8)["rollout"]
 
 
+def held_stages(a: Architecture, stage_layers: tuple[int, ...], tp: int, stage: int, tp_rank: int) -> list[BoundWeight]:
+    """All weights as a rank of a trainer in stages has them."""
+    layer_of = {weight.engine: re.search(r"layers\.(\d+)\.", weight.engine) for weight in bound_ranks(a, tp, TORCH_NORMS)[tp_rank]}
+    ends = [sum(stage_layers[: number + 1]) for number in range(len(stage_layers))]
+    held: list[list[BoundWeight]] = [[] for _ in stage_layers]
+    for weight in bound_ranks(a, tp, TORCH_NORMS)[tp_rank]:
+        match = layer_of[weight.engine]
+        if match is not None:
+            held[next(number for number, end in enumerate(ends) if int(match[1]) < end)].append(weight)
+        elif "embed" not in weight.engine:
+            held[-1].append(weight)
+        else:
+            held[0].append(weight)
+            if a.tied_embeddings and len(stage_layers) > 1:
+                held[-1].append(replace(weight, name="output_layer.weight"))
+    return join_stages(held[stage], stage, [describe_weights(weights) for weights in held])
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize(
+    ("tp", "dp", "pp", "engine"),
+    [(1, 1, 1, 1), (2, 1, 1, 2), (4, 1, 1, 1), (4, 1, 1, 2), (4, 2, 1, 8), (2, 2, 1, 4), (2, 4, 1, 8), (1, 2, 1, 2), (1, 1, 2, 1),
+     (1, 2, 2, 1), (2, 1, 2, 2), (2, 2, 2, 4), (4, 1, 2, 1), (1, 1, 3, 1), (2, 2, 2, 1), (1, 4, 2, 2)],
+)  # fmt: skip
+def test_what_a_swap_receives_is_what_its_plan_says(tp: int, dp: int, pp: int, engine: int, tied: bool) -> None:
+    a = Shape(8, 2, 1, 4, 16, 3, 256, 6, tied, "Qwen2ForCausalLM").architecture()
+    stage_layers = {1: (6,), 2: (4, 2), 3: (3, 2, 1)}[pp]
+    received = []
+    for rank in range(tp * dp * pp):
+        stage, within = divmod(rank, tp * dp)
+        members = [s * tp * dp + within // tp * tp + t for s in range(pp) for t in range(tp)]
+        place = Place(rank % tp, tp, engine, tuple(member % engine for member in members), stage, pp)
+        weights = held_stages(a, stage_layers, tp, stage, rank % tp)
+        shapes = shapes_of(engine_tensors(a, place.engine_rank, engine))
+        elements = 0
+        for item in build_plan(weights, a, shapes, place).copies:
+            per_index = shapes[item.engine_name][0].numel() // shapes[item.engine_name][0][item.axis]
+            elements += sum(block.length * per_index for block in item.blocks if block.source_rank != place.member)
+        received.append(elements)
+    layout = Layout(tp, dp, pp=pp, engine_tp=engine, stage_layers=stage_layers)
+    assert swapped_bytes(a, layout) == 2 * max(received)
+
+
+@pytest.mark.parametrize("name", ["qwen2.5-1.5b", "qwen2.5-72b", "qwen3-8b"])
+def test_stages_share_the_model_and_hold_micro_batches_in_flight(name: str) -> None:
+    shape = MODELS[name]
+    layout = Layout(1, 1, pp=4)
+    stages = [rank_parameters(shape, layout, stage) for stage in range(4)]
+    copy = shape.padded_vocab_size(1) * shape.hidden_size if shape.tied_embeddings else 0
+    assert sum(stages) == num_parameters(shape, padded=True) + copy
+    assert sum(layout.layers_of(shape)) == shape.num_layers
+    assert layout.layers_of(shape)[-1] < layout.layers_of(shape)[0]  # the head takes the place of layers
+    even = replace(layout, stage_layers=(shape.num_layers // 4,) * 4)
+    first, last = activation_bytes(shape, even, 0), activation_bytes(shape, even, 3)
+    assert first == pytest.approx(4 * last, rel=1e-6)
+    assert engine_weight_bytes(shape, Layout(2, 1, pp=2), 1) > engine_weight_bytes(shape, Layout(2, 1))
+    # Every stage works as long as the slowest; with few micro-batches a pipeline mostly fills and empties.
+    long, short = (pipeline_waits(shape, replace(layout, tokens_per_micro_batch=tokens), WORK) for tokens in (2048, 131072))
+    assert 1 < long < short and pipeline_waits(shape, Layout(1, 4), WORK) == 1
+
+
+def test_layers_of_stages_are_balanced() -> None:
+    for name, shape in MODELS.items():
+        cost = shape.cost_model()
+        head = cost.per_trained_token / (cost.per_token / shape.num_layers)
+        for pp in (1, 2, 4, 8):
+            layers = shape.stage_layers(pp)
+            assert len(layers) == pp and sum(layers) == shape.num_layers and min(layers) >= 1, name
+            assert max(layers[:-1], default=0) - min(layers[:-1], default=0) <= 1
+            if layers[-1] > 1:
+                assert layers[-1] + head <= max((*layers[:-1], layers[-1] + head))
+
+
+# What other engines train with, as published: model, GPUs of 80 GB, their tensor- and pipeline-parallel size.
+PEERS = [
+    ("qwen2.5-7b", 8, 2, 2),
+    ("qwen2.5-32b", 8, 8, 1),
+    ("qwen2.5-32b", 32, 4, 4),
+    ("llama-3.1-70b", 32, 4, 8),
+    ("qwen2.5-72b", 32, 8, 2),
+]
+
+
+@pytest.mark.parametrize(("name", "gpus", "tp", "pp"), PEERS)
+def test_every_dense_recipe_of_other_engines_is_planned(name: str, gpus: int, tp: int, pp: int, capsys: pytest.CaptureFixture[str]) -> None:
+    """A layout that fits is found and named; theirs is one that fits."""
+    command = ["--model", name, "--gpus", str(gpus), "--gpu-memory-gib", "80", "--max-num-seqs", "64"]
+    assert run_plan(command) == 0
+    assert "best: parallel.tp" in capsys.readouterr().out
+    fits = [c for c in theirs(name, gpus, pp) if not c.why_not and c.layout.tp == tp]
+    assert fits and all(c.layout.pp == pp and c.layout.num_gpus == gpus for c in fits)
+
+
+def theirs(name: str, gpus: int, pp: int) -> list[Candidate]:
+    return candidates(
+        MODELS[name], Layout(1, 1), Work(1024, 256, 1024, 3072, 64), GPUS["h100"],
+        num_gpus=gpus, gpu_bytes=80 << 30, gpus_per_node=8, pp=pp,
+    )  # fmt: skip
+
+
+def test_offloading_is_searched_and_its_seconds_count(capsys: pytest.CaptureFixture[str]) -> None:
+    """32B on 8 x 80 GB: moving the optimizer's state out while sampling makes room for the cache, and costs two copies."""
+    assert run_plan(["--model", "qwen2.5-32b", "--gpus", "8", "--gpu-memory-gib", "80"]) == 0
+    out = capsys.readouterr().out
+    assert "best: parallel.tp 8, optimizer.offload_during_rollout True, training.recompute full" in out
+    assert "offload 3.9" in out  # twice 45.8 GiB at 25 GB/s
+    rows = [line for line in out.splitlines() if "does not fit" in line]
+    assert rows and all(line.split("  does not fit")[0].split()[-1] == "-" for line in rows)
+
+
+def test_more_ranks_than_questions_are_planned() -> None:
+    """1.5B on 512 GPUs with 64 questions of 16 answers: a rank needs an answer, not a question."""
+    command = ["--model", "qwen2.5-1.5b", "--gpus", "512", "--gpu-memory-gib", "80"]
+    assert run_plan([*command, "--questions-per-step", "64"]) == 0
+    assert run_plan([*command, "--questions-per-step", "1", "--num-samples", "2"]) == 1
+
+
+RECIPES = Path(__file__).parents[2] / "configs"
+
+
+@pytest.mark.parametrize(
+    ("recipe", "gpus", "gib", "flags"),
+    [
+        ("qwen2.5_math_1.5b_1gpu.yaml", 1, 80, ()),
+        ("qwen2.5_math_7b_1x8.yaml", 8, 80, ()),
+        ("qwen3_8b_1x8.yaml", 8, 80, ()),
+        ("qwen2.5_math_72b_4x8.yaml", 32, 80, ()),
+        ("qwen2.5_math_72b_4x8.yaml", 32, 141, ("--training.recompute", "none")),
+    ],
+)
+def test_recipes_fit_the_gpus_that_they_name(
+    recipe: str, gpus: int, gib: int, flags: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["--config", str(RECIPES / recipe), "--dry-run", "--gpus", str(gpus), "--gpu-memory-gib", str(gib), *flags]
+    assert run_train(command) == 0
+    assert "this configuration: parallel.tp" in capsys.readouterr().out
+
+
 def test_the_engines_size_is_chosen_or_given() -> None:
     def best(**options: object) -> list[Candidate]:
         return candidates(
             MODELS["qwen2.5-7b"], Layout(1, 1, **options), Work(65536, 256, 1024, 3072), GPUS["h200"],  # type: ignore[arg-type]
-            num_gpus=8, gpu_bytes=141 << 30, gpus_per_node=8, num_questions=4096,
+            num_gpus=8, gpu_bytes=141 << 30, gpus_per_node=8,
         )  # fmt: skip
 
     fits = [c for c in best() if not c.why_not]
@@ -112,7 +262,7 @@ def test_the_engines_size_is_chosen_or_given() -> None:
 def test_candidates_are_sound() -> None:
     for name in ("qwen2.5-0.5b", "qwen2.5-7b", "qwen2.5-72b", "smollm2-135m"):
         shape = MODELS[name]
-        found = candidates(shape, Layout(1, 1), WORK, GPUS["h200"], num_gpus=32, gpu_bytes=141 << 30, gpus_per_node=8, num_questions=64)
+        found = candidates(shape, Layout(1, 1), WORK, GPUS["h200"], num_gpus=32, gpu_bytes=141 << 30, gpus_per_node=8)
         fits = [c for c in found if not c.why_not]
         assert found[: len(fits)] == fits and len(found) == 12
         assert [c.step_seconds for c in fits] == sorted(c.step_seconds for c in fits)
@@ -120,9 +270,7 @@ def test_candidates_are_sound() -> None:
             assert candidate.peak_bytes <= 141 << 30 and shape.num_kv_heads % candidate.layout.tp == 0
             assert candidate.training == train_bytes(shape, candidate.layout)
         assert any("does not divide" in c.why_not for c in found) == bool(shape.num_heads % 8 or shape.num_kv_heads % 8)
-    big = candidates(
-        MODELS["qwen2.5-72b"], Layout(1, 1), WORK, GPUS["h200"], num_gpus=1, gpu_bytes=141 << 30, gpus_per_node=8, num_questions=64
-    )
+    big = candidates(MODELS["qwen2.5-72b"], Layout(1, 1), WORK, GPUS["h200"], num_gpus=1, gpu_bytes=141 << 30, gpus_per_node=8)
     assert all("training needs" in c.why_not for c in big)
 
 
@@ -151,7 +299,8 @@ def test_where_nothing_fits_the_least_costly_remedy_is_told(capsys: pytest.Captu
     one = ["--model", "qwen2.5-7b", "--gpus", "1", "--gpu-memory-gib", "141"]
     assert run_plan(one) == 1
     out = capsys.readouterr().out
-    assert "nothing fits" in out and "with --tokens-per-micro-batch 3328 parallel.tp 1, training.recompute full fits:" in out
+    layout = "parallel.tp 1, optimizer.offload_during_rollout True, training.recompute full"
+    assert "nothing fits" in out and f"with --tokens-per-micro-batch 3328 {layout} fits:" in out
     one[-1] = "125"
     assert run_plan(one) == 1
     out = capsys.readouterr().out
