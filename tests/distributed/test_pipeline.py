@@ -95,3 +95,50 @@ def test_any_number_of_micro_batches(tmp_path: Path, budget: int, questions: int
     folder = str(make_model_folder(tmp_path / "model"))
     ranks = assert_equal_to_one_rank(folder, 2, 1, 2, budget=budget, questions=questions)
     assert ranks[0]["num_batches"] == (1 if budget > 100 else 5)
+
+
+def test_stages_of_unequal_size(tmp_path: Path) -> None:
+    """Four layers as three and one, and as the default splits them, whose last stage has the head as well."""
+    folder = str(make_model_folder(tmp_path / "model", num_layers=4))
+    (alone,) = run_ranks(1, train_stages, folder, 1, 1, 64, 2)
+    for flags, layers in ((("--parallel.stage-layers", "3", "1"), [[0, 1, 2], [3]]), ((), [[0, 1, 2], [3]])):
+        ranks = run_ranks(2, train_stages, folder, 1, 2, 64, 2, *flags)
+        assert [rank["layers"] for rank in ranks] == layers
+        assert ranks[0]["losses"] == ranks[1]["losses"] == pytest.approx(alone["losses"], rel=2e-6)
+        for name, tensor in alone["exported"].items():
+            torch.testing.assert_close(ranks[1]["exported"][name], tensor, rtol=0, atol=1e-6, msg=lambda text, n=name: f"{n}: {text}")
+
+
+def train_poisoned(folder: str, stage: int) -> dict[str, Any]:
+    """Take a step on weights of which one stage has a NaN, and one without micro-batches; returns what became of them."""
+    from rlsc_mcore.data.packing import merge_identical, pack
+    from rlsc_mcore.parallel.backend import get_backend
+    from rlsc_mcore.parallel.groups import initialize_groups
+    from rlsc_mcore.training.step import Trainer
+
+    backend = get_backend()
+    groups = initialize_groups(backend, 1, pp=2)
+    trainer = Trainer(tiny_config(folder, ["--parallel.pp", "2", "--training.updates-per-rollout", "2"]), Path(folder), backend, groups)
+    rollouts = make_rollouts(num_questions=2, num_samples=3)
+    sequences = merge_identical(rollouts, train_end_token=True, train_truncated=True, stop_token_ids=frozenset({0}))
+    empty = trainer.step([], 0, len(rollouts))
+    if groups.pp_rank == stage:
+        norm = next(weight.parameter for weight in trainer.policy.weights if "input_layernorm" in weight.engine)
+        norm.data[3] = float("nan")
+    before = [weight.parameter.detach().clone() for weight in trainer.policy.weights]
+    outcome = trainer.step(pack(sequences, 64), 1, len(rollouts))
+    after = [weight.parameter for weight in trainer.policy.weights]
+    kept = all(torch.equal(a.nan_to_num(7.0), b.nan_to_num(7.0)) for a, b in zip(before, after, strict=True))
+    return {
+        "empty": (empty.loss, empty.grad_norm, empty.updated, empty.num_tokens, len(empty.scores.log_probs)),
+        "updates": [(update.updated, update.loss != update.loss) for update in outcome.updates],
+        "kept": kept,
+    }
+
+
+@pytest.mark.parametrize("stage", [0, 1])
+def test_all_stages_skip_what_is_not_finite_on_one(tmp_path: Path, stage: int) -> None:
+    folder = str(make_model_folder(tmp_path / "model"))
+    for rank in run_ranks(2, train_poisoned, folder, stage):
+        assert rank["empty"] == (0.0, 0.0, True, 0, 0)  # no micro-batches: no gradient, no schedule to wait in
+        assert rank["updates"] == [(False, True)] and rank["kept"]

@@ -22,6 +22,7 @@ def make_model_folder(
     head_dim: int = 32,
     max_position_embeddings: int = 128,
     num_kv_heads: int = 2,
+    num_layers: int = 2,
 ) -> Path:
     """Write a random Hugging Face model (2 layers, 4 heads, 2 KV heads unless told otherwise, biases not zero) to `folder`."""
     from rlsc_mcore.parallel.packages import hide_broken_torchvision
@@ -38,7 +39,7 @@ def make_model_folder(
         vocab_size=vocab_size,
         hidden_size=4 * head_dim,
         intermediate_size=96,
-        num_hidden_layers=2,
+        num_hidden_layers=num_layers,
         num_attention_heads=4,
         num_key_value_heads=num_kv_heads,
         head_dim=head_dim,
