@@ -10,7 +10,7 @@ Layouts of a parameter on one tensor-parallel rank, as Megatron holds it:
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 import torch.distributed as dist
@@ -112,12 +112,39 @@ def bind_weights(model: nn.Module, architecture: Architecture, stage_layers: Seq
     return bound
 
 
-def describe_weights(weights: Sequence[BoundWeight]) -> list[BoundWeight]:
-    """Return the same weights with parameters on the meta device: names, rules, shapes and types, no values."""
-    return [replace(weight, parameter=_on_meta(weight.parameter)) for weight in weights]
+@dataclass(frozen=True)
+class DescribedWeight:
+    """What other ranks need to know of a weight: names, rule, shape and type; no values."""
+
+    name: str
+    hf: tuple[str, ...]
+    engine: str
+    layout: str
+    tp_dim: int | None
+    is_vocabulary: bool
+    shape: tuple[int, ...]
+    dtype: str
+
+    def on_meta(self) -> BoundWeight:
+        """Return the weight with a parameter on the meta device."""
+        values = torch.empty(self.shape, dtype=getattr(torch, self.dtype), device="meta")
+        parameter = nn.Parameter(values, requires_grad=False)
+        layout = cast(Layout, self.layout)
+        return BoundWeight(self.name, parameter, self.hf, self.engine, layout, self.tp_dim, self.is_vocabulary)
 
 
-def join_stages(local: Sequence[BoundWeight], stage: int, described: Sequence[Sequence[BoundWeight]]) -> list[BoundWeight]:
+def describe_weights(weights: Sequence[BoundWeight]) -> list[DescribedWeight]:
+    """Describe the weights for other ranks."""
+    return [
+        DescribedWeight(
+            weight.name, weight.hf, weight.engine, weight.layout, weight.tp_dim, weight.is_vocabulary,
+            tuple(weight.parameter.shape), str(weight.parameter.dtype).removeprefix("torch."),
+        )
+        for weight in weights
+    ]  # fmt: skip
+
+
+def join_stages(local: Sequence[BoundWeight], stage: int, described: Sequence[Sequence[DescribedWeight]]) -> list[BoundWeight]:
     """Join the weights of all pipeline stages: the same list, in the same order, on every rank of a model group.
 
     `local` are those of this rank's `stage`, with their parameters; `described` the descriptions of every stage's. The weights
@@ -126,7 +153,7 @@ def join_stages(local: Sequence[BoundWeight], stage: int, described: Sequence[Se
     stages: dict[str, list[int]] = {}
     joined: dict[str, BoundWeight] = {}
     for number, weights in enumerate(described):
-        for weight in local if number == stage else weights:
+        for weight in local if number == stage else [each.on_meta() for each in weights]:
             stages.setdefault(weight.engine, []).append(number)
             if weight.engine not in joined or weight.is_local:
                 joined[weight.engine] = weight
@@ -138,10 +165,6 @@ def _layer_of(engine_name: str) -> int:
     """Return the layer's number; -1 for a weight outside of the layers."""
     match = re.match(r"model\.layers\.(\d+)\.", engine_name)
     return int(match[1]) if match else -1
-
-
-def _on_meta(parameter: nn.Parameter) -> nn.Parameter:
-    return nn.Parameter(torch.empty(parameter.shape, dtype=parameter.dtype, device="meta"), requires_grad=False)
 
 
 def hf_shapes(architecture: Architecture) -> dict[str, tuple[int, ...]]:

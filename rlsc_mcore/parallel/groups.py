@@ -1,7 +1,6 @@
 """Process groups: the only reader of Megatron's parallel state."""
 
 import os
-import pickle
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -139,7 +138,7 @@ class Groups:
         """Return the last pipeline stage's `value` on every stage; collective over the pipeline group.
 
         `value` of the other stages is not looked at. A tensor must have the same shape and type on every stage and is written in
-        place; any other value is pickled.
+        place; any other value is sent as `parallel.messages` has it.
         """
         if self.pp_size == 1:
             return value
@@ -147,9 +146,13 @@ class Groups:
         if isinstance(value, torch.Tensor):
             dist.broadcast(value, src=source, group=self.pp_group)
             return value
-        values = [value]
-        dist.broadcast_object_list(values, src=source, group=self.pp_group)
-        return values[0]
+        content = torch.frombuffer(bytearray(encode(value)), dtype=torch.uint8).to(self._device())
+        length = torch.tensor([content.numel()], dtype=torch.int64, device=self._device())
+        dist.broadcast(length, src=source, group=self.pp_group)
+        if not self.is_last_stage:
+            content = torch.empty(int(length), dtype=torch.uint8, device=self._device())
+        dist.broadcast(content, src=source, group=self.pp_group)
+        return decode(content.cpu().numpy().tobytes())
 
     def model_ranks(self, dp_rank: int) -> list[int]:
         """Return the ranks of the world that train what data-parallel rank `dp_rank` trains, in member order."""
@@ -174,19 +177,18 @@ class Groups:
         return [gathered[engine * longest :][:count] for engine, count in enumerate(counts.tolist())]
 
     def exchange_objects_over_engines(self, parts: Sequence[Any]) -> list[Any]:
-        """Send `parts[i]` to this rank's counterpart in engine i, pickled, and return what each of them sent, in engine order.
+        """Send `parts[i]` to this rank's counterpart in engine i and return what each of them sent, in engine order.
 
         Collective over those ranks, on the host.
         """
         if self.num_engines == 1:
             return list(parts)
-        blobs = [torch.frombuffer(bytearray(pickle.dumps(part)), dtype=torch.uint8) for part in parts]
+        blobs = [torch.frombuffer(bytearray(encode(part)), dtype=torch.uint8) for part in parts]
         sizes, theirs = torch.tensor([len(blob) for blob in blobs]), torch.zeros(self.num_engines, dtype=torch.int64)
         dist.all_to_all_single(theirs, sizes, group=self.engines_group)
         received = torch.empty(int(theirs.sum()), dtype=torch.uint8)
         dist.all_to_all_single(received, torch.cat(blobs), theirs.tolist(), sizes.tolist(), group=self.engines_group)
-        # What the ranks of one run send each other; nothing from outside reaches this.
-        return [pickle.loads(part.numpy().tobytes()) for part in received.split(theirs.tolist())]  # noqa: S301
+        return [decode(part.numpy().tobytes()) for part in received.split(theirs.tolist())]
 
     def exchange_over_world(self, parts: Sequence[torch.Tensor], sizes: Sequence[int]) -> list[torch.Tensor]:
         """Send host tensor `parts[r]` (int32) to rank r and return the `sizes[r]` elements that it sent; collective over the world."""
