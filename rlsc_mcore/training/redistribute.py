@@ -74,8 +74,9 @@ def redistribute(
     """Merge identical answers of the step and spread the distinct ones by estimated FLOPs; collective over the world.
 
     `rollouts` are those of this rank's engine, equal on all its ranks. `places` gives the place in the step of every (question, how
-    often it was asked before within the step), `options` how many samples of a question are trained, `prompts` the prompt of every question index, `rewards` the advantage of every
-    (place, sample); see `gather_advantages`. Sequences are ordered by place and sample, and their questions numbered over all ranks.
+    often it was asked before within the step), `options` how many samples of a question are trained, `prompts` the prompt of every
+    question index, `rewards` the advantage of every trained (place, sample); see `gather_advantages`. Sequences are ordered by place
+    and sample, and their questions numbered over all ranks.
     """
     own = _headers(rollouts, places, options.num_samples, mark_trained)
     tables = [table.tolist() for table in groups.gather_tables_over_engines(torch.from_numpy(own))]

@@ -182,9 +182,7 @@ class Session:
                 stop_token_ids=frozenset(self.inputs.stop_token_ids),
             )
             cost = self.inputs.architecture.cost_model()
-            self.exchange = redistribute(
-                rollouts, places, rollout_options, self.inputs.prompts, mark_trained, cost, self.groups, rewards
-            )
+            self.exchange = redistribute(rollouts, places, rollout_options, self.inputs.prompts, mark_trained, cost, self.groups, rewards)
             batches = pack(self.exchange.sequences, self.config.training.tokens_per_micro_batch, multiple_of=self.trainer.token_multiple)
         self.engine.sleep()
         self.memory.measure("sleep")

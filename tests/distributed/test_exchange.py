@@ -51,6 +51,27 @@ def redistributed(groups: Any, rewards: Any = None, cost: CostModel = COST) -> A
     return redistribute(rollouts, PLACES, OPTIONS, prompts(), MARK, cost, groups, rewards)
 
 
+def trained_part(num_trained: int) -> tuple[Any, Any]:
+    from rlsc_mcore.parallel.backend import get_backend
+    from rlsc_mcore.parallel.groups import initialize_groups
+    from rlsc_mcore.training.redistribute import redistribute
+
+    groups = initialize_groups(get_backend(), 1)
+    rollouts = skewed(groups.num_engines, groups.engine_index)
+    options = RolloutConfig(num_samples=NUM_SAMPLES, num_trained=num_trained)
+    found = redistribute(rollouts, PLACES, options, prompts(), MARK, COST, groups)
+    return [(s.rollout.question_index, s.rollout.sample_index, s.multiplicity) for s in found.sequences], found.num_distinct
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_samples_that_only_vote_are_not_trained(num_ranks: int) -> None:
+    results = run_ranks(num_ranks, trained_part, 2)
+    kept = sorted(row for rows, _ in results for row in rows)
+    # Samples 0 and 1 of every question; those of question 0 are identical.
+    assert kept == [(0, 0, 2), *((question, sample, 1) for question in range(1, NUM_QUESTIONS) for sample in (0, 1))]
+    assert {distinct for _, distinct in results} == {NUM_QUESTIONS * NUM_SAMPLES - 1}  # of all that were sampled
+
+
 def exchanged(tp: int, engine_tp: int, pp: int) -> tuple[Any, int]:
     from rlsc_mcore.parallel.backend import get_backend
     from rlsc_mcore.parallel.groups import initialize_groups
