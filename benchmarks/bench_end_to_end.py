@@ -37,6 +37,7 @@ from rlsc_mcore.config_file import parse_config, read_flags  # noqa: E402
 from rlsc_mcore.data.packing import merge_identical, pack  # noqa: E402
 from rlsc_mcore.rollout.engine import PINNED_COMPILATION, SamplingRequest  # noqa: E402
 from rlsc_mcore.rollout.sampling import sample_seed  # noqa: E402
+from rlsc_mcore.training.announce import versions  # noqa: E402
 from rlsc_mcore.training.session import Session  # noqa: E402
 from rlsc_mcore.training.signals import StopRequest  # noqa: E402
 
@@ -303,7 +304,7 @@ def about(session: Session, options: argparse.Namespace) -> dict[str, Any]:
     """What produced this file."""
     return {
         **harness.about(session.backend.device),
-        "versions": session.versions(),
+        "versions": versions(),
         "model": session.config.model.path,
         "questions_per_step": session.config.data.questions_per_step,
         "num_samples": session.config.rollout.num_samples,

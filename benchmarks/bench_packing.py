@@ -21,10 +21,10 @@ import torch
 
 from benchmarks.harness import RESULTS, about
 from rlsc_mcore.data.balance import assign, imbalance, loads
-from rlsc_mcore.data.packing import UniqueSequence, merge_identical, pack
+from rlsc_mcore.data.packing import merge_identical, pack
 from rlsc_mcore.model.shape import Architecture
 from rlsc_mcore.planning.known_models import MODELS
-from rlsc_mcore.types import Rollout
+from rlsc_mcore.types import Rollout, UniqueSequence
 
 LENGTHS = Path(__file__).parent / "lengths"
 NUM_SAMPLES = 16

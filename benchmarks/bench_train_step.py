@@ -39,7 +39,7 @@ from benchmarks.plain_transformers import accumulate, load_model, pad_by_length 
 from benchmarks.shapes import GOALS  # noqa: E402
 from benchmarks.step_parts import seconds_in_collectives, timed_parts  # noqa: E402
 from benchmarks.trainers import find_shape, make_trainer, write_config  # noqa: E402
-from rlsc_mcore.data.packing import UniqueSequence, pack  # noqa: E402
+from rlsc_mcore.data.packing import pack  # noqa: E402
 from rlsc_mcore.model.architecture import DTYPES  # noqa: E402
 from rlsc_mcore.model.shape import Architecture  # noqa: E402
 from rlsc_mcore.model.weight_map import export_weights  # noqa: E402
@@ -50,7 +50,7 @@ from rlsc_mcore.parallel.packages import has_transformer_engine  # noqa: E402
 from rlsc_mcore.planning.known_models import num_parameters  # noqa: E402
 from rlsc_mcore.planning.timing import GPUS  # noqa: E402
 from rlsc_mcore.training.step import Trainer  # noqa: E402
-from rlsc_mcore.types import Rollout  # noqa: E402
+from rlsc_mcore.types import Rollout, UniqueSequence  # noqa: E402
 
 TOLERANCES = {"float32": (1e-4, 1e-3), "bfloat16": (2e-2, 5e-2)}  # relative, of loss and gradient norm
 GATE_LAYERS, GATE_SEQUENCES = 2, 4  # on a GPU the gate is a model of so many layers: two whole ones would not fit

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from rlsc_mcore.data.packing import UniqueSequence
+from rlsc_mcore.types import UniqueSequence
 
 PaddedBatch = tuple[torch.Tensor, torch.Tensor, list[int]]  # ids [B, L], mask of targets [B, L - 1], sequence numbers
 # (log p [B] of the batch's sequences, sequence numbers) -> weights [B]

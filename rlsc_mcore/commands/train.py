@@ -54,16 +54,18 @@ def run_session(
         stop.on_end = lambda signal_name: _record_hard_end(Path(config.run_dir), signal_name)
         raise_file_limit()
         from rlsc_mcore.rollout.engine import GenerationInterrupted
+        from rlsc_mcore.training.announce import announce
         from rlsc_mcore.training.faults import reported
         from rlsc_mcore.training.loop import train
         from rlsc_mcore.training.session import Session
+        from rlsc_mcore.training.stop_rules import skipped_steps
 
         with reported():
             try:
                 session = Session(config, stop, resume_from=resume_from)
             except GenerationInterrupted:
                 return _stopped(config, stop, "before anything was trained")
-            session.announce(resume_from)
+            announce(session, resume_from)
             result = train(session)
             if result is None:
                 session.close()
@@ -71,7 +73,7 @@ def run_session(
             _finish(config, session, result, start=start, is_last=is_last)
             session.close()
             if session.groups.is_main:
-                write_end(Path(config.run_dir), "done", step=result["steps"], skipped_steps=len(session.skipped_steps()))
+                write_end(Path(config.run_dir), "done", step=result["steps"], skipped_steps=len(skipped_steps(session.metrics.rows)))
     return 0
 
 
@@ -97,14 +99,17 @@ def _stopped(config: Config, stop: StopRequest, what: str) -> int:
 def _finish(config: Config, session: "Session", result: dict[str, Any], *, start: float, is_last: bool) -> None:
     """Export, compare the engine with the export, and write the summary."""
     from rlsc_mcore.evaluation.table import print_comparison
+    from rlsc_mcore.training.announce import versions
+    from rlsc_mcore.training.stop_rules import skipped_steps
 
+    skipped = skipped_steps(session.metrics.rows)
     compared = session.export(Path(config.run_dir) / "export")
     install = float(os.environ.get("RLSC_INSTALL_SECONDS", "0"))
     summary: dict[str, Any] = {
         "before": result["before"],
         "after": result["after"],
         "steps": result["steps"],
-        "skipped_steps": len(session.skipped_steps()),
+        "skipped_steps": len(skipped),
         "engine_equals_export": compared > 0,  # export() has raised otherwise
         "engine_parameters_compared": compared,
         "seconds": {
@@ -112,14 +117,13 @@ def _finish(config: Config, session: "Session", result: dict[str, Any], *, start
             "train": round(result["train_seconds"], 1),
             "total": round(perf_counter() - start + install, 1),
         },
-        "versions": session.versions(),
+        "versions": versions(),
     }
     if session.groups.is_main:
         write_atomically(Path(config.run_dir) / "summary.json", to_json(summary, indent=1) + "\n")
         if is_last and result["before"] is not None:
             print_comparison({"before": result["before"], "after": result["after"]})
         session.report.line(f"run: {config.run_dir}  model: {config.run_dir}/export")
-        skipped = session.skipped_steps()
         if skipped:
             session.report.warn(
                 f"{len(skipped)} of {result['steps']} steps changed nothing: their loss or gradient was not finite (steps "

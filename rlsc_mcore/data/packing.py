@@ -1,22 +1,10 @@
 """Rollouts -> micro-batches of whole sequences laid end to end, none cut, none dropped."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 
-from rlsc_mcore.types import PackedBatch, Rollout
-
-
-@dataclass(frozen=True)
-class UniqueSequence:
-    """One distinct (question, answer) with all its samples: identical answers share one forward pass, their weights add."""
-
-    rollout: Rollout
-    group: int  # question of the step, from 0
-    multiplicity: int
-    trained: tuple[bool, ...]  # one per response token
-    advantage: float = 0.0  # reward minus the question's mean, for objectives with a reward
+from rlsc_mcore.types import PackedBatch, Rollout, UniqueSequence
 
 
 def merge_identical(

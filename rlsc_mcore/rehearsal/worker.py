@@ -77,8 +77,7 @@ def _saved_bytes(trainer: Any) -> int:
 
 def _sequence(number: int, length: int) -> Any:
     """A sequence of `length` tokens, the first 16 (or half) of them a prompt."""
-    from rlsc_mcore.data.packing import UniqueSequence
-    from rlsc_mcore.types import Rollout
+    from rlsc_mcore.types import Rollout, UniqueSequence
 
     prompt = min(16, length // 2)
     answer = length - prompt

@@ -4,10 +4,11 @@ from pathlib import Path
 
 from rlsc_mcore.config import Config, ConfigError
 from rlsc_mcore.config_file import load_config
+from rlsc_mcore.model.build import Policy
 from rlsc_mcore.model.hf_checkpoint import resolve_model_folder, write_hf_folder
 from rlsc_mcore.model.weight_map import export_weights
 from rlsc_mcore.parallel.backend import get_backend
-from rlsc_mcore.parallel.groups import initialize_groups
+from rlsc_mcore.parallel.groups import Groups, initialize_groups
 from rlsc_mcore.run.folder import LATEST, find_checkpoint
 from rlsc_mcore.run.made_here import check_replaceable
 from rlsc_mcore.training.checkpoint import load_checkpoint
@@ -31,7 +32,11 @@ def export_run(run_dir: Path, output: Path, checkpoint: str = LATEST) -> Path:
     groups = initialize_groups(backend, config.parallel.tp, pp=config.parallel.pp)
     trainer = Trainer(config, model_folder, backend, groups, load=False)
     load_checkpoint(chosen, trainer)
-    policy = trainer.policy
-    tensors = export_weights(policy.model_weights, policy.architecture, groups.tp_group, groups.tp_size, groups.pp_group)
-    write_hf_folder(tensors, model_folder, output, dtype=config.model.dtype, write=groups.is_main)
+    write_policy(trainer.policy, model_folder, output, config.model.dtype, groups)
     return chosen
+
+
+def write_policy(policy: Policy, model_folder: Path, output: Path, dtype: str, groups: Groups) -> None:
+    """Write a policy as a Hugging Face folder with the tokenizer of `model_folder`; collective over the ranks of a model group."""
+    tensors = export_weights(policy.model_weights, policy.architecture, groups.tp_group, groups.tp_size, groups.pp_group)
+    write_hf_folder(tensors, model_folder, output, dtype=dtype, write=groups.is_main)

@@ -13,8 +13,7 @@ from rlsc_mcore.grading.extraction import extract_boxed
 from rlsc_mcore.observability.mismatch import GAPS
 from rlsc_mcore.parallel.groups import Groups
 from rlsc_mcore.training.redistribute import Exchange
-from rlsc_mcore.training.step import SequenceScores, StepOutcome
-from rlsc_mcore.types import Rollout
+from rlsc_mcore.types import Rollout, SequenceScores, StepOutcome
 
 QUANTILES = (0.1, 0.5, 0.9)
 

@@ -6,13 +6,13 @@ from typing import TYPE_CHECKING
 
 from rlsc_mcore.config import Config, ConfigError
 from rlsc_mcore.config_file import changed_fields, dump_config, load_config
-from rlsc_mcore.data.packing import UniqueSequence
 from rlsc_mcore.parallel.groups import Groups
 from rlsc_mcore.run.files import to_json, write_atomically
 from rlsc_mcore.run.folder import CONFIG_FILE, EXPORT_FOLDER, SKIPPED_FOLDER
 from rlsc_mcore.run.machine_errors import explain
 from rlsc_mcore.run.made_here import check_replaceable
 from rlsc_mcore.run.owner import FolderInUse, Owner, own
+from rlsc_mcore.types import UniqueSequence
 
 if TYPE_CHECKING:
     from rlsc_mcore.parallel.groups import Groups

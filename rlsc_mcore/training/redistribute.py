@@ -14,11 +14,10 @@ import torch
 
 from rlsc_mcore.config import AlgorithmConfig, RolloutConfig
 from rlsc_mcore.data.balance import CostModel, assign, imbalance, loads
-from rlsc_mcore.data.packing import UniqueSequence
 from rlsc_mcore.grading.rewards import trained_rollouts
 from rlsc_mcore.objectives import OBJECTIVES
 from rlsc_mcore.parallel.groups import Groups
-from rlsc_mcore.types import Question, Rollout
+from rlsc_mcore.types import Question, Rollout, UniqueSequence
 
 Asked = tuple[int, int]  # question index, how often it was asked before within the step
 MarkTrained = Callable[[Rollout], tuple[bool, ...]]  # which response tokens are trained

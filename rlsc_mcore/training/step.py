@@ -22,61 +22,9 @@ from rlsc_mcore.parallel.groups import Groups
 from rlsc_mcore.training.offload import StateOffload, state_tensors
 from rlsc_mcore.training.optimizer import build_optimizer, clip_gradients, learning_rate, set_learning_rate, wrap_data_parallel
 from rlsc_mcore.training.pipeline import run_schedule
-from rlsc_mcore.types import PackedBatch
+from rlsc_mcore.types import PackedBatch, SequenceScores, StepOutcome, Update
 
 FP8_ROWS = 16  # TransformerEngine's fp8 products want so many rows at a time
-
-
-@dataclass(frozen=True)
-class SequenceScores:
-    """What a step learnt of its sequences, on the host, in the order they were packed; those with nothing to train are left out."""
-
-    sequence_ids: torch.Tensor  # int64 [S]
-    multiplicity: torch.Tensor  # float64 [S]
-    log_probs: torch.Tensor  # float64 [S], log p_old at the trained temperature
-    weights: torch.Tensor  # float64 [S], confidence + alpha of one sample
-    num_tokens: torch.Tensor  # float64 [S], trained tokens
-    gap_sums: torch.Tensor  # float64 [S], sum over tokens of trainer - engine log-prob, signed
-    token_gaps: torch.Tensor  # float32 [trained tokens], |trainer - engine| log-prob of each
-
-    @property
-    def gap_max(self) -> float:
-        """The largest difference of a token's log-prob; 0 without tokens."""
-        return float(self.token_gaps.max()) if len(self.token_gaps) else 0.0
-
-
-@dataclass(frozen=True)
-class Update:
-    """One optimizer update; loss and norm are global."""
-
-    loss: float  # before the update
-    grad_norm: float
-    updated: bool  # False when loss or gradient were not finite and the update was skipped
-
-
-@dataclass(frozen=True)
-class StepOutcome:
-    """Result of one step on this data-parallel rank; losses, norms and lr are global."""
-
-    updates: tuple[Update, ...]  # `training.updates_per_rollout`, fewer when one was skipped
-    lr: float
-    scores: SequenceScores  # of the first pass: the policy that sampled
-    num_tokens: int  # tokens in all forward passes, prompts and padding included
-
-    @property
-    def loss(self) -> float:
-        """The loss of the policy that sampled."""
-        return self.updates[0].loss
-
-    @property
-    def grad_norm(self) -> float:
-        """The gradient norm of the policy that sampled."""
-        return self.updates[0].grad_norm
-
-    @property
-    def updated(self) -> bool:
-        """False when an update was skipped."""
-        return all(update.updated for update in self.updates)
 
 
 @dataclass(frozen=True)

@@ -16,11 +16,11 @@ quiet_libraries()
 import megatron.core.optimizer  # noqa: E402, F401
 import torch  # noqa: E402
 
-from rlsc_mcore.data.packing import UniqueSequence, pack  # noqa: E402
+from rlsc_mcore.data.packing import pack  # noqa: E402
 from rlsc_mcore.parallel.backend import get_backend  # noqa: E402
 from rlsc_mcore.parallel.groups import initialize_groups  # noqa: E402
 from rlsc_mcore.training.step import Trainer  # noqa: E402
-from rlsc_mcore.types import Rollout  # noqa: E402
+from rlsc_mcore.types import Rollout, UniqueSequence  # noqa: E402
 from tests.helpers.tiny import tiny_config  # noqa: E402
 
 

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from rlsc_mcore.data.packing import UniqueSequence, merge_identical, pack
-from rlsc_mcore.types import Rollout
+from rlsc_mcore.data.packing import merge_identical, pack
+from rlsc_mcore.types import Rollout, UniqueSequence
 from tests.helpers.ranks import run_ranks
 from tests.helpers.tiny import make_model_folder, make_rollouts, tiny_config
 
