@@ -194,7 +194,7 @@ def _local_state(member: Any, parameter: torch.nn.Parameter) -> dict[str, torch.
 
 
 def _identity(group: dict[str, Any]) -> tuple[Any, ...]:
-    return tuple(group[key] for key in param_group_identifier_keys)
+    return tuple(group.get(key) for key in param_group_identifier_keys)
 
 
 def _step(inner: Any) -> int:

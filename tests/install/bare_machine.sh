@@ -60,7 +60,7 @@ in_root() {
     timeout --kill-after=30 "${minutes}m" unshare --mount --pid --fork --kill-child bash -c '
         root=$1 folders=$2
         shift 2
-        mount -t proc proc "$root/proc" && mount --rbind /dev "$root/dev" && mount -t tmpfs tmpfs "$root/dev/shm" || exit
+        mount -t proc proc "$root/proc" && mount --rbind -o ro /sys "$root/sys" && mount --rbind /dev "$root/dev" && mount -t tmpfs tmpfs "$root/dev/shm" || exit
         for folder in $folders; do mount --bind -o ro "$folder" "$root$folder" || exit; done
         exec chroot "$root" "$@"' bash "$root" "$(printf '%s\n' ${folders[@]+"${folders[@]%/simple}"})" env -i "${environment[@]}" "$@"
 }
