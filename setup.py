@@ -1,10 +1,12 @@
-"""Build the native row ops (rlsc_mcore/_C) where the machine can, and print in one line what was built and why.
+"""Build the native row ops (rlsc_mcore/_C) where the machine can, and print in one line what was built and
+why.
 
     pip install --no-build-isolation .          against the installed torch
     python setup.py build_ext --inplace         into the checkout
 
-A C++ compiler gives the CPU ops. An nvcc of the CUDA major version that torch was built for gives the GPU ops too. The first
-fitting one is taken of CUDA_HOME, CUDA_PATH, PATH, /usr/local/cuda and the environment's package nvidia-cuda-nvcc.
+A C++ compiler gives the CPU ops. An nvcc of the CUDA major version that torch was built for gives the GPU ops
+too. The first fitting one is taken of CUDA_HOME, CUDA_PATH, PATH, /usr/local/cuda and the environment's
+package nvidia-cuda-nvcc.
 
 RLSC_NATIVE=auto (default)  build what the machine can; where the CUDA build fails, build the CPU ops; never fail the install
 RLSC_NATIVE=cpu, cuda       fail with the reason where this build is not possible
@@ -30,7 +32,14 @@ NATIVE = os.environ.get("RLSC_NATIVE", "auto")
 NATIVE_CHOICES = ("auto", "cpu", "cuda", "off")
 NOTE = "_C.build.txt"  # beside the extension: what was built and why, for `rlsc doctor`
 TARGET_VERSION = "-DTORCH_TARGET_VERSION=0x020a000000000000"  # stable ABI of torch 2.10 and later
-CXX_FLAGS = ["-std=c++20", "-O3", "-fopenmp-simd", "-ffp-contract=fast", "-fvisibility=hidden", TARGET_VERSION]
+CXX_FLAGS = [
+    "-std=c++20",
+    "-O3",
+    "-fopenmp-simd",
+    "-ffp-contract=fast",
+    "-fvisibility=hidden",
+    TARGET_VERSION,
+]
 NVCC_FLAGS = ["-std=c++20", "-O3", "-lineinfo", "--expt-relaxed-constexpr", "-DUSE_CUDA", TARGET_VERSION]
 EVERY_ARCH = "8.0;9.0;10.0;12.0+PTX"
 
@@ -63,7 +72,9 @@ def cuda_toolkits() -> Iterator[Path]:
 def nvcc_version(toolkit: Path) -> str | None:
     """Return the release of the toolkit's nvcc as "13.0"; None where there is no nvcc that starts."""
     try:
-        done = subprocess.run([toolkit / "bin" / "nvcc", "--version"], capture_output=True, text=True, check=True, timeout=60)
+        done = subprocess.run(
+            [toolkit / "bin" / "nvcc", "--version"], capture_output=True, text=True, check=True, timeout=60
+        )
     except (OSError, subprocess.SubprocessError):
         return None
     release = re.search(r"release (\d+\.\d+)", done.stdout)
@@ -71,7 +82,8 @@ def nvcc_version(toolkit: Path) -> str | None:
 
 
 def choose_toolkit(torch_cuda: str) -> tuple[Path | None, str]:
-    """Return the toolkit whose nvcc has the major version of `torch_cuda`; where there is none, None and the reason."""
+    """Return the toolkit whose nvcc has the major version of `torch_cuda`; where there is none, None and the
+    reason."""
     others: dict[Path, str] = {}
     for toolkit in cuda_toolkits():
         version = nvcc_version(toolkit)
@@ -85,12 +97,16 @@ def choose_toolkit(torch_cuda: str) -> tuple[Path | None, str]:
             return toolkit, ""
     needed = f"torch was built for CUDA {torch_cuda}"
     if others:
-        return None, f"{needed}, and no nvcc fits: {'; '.join(others.values())}; set CUDA_HOME to a toolkit that does"
+        return (
+            None,
+            f"{needed}, and no nvcc fits: {'; '.join(others.values())}; set CUDA_HOME to a toolkit that does",
+        )
     return None, f"{needed}, and no nvcc was found; install the package nvidia-cuda-nvcc or set CUDA_HOME"
 
 
 def link_folder(toolkit: Path) -> tempfile.TemporaryDirectory[str] | None:
-    """Return a folder with libcudart.so where the toolkit has the versioned file only, as the packages of nvidia do."""
+    """Return a folder with libcudart.so where the toolkit has the versioned file only, as the packages of
+    nvidia do."""
     if any((toolkit / name / "libcudart.so").exists() for name in ("lib64", "lib")):
         return None
     versioned = sorted((toolkit / "lib").glob("libcudart.so.*"))
@@ -103,7 +119,9 @@ def link_folder(toolkit: Path) -> tempfile.TemporaryDirectory[str] | None:
 
 def sources(*patterns: str) -> list[str]:
     """Return the paths of the C++ and CUDA files, relative to the project."""
-    return sorted(str(path.relative_to(ROOT)) for pattern in patterns for path in (ROOT / "csrc").glob(pattern))
+    return sorted(
+        str(path.relative_to(ROOT)) for pattern in patterns for path in (ROOT / "csrc").glob(pattern)
+    )
 
 
 def cpu_extension() -> Any:
@@ -111,7 +129,9 @@ def cpu_extension() -> Any:
     from torch.utils.cpp_extension import CppExtension
 
     files = sources("*.cpp", "cpu/*.cpp")
-    return CppExtension("rlsc_mcore._C", files, extra_compile_args=CXX_FLAGS, extra_link_args=["-Wl,-s"], py_limited_api=True)
+    return CppExtension(
+        "rlsc_mcore._C", files, extra_compile_args=CXX_FLAGS, extra_link_args=["-Wl,-s"], py_limited_api=True
+    )
 
 
 def cuda_extension(library_folders: list[str]) -> Any:
@@ -137,15 +157,17 @@ def first_line(error: BaseException) -> str:
 def build_command(toolkit: Path | None, cpu_reason: str, links: Any) -> Any:
     """Return the build_ext command.
 
-    It builds for CUDA where `toolkit` is given, else for the CPU with the reason `cpu_reason`. `links` is the folder of
-    `link_folder`, which must exist until the extension is linked.
+    It builds for CUDA where `toolkit` is given, else for the CPU with the reason `cpu_reason`. `links` is the
+    folder of `link_folder`, which must exist until the extension is linked.
     """
     from torch.utils.cpp_extension import BuildExtension
 
     class Build(BuildExtension):
         def run(self) -> None:
             reason = cpu_reason
-            before = {name: getattr(self, name) for name in ("compiler", "inplace")}  # which a failed run() leaves changed
+            before = {
+                name: getattr(self, name) for name in ("compiler", "inplace")
+            }  # which a failed run() leaves changed
             if toolkit is not None:
                 try:
                     super().run()
@@ -161,10 +183,14 @@ def build_command(toolkit: Path | None, cpu_reason: str, links: Any) -> Any:
             try:
                 super().run()
                 self.note(f"built for CPU only ({reason})")
-            except Exception as error:  # an install must not fail because of a kernel: the ops have PyTorch implementations
+            except (
+                Exception
+            ) as error:  # an install must not fail because of a kernel: the ops have PyTorch implementations
                 if NATIVE == "cpu":
                     raise
-                report(f"not built ({first_line(error)}); the ops use PyTorch{' and Triton' if toolkit else ''}")
+                report(
+                    f"not built ({first_line(error)}); the ops use PyTorch{' and Triton' if toolkit else ''}"
+                )
 
         def note(self, line: str) -> None:
             report(line)
@@ -180,7 +206,9 @@ def build_command(toolkit: Path | None, cpu_reason: str, links: Any) -> Any:
 def native() -> tuple[list[Any], dict[str, Any]]:
     """Return the extension modules to build and their command; two empty values where nothing is built."""
     if NATIVE not in NATIVE_CHOICES:
-        raise SystemExit(f"rlsc_mcore native ops: error: RLSC_NATIVE: expected {', '.join(NATIVE_CHOICES)}, got '{NATIVE}'")
+        raise SystemExit(
+            f"rlsc_mcore native ops: error: RLSC_NATIVE: expected {', '.join(NATIVE_CHOICES)}, got '{NATIVE}'"
+        )
     if NATIVE == "off":
         report("not built (RLSC_NATIVE=off)")
         return [], {}

@@ -1,7 +1,9 @@
-"""The marks of one GPU as one table: claim, floor, measured, peer, verdict: `python -m benchmarks.acceptance [FOLDER]`.
+"""The marks of one GPU as one table: claim, floor, measured, peer, verdict: `python -m benchmarks.acceptance
+[FOLDER]`.
 
-Reads the result files that the benchmarks wrote into FOLDER (default: benchmarks/results/h200), writes acceptance.json and
-acceptance.md beside them, and prints the table. What no file holds is "not measured", never claimed. Imports no torch.
+Reads the result files that the benchmarks wrote into FOLDER (default: benchmarks/results/h200), writes
+acceptance.json and acceptance.md beside them, and prints the table. What no file holds is "not measured",
+never claimed. Imports no torch.
 """
 
 import argparse
@@ -68,7 +70,11 @@ class Results:
 
     def rows(self, name: str, case: str) -> dict[str, dict[str, Any]]:
         """Return the timed rows of a case by provider."""
-        found = {row["provider"]: row for row in self.file(name).get("rows", []) if row.get("case") == case and row.get("timing")}
+        found = {
+            row["provider"]: row
+            for row in self.file(name).get("rows", [])
+            if row.get("case") == case and row.get("timing")
+        }
         if not found:
             raise NotMeasuredError(f"{name}.json has nothing timed for {case}")
         return found
@@ -99,7 +105,14 @@ def judge(results: Results) -> list[dict[str, str]]:
         except NotMeasuredError as missing:
             lines.append({**line, "measured": f"- ({missing})", "peer": "-", "verdict": NOT_MEASURED})
             continue
-        lines.append({**line, "measured": measured.text, "peer": measured.peer, "verdict": REACHED if measured.holds else MISSED})
+        lines.append(
+            {
+                **line,
+                "measured": measured.text,
+                "peer": measured.peer,
+                "verdict": REACHED if measured.holds else MISSED,
+            }
+        )
     return lines
 
 
@@ -120,16 +133,48 @@ def _kernel_marks() -> list[Mark]:
     one_pass, forward = "log p and weighted gradient, one pass, in place", "log p alone"
     product = "three products at the rate of one, same run"
     return [
-        Mark("kernels", f"{one_pass}, V = 152064: >= 93 %", copy, _share("log_prob", f"step {WHOLE.name}", 93)),
-        Mark("kernels", f"{one_pass}, V / 8 = 19008: >= 88 %", copy, _share("log_prob", f"step {SHARD.name}", 88)),
-        Mark("kernels", f"{forward}, V = 152064: >= 95 %", read, _share("log_prob", f"forward {WHOLE.name}", 95)),
-        Mark("kernels", f"{forward}, V / 8 = 19008: >= 95 %", read, _share("log_prob", f"forward {SHARD.name}", 95)),
+        Mark(
+            "kernels", f"{one_pass}, V = 152064: >= 93 %", copy, _share("log_prob", f"step {WHOLE.name}", 93)
+        ),
+        Mark(
+            "kernels",
+            f"{one_pass}, V / 8 = 19008: >= 88 %",
+            copy,
+            _share("log_prob", f"step {SHARD.name}", 88),
+        ),
+        Mark(
+            "kernels",
+            f"{forward}, V = 152064: >= 95 %",
+            read,
+            _share("log_prob", f"forward {WHOLE.name}", 95),
+        ),
+        Mark(
+            "kernels",
+            f"{forward}, V / 8 = 19008: >= 95 %",
+            read,
+            _share("log_prob", f"forward {SHARD.name}", 95),
+        ),
         Mark("kernels", "every peer slower, V = 152064", "-", _beats("log_prob", f"step {WHOLE.name}")),
         Mark("kernels", "every peer slower, V / 8 = 19008", "-", _beats("log_prob", f"step {SHARD.name}")),
-        Mark("kernels", "every peer slower, half of the tokens masked", "-", _beats("log_prob", f"step {HALF.name}")),
-        Mark("kernels", "head and loss, forward and backward, N = 16384: >= 95 %", product, _share("linear_log_prob", WHOLE.name, 95)),
+        Mark(
+            "kernels",
+            "every peer slower, half of the tokens masked",
+            "-",
+            _beats("log_prob", f"step {HALF.name}"),
+        ),
+        Mark(
+            "kernels",
+            "head and loss, forward and backward, N = 16384: >= 95 %",
+            product,
+            _share("linear_log_prob", WHOLE.name, 95),
+        ),
         Mark("kernels", "the same: at most 2.5 GiB beside inputs and gradients", "-", _workspace),
-        Mark("kernels", "the same: every peer slower, the unweighted one too", "-", _beats("linear_log_prob", WHOLE.name)),
+        Mark(
+            "kernels",
+            "the same: every peer slower, the unweighted one too",
+            "-",
+            _beats("linear_log_prob", WHOLE.name),
+        ),
         Mark("kernels", "head and loss of 16 x 3072 tokens: >= 8 GiB below whole logits", "-", _head_memory),
     ]
 
@@ -148,8 +193,19 @@ def _share(file: str, case: str, goal: float) -> Callable[[Results], Measured]:
         share = mine.get("percent_of_ceiling")
         if share is None:
             raise NotMeasuredError(f"{file}.json has no ceiling for {case}")
-        best = max(((row["percent_of_ceiling"], name) for name, row in peers.items() if row.get("percent_of_ceiling")), default=None)
-        return Measured(f"{share:.1f} % ({mine['provider']})", share >= goal, f"{best[1]} {best[0]:.1f} %" if best else "-")
+        best = max(
+            (
+                (row["percent_of_ceiling"], name)
+                for name, row in peers.items()
+                if row.get("percent_of_ceiling")
+            ),
+            default=None,
+        )
+        return Measured(
+            f"{share:.1f} % ({mine['provider']})",
+            share >= goal,
+            f"{best[1]} {best[0]:.1f} %" if best else "-",
+        )
 
     return read
 
@@ -162,7 +218,9 @@ def _beats(file: str, case: str) -> Callable[[Results], Measured]:
         fastest = min(peers, key=lambda name: float(peers[name]["timing"]["median_ms"]))
         ratio = peers[fastest]["timing"]["median_ms"] / mine["timing"]["median_ms"]
         return Measured(
-            f"{ratio:.2f} x the fastest of {len(peers)}", ratio > 1, f"{fastest} {peers[fastest]['timing']['median_ms']:.3f} ms"
+            f"{ratio:.2f} x the fastest of {len(peers)}",
+            ratio > 1,
+            f"{fastest} {peers[fastest]['timing']['median_ms']:.3f} ms",
         )
 
     return read
@@ -191,13 +249,24 @@ def _head_memory(results: Results) -> Measured:
     rows = results.rows("linear_log_prob", MEMORY_SHAPE.name)
     mine, peers = _ours(rows)
     if "whole logits" not in peers:
-        reasons = [row.get("skipped") for row in results.file("linear_log_prob")["rows"]
-                   if (row.get("case"), row.get("provider")) == (MEMORY_SHAPE.name, "whole logits")]  # fmt: skip
+        reasons = [
+            row.get("skipped")
+            for row in results.file("linear_log_prob")["rows"]
+            if (row.get("case"), row.get("provider")) == (MEMORY_SHAPE.name, "whole logits")
+        ]
         if not reasons or "OutOfMemory" not in str(reasons[0]):
             raise NotMeasuredError("whole logits were not measured")
-        return Measured(f"{_extra_bytes(mine) / GIB:.1f} GiB; whole logits do not fit", True, "whole logits: out of memory")
+        return Measured(
+            f"{_extra_bytes(mine) / GIB:.1f} GiB; whole logits do not fit",
+            True,
+            "whole logits: out of memory",
+        )
     spared = (_extra_bytes(peers["whole logits"]) - _extra_bytes(mine)) / GIB
-    return Measured(f"{spared:.1f} GiB below", spared >= 8, f"whole logits {_extra_bytes(peers['whole logits']) / GIB:.1f} GiB")
+    return Measured(
+        f"{spared:.1f} GiB below",
+        spared >= 8,
+        f"whole logits {_extra_bytes(peers['whole logits']) / GIB:.1f} GiB",
+    )
 
 
 # ------------------------------------------------------------------ training
@@ -218,7 +287,12 @@ def _utilisation(size: str, shape: str) -> Mark:
         share, speed = results.number(file, "utilisation", "mfu"), results.number(file, "tokens_per_s")
         return Measured(f"{share:.1%}, {speed:.0f} tokens/s", share >= goal)
 
-    return Mark("train", f"{size}, packed, 3072-token answers: >= {100 * goal:.0f} % of model FLOPs", "published bf16 rate", read)
+    return Mark(
+        "train",
+        f"{size}, packed, 3072-token answers: >= {100 * goal:.0f} % of model FLOPs",
+        "published bf16 rate",
+        read,
+    )
 
 
 def _peak(results: Results) -> Measured:
@@ -237,7 +311,11 @@ def _loop_marks() -> list[Mark]:
         return Measured(f"{ratio:.1%}", ratio >= 0.98, "vllm.LLM on the exported weights")
 
     def overhead(results: Results) -> Measured:
-        share = 1 - results.number(file, "phases", "share", "rollout") - results.number(file, "phases", "share", "train")
+        share = (
+            1
+            - results.number(file, "phases", "share", "rollout")
+            - results.number(file, "phases", "share", "train")
+        )
         return Measured(f"{share:.2%}", share < 0.03)
 
     def whole_loop(results: Results) -> Measured:
@@ -254,17 +332,29 @@ def _loop_marks() -> list[Mark]:
         return Measured(told, rise > 0 and p_value < 0.05, f"before: {base:.3f} right")
 
     return [
-        Mark("loop", "1.5B, rollouts: >= 98 % of a bare vLLM's tokens/s", "the same requests and settings", rollouts),
+        Mark(
+            "loop",
+            "1.5B, rollouts: >= 98 % of a bare vLLM's tokens/s",
+            "the same requests and settings",
+            rollouts,
+        ),
         Mark("loop", "1.5B, 8 x 16 x 1024: outside generation and training < 3 % of a step", "-", overhead),
         Mark("loop", "7B, 8 x 16 x 1024: the whole loop on one GPU, peak below 130 GiB", "-", whole_loop),
-        Mark("loop", "SmolLM2-135M, 20 steps on GSM8K, 3 seeds: F rises (p < 0.05)", "the same model before", real_model),
+        Mark(
+            "loop",
+            "SmolLM2-135M, 20 steps on GSM8K, 3 seeds: F rises (p < 0.05)",
+            "the same model before",
+            real_model,
+        ),
     ]
 
 
 def _swap_marks() -> list[Mark]:
     file = "weight_swap_qwen2.5-7b"
     ours, official = "shared storage, the rest rewritten (ours)", "reload_weights, Hugging Face names"
-    published_ms = 2500.0  # the fastest weight synchronisation that a colocated trainer has published (8-27B on 8 GPUs)
+    published_ms = (
+        2500.0  # the fastest weight synchronisation that a colocated trainer has published (8-27B on 8 GPUs)
+    )
 
     def at_most(limit_ms: float, *path: str) -> Callable[[Results], Measured]:
         def read(results: Results) -> Measured:
@@ -275,7 +365,9 @@ def _swap_marks() -> list[Mark]:
 
     def official_path(results: Results) -> Measured:
         ratio = results.number(file, "ways", official, "times_ours")
-        return Measured(f"{ratio:.0f} x", ratio >= 50, f"{official} {results.number(file, 'ways', official, 'ms'):.1f} ms")
+        return Measured(
+            f"{ratio:.0f} x", ratio >= 50, f"{official} {results.number(file, 'ways', official, 'ms'):.1f} ms"
+        )
 
     def published(results: Results) -> Measured:
         ratio = published_ms / results.number(file, "ways", ours, "ms")
@@ -287,7 +379,12 @@ def _swap_marks() -> list[Mark]:
 
     copy = "one copy of what must move, at this run's copy rate"
     return [
-        Mark("swap", "7B, 8 GiB of KV cache: whole transition <= 60 ms", copy, at_most(60, "transition_ms", "whole")),
+        Mark(
+            "swap",
+            "7B, 8 GiB of KV cache: whole transition <= 60 ms",
+            copy,
+            at_most(60, "transition_ms", "whole"),
+        ),
         Mark("swap", "7B: swap part <= 1.0 ms", copy, at_most(1.0, "ways", ours, "ms")),
         Mark("swap", "7B: checksums of every swap <= 0.25 ms", "-", at_most(0.25, "verify_ms", "checksums")),
         Mark("swap", "7B: >= 50 x the official reload path", "-", official_path),
@@ -305,20 +402,28 @@ def _peer_marks() -> list[Mark]:
         theirs = results.number("peers", "seconds_per_1000_tokens", "trl")
         return Measured(f"{ratio:.2f} x", ratio >= 1.5, f"TRL {theirs:.3f} s per 1000 sampled tokens")
 
-    return [Mark("peers", "1.5B, 8 x 16 x 1024: whole step >= 1.5 x TRL's GRPO with colocated vLLM", "-", step)]
+    return [
+        Mark("peers", "1.5B, 8 x 16 x 1024: whole step >= 1.5 x TRL's GRPO with colocated vLLM", "-", step)
+    ]
 
 
 def main() -> None:
     """Print the table and write it beside the results."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, nargs="?", default=RESULTS / "h200", help="folder of the result files")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "folder", type=Path, nargs="?", default=RESULTS / "h200", help="folder of the result files"
+    )
     folder = parser.parse_args().folder
     lines = judge(Results(folder))
     text = table(lines)
     print(text)
     if not folder.is_dir():
         return
-    sources = {path.stem: _source(path) for path in sorted(folder.glob("*.json")) if path.stem != "acceptance"}
+    sources = {
+        path.stem: _source(path) for path in sorted(folder.glob("*.json")) if path.stem != "acceptance"
+    }
     content = {"marks": lines, "sources": sources}
     (folder / "acceptance.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     (folder / "acceptance.md").write_text(text + "\n", encoding="utf-8")

@@ -1,8 +1,9 @@
 """What a checkpoint costs: `python -m benchmarks.bench_checkpoint [--model NAME|FOLDER]`.
 
-Saves and resumes a trainer's whole state and times it against copying a file of the same size on the same disk (write and
-fsync; read): seconds per GiB of each, and the ratio, which is what a CPU's result is for. The step that goes on while a
-checkpoint is written beside it is timed too. First of all the loaded state must equal the saved one.
+Saves and resumes a trainer's whole state and times it against copying a file of the same size on the same
+disk (write and fsync; read): seconds per GiB of each, and the ratio, which is what a CPU's result is for. The
+step that goes on while a checkpoint is written beside it is timed too. First of all the loaded state must
+equal the saved one.
 """
 
 import argparse
@@ -40,7 +41,9 @@ def main() -> None:
     parser.add_argument("--layers", type=int, help="only so many layers of it")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--scratch", type=Path, help="folder on the disk to measure (default: the system's)")
-    parser.add_argument("--out", type=Path, help="folder of the result (default: benchmarks/results/<device>)")
+    parser.add_argument(
+        "--out", type=Path, help="folder of the result (default: benchmarks/results/<device>)"
+    )
     options = parser.parse_args()
     backend = get_backend()
     groups = initialize_groups(backend, 1)
@@ -50,7 +53,12 @@ def main() -> None:
         trainer = make_trainer(model, ["--model.dtype", options.dtype], backend, groups)
         result = measure(trainer, folder, options.repeats)
         gib = result["gib"]
-        result["about"] = {**about(backend.device), "model": options.model, "layers": options.layers, "dtype": options.dtype}
+        result["about"] = {
+            **about(backend.device),
+            "model": options.model,
+            "layers": options.layers,
+            "dtype": options.dtype,
+        }
         print(json.dumps(result, indent=1))
         out = options.out or RESULTS / device_name(backend.device)
         out.mkdir(parents=True, exist_ok=True)
@@ -74,14 +82,27 @@ def measure(trainer: Trainer, folder: Path, repeats: int) -> dict[str, Any]:
             for weight in trainer.policy.weights:
                 weight.parameter.zero_()
         load = clock(lambda checkpoint=checkpoint: load_checkpoint(checkpoint, trainer))
-        assert all(torch.equal(weight.parameter, before[weight.name]) for weight in trainer.policy.weights), "the state has changed"
-        beside = CheckpointSaver(folder / f"beside{turn}", trainer, "questions", keep_last=1, asynchronous=True)
+        assert all(torch.equal(weight.parameter, before[weight.name]) for weight in trainer.policy.weights), (
+            "the state has changed"
+        )
+        beside = CheckpointSaver(
+            folder / f"beside{turn}", trainer, "questions", keep_last=1, asynchronous=True
+        )
         blocked = clock(lambda beside=beside: beside.save(1, 1))
         beside.finish()
         raw = folder / "raw"
-        write, read = clock(lambda raw=raw, size=size: write_raw(raw, size)), clock(lambda raw=raw: read_raw(raw))
+        write, read = (
+            clock(lambda raw=raw, size=size: write_raw(raw, size)),
+            clock(lambda raw=raw: read_raw(raw)),
+        )
         if turn:
-            for name, value in (("save", save), ("save_beside", blocked), ("write", write), ("load", load), ("read", read)):
+            for name, value in (
+                ("save", save),
+                ("save_beside", blocked),
+                ("write", write),
+                ("load", load),
+                ("read", read),
+            ):
                 times[name].append(value)
         for path in (run, folder / f"beside{turn}"):
             shutil.rmtree(path)

@@ -1,4 +1,5 @@
-"""Where a step's time goes, and what colocation costs: `python -m benchmarks.bench_end_to_end [--config FILE ...]`.
+"""Where a step's time goes, and what colocation costs: `python -m benchmarks.bench_end_to_end [--config FILE
+...]`.
 
 Three questions, answered in one run on one machine:
 
@@ -6,9 +7,9 @@ Three questions, answered in one run on one machine:
 2. rollout tokens/s against a stock `vllm.LLM` on the exported weights, same requests (its own process, taking turns);
 3. forward+backward tokens/s against plain `transformers` on the same sequences (length-sorted padded batches, full logits).
 
-`--only phases` leaves out the two comparisons, for models that fit a GPU only once. Correctness first: the log-probs of trainer and
-engine must agree, and `transformers` must give the trainer's loss.
-Absolute speeds depend on the machine and its neighbours; only ratios and shares are to be quoted.
+`--only phases` leaves out the two comparisons, for models that fit a GPU only once. Correctness first: the
+log-probs of trainer and engine must agree, and `transformers` must give the trainer's loss. Absolute speeds
+depend on the machine and its neighbours; only ratios and shares are to be quoted.
 """
 
 import argparse
@@ -47,18 +48,30 @@ LOSS_TOLERANCE = {"float32": 1e-4, "bfloat16": 2e-2}  # relative
 
 def main() -> None:
     """Run the benchmark and write its JSON."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--config", type=Path, default=Path("configs/tiny_cpu.yaml"))
-    parser.add_argument("--steps", type=int, default=5, help="steps of the loop that are timed, after one that is not")
+    parser.add_argument(
+        "--steps", type=int, default=5, help="steps of the loop that are timed, after one that is not"
+    )
     parser.add_argument("--repeats", type=int, default=5, help="interleaved repetitions of each comparison")
-    parser.add_argument("--only", choices=["phases"], help="leave out the comparisons with other engines and trainers")
+    parser.add_argument(
+        "--only", choices=["phases"], help="leave out the comparisons with other engines and trainers"
+    )
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/cpu/end_to_end.json"))
     options, flags = parser.parse_known_args()
     with tempfile.TemporaryDirectory() as scratch:
         evaluation = ["--evaluation.path", "None", "--observability.tensorboard", "False"]
-        config = parse_config([*read_flags(options.config), *evaluation, *flags, "--run-dir", f"{scratch}/run"])
+        config = parse_config(
+            [*read_flags(options.config), *evaluation, *flags, "--run-dir", f"{scratch}/run"]
+        )
         session = Session(config, StopRequest())
-        result = {"about": about(session, options), "correct": {}, "phases": time_phases(session, options.steps)}
+        result = {
+            "about": about(session, options),
+            "correct": {},
+            "phases": time_phases(session, options.steps),
+        }
         save(result, options.output)
         export = Path(scratch) / "export"
         result["correct"]["engine_parameters_equal_export"] = session.export(export)
@@ -90,16 +103,27 @@ def time_phases(session: Session, steps: int) -> dict[str, Any]:
         session.record(step, rollouts, outcome)
         rows.append({**session.timer.seconds, "whole_step": time.perf_counter() - begin})
     recorded = session.metrics.rows[1:]
-    gap, limit = max(row["log_prob_gap_mean"] for row in recorded), harness.MEAN_GAP_LIMIT[session.config.model.dtype]
+    gap, limit = (
+        max(row["log_prob_gap_mean"] for row in recorded),
+        harness.MEAN_GAP_LIMIT[session.config.model.dtype],
+    )
     assert gap < limit, f"trainer and engine disagree by {gap} per token, more than {limit}"
     timed = rows[1:]
     seconds = {name: statistics.median(row[name] for row in timed) for name in timed[0]}
-    seconds["other"] = statistics.median(row["whole_step"] - sum(v for k, v in row.items() if k != "whole_step") for row in timed)
+    seconds["other"] = statistics.median(
+        row["whole_step"] - sum(v for k, v in row.items() if k != "whole_step") for row in timed
+    )
     return {
         "median_seconds": {name: round(value, 5) for name, value in seconds.items()},
-        "share": {name: round(value / seconds["whole_step"], 4) for name, value in seconds.items() if name != "whole_step"},
+        "share": {
+            name: round(value / seconds["whole_step"], 4)
+            for name, value in seconds.items()
+            if name != "whole_step"
+        },
         "steps": steps,
-        "sampled_tokens": round(statistics.median(row["mean_length"] for row in recorded) * samples_per_step(session)),
+        "sampled_tokens": round(
+            statistics.median(row["mean_length"] for row in recorded) * samples_per_step(session)
+        ),
         "rollout_tokens_per_s": statistics.median(row["rollout_tokens_per_s"] for row in recorded),
         "train_tokens_per_s": statistics.median(row["train_tokens_per_s"] for row in recorded),
         "log_prob_gap_mean": gap,
@@ -114,7 +138,8 @@ def samples_per_step(session: Session) -> int:
 
 
 def device_facts(session: Session, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Peak of the allocator, and joules per step and sampled token where NVML counts them; nothing on a CPU."""
+    """Peak of the allocator, and joules per step and sampled token where NVML counts them; nothing on a
+    CPU."""
     if not session.backend.is_cuda:
         return {}
     facts: dict[str, Any] = {"peak_device_bytes": session.backend.memory_bytes()["device_peak"]}
@@ -148,7 +173,9 @@ def compare_rollout(session: Session, export: Path, repeats: int, correct: dict[
     assert ours.recv() == "ready"
 
     def stock() -> int:
-        ours.send([(list(r.prompt_ids), r.num_samples, r.temperature, r.max_new_tokens, r.seed) for r in requests])
+        ours.send(
+            [(list(r.prompt_ids), r.num_samples, r.temperature, r.max_new_tokens, r.seed) for r in requests]
+        )
         return ours.recv()
 
     def wake() -> None:
@@ -156,9 +183,14 @@ def compare_rollout(session: Session, export: Path, repeats: int, correct: dict[
 
     def colocated() -> int:
         session.engine.reset_prefix_cache()
-        return sum(len(completion.token_ids) for group in session.engine.generate(requests) for completion in group)
+        return sum(
+            len(completion.token_ids) for group in session.engine.generate(requests) for completion in group
+        )
 
-    tasks = {"colocated": harness.Task(colocated, wake), "stock_vllm": harness.Task(stock, session.engine.sleep)}
+    tasks = {
+        "colocated": harness.Task(colocated, wake),
+        "stock_vllm": harness.Task(stock, session.engine.sleep),
+    }
     rates = interleave(tasks, repeats)
     correct["tokens_colocated_vs_stock"] = [rates["colocated"]["tokens"], rates["stock_vllm"]["tokens"]]
     process.kill()
@@ -184,8 +216,11 @@ def stock_options(session: Session) -> dict[str, Any]:
     return options
 
 
-def stock_engine(pipe: Connection, folder: str, options: dict[str, Any], stop_token_ids: Sequence[int]) -> None:
-    """Serve the same requests from a plain `vllm.LLM` with the same settings (on a CPU it packs its weights for oneDNN)."""
+def stock_engine(
+    pipe: Connection, folder: str, options: dict[str, Any], stop_token_ids: Sequence[int]
+) -> None:
+    """Serve the same requests from a plain `vllm.LLM` with the same settings (on a CPU it packs its weights
+    for oneDNN)."""
     quiet_libraries()
     from rlsc_mcore.parallel.packages import hide_broken_torchvision
 
@@ -234,19 +269,25 @@ def compare_training(session: Session, export: Path, repeats: int, correct: dict
     rollouts = session.sample(10**6)
     session.engine.sleep()  # neither side trains beside a KV cache
     sequences = merge_identical(
-        rollouts, train_end_token=True, train_truncated=True, stop_token_ids=frozenset(session.inputs.stop_token_ids)
+        rollouts,
+        train_end_token=True,
+        train_truncated=True,
+        stop_token_ids=frozenset(session.inputs.stop_token_ids),
     )
     batches = pack(sequences, config.training.tokens_per_micro_batch)
     objective = WeightedObjective(config.algorithm, len(rollouts))
     tokens = sum(len(s.rollout.prompt_ids) + len(s.rollout.response_ids) for s in sequences)
-    model = AutoModelForCausalLM.from_pretrained(export, dtype=getattr(torch, config.model.dtype), attn_implementation="sdpa")
+    model = AutoModelForCausalLM.from_pretrained(
+        export, dtype=getattr(torch, config.model.dtype), attn_implementation="sdpa"
+    )
     model = model.to(device)
     model.config.use_cache = False
     padded = pad_by_length(sequences, config.training.tokens_per_micro_batch)
     loss, scores = session.trainer.accumulate_gradients(batches, objective)
     gap = float(scores.token_gaps.double().mean())
     weights = {
-        int(i): float(m * w) / len(rollouts) for i, m, w in zip(scores.sequence_ids, scores.multiplicity, scores.weights, strict=True)
+        int(i): float(m * w) / len(rollouts)
+        for i, m, w in zip(scores.sequence_ids, scores.multiplicity, scores.weights, strict=True)
     }
     weigh: Weigh = lambda _, group: torch.tensor([weights[i] for i in group])  # noqa: E731
     reference = accumulate(model, padded, weigh, session.trainer.log_prob_temperature)
@@ -254,7 +295,9 @@ def compare_training(session: Session, export: Path, repeats: int, correct: dict
     correct["loss"], correct["loss_transformers"] = float(loss), reference
     assert scores.gap_max < LARGEST_GAP[config.model.dtype], f"trainer and engine disagree: {scores.gap_max}"
     difference, tolerance = abs(float(loss) - reference), LOSS_TOLERANCE[config.model.dtype] * abs(reference)
-    assert difference < tolerance, f"loss {float(loss)}, transformers {reference}: {difference} apart, more than {tolerance}"
+    assert difference < tolerance, (
+        f"loss {float(loss)}, transformers {reference}: {difference} apart, more than {tolerance}"
+    )
 
     def ours() -> int:
         session.trainer.accumulate_gradients(batches, objective)
@@ -272,7 +315,8 @@ def compare_training(session: Session, export: Path, repeats: int, correct: dict
 
 
 def interleave(providers: dict[str, harness.Task], repeats: int) -> dict[str, Any]:
-    """Time the providers in turns after one untimed call; returns their seconds and the per-turn ratios, first to second."""
+    """Time the providers in turns after one untimed call; returns their seconds and the per-turn ratios,
+    first to second."""
     seconds: dict[str, list[float]] = {name: [] for name in providers}
     tokens = {}
     for name, task in providers.items():
@@ -286,8 +330,13 @@ def interleave(providers: dict[str, harness.Task], repeats: int) -> dict[str, An
             providers[name].run()
             seconds[name].append(time.perf_counter() - begin)
     first, second = providers
-    ratios = [tokens[first] / a / (tokens[second] / b) for a, b in zip(seconds[first], seconds[second], strict=True)]
-    result: dict[str, Any] = {name: {"tokens": tokens[name], "seconds": [round(s, 4) for s in times]} for name, times in seconds.items()}
+    ratios = [
+        tokens[first] / a / (tokens[second] / b) for a, b in zip(seconds[first], seconds[second], strict=True)
+    ]
+    result: dict[str, Any] = {
+        name: {"tokens": tokens[name], "seconds": [round(s, 4) for s in times]}
+        for name, times in seconds.items()
+    }
     result["ratio_median"] = round(statistics.median(ratios), 3)
     result["ratio_range"] = [round(min(ratios), 3), round(max(ratios), 3)]
     return result

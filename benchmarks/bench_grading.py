@@ -1,8 +1,8 @@
 """What grading costs: `python -m benchmarks.bench_grading [--data FOLDER]`.
 
-Mixes of responses, in `numbers` and `algebra` 16 for each question, graded by the product (`grade_answers`: identical responses
-once, one rule for each kind of answer, math-verify in worker processes for what no rule decides) and by math-verify as it comes
-(one extracted answer after the other, nothing kept):
+Mixes of responses, in `numbers` and `algebra` 16 for each question, graded by the product (`grade_answers`:
+identical responses once, one rule for each kind of answer, math-verify in worker processes for what no rule
+decides) and by math-verify as it comes (one extracted answer after the other, nothing kept):
 
 - `numbers`: answers of gsm8k, amc23 and aime24 in sentences, boxed or not, right and wrong (needs `--data`);
 - `expressions`: the values in the worked solutions of aime24 (what follows the last `=` of a formula), each against its
@@ -10,8 +10,9 @@ once, one rule for each kind of answer, math-verify in worker processes for what
 - `algebra`: fractions, roots, polynomials, intervals, sets, tuples, matrices, equations; most samples repeat an answer;
 - `algebra_distinct`: the same kinds, no pair twice: nothing to remember but the gold answer.
 
-Every mix runs in fresh processes, workers included, so that no repeat profits from an earlier one. The processor time of all
-processes is compared; starting the workers is reported apart. Answers on which the two disagree are counted and listed.
+Every mix runs in fresh processes, workers included, so that no repeat profits from an earlier one. The
+processor time of all processes is compared; starting the workers is reported apart. Answers on which the two
+disagree are counted and listed.
 """
 
 import argparse
@@ -49,10 +50,14 @@ Sample = tuple[str, Question]
 def main() -> None:
     """Measure every mix in processes of its own and write benchmarks/results/cpu/bench_grading.json."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", type=Path, help="folder with aime24.jsonl, amc23.jsonl and gsm8k_test.jsonl")
+    parser.add_argument(
+        "--data", type=Path, help="folder with aime24.jsonl, amc23.jsonl and gsm8k_test.jsonl"
+    )
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--out", type=Path, default=RESULTS / "cpu", help="folder of the result")
-    parser.add_argument("--one", nargs=2, metavar=("PATH", "MIX"), help="(internal) grade one mix in this process")
+    parser.add_argument(
+        "--one", nargs=2, metavar=("PATH", "MIX"), help="(internal) grade one mix in this process"
+    )
     options = parser.parse_args()
     if options.one:
         print(json.dumps(measure(options.one[0], mixes(options.data)[options.one[1]]())))
@@ -65,7 +70,9 @@ def main() -> None:
                 runs[path].append(in_fresh_process(path, mix, options.data))
         rows.append(summary(mix, runs))
         print(json.dumps(rows[-1]))
-    made_by = about(torch.device("cpu")) | {"command": "python -m benchmarks.bench_grading" + (" --data DATA" if options.data else "")}
+    made_by = about(torch.device("cpu")) | {
+        "command": "python -m benchmarks.bench_grading" + (" --data DATA" if options.data else "")
+    }
     result = {"about": made_by, "workers": symbolic.NUM_WORKERS, "repeats": options.repeats, "rows": rows}
     options.out.mkdir(parents=True, exist_ok=True)
     (options.out / "bench_grading.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
@@ -96,17 +103,22 @@ def summary(mix: str, runs: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
         "differ_from_math_verify": len(differing),
         "first_that_differ": [runs["product"][0]["texts"][i] for i in differing[:5]],
         "cpu_ms_per_answer": {path: round(statistics.median(values), 3) for path, values in ms.items()},
-        "cpu_ms_per_answer_runs": {path: [round(value, 3) for value in values] for path, values in ms.items()},
+        "cpu_ms_per_answer_runs": {
+            path: [round(value, 3) for value in values] for path, values in ms.items()
+        },
         "times_cheaper": round(statistics.median(ms["plain"]) / middle, 2),
         "answers_per_s_of_one_core_by_cpu": round(1e3 / middle),
-        "answers_per_s_by_the_clock": round(statistics.median(count / run["wall_s"] for run in runs["product"])),
+        "answers_per_s_by_the_clock": round(
+            statistics.median(count / run["wall_s"] for run in runs["product"])
+        ),
         "cpu_s_to_start_a_worker": round(statistics.median(run["start_cpu_s"] for run in runs["product"]), 2),
         "reaches_goal": bool(1e3 / middle >= GOAL_PER_S),
     }
 
 
 def measure(path: str, samples: list[Sample]) -> dict[str, Any]:
-    """Grade all samples; returns outcomes, seconds of all processes, and how many comparisons math-verify made."""
+    """Grade all samples; returns outcomes, seconds of all processes, and how many comparisons math-verify
+    made."""
     responses, questions = [text for text, _ in samples], [question for _, question in samples]
     compared = [0]
     start_cpu = 0.0
@@ -136,7 +148,8 @@ def measure(path: str, samples: list[Sample]) -> dict[str, Any]:
 
 
 def plain_comparison() -> Callable[[str, str], bool]:
-    """math-verify as it comes, in this process, with the workers' limit of processor time; a timer cannot leave one C call."""
+    """math-verify as it comes, in this process, with the workers' limit of processor time; a timer cannot
+    leave one C call."""
     import logging
 
     from math_verify import parse, verify  # type: ignore[import-untyped, unused-ignore]
@@ -177,14 +190,22 @@ def workers_cpu_s() -> float:
     ticks = 0
     for comparer in symbolic.comparers:
         if comparer.worker_pid is not None:
-            fields = Path(f"/proc/{comparer.worker_pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
+            fields = (
+                Path(f"/proc/{comparer.worker_pid}/stat")
+                .read_text(encoding="utf-8")
+                .rpartition(")")[2]
+                .split()
+            )
             ticks += int(fields[11]) + int(fields[12])
     return ticks / os.sysconf("SC_CLK_TCK")
 
 
 def mixes(data: Path | None) -> dict[str, Callable[[], list[Sample]]]:
     """Name every mix that can be made here."""
-    found = {"algebra": lambda: algebra(140, distinct=False), "algebra_distinct": lambda: algebra(280, distinct=True)}
+    found = {
+        "algebra": lambda: algebra(140, distinct=False),
+        "algebra_distinct": lambda: algebra(280, distinct=True),
+    }
     if data is not None:
         found |= {"numbers": lambda: numbers(data), "expressions": lambda: expressions(data)}
     return found
@@ -199,7 +220,11 @@ def numbers(data: Path) -> list[Sample]:
             working = f"We are told that {question.text[:400]} So we compute step by step. "
             gold = question.answer or ""
             for _ in range(NUM_SAMPLES):
-                said = gold if stream.random() < 0.6 else str(int(float(gold)) + stream.choice((-10, -1, 1, 2, 7)))
+                said = (
+                    gold
+                    if stream.random() < 0.6
+                    else str(int(float(gold)) + stream.choice((-10, -1, 1, 2, 7)))
+                )
                 form = stream.choice(
                     (
                         "\\boxed{%s}",
@@ -218,9 +243,13 @@ def expressions(data: Path) -> list[Sample]:
     """The values of real worked solutions as answers, against the last one of each solution."""
     samples = []
     for index, line in enumerate((data / "aime24.jsonl").read_text(encoding="utf-8").splitlines()):
-        formulas = re.findall(r"\$([^$]+)\$", re.sub(r"\\boxed\{([^{}]*)\}", r"\1", json.loads(line)["solution"]))
+        formulas = re.findall(
+            r"\$([^$]+)\$", re.sub(r"\\boxed\{([^{}]*)\}", r"\1", json.loads(line)["solution"])
+        )
         texts = [formula.rpartition("=")[2].strip(" .,") for formula in formulas]
-        texts = list(dict.fromkeys(text for text in texts if 3 <= len(text) <= MOST_CHARACTERS and not text.isdigit()))
+        texts = list(
+            dict.fromkeys(text for text in texts if 3 <= len(text) <= MOST_CHARACTERS and not text.isdigit())
+        )
         if len(texts) >= 2:
             question = Question(index, f"expression {index}", texts[-1])
             samples += [(f"so \\boxed{{{text}}}", question) for text in texts]
@@ -228,7 +257,8 @@ def expressions(data: Path) -> list[Sample]:
 
 
 def algebra(num_questions: int, *, distinct: bool) -> list[Sample]:
-    """Samples for generated gold answers: mostly the gold's own spelling, else an equal or a different expression."""
+    """Samples for generated gold answers: mostly the gold's own spelling, else an equal or a different
+    expression."""
     stream = random.Random(1)
     samples = []
     for index, (gold, equal, different) in zip(range(num_questions), families(stream), strict=False):
@@ -245,10 +275,26 @@ def families(stream: random.Random) -> Iterator[tuple[str, list[str], list[str]]
     """Yield (gold, equal spellings, different answers) without end, of each kind in turn."""
     while True:
         a, b, c, d = (stream.randint(2, 19) for _ in range(4))
-        yield f"\\frac{{{a}x+{b}}}{{{c}}}", [f"\\frac{{{b}+{a}x}}{{{c}}}"], [f"\\frac{{{a}x-{b}}}{{{c}}}", f"{a}x+\\frac{{{b}}}{{{c}}}"]
-        yield f"{a}\\sqrt{{{b}}}", [f"\\sqrt{{{a * a * b}}}", f"\\sqrt{{{b}}}\\cdot {a}"], [f"{a + 1}\\sqrt{{{b}}}", f"\\sqrt{{{a + b}}}"]
-        yield f"x^2+{a + b}x+{a * b}", [f"(x+{a})(x+{b})", f"{a * b}+{a + b}x+x^2"], [f"(x-{a})(x+{b})", f"x^2+{a * b}x+{a + b}"]
-        yield f"[{a},{a + b})", [f"\\left[{a},{a + b}\\right)"], [f"({a},{a + b})", f"[{a},{a + b + 1})", f"[{a},{a + b}]"]
+        yield (
+            f"\\frac{{{a}x+{b}}}{{{c}}}",
+            [f"\\frac{{{b}+{a}x}}{{{c}}}"],
+            [f"\\frac{{{a}x-{b}}}{{{c}}}", f"{a}x+\\frac{{{b}}}{{{c}}}"],
+        )
+        yield (
+            f"{a}\\sqrt{{{b}}}",
+            [f"\\sqrt{{{a * a * b}}}", f"\\sqrt{{{b}}}\\cdot {a}"],
+            [f"{a + 1}\\sqrt{{{b}}}", f"\\sqrt{{{a + b}}}"],
+        )
+        yield (
+            f"x^2+{a + b}x+{a * b}",
+            [f"(x+{a})(x+{b})", f"{a * b}+{a + b}x+x^2"],
+            [f"(x-{a})(x+{b})", f"x^2+{a * b}x+{a + b}"],
+        )
+        yield (
+            f"[{a},{a + b})",
+            [f"\\left[{a},{a + b}\\right)"],
+            [f"({a},{a + b})", f"[{a},{a + b + 1})", f"[{a},{a + b}]"],
+        )
         yield (
             f"(-\\infty,{a})\\cup({a + b},\\infty)",
             [f"({a + b},\\infty)\\cup(-\\infty,{a})"],
@@ -275,7 +321,11 @@ def families(stream: random.Random) -> Iterator[tuple[str, list[str], list[str]]
             [f"\\frac{{{b}\\pi}}{{{a + b}}}"],
         )
         yield f"{a}^{{{b}}}-1", [f"-1+{a}^{{{b}}}"], [f"{a}^{{{b}}}+1", f"{b}^{{{a + 1}}}-1"]
-        yield f"\\log_{{{a}}} {b}", [f"\\frac{{\\ln {b}}}{{\\ln {a}}}"], [f"\\log_{{{b + 30}}} {a}", f"\\ln {b}"]
+        yield (
+            f"\\log_{{{a}}} {b}",
+            [f"\\frac{{\\ln {b}}}{{\\ln {a}}}"],
+            [f"\\log_{{{b + 30}}} {a}", f"\\ln {b}"],
+        )
 
 
 if __name__ == "__main__":

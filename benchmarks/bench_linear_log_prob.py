@@ -1,8 +1,10 @@
-"""The head and the weighted loss together, logits never whole: `python -m benchmarks.bench_linear_log_prob [--full]`.
+"""The head and the weighted loss together, logits never whole: `python -m benchmarks.bench_linear_log_prob
+[--full]`.
 
-Timed per shape: forward and backward of -sum_t c_t log p_t, c_t non-uniform, both gradients. Floor: three matrix products at the
-rate of a bf16 product in the same run (forward, d hidden, d weight) over the tokens that are trained. Ours computes c_t from the
-log p of the same pass; the peers are handed c_t, which is less work.
+Timed per shape: forward and backward of -sum_t c_t log p_t, c_t non-uniform, both gradients. Floor: three
+matrix products at the rate of a bf16 product in the same run (forward, d hidden, d weight) over the tokens
+that are trained. Ours computes c_t from the log p of the same pass; the peers are handed c_t, which is less
+work.
 """
 
 from collections.abc import Callable
@@ -12,7 +14,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from benchmarks.harness import Row, Task, arguments, device_name, finish, measure, measure_ceilings, table, write
+from benchmarks.harness import (
+    Row,
+    Task,
+    arguments,
+    device_name,
+    finish,
+    measure,
+    measure_ceilings,
+    table,
+    write,
+)
 from benchmarks.log_prob_providers import IGNORED
 from benchmarks.roofline import draw
 from benchmarks.shapes import Shape, head_shapes
@@ -37,7 +49,11 @@ def make_inputs(shape: Shape, device: torch.device, dtype: torch.dtype) -> Input
     """Hidden states and a weight whose logits are about N(0, 2)."""
     generator = torch.Generator(device).manual_seed(3)
     hidden = torch.randn(shape.num_tokens, shape.hidden_size, device=device, generator=generator).to(dtype)
-    weight = (torch.randn(shape.num_columns, shape.hidden_size, device=device, generator=generator) * 2 / shape.hidden_size**0.5).to(dtype)
+    weight = (
+        torch.randn(shape.num_columns, shape.hidden_size, device=device, generator=generator)
+        * 2
+        / shape.hidden_size**0.5
+    ).to(dtype)
     targets = torch.randint(0, shape.num_columns, (shape.num_tokens,), device=device, generator=generator)
     length = min(SEQUENCE_TOKENS, shape.num_tokens)
     first_live = length - round(length * shape.live_share)
@@ -45,7 +61,14 @@ def make_inputs(shape: Shape, device: torch.device, dtype: torch.dtype) -> Input
     coefficients = torch.rand(shape.num_tokens, device=device, generator=generator) * live / shape.num_tokens
     cu_seqlens = torch.arange(0, shape.num_tokens + 1, length, device=device, dtype=torch.int32)
     counts = [length - first_live] * (shape.num_tokens // length)
-    return Inputs(hidden.requires_grad_(), weight.requires_grad_(), torch.where(live, targets, IGNORED), coefficients, cu_seqlens, counts)
+    return Inputs(
+        hidden.requires_grad_(),
+        weight.requires_grad_(),
+        torch.where(live, targets, IGNORED),
+        coefficients,
+        cu_seqlens,
+        counts,
+    )
 
 
 Loss = Callable[[Inputs], Tensor]
@@ -81,20 +104,26 @@ def ours_recompute(backend: str) -> Loss:
 
 
 def whole_logits(x: Inputs) -> Tensor:
-    losses = torch.nn.functional.cross_entropy((x.hidden @ x.weight.t()).float(), x.targets, reduction="none", ignore_index=IGNORED)
+    losses = torch.nn.functional.cross_entropy(
+        (x.hidden @ x.weight.t()).float(), x.targets, reduction="none", ignore_index=IGNORED
+    )
     return (x.coefficients * losses).sum()
 
 
 def torch_chunked() -> Loss:
     fused: Any = torch.nn.functional.linear_cross_entropy  # torch 2.12 and later
-    return lambda x: (x.coefficients * fused(x.hidden, x.weight, x.targets, reduction="none", ignore_index=IGNORED)).sum()
+    return lambda x: (
+        x.coefficients * fused(x.hidden, x.weight, x.targets, reduction="none", ignore_index=IGNORED)
+    ).sum()
 
 
 def liger() -> Loss:
     from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
 
     def loss(x: Inputs) -> Tensor:
-        result: Any = liger_fused_linear_cross_entropy(x.hidden, x.weight, x.targets, reduction="none", ignore_index=IGNORED)
+        result: Any = liger_fused_linear_cross_entropy(
+            x.hidden, x.weight, x.targets, reduction="none", ignore_index=IGNORED
+        )
         return (x.coefficients * (result[0] if isinstance(result, tuple) else result)).sum()
 
     return loss
@@ -103,13 +132,18 @@ def liger() -> Loss:
 def cut_cross_entropy() -> Loss:
     from cut_cross_entropy import linear_cross_entropy
 
-    return lambda x: (x.coefficients * linear_cross_entropy(x.hidden, x.weight, x.targets, reduction="none", ignore_index=IGNORED)).sum()
+    return lambda x: (
+        x.coefficients
+        * linear_cross_entropy(x.hidden, x.weight, x.targets, reduction="none", ignore_index=IGNORED)
+    ).sum()
 
 
 def quack_unweighted() -> Loss:
     from quack.linear_cross_entropy import chunked_linear_cross_entropy
 
-    return lambda x: chunked_linear_cross_entropy(x.hidden, x.weight, x.targets, ignore_index=IGNORED, reduction="sum")
+    return lambda x: chunked_linear_cross_entropy(
+        x.hidden, x.weight, x.targets, ignore_index=IGNORED, reduction="sum"
+    )
 
 
 def providers(device: torch.device) -> dict[str, Callable[[], Loss]]:
@@ -139,7 +173,10 @@ def check(name: str, loss: Loss, shape: Shape, device: torch.device, dtype: torc
     inputs = make_inputs(few, device, dtype)
     if name.endswith("(unweighted)"):
         inputs = inputs._replace(coefficients=(inputs.targets >= 0).float())
-    wide = inputs._replace(hidden=inputs.hidden.detach().double().requires_grad_(), weight=inputs.weight.detach().double().requires_grad_())
+    wide = inputs._replace(
+        hidden=inputs.hidden.detach().double().requires_grad_(),
+        weight=inputs.weight.detach().double().requires_grad_(),
+    )
     exact = gradients(_float64_loss, wide)
     got, again = gradients(loss, inputs), gradients(loss, inputs)
     checks: dict[str, Any] = {}
@@ -153,7 +190,9 @@ def check(name: str, loss: Loss, shape: Shape, device: torch.device, dtype: torc
 
 
 def _float64_loss(x: Inputs) -> Tensor:
-    losses = torch.nn.functional.cross_entropy(x.hidden @ x.weight.t(), x.targets, reduction="none", ignore_index=IGNORED)
+    losses = torch.nn.functional.cross_entropy(
+        x.hidden @ x.weight.t(), x.targets, reduction="none", ignore_index=IGNORED
+    )
     return (x.coefficients * losses).sum()
 
 
@@ -177,16 +216,25 @@ def main() -> None:
             except Exception as error:
                 tasks.pop(name, None)
                 rows.append(
-                    Row(shape.name, name, skipped=f"{type(error).__name__}: {str(error).splitlines()[0][:120] if str(error) else ''}")
+                    Row(
+                        shape.name,
+                        name,
+                        skipped=f"{type(error).__name__}: {str(error).splitlines()[0][:120] if str(error) else ''}",
+                    )
                 )
         live = sum(inputs.live_counts)
         flops = 6.0 * live * shape.hidden_size * shape.num_columns
         size = inputs.hidden.element_size()
         bytes_moved = (
-            2.0 * size * (live * shape.hidden_size + shape.num_columns * shape.hidden_size) + 4.0 * shape.num_columns * shape.hidden_size
+            2.0 * size * (live * shape.hidden_size + shape.num_columns * shape.hidden_size)
+            + 4.0 * shape.num_columns * shape.hidden_size
         )
         for name, timing in measure(tasks, device, options.seconds).items():
-            rows.append(Row(shape.name, name, checks=checks[name], timing=timing, bytes_moved=bytes_moved, flops=flops))
+            rows.append(
+                Row(
+                    shape.name, name, checks=checks[name], timing=timing, bytes_moved=bytes_moved, flops=flops
+                )
+            )
     finish(rows, "whole logits", ceiling_of=lambda row: 1e3 * row.flops / ceilings.matmul_flops_per_s)
     path = write("linear_log_prob", rows, ceilings, device, options.out)
     print(table(rows, device))

@@ -1,8 +1,9 @@
 """Weighted, masked token log-probs from logits: `python -m benchmarks.bench_log_prob [--full]`.
 
-Two things are timed per shape: `forward` (log p alone, one read: floor 2 bytes per logit) and `step` (log p and the gradient
-of a sum with non-uniform weights: floor 4 bytes per logit, one read and one write). Inputs that a provider overwrites are
-restored between rounds, untimed; two sets of logits take turns, so that no cache is warm.
+Two things are timed per shape: `forward` (log p alone, one read: floor 2 bytes per logit) and `step` (log p
+and the gradient of a sum with non-uniform weights: floor 4 bytes per logit, one read and one write). Inputs
+that a provider overwrites are restored between rounds, untimed; two sets of logits take turns, so that no
+cache is warm.
 """
 
 import itertools
@@ -12,7 +13,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.harness import Row, Task, arguments, device_name, finish, measure, measure_ceilings, table, write
+from benchmarks.harness import (
+    Row,
+    Task,
+    arguments,
+    device_name,
+    finish,
+    measure,
+    measure_ceilings,
+    table,
+    write,
+)
 from benchmarks.log_prob_providers import IGNORED, Provider, providers
 from benchmarks.roofline import draw
 from benchmarks.shapes import Shape, shapes
@@ -20,10 +31,15 @@ from benchmarks.shapes import Shape, shapes
 CHECKED_TOKENS = 64
 
 
-def make_inputs(shape: Shape, device: torch.device, dtype: torch.dtype, seed: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Logits N(0, 2) with a quarter of the tokens confident, targets (ignored where not trained) and weights of both signs."""
+def make_inputs(
+    shape: Shape, device: torch.device, dtype: torch.dtype, seed: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits N(0, 2) with a quarter of the tokens confident, targets (ignored where not trained) and weights
+    of both signs."""
     generator = torch.Generator(device).manual_seed(seed)
-    logits = torch.empty(shape.num_tokens, shape.num_columns, dtype=dtype, device=device).normal_(0.0, 2.0, generator=generator)
+    logits = torch.empty(shape.num_tokens, shape.num_columns, dtype=dtype, device=device).normal_(
+        0.0, 2.0, generator=generator
+    )
     targets = torch.randint(0, shape.num_columns, (shape.num_tokens,), device=device, generator=generator)
     confident = torch.arange(shape.num_tokens, device=device) % 4 == 0
     chosen = logits.gather(1, targets[:, None])
@@ -63,7 +79,9 @@ def check(provider: Provider, shape: Shape, device: torch.device, dtype: torch.d
     return checks
 
 
-def tasks_of(provider: Provider, inputs: list[tuple[Tensor, Tensor, Tensor]], work: Tensor, mode: str) -> Task | None:
+def tasks_of(
+    provider: Provider, inputs: list[tuple[Tensor, Tensor, Tensor]], work: Tensor, mode: str
+) -> Task | None:
     """The timed call of a provider; inputs take turns."""
     turn = itertools.cycle(range(len(inputs)))
     current = [0]
@@ -103,15 +121,31 @@ def main() -> None:
                 provider = build()
                 checks[provider.name] = check(provider, shape, device, dtype)
                 built[provider.name] = provider
-            except Exception as error:  # a peer that is missing, does not take the shape or is wrong: reported, never timed
+            except (
+                Exception
+            ) as error:  # a peer that is missing, does not take the shape or is wrong: reported, never timed
                 rows.append(
-                    Row(shape.name, name, skipped=f"{type(error).__name__}: {str(error).splitlines()[0][:120] if str(error) else ''}")
+                    Row(
+                        shape.name,
+                        name,
+                        skipped=f"{type(error).__name__}: {str(error).splitlines()[0][:120] if str(error) else ''}",
+                    )
                 )
         logits_bytes = shape.num_tokens * shape.num_columns * work.element_size()
         for mode, passes in (("forward", 1 * shape.live_share), ("step", 1 + shape.live_share)):
-            tasks = {name: task for name, provider in built.items() if (task := tasks_of(provider, inputs, work, mode)) is not None}
+            tasks = {
+                name: task
+                for name, provider in built.items()
+                if (task := tasks_of(provider, inputs, work, mode)) is not None
+            }
             for name, timing in measure(tasks, device, options.seconds).items():
-                row = Row(f"{mode} {shape.name}", name, checks=checks[name], timing=timing, bytes_moved=passes * logits_bytes)
+                row = Row(
+                    f"{mode} {shape.name}",
+                    name,
+                    checks=checks[name],
+                    timing=timing,
+                    bytes_moved=passes * logits_bytes,
+                )
                 row.flops = 4.0 * shape.num_tokens * shape.num_columns
                 rows.append(row)
         del inputs, work

@@ -1,10 +1,12 @@
-"""Measure what rounding logits costs: log-probs of whole answers from float32 and from bfloat16 logits against float64.
+"""Measure what rounding logits costs: log-probs of whole answers from float32 and from bfloat16 logits
+against float64.
 
     python -m benchmarks.bench_logits_dtype
 
-Operands (hidden states, head weight) are bfloat16 in all three; only the logits' type differs. p_old is a product over an answer,
-so what counts is the error of the sum of an answer's log-probs. Answers are drawn with the spread of a trained model: most tokens
-are confident, some are not. Writes results/<device>/logits_dtype.json.
+Operands (hidden states, head weight) are bfloat16 in all three; only the logits' type differs. p_old is a
+product over an answer, so what counts is the error of the sum of an answer's log-probs. Answers are drawn
+with the spread of a trained model: most tokens are confident, some are not. Writes
+results/<device>/logits_dtype.json.
 """
 
 import argparse
@@ -21,18 +23,25 @@ from rlsc_mcore.ops import linear_token_log_probs
 
 VOCAB = 152064
 SPREAD = 2.5  # standard deviation of a logit that is not the target's
-BOOST = (10.0, 30.0)  # what the target's logit has more than the others, drawn uniformly: p from 1 % to 1 - 1e-6
+BOOST = (
+    10.0,
+    30.0,
+)  # what the target's logit has more than the others, drawn uniformly: p from 1 % to 1 - 1e-6
 
 
 def draw(num_tokens: int, hidden_size: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """Draw (hidden, weight, targets); hidden and weight are bfloat16."""
     generator = torch.Generator().manual_seed(0)
-    weight = torch.randn(VOCAB, hidden_size, generator=generator).mul_(SPREAD / math.sqrt(hidden_size)).bfloat16()
+    weight = (
+        torch.randn(VOCAB, hidden_size, generator=generator).mul_(SPREAD / math.sqrt(hidden_size)).bfloat16()
+    )
     targets = torch.randint(0, VOCAB, (num_tokens,), generator=generator)
     own = weight[targets].float()
     low, high = BOOST
     boost = low + (high - low) * torch.rand(num_tokens, 1, generator=generator)
-    hidden = torch.randn(num_tokens, hidden_size, generator=generator) + boost * own / own.square().sum(1, keepdim=True)
+    hidden = torch.randn(num_tokens, hidden_size, generator=generator) + boost * own / own.square().sum(
+        1, keepdim=True
+    )
     return hidden.bfloat16().to(device), weight.to(device), targets.to(device)
 
 
@@ -58,12 +67,16 @@ def errors(log_probs: Tensor, exact: Tensor, length: int) -> dict[str, Any]:
 
 def main() -> None:
     """Measure and write the result."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--answers", type=int, default=4)
     parser.add_argument("--length", type=int, default=1000, help="tokens of an answer")
     parser.add_argument("--hidden-size", type=int, default=256)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--out", type=Path, default=None, help="folder of the result; default: results/<device>")
+    parser.add_argument(
+        "--out", type=Path, default=None, help="folder of the result; default: results/<device>"
+    )
     options = parser.parse_args()
     device = torch.device(options.device)
     hidden, weight, targets = draw(options.answers * options.length, options.hidden_size, device)
@@ -71,7 +84,12 @@ def main() -> None:
     rows = {}
     for dtype in (torch.bfloat16, torch.float32):
         log_probs = linear_token_log_probs(
-            hidden, weight, targets, mask_T=torch.ones_like(targets, dtype=torch.bool), vocab_size=VOCAB, logits_dtype=dtype
+            hidden,
+            weight,
+            targets,
+            mask_T=torch.ones_like(targets, dtype=torch.bool),
+            vocab_size=VOCAB,
+            logits_dtype=dtype,
         )
         rows[str(dtype).removeprefix("torch.")] = errors(log_probs, exact, options.length)
     shape = {
@@ -85,7 +103,10 @@ def main() -> None:
     folder = options.out or RESULTS / device_name(device)
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "logits_dtype.json"
-    path.write_text(json.dumps({"about": about(device), "shape": shape, "logits_dtype": rows}, indent=1) + "\n", encoding="utf-8")
+    path.write_text(
+        json.dumps({"about": about(device), "shape": shape, "logits_dtype": rows}, indent=1) + "\n",
+        encoding="utf-8",
+    )
     for name, row in rows.items():
         answer, token = row["largest_answer_error"], row["largest_token_error"]
         print(f"{name} logits: log p of an answer is off by up to {answer:.3g}, of a token by {token:.3g}")

@@ -1,12 +1,14 @@
 """What packing and balancing are worth on length distributions: `python -m benchmarks.bench_packing`.
 
-For each distribution, one step's rollouts are merged, spread over data-parallel ranks and packed by the product's own code:
+For each distribution, one step's rollouts are merged, spread over data-parallel ranks and packed by the
+product's own code:
 
 - share of computed tokens that is filler, packed (thd) against padded batches of equal-length neighbours, and as sampled;
 - by how much the busiest data-parallel rank exceeds the mean FLOPs, training what it sampled and after the exchange;
 - share of sequences that move, share of tokens spared by merging identical answers, passes against the fewest possible.
 
-Counts only, no times: the numbers are the same on every machine. `--rollouts RUN` adds the rollouts of a run of yours.
+Counts only, no times: the numbers are the same on every machine. `--rollouts RUN` adds the rollouts of a run
+of yours.
 """
 
 import argparse
@@ -30,13 +32,17 @@ LENGTHS = Path(__file__).parent / "lengths"
 NUM_SAMPLES = 16
 BUDGET = 16384
 PADDING_GOAL = 0.02
-Question = tuple[int, list[tuple[int, int]]]  # prompt tokens, (response tokens, identical copies) per distinct answer
+Question = tuple[
+    int, list[tuple[int, int]]
+]  # prompt tokens, (response tokens, identical copies) per distinct answer
 
 
 def main() -> None:
     """Measure every distribution and layout and write benchmarks/results/cpu/bench_packing.json."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rollouts", type=Path, help="folder of a run, whose sampled answers are measured too")
+    parser.add_argument(
+        "--rollouts", type=Path, help="folder of a run, whose sampled answers are measured too"
+    )
     parser.add_argument("--questions", type=int, default=64, help="questions per step")
     parser.add_argument("--out", type=Path, default=RESULTS / "cpu", help="folder of the result")
     options = parser.parse_args()
@@ -54,17 +60,25 @@ def main() -> None:
 
 
 def distributions(run: Path | None) -> dict[str, list[Question]]:
-    """Return the questions of every distribution: recorded lengths, and one synthetic of long answers cut at 3072 tokens."""
+    """Return the questions of every distribution: recorded lengths, and one synthetic of long answers cut at
+    3072 tokens."""
     stream = random.Random(0)
     found: dict[str, list[Question]] = {}
     for file in sorted(LENGTHS.glob("*.json")):
         recorded = json.loads(file.read_text(encoding="utf-8"))["questions"]
         if isinstance(recorded[0][1][0], int):  # one reference solution each: the samples scatter around it
-            questions = [(prompt, [(scatter(stream, answer[0], 0.3), 1) for _ in range(NUM_SAMPLES)]) for prompt, answer in recorded]
+            questions = [
+                (prompt, [(scatter(stream, answer[0], 0.3), 1) for _ in range(NUM_SAMPLES)])
+                for prompt, answer in recorded
+            ]
         else:
-            questions = [(prompt, [(length, copies) for length, copies in answers]) for prompt, answers in recorded]
+            questions = [
+                (prompt, [(length, copies) for length, copies in answers]) for prompt, answers in recorded
+            ]
         found[file.stem] = stream.sample(questions, len(questions))
-    long_answers = [(120, [(scatter(stream, centre, 0.4), 1) for _ in range(NUM_SAMPLES)]) for centre in centres(stream)]
+    long_answers = [
+        (120, [(scatter(stream, centre, 0.4), 1) for _ in range(NUM_SAMPLES)]) for centre in centres(stream)
+    ]
     found["synthetic_long_cut_at_3072"] = long_answers
     if run is not None:
         found[run.name] = recorded_rollouts(run)
@@ -115,7 +129,9 @@ def measure(name: str, questions: Sequence[Question], tp: int, dp: int) -> dict[
     shape: Architecture = MODELS["qwen2.5-math-7b"]
     cost = shape.cost_model()
     rollouts = rollouts_of(questions)
-    sequences = merge_identical(rollouts, train_end_token=True, train_truncated=True, stop_token_ids=frozenset())
+    sequences = merge_identical(
+        rollouts, train_end_token=True, train_truncated=True, stop_token_ids=frozenset()
+    )
     owners = [s.group % dp for s in sequences]
     lengths = [size(s) for s in sequences]
     costs = [cost.flops(length, sum(s.trained)) for s, length in zip(sequences, lengths, strict=True)]
@@ -126,7 +142,9 @@ def measure(name: str, questions: Sequence[Question], tp: int, dp: int) -> dict[
         batches = pack([s for s, r in zip(sequences, plan, strict=True) if r == rank], BUDGET, multiple_of=tp)
         computed += sum(len(batch.token_ids) for batch in batches)
         passes += len(batches)
-    fewest = sum(-(-sum(x for x, r in zip(lengths, plan, strict=True) if r == rank) // BUDGET) for rank in range(dp))
+    fewest = sum(
+        -(-sum(x for x, r in zip(lengths, plan, strict=True) if r == rank) // BUDGET) for rank in range(dp)
+    )
     return {
         "distribution": name,
         "tp": tp,

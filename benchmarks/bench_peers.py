@@ -1,11 +1,14 @@
-"""A whole step against TRL's GRPO trainer: `python -m benchmarks.bench_peers --model DIR [--questions 8 ...]`.
+"""A whole step against TRL's GRPO trainer: `python -m benchmarks.bench_peers --model DIR [--questions 8
+...]`.
 
-The same model folder, prompts, number of samples, temperature, longest answer, optimizer and dtype; TRL gets a constant reward
-and no reference model. Each side runs in a process of its own, one after the other, twice each in turns; the first step of each
-is not counted. Sampled answers differ, so the result is time per sampled token. First of all both must read the same prompt
-tokens, and both must train: a finite loss, and on our side a log-prob agreement with the engine.
+The same model folder, prompts, number of samples, temperature, longest answer, optimizer and dtype; TRL gets
+a constant reward and no reference model. Each side runs in a process of its own, one after the other, twice
+each in turns; the first step of each is not counted. Sampled answers differ, so the result is time per
+sampled token. First of all both must read the same prompt tokens, and both must train: a finite loss, and on
+our side a log-prob agreement with the engine.
 
-TRL samples with its colocated vLLM on a GPU; on a CPU, where its vLLM mode does not run, with transformers' generate.
+TRL samples with its colocated vLLM on a GPU; on a CPU, where its vLLM mode does not run, with transformers'
+generate.
 """
 
 import argparse
@@ -35,15 +38,27 @@ LEARNING_RATE = 1e-6
 
 def main() -> None:
     """Measure both sides and write benchmarks/results/<device>/peers.json."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, help="model folder with a tokenizer, or embedded:tiny_qwen2")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--model", required=True, help="model folder with a tokenizer, or embedded:tiny_qwen2"
+    )
     parser.add_argument("--questions", type=int, default=8, help="questions per step")
     parser.add_argument("--num-samples", type=int, default=16, help="answers per question")
     parser.add_argument("--max-new-tokens", type=int, default=1024)
-    parser.add_argument("--steps", type=int, default=4, help="steps per turn, the first of which is not counted")
+    parser.add_argument(
+        "--steps", type=int, default=4, help="steps per turn, the first of which is not counted"
+    )
     parser.add_argument("--turns", type=int, default=2, help="turns of each side")
-    parser.add_argument("--per-device-batch", type=int, help="TRL's answers per forward pass (default: 4 on a GPU, 16 on a CPU)")
-    parser.add_argument("--out", type=Path, help="folder of the result (default: benchmarks/results/<device>)")
+    parser.add_argument(
+        "--per-device-batch",
+        type=int,
+        help="TRL's answers per forward pass (default: 4 on a GPU, 16 on a CPU)",
+    )
+    parser.add_argument(
+        "--out", type=Path, help="folder of the result (default: benchmarks/results/<device>)"
+    )
     options = parser.parse_args()
     options.cuda = torch.cuda.is_available()  # does not initialise a GPU that two children need
     options.dtype = "bfloat16" if options.cuda else "float32"
@@ -52,7 +67,9 @@ def main() -> None:
     for _ in range(options.turns):
         for name, side in (("ours", ours), ("trl", trl)):
             runs[name].append(in_process(side, options))
-    assert runs["ours"][0]["prompts"] == runs["trl"][0]["prompts"], "both sides must read the same prompt tokens"
+    assert runs["ours"][0]["prompts"] == runs["trl"][0]["prompts"], (
+        "both sides must read the same prompt tokens"
+    )
     device = torch.device("cuda" if options.cuda else "cpu")
     result = summarize(runs)
     result["about"] = {**about(device), "trl": metadata.version("trl"), "dtype": options.dtype}
@@ -65,15 +82,24 @@ def main() -> None:
 def summarize(runs: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
     """Return seconds per 1000 sampled tokens of each side, and how many times ours TRL takes."""
     per_token = {
-        name: [1e3 * seconds / tokens for turn in turns for seconds, tokens in zip(turn["seconds"], turn["tokens"], strict=True)]
+        name: [
+            1e3 * seconds / tokens
+            for turn in turns
+            for seconds, tokens in zip(turn["seconds"], turn["tokens"], strict=True)
+        ]
         for name, turns in runs.items()
     }
     medians = {name: statistics.median(values) for name, values in per_token.items()}
     return {
         "seconds_per_1000_tokens": medians,
         "times_ours": medians["trl"] / medians["ours"],
-        "mean_answer_tokens": {name: statistics.mean(t for turn in turns for t in turn["mean_length"]) for name, turns in runs.items()},
-        "peak_device_bytes": {name: max(turn["peak_device_bytes"] for turn in turns) for name, turns in runs.items()},
+        "mean_answer_tokens": {
+            name: statistics.mean(t for turn in turns for t in turn["mean_length"])
+            for name, turns in runs.items()
+        },
+        "peak_device_bytes": {
+            name: max(turn["peak_device_bytes"] for turn in turns) for name, turns in runs.items()
+        },
         "sampler_of_trl": runs["trl"][0]["sampler"],
         "log_prob_gap_mean": max(turn["gap"] for turn in runs["ours"]),
         "steps_counted": len(per_token["ours"]),
@@ -111,7 +137,11 @@ def _questions(options: argparse.Namespace) -> tuple[Any, list[Any], list[list[i
 
     tokenizer = load_tokenizer(resolve_model_folder(options.model), ModelConfig(path=options.model))
     questions = read_questions("embedded:train")[: options.questions]
-    return tokenizer, questions, [list(render_prompt("chat", question.text, tokenizer)) for question in questions]
+    return (
+        tokenizer,
+        questions,
+        [list(render_prompt("chat", question.text, tokenizer)) for question in questions],
+    )
 
 
 def ours(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
@@ -122,11 +152,42 @@ def ours(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
 
     _, questions, prompts = _questions(options)
     file = scratch / "questions.jsonl"
-    file.write_text("".join(json.dumps({"question": question.text, "answer": "0"}) + "\n" for question in questions), encoding="utf-8")
-    flags = ["--run-dir", str(scratch / "run"), "--model.path", options.model, "--model.dtype", options.dtype, "--data.path", str(file)]
-    flags += ["--data.template", "chat", "--data.questions-per-step", str(options.questions), "--optimizer.lr", str(LEARNING_RATE)]
-    flags += ["--rollout.num-samples", str(options.num_samples), "--rollout.max-new-tokens", str(options.max_new_tokens)]
-    flags += ["--rollout.temperature", "1.0", "--training.num-steps", str(options.steps), "--training.save-every", "0"]
+    file.write_text(
+        "".join(json.dumps({"question": question.text, "answer": "0"}) + "\n" for question in questions),
+        encoding="utf-8",
+    )
+    flags = [
+        "--run-dir",
+        str(scratch / "run"),
+        "--model.path",
+        options.model,
+        "--model.dtype",
+        options.dtype,
+        "--data.path",
+        str(file),
+    ]
+    flags += [
+        "--data.template",
+        "chat",
+        "--data.questions-per-step",
+        str(options.questions),
+        "--optimizer.lr",
+        str(LEARNING_RATE),
+    ]
+    flags += [
+        "--rollout.num-samples",
+        str(options.num_samples),
+        "--rollout.max-new-tokens",
+        str(options.max_new_tokens),
+    ]
+    flags += [
+        "--rollout.temperature",
+        "1.0",
+        "--training.num-steps",
+        str(options.steps),
+        "--training.save-every",
+        "0",
+    ]
     session = Session(parse_config(flags), StopRequest())
     seconds = []
     for step in range(options.steps):
@@ -185,10 +246,19 @@ def trl(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     folder = str(resolve_model_folder(options.model))
     vllm: dict[str, Any] = {"use_vllm": False}
     if options.cuda:
-        vllm = {"use_vllm": True, "vllm_mode": "colocate", "vllm_enable_sleep_mode": True, "vllm_gpu_memory_utilization": 0.3}
+        vllm = {
+            "use_vllm": True,
+            "vllm_mode": "colocate",
+            "vllm_enable_sleep_mode": True,
+            "vllm_gpu_memory_utilization": 0.3,
+        }
         vllm["vllm_max_model_length"] = max(map(len, prompts)) + options.max_new_tokens
         os.environ.update(
-            RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=os.environ.get("MASTER_PORT", "29531")
+            RANK="0",
+            LOCAL_RANK="0",
+            WORLD_SIZE="1",
+            MASTER_ADDR="127.0.0.1",
+            MASTER_PORT=os.environ.get("MASTER_PORT", "29531"),
         )
     config = GRPOConfig(
         output_dir=str(scratch / "trl"), max_steps=options.steps, learning_rate=LEARNING_RATE, weight_decay=0.01, max_grad_norm=1.0,
@@ -203,7 +273,9 @@ def trl(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
         train_dataset=Dataset.from_dict({"prompt": texts * options.steps}), processing_class=tokenizer, callbacks=[Clock()],
     )  # fmt: skip
     trainer.train()
-    assert len(ends) == len(lengths) == options.steps, f"TRL: {len(ends)} steps, {len(lengths)} logs of {options.steps}"
+    assert len(ends) == len(lengths) == options.steps, (
+        f"TRL: {len(ends)} steps, {len(lengths)} logs of {options.steps}"
+    )
     return {
         "prompts": read,
         "seconds": [later - earlier for earlier, later in itertools.pairwise(ends)],

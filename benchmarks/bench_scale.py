@@ -1,7 +1,9 @@
-"""Simulate a step on 8 to 1,024 GPUs from recorded answer lengths: `python -m benchmarks.bench_scale`. Needs no GPU.
+"""Simulate a step on 8 to 1,024 GPUs from recorded answer lengths: `python -m benchmarks.bench_scale`. Needs
+no GPU.
 
-Nothing here was measured on a cluster. The simulation draws answer lengths, spreads them over engines and data-parallel ranks by
-the product's own code, and takes seconds from the planner's model of a GPU. Its assumptions:
+Nothing here was measured on a cluster. The simulation draws answer lengths, spreads them over engines and
+data-parallel ranks by the product's own code, and takes seconds from the planner's model of a GPU. Its
+assumptions:
 
 - lengths: those of the AIME 2024 reference solutions (`benchmarks/lengths`), each sample a log-normal factor (sigma 0.35) away,
   times a scale, cut at the limit; prompts of 150 tokens;
@@ -11,8 +13,8 @@ the product's own code, and takes seconds from the planner's model of a GPU. Its
 - a header of 72 bytes per answer reaches every rank over gloo at 1 GB/s per node; tokens travel at 50 GB/s per GPU;
 - merging headers and assigning sequences costs what it takes in this process.
 
-The last columns contrast what each rank would receive if all answers went to all ranks, pickled: 17.5 bytes per token, twice, and
-137 ns each to unpickle, as measured with tuples of Python numbers.
+The last columns contrast what each rank would receive if all answers went to all ranks, pickled: 17.5 bytes
+per token, twice, and 137 ns each to unpickle, as measured with tuples of Python numbers.
 """
 
 import argparse
@@ -32,7 +34,15 @@ from rlsc_mcore.model.shape import Architecture
 from rlsc_mcore.planning.known_models import MODELS, num_parameters
 from rlsc_mcore.planning.layouts import Candidate, candidates
 from rlsc_mcore.planning.memory import WIDTH, Layout, kv_bytes_per_token
-from rlsc_mcore.planning.timing import ALL_REDUCE_S, DECODE_EFFICIENCY, GPUS, TRAIN_EFFICIENCY, Gpu, Work, pipeline_waits
+from rlsc_mcore.planning.timing import (
+    ALL_REDUCE_S,
+    DECODE_EFFICIENCY,
+    GPUS,
+    TRAIN_EFFICIENCY,
+    Gpu,
+    Work,
+    pipeline_waits,
+)
 from rlsc_mcore.rollout.sampling import spread_samples
 
 LENGTHS = Path(__file__).parent / "lengths" / "aime24_solutions.json"
@@ -59,7 +69,9 @@ def main() -> None:
         print(json.dumps(row))
     options.out.mkdir(parents=True, exist_ok=True)
     file = options.out / "scale.json"
-    file.write_text(json.dumps({"about": about(torch.device("cpu")), "rows": rows}, indent=1) + "\n", encoding="utf-8")
+    file.write_text(
+        json.dumps({"about": about(torch.device("cpu")), "rows": rows}, indent=1) + "\n", encoding="utf-8"
+    )
     draw(rows, FIGURE)
 
 
@@ -70,14 +82,28 @@ def simulate(model: str, num_gpus: int, num_questions: int, scale: float, longes
     work = Work(lengths.size, PROMPT_TOKENS, int(lengths.mean()), longest, MAX_SEQS)
     tokens = max(16384, PROMPT_TOKENS + longest)
     found = candidates(
-        shape, Layout(1, 1, tokens_per_micro_batch=tokens), work, gpu, num_gpus=num_gpus, gpu_bytes=80 << 30, gpus_per_node=8
+        shape,
+        Layout(1, 1, tokens_per_micro_batch=tokens),
+        work,
+        gpu,
+        num_gpus=num_gpus,
+        gpu_bytes=80 << 30,
+        gpus_per_node=8,
     )
     best = found[0]
     assert not best.why_not, f"{model} on {num_gpus} GPUs: {best.why_not}"
     layout = best.layout
     engines = [
-        engine_seconds(shape, layout, gpu, [int(lengths[question, sample]) for question, samples in share for sample in samples])
-        for share in (spread_samples(num_questions, NUM_SAMPLES, layout.num_engines, engine) for engine in range(layout.num_engines))
+        engine_seconds(
+            shape,
+            layout,
+            gpu,
+            [int(lengths[question, sample]) for question, samples in share for sample in samples],
+        )
+        for share in (
+            spread_samples(num_questions, NUM_SAMPLES, layout.num_engines, engine)
+            for engine in range(layout.num_engines)
+        )
     ]
     training, exchange = train_seconds(shape, best, work, gpu, lengths)
     total_tokens = int(lengths.sum())
@@ -95,7 +121,13 @@ def simulate(model: str, num_gpus: int, num_questions: int, scale: float, longes
         "answers": int(lengths.size),
         "mean_length": round(float(lengths.mean()), 1),
         "longest": longest,
-        "layout": {"tp": layout.tp, "pp": layout.pp, "dp": layout.dp, "engine_tp": layout.engine_ranks, "recompute": layout.recompute},
+        "layout": {
+            "tp": layout.tp,
+            "pp": layout.pp,
+            "dp": layout.dp,
+            "engine_tp": layout.engine_ranks,
+            "recompute": layout.recompute,
+        },
         "seconds": {name: round(value, 3) for name, value in seconds.items()},
         "step_seconds": round(sum(seconds.values()), 2),
         "tokens_per_s_per_gpu": round(total_tokens / sum(seconds.values()) / num_gpus, 1),
@@ -112,11 +144,14 @@ def draw_lengths(rng: np.random.Generator, num_questions: int, scale: float, lon
     """Draw a step's answer lengths: int64 [questions, samples]."""
     recorded = [answers[0] for _, answers in json.loads(LENGTHS.read_text(encoding="utf-8"))["questions"]]
     centres = rng.choice(recorded, num_questions)[:, None] * scale
-    return np.clip(centres * np.exp(rng.normal(0.0, SIGMA, (num_questions, NUM_SAMPLES))), 8, longest).astype(np.int64)
+    return np.clip(centres * np.exp(rng.normal(0.0, SIGMA, (num_questions, NUM_SAMPLES))), 8, longest).astype(
+        np.int64
+    )
 
 
 def engine_seconds(shape: Architecture, layout: Layout, gpu: Gpu, lengths: Sequence[int]) -> float:
-    """Decode `lengths` on one engine, at most `MAX_SEQS` at once: a sequence that ends makes room for the next."""
+    """Decode `lengths` on one engine, at most `MAX_SEQS` at once: a sequence that ends makes room for the
+    next."""
     width = WIDTH[layout.dtype]
     weights = num_parameters(shape, layout.engine_ranks, padded=True) * width
     per_token = kv_bytes_per_token(shape, layout)
@@ -134,7 +169,9 @@ def engine_seconds(shape: Architecture, layout: Layout, gpu: Gpu, lengths: Seque
             begun.setdefault(end, []).append(step)
             starts += step
         count = ends[0] - step
-        held = len(ends) * (PROMPT_TOKENS + step + count / 2) - starts  # mean tokens in the cache until the next end
+        held = (
+            len(ends) * (PROMPT_TOKENS + step + count / 2) - starts
+        )  # mean tokens in the cache until the next end
         seconds += count * ((weights + held * per_token) / bandwidth + latency)
         step = ends[0]
         while ends and ends[0] == step:
@@ -143,8 +180,11 @@ def engine_seconds(shape: Architecture, layout: Layout, gpu: Gpu, lengths: Seque
     return seconds
 
 
-def train_seconds(shape: Architecture, best: Candidate, work: Work, gpu: Gpu, lengths: np.ndarray) -> tuple[float, dict[str, float]]:
-    """Assign the sequences as the product does; seconds of the slowest data-parallel rank, and what the exchange moves."""
+def train_seconds(
+    shape: Architecture, best: Candidate, work: Work, gpu: Gpu, lengths: np.ndarray
+) -> tuple[float, dict[str, float]]:
+    """Assign the sequences as the product does; seconds of the slowest data-parallel rank, and what the
+    exchange moves."""
     layout, cost = best.layout, shape.cost_model()
     flat = [int(length) for length in lengths.ravel()]
     engine_of = np.zeros(lengths.shape, dtype=np.int64)
@@ -187,7 +227,10 @@ def draw(rows: Sequence[dict[str, Any]], file: Path) -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(9, 0.42 * len(rows) + 1.2))
-    labels = [f"{row['model']}, {row['gpus']} GPUs, {row['answers']} answers, at most {row['longest']}" for row in rows]
+    labels = [
+        f"{row['model']}, {row['gpus']} GPUs, {row['answers']} answers, at most {row['longest']}"
+        for row in rows
+    ]
     left = [0.0] * len(rows)
     for name in rows[0]["seconds"]:
         shares = [row["seconds"][name] / row["step_seconds"] for row in rows]

@@ -1,7 +1,7 @@
 """Masked sums of packed sequences in float64: `python -m benchmarks.bench_sequence_sum`.
 
-Peers: a float64 index_add (atomics on a GPU: not repeatable), torch.segment_reduce (the reference), a difference of cumulative
-sums. The floor is one read of values and mask; at these sizes a launch costs more.
+Peers: a float64 index_add (atomics on a GPU: not repeatable), torch.segment_reduce (the reference), a
+difference of cumulative sums. The floor is one read of values and mask; at these sizes a launch costs more.
 """
 
 from collections.abc import Callable
@@ -12,7 +12,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from benchmarks.harness import Row, Task, arguments, device_name, finish, measure, measure_ceilings, table, write
+from benchmarks.harness import (
+    Row,
+    Task,
+    arguments,
+    device_name,
+    finish,
+    measure,
+    measure_ceilings,
+    table,
+    write,
+)
 from rlsc_mcore.ops import sequence_sums
 
 
@@ -28,7 +38,10 @@ def make_inputs(num_tokens: int, num_sequences: int, device: torch.device) -> In
     generator = torch.Generator().manual_seed(0)
     cuts = torch.randint(0, num_tokens + 1, (num_sequences - 1,), generator=generator).sort().values
     cu_seqlens = torch.cat([torch.tensor([0]), cuts, torch.tensor([num_tokens])]).int()
-    values, mask = -torch.rand(num_tokens, generator=generator), torch.rand(num_tokens, generator=generator) > 0.25
+    values, mask = (
+        -torch.rand(num_tokens, generator=generator),
+        torch.rand(num_tokens, generator=generator) > 0.25,
+    )
     sequence_T = torch.repeat_interleave(torch.arange(num_sequences), cu_seqlens.diff().long())
     return Inputs(*(tensor.to(device) for tensor in (values, mask, cu_seqlens, sequence_T)))
 
@@ -45,7 +58,9 @@ def cumulative(x: Inputs) -> Tensor:
 
 PROVIDERS: dict[str, Callable[[Inputs], Tensor]] = {
     "ours": lambda x: sequence_sums(x.values, x.mask, x.cu_seqlens),
-    "reference (segment_reduce)": lambda x: sequence_sums(x.values, x.mask, x.cu_seqlens, backend="reference"),
+    "reference (segment_reduce)": lambda x: sequence_sums(
+        x.values, x.mask, x.cu_seqlens, backend="reference"
+    ),
     "index_add": index_add,
     "cumulative sum": cumulative,
 }
@@ -79,10 +94,25 @@ def main() -> None:
                 checks[name] = check(provider, inputs)
                 tasks[name] = Task(partial(provider, inputs))
             except Exception as error:
-                rows.append(Row(case, name, skipped=f"{type(error).__name__}: {str(error).splitlines()[0][:120]}"))
+                rows.append(
+                    Row(case, name, skipped=f"{type(error).__name__}: {str(error).splitlines()[0][:120]}")
+                )
         for name, timing in measure(tasks, device, options.seconds).items():
-            rows.append(Row(case, name, checks=checks[name], timing=timing, bytes_moved=5.0 * num_tokens, flops=float(num_tokens)))
-    finish(rows, "reference (segment_reduce)", ceiling_of=lambda row: 1e3 * row.bytes_moved / ceilings.read_bytes_per_s)
+            rows.append(
+                Row(
+                    case,
+                    name,
+                    checks=checks[name],
+                    timing=timing,
+                    bytes_moved=5.0 * num_tokens,
+                    flops=float(num_tokens),
+                )
+            )
+    finish(
+        rows,
+        "reference (segment_reduce)",
+        ceiling_of=lambda row: 1e3 * row.bytes_moved / ceilings.read_bytes_per_s,
+    )
     path = write("sequence_sum", rows, ceilings, device, options.out)
     print(table(rows, device))
     print(f"{device_name(device)}: {path}")

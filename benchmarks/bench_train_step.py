@@ -1,12 +1,15 @@
-"""What a training step costs: `python -m benchmarks.bench_train_step [--shape NAME] [--section.field VALUE ...]`.
+"""What a training step costs: `python -m benchmarks.bench_train_step [--shape NAME] [--section.field VALUE
+...]`.
 
-The product's own step (`Trainer.step`: forward, weighted loss, backward, clipping, AdamW) on packed sequences, with the layers
-that a run would take and no engine beside it: tokens/s, share of attention, MLP, head, optimizer and collectives, peak memory,
-and model FLOPs utilisation: FLOPs of the model (causal attention, head on trained tokens, no recomputation) over the GPU's
-published bf16 rate. Every field of `rlsc train` can be set, `--training.recompute full` or `--optimizer.cpu-offload 0.5` say.
+The product's own step (`Trainer.step`: forward, weighted loss, backward, clipping, AdamW) on packed
+sequences, with the layers that a run would take and no engine beside it: tokens/s, share of attention, MLP,
+head, optimizer and collectives, peak memory, and model FLOPs utilisation: FLOPs of the model (causal
+attention, head on trained tokens, no recomputation) over the GPU's published bf16 rate. Every field of `rlsc
+train` can be set, `--training.recompute full` or `--optimizer.cpu-offload 0.5` say.
 
-Correctness first: loss and gradient norm of two steps must be those of plain `transformers` with `torch.optim.AdamW`. On a CPU
-that side is timed too, in turns on the same sequences (padded by length, full logits): quote its ratios only.
+Correctness first: loss and gradient norm of two steps must be those of plain `transformers` with
+`torch.optim.AdamW`. On a CPU that side is timed too, in turns on the same sequences (padded by length, full
+logits): quote its ratios only.
 
     python -m benchmarks.bench_train_step                               # the embedded model, a CPU
     python -m benchmarks.bench_train_step --shape qwen2.5-1.5b          # random weights; one H200: goal 45 %
@@ -53,28 +56,66 @@ from rlsc_mcore.training.step import Trainer  # noqa: E402
 from rlsc_mcore.types import Rollout, UniqueSequence  # noqa: E402
 
 TOLERANCES = {"float32": (1e-4, 1e-3), "bfloat16": (2e-2, 5e-2)}  # relative, of loss and gradient norm
-GATE_LAYERS, GATE_SEQUENCES = 2, 4  # on a GPU the gate is a model of so many layers: two whole ones would not fit
-MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}  # freed memory is given back
+GATE_LAYERS, GATE_SEQUENCES = (
+    2,
+    4,
+)  # on a GPU the gate is a model of so many layers: two whole ones would not fit
+MALLOC = {
+    "MALLOC_MMAP_THRESHOLD_": "65536",
+    "MALLOC_TRIM_THRESHOLD_": "65536",
+    "MALLOC_ARENA_MAX": "1",
+}  # freed memory is given back
 
 
 def main() -> None:
     """Measure one shape and write <out>/train_step_<shape>.json."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    parser.add_argument("--shape", default="embedded:tiny_qwen2", help="a public model's name, a model folder or embedded:tiny_qwen2")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument(
+        "--shape",
+        default="embedded:tiny_qwen2",
+        help="a public model's name, a model folder or embedded:tiny_qwen2",
+    )
     parser.add_argument("--layers", type=int, help="only so many layers of it")
-    parser.add_argument("--sequences", type=int, help="sequences of a step, over all ranks (default: 40 on a GPU, 128 on a CPU)")
-    parser.add_argument("--sequence-length", type=int, help="tokens of a sequence, prompt included (default: 3072 on a GPU, 96 on a CPU)")
-    parser.add_argument("--prompt-tokens", type=int, default=32, help="of them the prompt, which is not trained")
-    parser.add_argument("--ragged", action="store_true", help="lengths between the prompt and --sequence-length instead of all equal")
-    parser.add_argument("--repeats", type=int, default=5, help="timed steps of each side, after two that are not")
-    parser.add_argument("--out", type=Path, help="folder of the result (default: benchmarks/results/<device>)")
-    parser.add_argument("--memory-of", choices=["rlsc_mcore", "transformers"], help="only print that side's peak (used by itself)")
+    parser.add_argument(
+        "--sequences",
+        type=int,
+        help="sequences of a step, over all ranks (default: 40 on a GPU, 128 on a CPU)",
+    )
+    parser.add_argument(
+        "--sequence-length",
+        type=int,
+        help="tokens of a sequence, prompt included (default: 3072 on a GPU, 96 on a CPU)",
+    )
+    parser.add_argument(
+        "--prompt-tokens", type=int, default=32, help="of them the prompt, which is not trained"
+    )
+    parser.add_argument(
+        "--ragged",
+        action="store_true",
+        help="lengths between the prompt and --sequence-length instead of all equal",
+    )
+    parser.add_argument(
+        "--repeats", type=int, default=5, help="timed steps of each side, after two that are not"
+    )
+    parser.add_argument(
+        "--out", type=Path, help="folder of the result (default: benchmarks/results/<device>)"
+    )
+    parser.add_argument(
+        "--memory-of",
+        choices=["rlsc_mcore", "transformers"],
+        help="only print that side's peak (used by itself)",
+    )
     options, flags = parser.parse_known_args()
     backend = get_backend()
     options.sequences = options.sequences or (40 if backend.is_cuda else 128)
     options.sequence_length = options.sequence_length or (3072 if backend.is_cuda else 96)
     if not 0 < options.prompt_tokens < options.sequence_length:
-        parser.error(f"--prompt-tokens: expected fewer than --sequence-length {options.sequence_length}, got {options.prompt_tokens}")
+        parser.error(
+            f"--prompt-tokens: expected fewer than --sequence-length {options.sequence_length}, got "
+            f"{options.prompt_tokens}"
+        )
     flags = [*default_flags(find_shape(options.shape), backend), *flags]
     groups = initialize_groups(backend, int(flag_value(flags, "--parallel.tp", "1")))
     with tempfile.TemporaryDirectory() as scratch:
@@ -90,7 +131,9 @@ def main() -> None:
         out = options.out or RESULTS / device_name(backend.device)
         out.mkdir(parents=True, exist_ok=True)
         spread = f"_tp{groups.tp_size}_dp{groups.dp_size}" if groups.world_size > 1 else ""
-        (out / f"train_step_{short_name(options.shape)}{spread}.json").write_text(text + "\n", encoding="utf-8")
+        (out / f"train_step_{short_name(options.shape)}{spread}.json").write_text(
+            text + "\n", encoding="utf-8"
+        )
     groups.barrier()
     sys.stdout.flush()
     os._exit(0)  # process groups have nothing left to say
@@ -107,9 +150,14 @@ def default_flags(shape: Architecture, backend: Backend) -> list[str]:
         return ["--model.dtype", "float32"]
     if num_parameters(shape) < 4e9:
         return ["--model.dtype", "bfloat16", "--training.tokens-per-micro-batch", "15360"]
-    # 7.6 B parameters: weights 14 GiB, gradients 28, masters 28, moments 28 in bfloat16 (57 in float32, which leaves no room), and
-    # 22 of activations per 3072 tokens. Without TransformerEngine's Adam half of the optimizer goes to the host.
-    memory = ["--optimizer.precision-aware", "True"] if has_transformer_engine() else ["--optimizer.cpu-offload", "0.5"]
+    # 7.6 B parameters: weights 14 GiB, gradients 28, masters 28, moments 28 in bfloat16 (57 in float32, which
+    # leaves no room), and 22 of activations per 3072 tokens. Without TransformerEngine's Adam half of the
+    # optimizer goes to the host.
+    memory = (
+        ["--optimizer.precision-aware", "True"]
+        if has_transformer_engine()
+        else ["--optimizer.cpu-offload", "0.5"]
+    )
     return ["--model.dtype", "bfloat16", "--training.tokens-per-micro-batch", "3072", *memory]
 
 
@@ -127,16 +175,27 @@ def flag_value(flags: Sequence[str], name: str, default: str) -> str:
 class Bench:
     """One shape, one set of flags, one step's sequences."""
 
-    def __init__(self, options: argparse.Namespace, flags: Sequence[str], backend: Backend, groups: Groups, scratch: Path) -> None:
+    def __init__(
+        self,
+        options: argparse.Namespace,
+        flags: Sequence[str],
+        backend: Backend,
+        groups: Groups,
+        scratch: Path,
+    ) -> None:
         self.options, self.flags, self.backend, self.groups = options, list(flags), backend, groups
         self.shape = find_shape(options.shape)
         self.folder = write_config(self.shape, scratch / "model", options.layers)
-        self.gate_folder = write_config(self.shape, scratch / "gate", GATE_LAYERS) if backend.is_cuda else self.folder
+        self.gate_folder = (
+            write_config(self.shape, scratch / "gate", GATE_LAYERS) if backend.is_cuda else self.folder
+        )
         self.sequences = make_sequences(options, self.shape.vocab_size)
 
     def run(self) -> dict[str, Any]:
         """Check, then measure everything; collective over the world."""
-        gemm = measured_gemm_flops_per_s(self.backend, DTYPES[flag_value(self.flags, "--model.dtype", "bfloat16")])
+        gemm = measured_gemm_flops_per_s(
+            self.backend, DTYPES[flag_value(self.flags, "--model.dtype", "bfloat16")]
+        )
         correct = self.check()
         gc.collect()  # the checked trainer and model
         self.backend.release_cached_memory()
@@ -147,7 +206,8 @@ class Bench:
             tasks["transformers"] = Task(self.their_step(trainer, self.folder, self.sequences))
         if self.backend.is_cuda:
             torch.cuda.reset_peak_memory_stats()
-        # One process on a CPU is timed by its own CPU seconds: its neighbours do not count. Every rank makes as many rounds.
+        # One process on a CPU is timed by its own CPU seconds: its neighbours do not count. Every rank makes
+        # as many rounds.
         alone = not self.backend.is_cuda and self.groups.world_size == 1
         clock = time.process_time if alone else time.perf_counter
         timings = measure(tasks, self.backend.device, seconds=0.0, fewest=self.options.repeats, clock=clock)
@@ -177,17 +237,26 @@ class Bench:
         mine = sequences[self.groups.dp_rank :: self.groups.dp_size]
         return pack(mine, trainer.config.training.tokens_per_micro_batch, multiple_of=trainer.token_multiple)
 
-    def their_step(self, trainer: Trainer, folder: Path, sequences: Sequence[UniqueSequence]) -> Callable[[], tuple[float, float]]:
+    def their_step(
+        self, trainer: Trainer, folder: Path, sequences: Sequence[UniqueSequence]
+    ) -> Callable[[], tuple[float, float]]:
         """The same step with the same weights in plain `transformers`; returns loss and gradient norm."""
         config, policy = trainer.config, trainer.policy
-        tensors = export_weights(policy.weights, policy.architecture, self.groups.tp_group, self.groups.tp_size)
+        tensors = export_weights(
+            policy.weights, policy.architecture, self.groups.tp_group, self.groups.tp_size
+        )
         model = load_model(folder, tensors, DTYPES[config.model.dtype], self.backend.device)
         padded = pad_by_length(sequences, config.training.tokens_per_micro_batch)
         options, alpha, temperature = config.optimizer, config.algorithm.alpha, trainer.log_prob_temperature
         matrices = [p for p in model.parameters() if p.dim() > 1]
         vectors = [p for p in model.parameters() if p.dim() <= 1]
-        groups = [{"params": matrices, "weight_decay": options.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-        optimizer = torch.optim.AdamW(groups, lr=options.lr, betas=(options.beta1, options.beta2), eps=options.eps, fused=True)
+        groups = [
+            {"params": matrices, "weight_decay": options.weight_decay},
+            {"params": vectors, "weight_decay": 0.0},
+        ]
+        optimizer = torch.optim.AdamW(
+            groups, lr=options.lr, betas=(options.beta1, options.beta2), eps=options.eps, fused=True
+        )
 
         def step() -> tuple[float, float]:
             weigh = lambda log_probs, _: (log_probs.exp() + alpha) / len(sequences)  # noqa: E731
@@ -199,9 +268,14 @@ class Bench:
         return step
 
     def check(self) -> dict[str, Any]:
-        """Compare loss and gradient norm of two steps with `transformers`; raises AssertionError where they differ."""
+        """Compare loss and gradient norm of two steps with `transformers`; raises AssertionError where they
+        differ."""
         trainer = make_trainer(self.gate_folder, self.flags, self.backend, self.groups)
-        sequences = self.sequences[: max(GATE_SEQUENCES, self.groups.dp_size)] if self.backend.is_cuda else self.sequences
+        sequences = (
+            self.sequences[: max(GATE_SEQUENCES, self.groups.dp_size)]
+            if self.backend.is_cuda
+            else self.sequences
+        )
         batches = self.batches(trainer, sequences)
         theirs = self.their_step(trainer, self.gate_folder, sequences)
         losses, norms = [], []
@@ -211,27 +285,40 @@ class Bench:
             loss, norm = theirs()
             losses.append([outcome.loss, loss])
             norms.append([outcome.grad_norm, norm])
-            assert abs(outcome.loss - loss) <= loss_limit * abs(loss), f"step {step + 1}: loss {outcome.loss}, transformers {loss}"
-            assert abs(outcome.grad_norm - norm) <= norm_limit * norm, f"step {step + 1}: norm {outcome.grad_norm}, transformers {norm}"
+            assert abs(outcome.loss - loss) <= loss_limit * abs(loss), (
+                f"step {step + 1}: loss {outcome.loss}, transformers {loss}"
+            )
+            assert abs(outcome.grad_norm - norm) <= norm_limit * norm, (
+                f"step {step + 1}: norm {outcome.grad_norm}, transformers {norm}"
+            )
         found = {"loss_and_transformers": losses, "grad_norm_and_transformers": norms}
         return {**found, "layers": trainer.policy.megatron_config.num_layers, "sequences": len(sequences)}
 
     def sizes(self, trainer: Trainer) -> dict[str, Any]:
         """Count what a step has to compute, over all ranks."""
         cost = trainer.policy.architecture.cost_model()
-        lengths = [(len(s.rollout.prompt_ids) + len(s.rollout.response_ids), sum(s.trained)) for s in self.sequences]
+        lengths = [
+            (len(s.rollout.prompt_ids) + len(s.rollout.response_ids), sum(s.trained)) for s in self.sequences
+        ]
         return {
             "sequences": len(lengths),
             "tokens": sum(length for length, _ in lengths),
             "trained_tokens": sum(trained for _, trained in lengths),
             "micro_batches_of_a_rank": len(self.batches(trainer, self.sequences)),
             "model_flops": sum(cost.flops(*each) for each in lengths),
-            "parameters": sum(w.parameter.numel() * (1 if w.tp_dim is None else self.groups.tp_size) for w in trainer.policy.weights),
+            "parameters": sum(
+                w.parameter.numel() * (1 if w.tp_dim is None else self.groups.tp_size)
+                for w in trainer.policy.weights
+            ),
         }
 
     def utilisation(self, flops_per_s: float, gemm: float) -> dict[str, Any]:
-        """Relate the model FLOPs per second of a rank to the published and to the measured rate of a matrix product."""
-        found: dict[str, Any] = {"model_tflops_per_s": round(flops_per_s / 1e12, 4), "share_of_measured_gemm": round(flops_per_s / gemm, 4)}
+        """Relate the model FLOPs per second of a rank to the published and to the measured rate of a matrix
+        product."""
+        found: dict[str, Any] = {
+            "model_tflops_per_s": round(flops_per_s / 1e12, 4),
+            "share_of_measured_gemm": round(flops_per_s / gemm, 4),
+        }
         if not self.backend.is_cuda:
             return {**found, "measured_gemm_tflops_per_s": round(gemm / 1e12, 4)}
         gpu = GPUS.get(device_name(self.backend.device))
@@ -254,28 +341,39 @@ class Bench:
         return {part: round(value, 4) for part, value in share.items()}
 
     def memory(self, device_memory: dict[str, int]) -> dict[str, Any]:
-        """Peak of a step: torch's allocator on a GPU; on a CPU the growth of a process that does only this side."""
+        """Peak of a step: torch's allocator on a GPU; on a CPU the growth of a process that does only this
+        side."""
         if self.backend.is_cuda:
             return {name: device_memory[name] for name in ("device_peak", "device_reserved")}
         if self.groups.world_size > 1:
             return {}
         peaks = {side: self.peak_of_child(side) for side in ("rlsc_mcore", "transformers")}
-        return {"peak_bytes": peaks, "over_transformers": round(peaks["rlsc_mcore"] / peaks["transformers"], 3)}
+        return {
+            "peak_bytes": peaks,
+            "over_transformers": round(peaks["rlsc_mcore"] / peaks["transformers"], 3),
+        }
 
     def peak_of_child(self, side: str) -> int:
         """Run this benchmark with the same arguments as a process that measures one side's memory."""
         command = [sys.executable, "-m", "benchmarks.bench_train_step", *sys.argv[1:], "--memory-of", side]
-        run = subprocess.run(command, env={**os.environ, **MALLOC}, capture_output=True, text=True, check=False)
+        run = subprocess.run(
+            command, env={**os.environ, **MALLOC}, capture_output=True, text=True, check=False
+        )
         assert run.returncode == 0, run.stderr
         return int(json.loads(run.stdout.splitlines()[-1])["peak_bytes"])
 
     def peak_host_bytes(self, side: str) -> int:
-        """Build one side, step twice and return the second step's peak beyond what the process held before."""
+        """Build one side, step twice and return the second step's peak beyond what the process held
+        before."""
         import transformers  # noqa: F401  # so that neither side is charged with the code
 
         before = resident("VmRSS")
         trainer = make_trainer(self.folder, self.flags, self.backend, self.groups)
-        step = self.our_step(trainer) if side == "rlsc_mcore" else self.their_step(trainer, self.folder, self.sequences)
+        step = (
+            self.our_step(trainer)
+            if side == "rlsc_mcore"
+            else self.their_step(trainer, self.folder, self.sequences)
+        )
         del trainer
         gc.collect()
         step()
@@ -290,7 +388,9 @@ class Bench:
             **about(self.backend.device),
             "shape": self.options.shape,
             "layers": trainer.policy.megatron_config.num_layers,
-            "layer_implementation": "TransformerEngine" if trainer.policy.transformer_engine else "torch SDPA",
+            "layer_implementation": "TransformerEngine"
+            if trainer.policy.transformer_engine
+            else "torch SDPA",
             "adam": self.backend.adam_source(),
             "dtype": config.model.dtype,
             "recompute": config.training.recompute,
@@ -326,7 +426,9 @@ def measured_gemm_flops_per_s(backend: Backend, dtype: torch.dtype) -> float:
         torch.cuda.empty_cache()
         return best
     a, b = (torch.randn(768, 768, dtype=dtype) for _ in range(2))
-    timing = measure({"product": Task(lambda: cpu_linear(a, b))}, backend.device, 0.0, fewest=100, clock=time.process_time)["product"]
+    timing = measure(
+        {"product": Task(lambda: cpu_linear(a, b))}, backend.device, 0.0, fewest=100, clock=time.process_time
+    )["product"]
     return 2.0 * 768**3 / (timing.median_ms * 1e-3)
 
 
@@ -346,7 +448,11 @@ def verdict(result: dict[str, Any]) -> str:
     if mfu is None:
         return f"{shape}: this GPU's peak is not known ({', '.join(GPUS)} are); no model FLOPs utilisation"
     said = f"{shape}: model FLOPs utilisation {mfu:.1%}"
-    return said if goal is None else f"{said}, goal on one H200 {goal:.0%}: {'reached' if mfu >= goal else 'MISSED'}"
+    return (
+        said
+        if goal is None
+        else f"{said}, goal on one H200 {goal:.0%}: {'reached' if mfu >= goal else 'MISSED'}"
+    )
 
 
 def resident(field: str) -> int:

@@ -1,9 +1,11 @@
-"""Every way to bring new weights to the engine, side by side: `python -m benchmarks.bench_weight_swap [--shape NAME]`.
+"""Every way to bring new weights to the engine, side by side: `python -m benchmarks.bench_weight_swap
+[--shape NAME]`.
 
-One process holds a trainer's policy (random weights) and one vLLM engine. First the product's swap: shared storage, the rest
-rewritten; the whole transition from training back to sampling is broken down. Then the engine is given a copy of all weights,
-as other trainers have it, and each other way fills that copy. Before a way is timed, the engine's tensors are overwritten and
-must come back equal to an export of the policy in every element. On a CPU the result is for its ratios.
+One process holds a trainer's policy (random weights) and one vLLM engine. First the product's swap: shared
+storage, the rest rewritten; the whole transition from training back to sampling is broken down. Then the
+engine is given a copy of all weights, as other trainers have it, and each other way fills that copy. Before a
+way is timed, the engine's tensors are overwritten and must come back equal to an export of the policy in
+every element. On a CPU the result is for its ratios.
 
 With torchrun, `--tp T --engine-tp E` times the product's swap between unequal layouts alone.
 """
@@ -46,22 +48,37 @@ PROMPT = list(range(5, 69))
 
 def main() -> None:
     """Measure and write benchmarks/results/<device>/weight_swap_<shape>.json."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", default="embedded:tiny_qwen2", help="a public model's shape, or embedded:tiny_qwen2")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--shape", default="embedded:tiny_qwen2", help="a public model's shape, or embedded:tiny_qwen2"
+    )
     parser.add_argument("--layers", type=int, help="only so many layers of it")
-    parser.add_argument("--dtype", choices=["bfloat16", "float32"], help="default: bfloat16 on a GPU, float32 on a CPU")
+    parser.add_argument(
+        "--dtype", choices=["bfloat16", "float32"], help="default: bfloat16 on a GPU, float32 on a CPU"
+    )
     parser.add_argument("--kv-cache-gib", type=float, help="default: 8 on a GPU, 0.0625 on a CPU")
     parser.add_argument("--tp", type=int, default=1, help="trainer's tensor-parallel size (with torchrun)")
-    parser.add_argument("--engine-tp", type=int, help="engines' tensor-parallel size, by default the trainer's")
+    parser.add_argument(
+        "--engine-tp", type=int, help="engines' tensor-parallel size, by default the trainer's"
+    )
     parser.add_argument("--seconds", type=float, help="per way (default: 3 on a GPU, 2 on a CPU)")
-    parser.add_argument("--out", type=Path, help="folder of the result (default: benchmarks/results/<device>)")
+    parser.add_argument(
+        "--out", type=Path, help="folder of the result (default: benchmarks/results/<device>)"
+    )
     options = parser.parse_args()
     backend = get_backend()
     seconds = options.seconds or (3.0 if backend.is_cuda else 2.0)
     with tempfile.TemporaryDirectory() as scratch:
         groups = initialize_groups(backend, options.tp, options.engine_tp)
         config = make_config(options, Path(scratch), backend)
-        facts = {**about(backend.device), "shape": options.shape, "layers": options.layers, "dtype": config.model.dtype}
+        facts = {
+            **about(backend.device),
+            "shape": options.shape,
+            "layers": options.layers,
+            "dtype": config.model.dtype,
+        }
         facts |= {"world_size": groups.world_size, "tp": groups.tp_size, "engine_tp": groups.engine_tp_size}
         layout = "" if groups.world_size == 1 else f"_tp{groups.tp_size}_to_{groups.engine_tp_size}"
         file = f"weight_swap_{options.shape.removeprefix('embedded:')}{layout}.json"
@@ -70,7 +87,9 @@ def main() -> None:
             if groups.is_main:
                 out = options.out or RESULTS / device_name(backend.device)
                 out.mkdir(parents=True, exist_ok=True)
-                (out / file).write_text(json.dumps({**result, "about": facts}, indent=1) + "\n", encoding="utf-8")
+                (out / file).write_text(
+                    json.dumps({**result, "about": facts}, indent=1) + "\n", encoding="utf-8"
+                )
 
         result = run(config, Path(scratch), backend, groups, seconds, save)
     if groups.is_main:
@@ -81,18 +100,44 @@ def main() -> None:
 
 def make_config(options: argparse.Namespace, scratch: Path, backend: Backend) -> Config:
     """The run's configuration on a folder with nothing but a config.json."""
-    folder = write_config(find_shape(options.shape), scratch / f"model{os.environ.get('RANK', '0')}", options.layers)
+    folder = write_config(
+        find_shape(options.shape), scratch / f"model{os.environ.get('RANK', '0')}", options.layers
+    )
     dtype = options.dtype or ("bfloat16" if backend.is_cuda else "float32")
     kv_cache = options.kv_cache_gib or (8.0 if backend.is_cuda else 0.0625)
-    flags = ["--run-dir", str(scratch / "run"), "--model.path", str(folder), "--model.dtype", dtype, "--data.path", "embedded:train"]
-    flags += ["--rollout.kv-cache-gib", str(kv_cache), "--rollout.enforce-eager", "True", "--rollout.max-num-seqs", "64"]
-    return parse_config([*flags, "--parallel.tp", str(options.tp), "--rollout.tp", str(options.engine_tp or options.tp)])
+    flags = [
+        "--run-dir",
+        str(scratch / "run"),
+        "--model.path",
+        str(folder),
+        "--model.dtype",
+        dtype,
+        "--data.path",
+        "embedded:train",
+    ]
+    flags += [
+        "--rollout.kv-cache-gib",
+        str(kv_cache),
+        "--rollout.enforce-eager",
+        "True",
+        "--rollout.max-num-seqs",
+        "64",
+    ]
+    return parse_config(
+        [*flags, "--parallel.tp", str(options.tp), "--rollout.tp", str(options.engine_tp or options.tp)]
+    )
 
 
 def run(
-    config: Config, scratch: Path, backend: Backend, groups: Groups, seconds: float, save: Callable[[dict[str, Any]], None]
+    config: Config,
+    scratch: Path,
+    backend: Backend,
+    groups: Groups,
+    seconds: float,
+    save: Callable[[dict[str, Any]], None],
 ) -> dict[str, Any]:
-    """Build policy and engine, then gate and time every way; `save` gets the result as soon as it has a number more."""
+    """Build policy and engine, then gate and time every way; `save` gets the result as soon as it has a
+    number more."""
     policy = build_policy(config, Path(config.model.path), backend, groups, load=False)
     swap = HotSwap(policy, groups)
     dtype = DTYPES[config.model.dtype]
@@ -111,17 +156,22 @@ def run(
     }
     gate_ours(swap)
     result["transition_ms"] = transition(engine, swap, backend, rounds=8)
-    # A machine that others use too: where one process does all the work, its own CPU time says more than the clock.
+    # A machine that others use too: where one process does all the work, its own CPU time says more than the
+    # clock.
     alone = not backend.is_cuda and groups.world_size == 1
     result["clock"] = "CPU time of the process" if alone else "time"
     clock = time.process_time if alone else time.perf_counter
     if groups.world_size > 1:
-        seconds = 0.0  # ranks that each look at their own clock would stop at different rounds of a collective
+        seconds = (
+            0.0  # ranks that each look at their own clock would stop at different rounds of a collective
+        )
     checks = {"checksums": Task(swap.verify_checksums), "full": Task(swap.verify_full)}
     timings = measure(checks, backend.device, seconds / 2, FEWEST_ROUNDS, clock)
     result["verify_ms"] = {name: timing.median_ms for name, timing in timings.items()}
     moved = {OURS: sum(item.nbytes for item in own_tensors(swap))}
-    source = torch.zeros(CEILING_BYTES[backend.device.type] // dtype.itemsize, dtype=dtype, device=backend.device)
+    source = torch.zeros(
+        CEILING_BYTES[backend.device.type] // dtype.itemsize, dtype=dtype, device=backend.device
+    )
     target = torch.empty_like(source)
     shared = {OURS: Task(swap._refresh), "copy": Task(lambda: target.copy_(source))}
     timings = measure(shared, backend.device, seconds, FEWEST_ROUNDS, clock)
@@ -132,22 +182,32 @@ def run(
     save(result)
     if groups.world_size > 1:
         return result
-    # The engine gets weights of its own now; what ours rewrites is the trainer's storage no more, but takes as long as before.
+    # The engine gets weights of its own now; what ours rewrites is the trainer's storage no more, but takes
+    # as long as before.
     for name, task in others(engine, swap, policy, scratch, backend):
         if isinstance(task, str):
             result["ways"][name] = {"skipped": task}
         else:
             slow = name == DISK  # gigabytes written and read: once in the gate and once here
             rounds = (0.0, 1) if slow else (seconds / 2, FEWEST_ROUNDS)
-            timings = measure({OURS: shared[OURS], name: task}, backend.device, *rounds, clock, warm_ups=0 if slow else 2)
-            result["ways"][name] = _way(timings[name].median_ms, timings[OURS].median_ms, weight_bytes, ceiling)
+            timings = measure(
+                {OURS: shared[OURS], name: task}, backend.device, *rounds, clock, warm_ups=0 if slow else 2
+            )
+            result["ways"][name] = _way(
+                timings[name].median_ms, timings[OURS].median_ms, weight_bytes, ceiling
+            )
         save(result)
     return result
 
 
 def _way(milliseconds: float, ours: float, size: int, ceiling: float) -> dict[str, float]:
     rate = 2 * size / (milliseconds * 1e-3)
-    return {"ms": milliseconds, "bytes_written": size, "share_of_copy_ceiling": rate / ceiling, "times_ours": milliseconds / ours}
+    return {
+        "ms": milliseconds,
+        "bytes_written": size,
+        "share_of_copy_ceiling": rate / ceiling,
+        "times_ours": milliseconds / ours,
+    }
 
 
 def own_tensors(swap: HotSwap) -> list[torch.Tensor]:
@@ -157,7 +217,8 @@ def own_tensors(swap: HotSwap) -> list[torch.Tensor]:
 
 @torch.no_grad()
 def gate_ours(swap: HotSwap) -> None:
-    """Change the trainer's weights and scramble the engine's own: after a swap every element must be the export's."""
+    """Change the trainer's weights and scramble the engine's own: after a swap every element must be the
+    export's."""
     for weight in swap._policy.weights:
         weight.parameter.mul_(1.0625)
     for tensor in own_tensors(swap):
@@ -168,7 +229,8 @@ def gate_ours(swap: HotSwap) -> None:
 
 
 def transition(engine: RolloutEngine, swap: HotSwap, backend: Backend, rounds: int) -> dict[str, float]:
-    """Milliseconds of each part from the end of sampling to the next first token could be asked for, without the training."""
+    """Milliseconds of each part from the end of sampling to the next first token could be asked for, without
+    the training."""
     parts: dict[str, list[float]] = {}
     request = [SamplingRequest(PROMPT, 2, 1.0, 8, 0)]
 
@@ -194,10 +256,15 @@ def transition(engine: RolloutEngine, swap: HotSwap, backend: Backend, rounds: i
     return {**medians, "whole": statistics.median(whole)}
 
 
-def others(engine: RolloutEngine, swap: HotSwap, policy: Policy, scratch: Path, backend: Backend) -> Iterator[tuple[str, Task | str]]:
-    """Give the engine a copy of its own of every tensor; yield each way that fills it, or why it is not timed."""
+def others(
+    engine: RolloutEngine, swap: HotSwap, policy: Policy, scratch: Path, backend: Backend
+) -> Iterator[tuple[str, Task | str]]:
+    """Give the engine a copy of its own of every tensor; yield each way that fills it, or why it is not
+    timed."""
     module, llm = engine.module, engine._llm
-    fused = {name: parameter.data.clone() for name, parameter in module.named_parameters()}  # the trainer's side, engine layout
+    fused = {
+        name: parameter.data.clone() for name, parameter in module.named_parameters()
+    }  # the trainer's side, engine layout
     for parameter in module.parameters():
         parameter.data = parameter.data.clone()
     targets = {name: parameter.data for name, parameter in module.named_parameters()}
@@ -212,7 +279,10 @@ def others(engine: RolloutEngine, swap: HotSwap, policy: Policy, scratch: Path, 
 
     @torch.no_grad()
     def layerwise() -> None:
-        from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+        from vllm.model_executor.model_loader.reload import (
+            finalize_layerwise_reload,
+            initialize_layerwise_reload,
+        )
 
         initialize_layerwise_reload(module)
         module.load_weights(hugging_face())  # type: ignore[operator]
@@ -232,9 +302,13 @@ def others(engine: RolloutEngine, swap: HotSwap, policy: Policy, scratch: Path, 
 
     ways: dict[str, Callable[[], Any]] = {
         "in-place copy of every tensor": copy_each,
-        "torch._foreach_copy_": torch.no_grad()(lambda: torch._foreach_copy_(list(targets.values()), list(fused.values()))),
+        "torch._foreach_copy_": torch.no_grad()(
+            lambda: torch._foreach_copy_(list(targets.values()), list(fused.values()))
+        ),
         "load_weights, Hugging Face names": torch.no_grad()(lambda: module.load_weights(hugging_face())),  # type: ignore[operator]
-        "reload_weights, engine layout": lambda: reload(weights_iterator=iter(fused.items()), is_checkpoint_format=False),
+        "reload_weights, engine layout": lambda: reload(
+            weights_iterator=iter(fused.items()), is_checkpoint_format=False
+        ),
         "reload_weights, Hugging Face names": lambda: reload(weights_iterator=hugging_face()),
         "weight-transfer API's steps, in process": layerwise,
         DISK: through_disk,

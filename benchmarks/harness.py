@@ -1,7 +1,8 @@
-"""One way to measure: a correctness gate first, then all providers in turn, round after round, against ceilings of the same run.
+"""One way to measure: a correctness gate first, then all providers in turn, round after round, against
+ceilings of the same run.
 
-A provider whose check fails is reported and not timed; a benchmark that timed nothing raises. Every result is a JSON file with
-the command, the commit and the versions that made it.
+A provider whose check fails is reported and not timed; a benchmark that timed nothing raises. Every result is
+a JSON file with the command, the commit and the versions that made it.
 """
 
 import argparse
@@ -20,8 +21,19 @@ from typing import Any
 import torch
 
 RESULTS = Path(__file__).parent / "results"
-MEAN_GAP_LIMIT = {"float32": 1e-3, "bfloat16": 0.1}  # |trainer - engine| log-prob per token of a step; above it nothing is timed
-PACKAGES = ("torch", "triton", "liger-kernel", "cut-cross-entropy", "quack-kernels", "megatron-core", "transformer-engine")
+MEAN_GAP_LIMIT = {
+    "float32": 1e-3,
+    "bfloat16": 0.1,
+}  # |trainer - engine| log-prob per token of a step; above it nothing is timed
+PACKAGES = (
+    "torch",
+    "triton",
+    "liger-kernel",
+    "cut-cross-entropy",
+    "quack-kernels",
+    "megatron-core",
+    "transformer-engine",
+)
 
 
 class UnavailableError(Exception):
@@ -64,7 +76,8 @@ class Row:
 
 @dataclass(frozen=True)
 class Ceilings:
-    """What this machine reaches in this run: bytes per second of a copy and of a read, operations per second of a bf16 product."""
+    """What this machine reaches in this run: bytes per second of a copy and of a read, operations per second
+    of a bf16 product."""
 
     copy_bytes_per_s: float
     read_bytes_per_s: float
@@ -79,7 +92,8 @@ def measure(
     clock: Callable[[], float] = time.perf_counter,
     warm_ups: int = 2,
 ) -> dict[str, Timing]:
-    """Time the tasks in turn, one run of each per round, until `seconds` have passed (at least `fewest` rounds).
+    """Time the tasks in turn, one run of each per round, until `seconds` have passed (at least `fewest`
+    rounds).
 
     `clock` is a CPU's; a GPU has its events.
     """
@@ -128,13 +142,18 @@ def _synchronize(device: torch.device) -> None:
 
 
 def measure_ceilings(device: torch.device, dtype: torch.dtype) -> Ceilings:
-    """Measure copy, read and matrix product with sizes far beyond the caches (on a CPU: as far as is quick)."""
+    """Measure copy, read and matrix product with sizes far beyond the caches (on a CPU: as far as is
+    quick)."""
     numel, side = (1 << 30, 8192) if device.type == "cuda" else (1 << 24, 768)
     source = torch.zeros(numel, dtype=dtype, device=device)
     target = torch.empty_like(source)
     a, b = (torch.randn(side, side, dtype=dtype, device=device) for _ in range(2))
     wide = source.view(torch.int32)
-    tasks = {"copy": Task(lambda: target.copy_(source)), "read": Task(wide.amax), "matmul": Task(lambda: a @ b)}
+    tasks = {
+        "copy": Task(lambda: target.copy_(source)),
+        "read": Task(wide.amax),
+        "matmul": Task(lambda: a @ b),
+    }
     timings = measure(tasks, device, seconds=1.0)
     size = source.numel() * source.element_size()
 
@@ -148,7 +167,9 @@ def finish(rows: list[Row], reference: str, *, ceiling_of: Callable[[Row], float
     """Fill in percentages and ratios; RuntimeError where nothing was timed."""
     timed = {(row.case, row.provider): row.timing for row in rows if row.timing is not None}
     if not timed:
-        raise RuntimeError("nothing was measured: " + "; ".join(f"{row.provider}: {row.skipped}" for row in rows))
+        raise RuntimeError(
+            "nothing was measured: " + "; ".join(f"{row.provider}: {row.skipped}" for row in rows)
+        )
     for row in rows:
         if row.timing is None:
             continue
@@ -159,13 +180,26 @@ def finish(rows: list[Row], reference: str, *, ceiling_of: Callable[[Row], float
 
 
 def table(rows: Iterable[Row], device: torch.device) -> str:
-    """Lay the rows out as Markdown; on a CPU ratios only: its milliseconds say more about its neighbours than about the code."""
+    """Lay the rows out as Markdown; on a CPU ratios only: its milliseconds say more about its neighbours than
+    about the code."""
     with_times = device.type == "cuda"
-    head = ["case", "provider", *(["ms", "20-80 %", "% of ceiling", "extra MiB"] if with_times else []), "x reference", "checks"]
+    head = [
+        "case",
+        "provider",
+        *(["ms", "20-80 %", "% of ceiling", "extra MiB"] if with_times else []),
+        "x reference",
+        "checks",
+    ]
     lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
     for row in rows:
         if row.timing is None:
-            cells = [row.case, row.provider, *(["-"] * (4 if with_times else 0)), "-", f"not timed: {row.skipped}"]
+            cells = [
+                row.case,
+                row.provider,
+                *(["-"] * (4 if with_times else 0)),
+                "-",
+                f"not timed: {row.skipped}",
+            ]
         else:
             t = row.timing
             times = [
@@ -175,9 +209,16 @@ def table(rows: Iterable[Row], device: torch.device) -> str:
                 _mib(t.peak_extra_bytes),
             ]
             checks = " ".join(
-                f"{name} {value:.0e}" if isinstance(value, float) else f"{name} {value}" for name, value in row.checks.items()
+                f"{name} {value:.0e}" if isinstance(value, float) else f"{name} {value}"
+                for name, value in row.checks.items()
             )
-            cells = [row.case, row.provider, *(times if with_times else []), _number(row.ratio_to_reference, ".2f"), checks]
+            cells = [
+                row.case,
+                row.provider,
+                *(times if with_times else []),
+                _number(row.ratio_to_reference, ".2f"),
+                checks,
+            ]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -217,7 +258,9 @@ def about(device: torch.device) -> dict[str, Any]:
 
 
 def _git(*arguments: str) -> str:
-    run = subprocess.run(["git", *arguments], cwd=Path(__file__).parents[1], capture_output=True, text=True, check=False)
+    run = subprocess.run(
+        ["git", *arguments], cwd=Path(__file__).parents[1], capture_output=True, text=True, check=False
+    )
     return run.stdout.strip()
 
 
@@ -241,10 +284,18 @@ def device_name(device: torch.device) -> str:
 def arguments(description: str) -> argparse.Namespace:
     """Parse what every benchmark takes."""
     parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu")
-    parser.add_argument("--full", action="store_true", help="all shapes: every model, tensor-parallel size and token count")
-    parser.add_argument("--seconds", type=float, default=None, help="seconds per case (default: 3 on a GPU, 1 on a CPU)")
-    parser.add_argument("--out", type=Path, default=None, help="folder of the result (default: benchmarks/results/<device>)")
+    parser.add_argument(
+        "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu"
+    )
+    parser.add_argument(
+        "--full", action="store_true", help="all shapes: every model, tensor-parallel size and token count"
+    )
+    parser.add_argument(
+        "--seconds", type=float, default=None, help="seconds per case (default: 3 on a GPU, 1 on a CPU)"
+    )
+    parser.add_argument(
+        "--out", type=Path, default=None, help="folder of the result (default: benchmarks/results/<device>)"
+    )
     parsed = parser.parse_args()
     parsed.device = torch.device(parsed.device)
     parsed.seconds = parsed.seconds or (3.0 if parsed.device.type == "cuda" else 1.0)

@@ -1,4 +1,5 @@
-"""Who computes weighted token log-probs from logits: ours and the peers that are installed, each behind the same two calls."""
+"""Who computes weighted token log-probs from logits: ours and the peers that are installed, each behind the
+same two calls."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -14,7 +15,8 @@ IGNORED = -100  # what the peers call ignore_index
 
 
 class Provider(NamedTuple):
-    """`forward(logits, targets) -> log p`, `step(logits, targets, weights) -> (log p, dlogits)`; either may be None."""
+    """`forward(logits, targets) -> log p`, `step(logits, targets, weights) -> (log p, dlogits)`; either may
+    be None."""
 
     name: str
     forward: Callable[[Tensor, Tensor], Tensor] | None
@@ -51,11 +53,17 @@ def ours(backend: str, device: torch.device) -> Provider:
         return torch.ops.rlsc.scored_stats(logits, targets, 1.0, 0, logits.shape[1], False, backend)[1]
 
     def step(logits: Tensor, targets: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-        return torch.ops.rlsc.log_prob_dlogits_(logits, targets, weights, 1.0, 0, logits.shape[1], backend), logits
+        return torch.ops.rlsc.log_prob_dlogits_(
+            logits, targets, weights, 1.0, 0, logits.shape[1], backend
+        ), logits
 
     taken = f" ({choose('log_prob_dlogits_', device.type).backend})" if backend == "auto" else ""
     return Provider(
-        f"ours {backend}{taken}", forward if "log_prob_stats" in OFFERS.get(backend, ("log_prob_stats",)) else None, step, True, 1e-4
+        f"ours {backend}{taken}",
+        forward if "log_prob_stats" in OFFERS.get(backend, ("log_prob_stats",)) else None,
+        step,
+        True,
+        1e-4,
     )
 
 
@@ -68,13 +76,18 @@ def eager_float32() -> Provider:
 
 
 def cross_entropy() -> Provider:
-    return from_loss("F.cross_entropy", lambda x, t: torch.nn.functional.cross_entropy(x, t, reduction="none", ignore_index=IGNORED))
+    return from_loss(
+        "F.cross_entropy",
+        lambda x, t: torch.nn.functional.cross_entropy(x, t, reduction="none", ignore_index=IGNORED),
+    )
 
 
 def compiled() -> Provider:
     @torch.compile(dynamic=False)
     def loss(logits: Tensor, targets: Tensor) -> Tensor:
-        return torch.nn.functional.cross_entropy(logits.float(), targets, reduction="none", ignore_index=IGNORED)
+        return torch.nn.functional.cross_entropy(
+            logits.float(), targets, reduction="none", ignore_index=IGNORED
+        )
 
     return from_loss("torch.compile", loss)
 
@@ -100,8 +113,12 @@ def megatron() -> Provider:
 
     group = single_rank_group()
 
-    def loss(logits: Tensor, targets: Tensor) -> Tensor:  # it takes no ignored tokens, and may overwrite its input
-        losses = fused_vocab_parallel_cross_entropy(logits[:, None].clone(), targets.clamp_min(0)[:, None], group)
+    def loss(
+        logits: Tensor, targets: Tensor
+    ) -> Tensor:  # it takes no ignored tokens, and may overwrite its input
+        losses = fused_vocab_parallel_cross_entropy(
+            logits[:, None].clone(), targets.clamp_min(0)[:, None], group
+        )
         return torch.where(targets >= 0, losses[:, 0], 0.0)
 
     return from_loss("Megatron-Core", loss)
@@ -127,7 +144,8 @@ def single_rank_group() -> Any:
 
 
 def providers(device: torch.device) -> list[tuple[str, Callable[[], Provider]]]:
-    """Every provider with its name, to be built under guard: a peer that is missing or raises is reported, not fatal."""
+    """Every provider with its name, to be built under guard: a peer that is missing or raises is reported,
+    not fatal."""
     names = ("auto", "cuda", "triton") if device.type == "cuda" else ("auto",)
     peers = {
         "torch eager float32": eager_float32,
@@ -138,5 +156,7 @@ def providers(device: torch.device) -> list[tuple[str, Callable[[], Provider]]]:
         "Megatron-Core": megatron,
         "TransformerEngine": transformer_engine,
     }
-    own: list[tuple[str, Callable[[], Provider]]] = [(f"ours {name}", lambda name=name: ours(name, device)) for name in names]  # type: ignore[misc]
+    own: list[tuple[str, Callable[[], Provider]]] = [
+        (f"ours {name}", lambda name=name: ours(name, device)) for name in names
+    ]  # type: ignore[misc]
     return [("ours reference", lambda: ours("reference", device)), *own, *peers.items()]

@@ -1,4 +1,5 @@
-"""The other side of the training benchmarks: plain `transformers` on length-sorted padded batches, with full logits."""
+"""The other side of the training benchmarks: plain `transformers` on length-sorted padded batches, with full
+logits."""
 
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -8,19 +9,25 @@ import torch
 
 from rlsc_mcore.types import UniqueSequence
 
-PaddedBatch = tuple[torch.Tensor, torch.Tensor, list[int]]  # ids [B, L], mask of targets [B, L - 1], sequence numbers
+PaddedBatch = tuple[
+    torch.Tensor, torch.Tensor, list[int]
+]  # ids [B, L], mask of targets [B, L - 1], sequence numbers
 # (log p [B] of the batch's sequences, sequence numbers) -> weights [B]
 Weigh = Callable[[torch.Tensor, list[int]], torch.Tensor]
 
 
-def load_model(folder: Path, tensors: Iterable[tuple[str, torch.Tensor]], dtype: torch.dtype, device: torch.device) -> Any:
+def load_model(
+    folder: Path, tensors: Iterable[tuple[str, torch.Tensor]], dtype: torch.dtype, device: torch.device
+) -> Any:
     """Build the model of a folder's config.json with these weights; every one must find its place."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config = AutoConfig.from_pretrained(folder)
     with device:
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
-    missing, unexpected = model.load_state_dict({name: tensor.to(device) for name, tensor in tensors}, strict=False)
+    missing, unexpected = model.load_state_dict(
+        {name: tensor.to(device) for name, tensor in tensors}, strict=False
+    )
     tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
     assert not unexpected and set(missing) <= tied, (missing, unexpected)
     model.config.use_cache = False
@@ -29,7 +36,10 @@ def load_model(folder: Path, tensors: Iterable[tuple[str, torch.Tensor]], dtype:
 
 def pad_by_length(sequences: Sequence[UniqueSequence], budget: int) -> list[PaddedBatch]:
     """Lay sequences out in length-sorted padded batches of at most `budget` tokens."""
-    order = sorted(range(len(sequences)), key=lambda i: len(sequences[i].rollout.prompt_ids) + len(sequences[i].rollout.response_ids))
+    order = sorted(
+        range(len(sequences)),
+        key=lambda i: len(sequences[i].rollout.prompt_ids) + len(sequences[i].rollout.response_ids),
+    )
     groups: list[list[int]] = [[]]
     for i in order:
         length = len(sequences[i].rollout.prompt_ids) + len(sequences[i].rollout.response_ids)
@@ -49,13 +59,16 @@ def pad_by_length(sequences: Sequence[UniqueSequence], budget: int) -> list[Padd
 
 
 def accumulate(model: Any, batches: Sequence[PaddedBatch], weigh: Weigh, temperature: float) -> float:
-    """Run forward and backward of the sum of -weight x log p; returns it. Mutates the parameters' gradients."""
+    """Run forward and backward of the sum of -weight x log p; returns it. Mutates the parameters'
+    gradients."""
     model.zero_grad(set_to_none=True)
     device, total = model.device, 0.0
     for ids, mask, group in batches:
         ids, mask = ids.to(device), mask.to(device)
         logits = model(input_ids=ids).logits[:, :-1].float() / temperature
-        negative = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none").view_as(mask)
+        negative = torch.nn.functional.cross_entropy(
+            logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none"
+        ).view_as(mask)
         negative = (negative * mask).sum(dim=1)
         loss = (negative * weigh(-negative.detach(), group).to(device)).sum()
         loss.backward()

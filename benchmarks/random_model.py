@@ -1,6 +1,8 @@
-"""Write a model folder of a public shape with random weights: `python -m benchmarks.random_model --shape qwen2.5-1.5b --output DIR`.
+"""Write a model folder of a public shape with random weights: `python -m benchmarks.random_model --shape
+qwen2.5-1.5b --output DIR`.
 
-For speed and memory only: the tokenizer is the embedded model's, whose few tokens are the first ids of the vocabulary.
+For speed and memory only: the tokenizer is the embedded model's, whose few tokens are the first ids of the
+vocabulary.
 """
 
 import argparse
@@ -19,7 +21,8 @@ from rlsc_mcore.model.hf_checkpoint import SIDE_FILES, resolve_model_folder  # n
 
 
 def make_model(shape: str, output: Path, layers: int | None = None) -> Path:
-    """Write config, bfloat16 weights N(0, 0.02) of a fixed seed and tokenizer into `output`, which is replaced; returns it."""
+    """Write config, bfloat16 weights N(0, 0.02) of a fixed seed and tokenizer into `output`, which is
+    replaced; returns it."""
     if output.exists():
         shutil.rmtree(output)
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -36,10 +39,14 @@ def make_model(shape: str, output: Path, layers: int | None = None) -> Path:
 
 def main() -> None:
     """Write one model."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--shape", required=True, help="a public model's name")
     parser.add_argument("--layers", type=int, help="only so many layers of it")
-    parser.add_argument("--output", type=Path, required=True, help="folder to write; one that is there is replaced")
+    parser.add_argument(
+        "--output", type=Path, required=True, help="folder to write; one that is there is replaced"
+    )
     options = parser.parse_args()
     if options.output.exists() and not (options.output / "config.json").is_file():
         parser.error(f"--output {options.output}: exists and is no model folder; choose another")

@@ -1,4 +1,5 @@
-"""Draw a result file as a roofline: operations per second over operations per byte, against the ceilings of the same run."""
+"""Draw a result file as a roofline: operations per second over operations per byte, against the ceilings of
+the same run."""
 
 import json
 import sys
@@ -7,7 +8,8 @@ from typing import Any
 
 
 def draw(path: Path) -> list[Path]:
-    """Write <result>.png and <result>.svg beside a result file and return them; nothing where matplotlib is not installed."""
+    """Write <result>.png and <result>.svg beside a result file and return them; nothing where matplotlib is
+    not installed."""
     try:
         import matplotlib
     except ImportError:
@@ -30,12 +32,20 @@ def draw(path: Path) -> list[Path]:
         x = [row["flops"] / row["bytes_moved"] for row in mine]
         y = [row["flops"] / (row["timing"]["median_ms"] * 1e-3) for row in mine]
         axes.scatter(x, y, marker=markers[index % len(markers)], label=provider, alpha=0.8)
-    axes.set(xscale="log", yscale="log", xlabel="operations per byte moved at least", ylabel="operations per second", title=path.stem)
+    axes.set(
+        xscale="log",
+        yscale="log",
+        xlabel="operations per byte moved at least",
+        ylabel="operations per second",
+        title=path.stem,
+    )
     axes.legend(fontsize="small", loc="center left", bbox_to_anchor=(1.0, 0.5))
     axes.grid(visible=True, which="both", alpha=0.2)
     written = [path.with_suffix(suffix) for suffix in (".png", ".svg")]
     for target in written:
-        figure.savefig(target, dpi=110, bbox_inches="tight", metadata={"Date": None} if target.suffix == ".svg" else None)
+        figure.savefig(
+            target, dpi=110, bbox_inches="tight", metadata={"Date": None} if target.suffix == ".svg" else None
+        )
     pyplot.close(figure)
     return written
 
@@ -45,7 +55,12 @@ def _ceilings(axes: Any, points: list[dict[str, Any]], ceilings: dict[str, float
     intensity = [row["flops"] / row["bytes_moved"] for row in points]
     ridge = ceilings["matmul_flops_per_s"] / ceilings["copy_bytes_per_s"]
     low, high = min(*intensity, ridge) / 3, max(*intensity, ridge) * 3
-    axes.plot([low, ridge, high], [low * ceilings["copy_bytes_per_s"], *[ceilings["matmul_flops_per_s"]] * 2], color="black", linewidth=1.2)
+    axes.plot(
+        [low, ridge, high],
+        [low * ceilings["copy_bytes_per_s"], *[ceilings["matmul_flops_per_s"]] * 2],
+        color="black",
+        linewidth=1.2,
+    )
     axes.annotate("copy bandwidth", (low * 1.1, low * 1.3 * ceilings["copy_bytes_per_s"]), fontsize="small")
     axes.annotate("matrix product", (ridge, ceilings["matmul_flops_per_s"] * 1.1), fontsize="small")
 

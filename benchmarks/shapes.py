@@ -4,7 +4,8 @@ from typing import NamedTuple
 
 
 class Shape(NamedTuple):
-    """A head on one rank: N tokens, H hidden, V columns of this rank, and the share of tokens that is trained."""
+    """A head on one rank: N tokens, H hidden, V columns of this rank, and the share of tokens that is
+    trained."""
 
     name: str
     num_tokens: int
@@ -13,7 +14,12 @@ class Shape(NamedTuple):
     live_share: float = 1.0
 
 
-MODELS = {"qwen2.5-0.5b": (896, 151936), "qwen2.5-1.5b": (1536, 151936), "qwen2.5-7b": (3584, 152064), "qwen2.5-72b": (8192, 152064)}
+MODELS = {
+    "qwen2.5-0.5b": (896, 151936),
+    "qwen2.5-1.5b": (1536, 151936),
+    "qwen2.5-7b": (3584, 152064),
+    "qwen2.5-72b": (8192, 152064),
+}
 GOALS = {"qwen2.5-1.5b": 0.45, "qwen2.5-7b": 0.50}  # model FLOPs utilisation of a training step on one H200
 TENSOR_PARALLEL = (1, 2, 4, 8)
 NUM_TOKENS = (4096, 16384, 49152)
@@ -22,7 +28,8 @@ MEMORY_SHAPE = Shape("7B N=49152 TP=1", 49152, 3584, 152064)
 
 
 def head_shapes(device_type: str, full: bool) -> list[Shape]:
-    """Return the shapes for the head and the loss together: `shapes` and, on a GPU, that of the memory mark."""
+    """Return the shapes for the head and the loss together: `shapes` and, on a GPU, that of the memory
+    mark."""
     found = shapes(device_type, full)
     return found if device_type != "cuda" or MEMORY_SHAPE in found else [*found, MEMORY_SHAPE]
 
@@ -30,7 +37,10 @@ def head_shapes(device_type: str, full: bool) -> list[Shape]:
 def shapes(device_type: str, full: bool) -> list[Shape]:
     """Return the shapes for a device: on a GPU the marks (all of them with `full`), on a CPU small ones."""
     if device_type != "cuda":
-        return [Shape("N=512 H=256 V=32768", 512, 256, 32768), Shape("N=512 H=256 V=32768 half", 512, 256, 32768, 0.5)]
+        return [
+            Shape("N=512 H=256 V=32768", 512, 256, 32768),
+            Shape("N=512 H=256 V=32768 half", 512, 256, 32768, 0.5),
+        ]
     if not full:
         return [
             Shape("7B N=16384 TP=1", 16384, 3584, 152064),

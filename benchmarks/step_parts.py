@@ -1,4 +1,5 @@
-"""Seconds of a training step by part of the model, forward and backward, through the product's own `Trainer.step`."""
+"""Seconds of a training step by part of the model, forward and backward, through the product's own
+`Trainer.step`."""
 
 import time
 from collections import defaultdict
@@ -28,7 +29,8 @@ class _Mark(torch.autograd.Function):
 
 
 class PartTimer:
-    """Opens and closes intervals per part: CUDA events on a GPU; on a CPU this process's CPU time, whatever its neighbours take."""
+    """Opens and closes intervals per part: CUDA events on a GPU; on a CPU this process's CPU time, whatever
+    its neighbours take."""
 
     def __init__(self, backend: Backend) -> None:
         self._backend = backend
@@ -46,7 +48,9 @@ class PartTimer:
     def seconds(self) -> dict[str, float]:
         """Return the seconds of every part; waits for the device."""
         self._backend.synchronize()
-        assert not any(self._open.values()), f"left open: {[part for part, spans in self._open.items() if spans]}"
+        assert not any(self._open.values()), (
+            f"left open: {[part for part, spans in self._open.items() if spans]}"
+        )
         return {part: sum(self._between(*span) for span in spans) for part, spans in self._spans.items()}
 
     def _now(self) -> Any:
@@ -86,9 +90,16 @@ def timed_parts(trainer: Trainer) -> Iterator[PartTimer]:
         wrapped.append((owner, name))
 
     for layer in model.decoder.layers:
-        for name, part in (("input_layernorm", "attention"), ("self_attention", "attention"), ("pre_mlp_layernorm", "mlp"), ("mlp", "mlp")):
+        for name, part in (
+            ("input_layernorm", "attention"),
+            ("self_attention", "attention"),
+            ("pre_mlp_layernorm", "mlp"),
+            ("mlp", "mlp"),
+        ):
             module = getattr(layer, name)
-            if not isinstance(module, IdentityOp):  # TransformerEngine has the norm inside the product that follows
+            if not isinstance(
+                module, IdentityOp
+            ):  # TransformerEngine has the norm inside the product that follows
                 wrap(module, "forward", _timed(timer, part, module.forward))
     plain_head, plain_update = model._postprocess, trainer._update
 
@@ -118,7 +129,8 @@ def _timed(timer: PartTimer, part: str, forward: Callable[..., Any]) -> Callable
 
 
 def seconds_in_collectives(backend: Backend, act: Callable[[], Any]) -> float:
-    """Run `act` under torch's profiler and return the seconds of its collectives, hidden behind computation or not.
+    """Run `act` under torch's profiler and return the seconds of its collectives, hidden behind computation
+    or not.
 
     On a GPU those of NCCL's kernels, on a CPU those of gloo's operations on this rank.
     """
@@ -131,7 +143,9 @@ def seconds_in_collectives(backend: Backend, act: Callable[[], Any]) -> float:
     gpu = torch.autograd.DeviceType.CUDA  # type: ignore[attr-defined]
     events = profile.events() or []
     if backend.is_cuda:
-        collectives = [event for event in events if event.device_type == gpu and event.name.startswith("ncclDevKernel")]
+        collectives = [
+            event for event in events if event.device_type == gpu and event.name.startswith("ncclDevKernel")
+        ]
     else:
         collectives = [event for event in events if event.name.startswith("gloo:")]
     return sum(event.time_range.elapsed_us() for event in collectives) / 1e6

@@ -19,8 +19,11 @@ def find_shape(name: str) -> Architecture:
 
 
 def write_config(shape: Architecture, folder: Path, layers: int | None = None) -> Path:
-    """Write a config.json of `shape`, of its first `layers` layers only where given, into a new folder and return it."""
-    assert shape.rope_scaling_factor is None, f"{shape.name} with scaled rotary embeddings is not written here"
+    """Write a config.json of `shape`, of its first `layers` layers only where given, into a new folder and
+    return it."""
+    assert shape.rope_scaling_factor is None, (
+        f"{shape.name} with scaled rotary embeddings is not written here"
+    )
     config = {
         "architectures": [shape.name], "model_type": shape.name.removesuffix("ForCausalLM").lower(),
         "num_hidden_layers": layers or shape.num_layers, "hidden_size": shape.hidden_size,
@@ -34,6 +37,9 @@ def write_config(shape: Architecture, folder: Path, layers: int | None = None) -
 
 
 def make_trainer(folder: Path, flags: Sequence[str], backend: Backend, groups: Groups) -> Trainer:
-    """Build the trainer of a folder's config.json with Megatron's random weights; later flags win. Collective over the world."""
-    config = parse_config(["--run-dir", "unused", "--model.path", str(folder), "--data.path", "embedded:train", *flags])
+    """Build the trainer of a folder's config.json with Megatron's random weights; later flags win. Collective
+    over the world."""
+    config = parse_config(
+        ["--run-dir", "unused", "--model.path", str(folder), "--data.path", "embedded:train", *flags]
+    )
     return Trainer(config, folder, backend, groups, load=False)

@@ -1,9 +1,11 @@
-"""Read the machine code of CUDA kernels: loops, narrow loads in them, spilled registers, instructions per iteration.
+"""Read the machine code of CUDA kernels: loops, narrow loads in them, spilled registers, instructions per
+iteration.
 
     python csrc/check_sass.py FILE.cubin ...
 
-Fails where a loop of a kernel loads 2 bytes at a time from shared or device memory, or where registers spill to local memory:
-both are invisible in PTX and cost a kernel its rate. compile_check.sh and tests/unit/ops/test_triton_compile.py call it.
+Fails where a loop of a kernel loads 2 bytes at a time from shared or device memory, or where registers spill
+to local memory: both are invisible in PTX and cost a kernel its rate. compile_check.sh and
+tests/unit/ops/test_triton_compile.py call it.
 """
 
 import os
@@ -23,11 +25,15 @@ TARGET = re.compile(r"`\((\.L_x_\d+)\)")
 
 
 def find_tool(name: str) -> str | None:
-    """Return the path of one of CUDA's binary tools: PATH, CUDA_HOME, Triton's own copy, NVIDIA's wheels; None without one."""
+    """Return the path of one of CUDA's binary tools: PATH, CUDA_HOME, Triton's own copy, NVIDIA's wheels;
+    None without one."""
     if (on_path := shutil.which(name)) is not None:
         return on_path
     packages = Path(sysconfig.get_paths()["purelib"])
-    folders = [Path(os.environ.get("CUDA_HOME", "/usr/local/cuda"), "bin"), packages / "triton/backends/nvidia/bin"]
+    folders = [
+        Path(os.environ.get("CUDA_HOME", "/usr/local/cuda"), "bin"),
+        packages / "triton/backends/nvidia/bin",
+    ]
     folders += sorted(packages.glob("nvidia/*/bin"))
     return next((str(folder / name) for folder in folders if os.access(folder / name, os.X_OK)), None)
 
@@ -62,7 +68,9 @@ class Kernel:
             for index, i in enumerate(self.instructions)
             if i.target in self.labels and self.labels[i.target] < index
         ]
-        return [a for a in found if not any(b != a and a.start <= b.start and b.stop <= a.stop for b in found)]
+        return [
+            a for a in found if not any(b != a and a.start <= b.start and b.stop <= a.stop for b in found)
+        ]
 
     def narrow_loads(self) -> list[str]:
         """Return the loads of 2 bytes that are inside of a loop."""
@@ -72,7 +80,11 @@ class Kernel:
             if i.target in self.labels and self.labels[i.target] < index
         ]
         inside = {index for loop in loops for index in loop}
-        return [self.instructions[index].opcode for index in sorted(inside) if NARROW_LOAD.match(self.instructions[index].opcode)]
+        return [
+            self.instructions[index].opcode
+            for index in sorted(inside)
+            if NARROW_LOAD.match(self.instructions[index].opcode)
+        ]
 
     def spills(self) -> list[str]:
         """Return the instructions that move registers to local memory and back."""
@@ -93,7 +105,10 @@ def read_kernels(cubin: str | os.PathLike[str]) -> list[Kernel]:
     """Disassemble a cubin with nvdisasm; RuntimeError where it is missing or fails."""
     tool = find_tool("nvdisasm")
     if tool is None:
-        raise RuntimeError("nvdisasm: expected on PATH, in CUDA_HOME/bin or with Triton; install triton or nvidia-cuda-nvdisasm")
+        raise RuntimeError(
+            "nvdisasm: expected on PATH, in CUDA_HOME/bin or with Triton; install triton or "
+            "nvidia-cuda-nvdisasm"
+        )
     run = subprocess.run([tool, "-c", str(cubin)], capture_output=True, text=True, check=False)
     if run.returncode:
         raise RuntimeError(f"nvdisasm: exit status {run.returncode}: {run.stderr.strip()[:300]}")
@@ -116,9 +131,15 @@ def main(cubins: list[str]) -> int:
         for kernel in read_kernels(cubin):
             checked += 1
             if narrow := kernel.narrow_loads():
-                print(f"{cubin}: {kernel.name}: {len(narrow)} loads of 2 bytes in a loop ({narrow[0]}); expected 16-byte loads")
+                print(
+                    f"{cubin}: {kernel.name}: {len(narrow)} loads of 2 bytes in a loop ({narrow[0]}); "
+                    "expected 16-byte loads"
+                )
             if spills := kernel.spills():
-                print(f"{cubin}: {kernel.name}: {len(spills)} instructions move registers to local memory; expected none")
+                print(
+                    f"{cubin}: {kernel.name}: {len(spills)} instructions move registers to local memory; "
+                    "expected none"
+                )
             faults += bool(narrow) + bool(spills)
     print(f"machine code of {checked} kernels: {faults} faults")
     return faults if checked else 1

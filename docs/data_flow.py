@@ -12,8 +12,22 @@ BOXES = (  # title, what happens there, module
     ("hot swap", "engine takes new weights", "weight_sync/swap.py"),
 )
 THEMES = {
-    "light": {"text": "#1f2328", "dim": "#59636e", "line": "#8c959f", "box": "#f6f8fa", "engine": "#ddf4ff", "trainer": "#dafbe1"},
-    "dark": {"text": "#f0f6fc", "dim": "#9198a1", "line": "#656c76", "box": "#151b23", "engine": "#0c2d6b", "trainer": "#033a16"},
+    "light": {
+        "text": "#1f2328",
+        "dim": "#59636e",
+        "line": "#8c959f",
+        "box": "#f6f8fa",
+        "engine": "#ddf4ff",
+        "trainer": "#dafbe1",
+    },
+    "dark": {
+        "text": "#f0f6fc",
+        "dim": "#9198a1",
+        "line": "#656c76",
+        "box": "#151b23",
+        "engine": "#0c2d6b",
+        "trainer": "#033a16",
+    },
 }
 ENGINE, TRAINER = ("rollouts", "hot swap"), ("log-probs", "weights", "update")
 WIDTH, BOX_WIDTH, BOX_HEIGHT, GAP, TOP = 1000, 208, 74, 40, 14
@@ -27,12 +41,15 @@ def data_flow(theme: str) -> str:
     height = places[-1][1] + BOX_HEIGHT + 16
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" role="img" font-family="sans-serif">',
-        "<title>Data flow of a step: questions, rollouts, packed batches, log-probs, weights, update, hot swap, rollouts</title>",
+        "<title>Data flow of a step: questions, rollouts, packed batches, log-probs, weights, update, hot "
+        "swap, rollouts</title>",
         f'<defs><marker id="head" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="7" markerHeight="7" orient="auto">'
         f'<path d="M0 0 L8 4 L0 8 z" fill="{colour["line"]}"/></marker></defs>',
     ]
     for (title, text, module), (x, y) in zip(BOXES, places, strict=True):
-        fill = colour["engine"] if title in ENGINE else colour["trainer"] if title in TRAINER else colour["box"]
+        fill = (
+            colour["engine"] if title in ENGINE else colour["trainer"] if title in TRAINER else colour["box"]
+        )
         middle = x + BOX_WIDTH / 2
         parts += [
             f'<rect x="{x}" y="{y}" width="{BOX_WIDTH}" height="{BOX_HEIGHT}" rx="8" fill="{fill}" stroke="{colour["line"]}"/>',
@@ -54,7 +71,9 @@ def data_flow(theme: str) -> str:
     return "\n".join([*parts, "</svg>"]) + "\n"
 
 
-def _text(x: float, y: float, size: int, fill: str, text: str, weight: str = "normal", anchor: str = "middle") -> str:
+def _text(
+    x: float, y: float, size: int, fill: str, text: str, weight: str = "normal", anchor: str = "middle"
+) -> str:
     style = f'font-size="{size}" font-weight="{weight}" text-anchor="{anchor}" fill="{fill}"'
     return f'<text x="{x:g}" y="{y:g}" {style}>{text}</text>'
 

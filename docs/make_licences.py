@@ -1,4 +1,5 @@
-"""Write docs/licences.md: the licence of every package that an installation of this program brings, from the packages' metadata."""
+"""Write docs/licences.md: the licence of every package that an installation of this program brings, from the
+packages' metadata."""
 
 import importlib.metadata as metadata
 import re
@@ -32,11 +33,16 @@ _LONG = 60  # some packages put the whole text into the field
 
 
 def licence_of(package: metadata.Distribution) -> str:
-    """Return the licence that a package declares: the SPDX expression, else its classifiers, else the short text."""
+    """Return the licence that a package declares: the SPDX expression, else its classifiers, else the short
+    text."""
     declared = package.metadata
     if declared.get("License-Expression"):
         return str(declared["License-Expression"])
-    classifiers = [text.rpartition(" :: ")[2] for text in declared.get_all("Classifier") or [] if text.startswith("License ::")]
+    classifiers = [
+        text.rpartition(" :: ")[2]
+        for text in declared.get_all("Classifier") or []
+        if text.startswith("License ::")
+    ]
     named = [text for text in classifiers if text != "OSI Approved"]
     if named:
         return ", ".join(named)
@@ -65,7 +71,10 @@ def closure(roots: tuple[str, ...]) -> dict[str, metadata.Distribution]:
 
 def main() -> int:
     """Write the page; returns the exit code."""
-    rows = [f"| {name} | {package.version} | {licence_of(package)} |" for name, package in sorted(closure(ROOTS).items())]
+    rows = [
+        f"| {name} | {package.version} | {licence_of(package)} |"
+        for name, package in sorted(closure(ROOTS).items())
+    ]
     OUTPUT.write_text(HEAD + "\n".join(rows) + "\n", encoding="utf-8")
     print(f"{len(rows)} packages in {OUTPUT}")
     return 0

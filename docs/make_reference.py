@@ -1,4 +1,5 @@
-"""Write the generated pages of the documentation: `python docs/make_reference.py` (`--check` only compares)."""
+"""Write the generated pages of the documentation: `python docs/make_reference.py` (`--check` only
+compares)."""
 
 import argparse
 import ast
@@ -49,7 +50,8 @@ def configuration_page() -> str:
     lines = [
         "# Configuration",
         "",
-        f"{COMMAND} Every field is a key of a YAML file (`optimizer: {{lr: 1e-5}}`) and a flag (`--optimizer.lr 1e-5`); "
+        f"{COMMAND} Every field is a key of a YAML file (`optimizer: {{lr: 1e-5}}`) and a flag "
+        "(`--optimizer.lr 1e-5`); "
         "a flag wins over the file. `configs/` has files to start from.",
         "",
     ]
@@ -74,16 +76,27 @@ def metrics_page() -> str:
     lines = [
         "# Metrics",
         "",
-        f"{COMMAND} `RUN/metrics.jsonl` has one JSON object per step. The same numbers go to TensorBoard and, if a project is "
-        "named, to Weights & Biases. Log-probs are natural logarithms; shares are fractions of the step's rollouts over all "
+        f"{COMMAND} `RUN/metrics.jsonl` has one JSON object per step. The same numbers go to TensorBoard "
+        "and, if a project is "
+        "named, to Weights & Biases. Log-probs are natural logarithms; shares are fractions of the step's "
+        "rollouts over all "
         "ranks; T is the trained temperature.",
         "",
         "| field | label | unit | what it says |",
         "| --- | --- | --- | --- |",
     ]
     for name, description in DESCRIPTIONS.items():
-        lines.append(f"| `{name}` | {description.label} | {description.unit.strip() or '-'} | {_cell(description.help)} |")
-    lines += ["", "## Objectives", "", "| `algorithm.objective` | name | what it does |", "| --- | --- | --- |"]
+        lines.append(
+            f"| `{name}` | {description.label} | {description.unit.strip() or '-'} | "
+            f"{_cell(description.help)} |"
+        )
+    lines += [
+        "",
+        "## Objectives",
+        "",
+        "| `algorithm.objective` | name | what it does |",
+        "| --- | --- | --- |",
+    ]
     lines += [f"| `{row.name}` | {row.label} | {_cell(row.summary)} |" for row in OBJECTIVES.values()]
     return "\n".join(lines) + "\n"
 
@@ -141,7 +154,11 @@ def _field_texts() -> dict[tuple[str, str], str]:
         if not isinstance(node, ast.ClassDef):
             continue
         for entry, text in itertools.pairwise(node.body):
-            if isinstance(entry, ast.AnnAssign) and isinstance(text, ast.Expr) and isinstance(entry.target, ast.Name):
+            if (
+                isinstance(entry, ast.AnnAssign)
+                and isinstance(text, ast.Expr)
+                and isinstance(entry.target, ast.Name)
+            ):
                 texts[node.name, entry.target.id] = ast.literal_eval(text.value)
     return texts
 

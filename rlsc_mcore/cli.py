@@ -1,7 +1,7 @@
 """The command line: `rlsc COMMAND`; `python -m rlsc_mcore.cli` is the same.
 
-Exit codes: 0 done, or a training that was stopped on request and saved; 1 failed; 2 bad input; 128 + n ended by signal n before
-it was complete, with what was finished kept.
+Exit codes: 0 done, or a training that was stopped on request and saved; 1 failed; 2 bad input; 128 + n ended
+by signal n before it was complete, with what was finished kept.
 """
 
 import contextlib
@@ -64,7 +64,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _tell_of_thread(ending: threading.ExceptHookArgs) -> None:
-    """Print in one line what the machine refused a library's thread (TensorBoard's writer); anything else with its traceback."""
+    """Print in one line what the machine refused a library's thread (TensorBoard's writer); anything else
+    with its traceback."""
     cause = explain(ending.exc_value) if ending.exc_value is not None else None
     if cause is None:
         threading.__excepthook__(ending)
@@ -86,7 +87,8 @@ def _run(name: str, arguments: list[str]) -> int:
 
 
 def _leave(code: int) -> NoReturn:
-    """End the process: at once when an engine lives in it, whose threads and process groups need no ending of their own."""
+    """End the process: at once when an engine lives in it, whose threads and process groups need no ending of
+    their own."""
     release_all()
     remove_scratch()
     for stream in (sys.stdout, sys.stderr):

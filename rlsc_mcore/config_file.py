@@ -1,7 +1,7 @@
 """Read, write and compare configurations: YAML files and command-line flags; imports no torch.
 
-A YAML file is read as a list of flags (`optimizer: {lr: 1e-5}` is the same text as `--optimizer.lr 1e-5`), so the file and the
-command line share one parser, one source of types and one style of error message.
+A YAML file is read as a list of flags (`optimizer: {lr: 1e-5}` is the same text as `--optimizer.lr 1e-5`), so
+the file and the command line share one parser, one source of types and one style of error message.
 """
 
 import contextlib
@@ -21,15 +21,26 @@ from rlsc_mcore.config import Config, ConfigError
 from rlsc_mcore.objectives import OBJECTIVES
 
 # YAML's spellings of Python's words
-_YAML_WORDS = {"null": "None", "Null": "None", "NULL": "None", "~": "None", "": "None", "true": "True", "false": "False"}
-_SECTIONS = frozenset(name for name, kind in typing.get_type_hints(Config).items() if dataclasses.is_dataclass(kind))
+_YAML_WORDS = {
+    "null": "None",
+    "Null": "None",
+    "NULL": "None",
+    "~": "None",
+    "": "None",
+    "true": "True",
+    "false": "False",
+}
+_SECTIONS = frozenset(
+    name for name, kind in typing.get_type_hints(Config).items() if dataclasses.is_dataclass(kind)
+)
 _DEEPEST = 8  # levels of mappings in a file; a file that refers to itself would have no end
 
 
 def parse_config(flags: Sequence[str], *, prog: str = "rlsc train", description: str | None = None) -> Config:
     """Build a `Config` from flags (`--optimizer.lr 1e-5 ...`); a later flag wins.
 
-    Raises `ConfigError` naming the field on an unknown flag, a missing field, a value of the wrong type or out of range.
+    Raises `ConfigError` naming the field on an unknown flag, a missing field, a value of the wrong type or
+    out of range.
     """
     printed = io.StringIO()
     try:
@@ -50,7 +61,8 @@ def parse_config(flags: Sequence[str], *, prog: str = "rlsc train", description:
 def read_flags(file: Path) -> list[str]:
     """Read a YAML configuration file as a list of flags.
 
-    Raises `ConfigError` naming the file (and the line, where YAML knows it) when it is absent or not a YAML mapping.
+    Raises `ConfigError` naming the file (and the line, where YAML knows it) when it is absent or not a YAML
+    mapping.
     """
     if not file.is_file():
         raise ConfigError(f"--config {file}: no such file")
@@ -67,7 +79,10 @@ def read_flags(file: Path) -> list[str]:
     for name, values, line in _leaves(root, f"--config {file}"):
         if name in flags:
             field = name.removeprefix("--").replace("-", "_")
-            raise ConfigError(f"--config {file}, line {line}: {field} stands on line {flags[name][1]} already; keep one of them")
+            raise ConfigError(
+                f"--config {file}, line {line}: {field} stands on line {flags[name][1]} already; keep one of "
+                "them"
+            )
         flags[name] = (values, line)
     return [text for values, _ in flags.values() for text in values]
 
@@ -110,7 +125,9 @@ def _objective_defaults(flags: Sequence[str]) -> list[str]:
 def _one_line(box: str) -> str:
     """Reduce tyro's framed, wrapped error to what it says before its hints."""
     lines = [line.strip("│ ") for line in box.splitlines()]
-    frame = [i for i, line in enumerate(lines) if "──" in line or "----" in line]  # first the title's, then one before the hints
+    frame = [
+        i for i, line in enumerate(lines) if "──" in line or "----" in line
+    ]  # first the title's, then one before the hints
     said = " ".join(lines[frame[0] + 1 : frame[1]] if len(frame) > 1 else lines)
     if said.startswith("Missing from"):
         return "missing " + ", ".join(line.split()[0] for line in lines if re.match(r"--\w", line))
@@ -118,10 +135,13 @@ def _one_line(box: str) -> str:
     return said + (f"; perhaps you meant {meant[1]}" if meant else "")
 
 
-def _leaves(mapping: yaml.MappingNode, source: str, prefix: str = "--", depth: int = 1) -> Iterator[tuple[str, list[str], int]]:
+def _leaves(
+    mapping: yaml.MappingNode, source: str, prefix: str = "--", depth: int = 1
+) -> Iterator[tuple[str, list[str], int]]:
     """Yield every value of a mapping as (flag, arguments, line).
 
-    Raises `ConfigError` naming `source` and the line at a key that stands twice in one mapping, and at what is no option.
+    Raises `ConfigError` naming `source` and the line at a key that stands twice in one mapping, and at what
+    is no option.
     """
     lines: dict[str, int] = {}
     for key, value in mapping.value:
@@ -133,7 +153,9 @@ def _leaves(mapping: yaml.MappingNode, source: str, prefix: str = "--", depth: i
         name = f"{prefix}{key.value}".replace("_", "-")
         if name in lines:
             field = name.removeprefix("--").replace("-", "_")
-            raise ConfigError(f"{source}, line {line}: {field} stands on line {lines[name]} already; keep one of them")
+            raise ConfigError(
+                f"{source}, line {line}: {field} stands on line {lines[name]} already; keep one of them"
+            )
         lines[name] = line
         if isinstance(value, yaml.MappingNode):
             if depth == _DEEPEST:
@@ -141,9 +163,14 @@ def _leaves(mapping: yaml.MappingNode, source: str, prefix: str = "--", depth: i
             yield from _leaves(value, source, f"{name}.", depth + 1)
         elif isinstance(value, yaml.SequenceNode):
             if not all(isinstance(item, yaml.ScalarNode) for item in value.value):
-                raise ConfigError(f"{source}, line {line}: {key.value}: expected a list of values, got a list of lists or mappings")
+                raise ConfigError(
+                    f"{source}, line {line}: {key.value}: expected a list of values, got a list of lists or "
+                    "mappings"
+                )
             yield name, [name, *map(_text, value.value)], line
-        elif depth > 1 or key.value not in _SECTIONS or _text(value) != "None":  # a section without options is empty
+        elif (
+            depth > 1 or key.value not in _SECTIONS or _text(value) != "None"
+        ):  # a section without options is empty
             # With "=", a value that begins with a dash is not taken for a flag.
             yield name, [f"{name}={_text(value)}"], line
 

@@ -1,7 +1,8 @@
-"""List the training objectives: one row each. Configuration, grading, comparison, reports and docs read this table.
+"""List the training objectives: one row each. Configuration, grading, comparison, reports and docs read this
+table.
 
-To add an objective, write its rule in a new file of `algorithm/` and add a row here. Imports no torch: the rows name their
-code as `module:attribute`, which is imported at its first use.
+To add an objective, write its rule in a new file of `algorithm/` and add a row here. Imports no torch: the
+rows name their code as `module:attribute`, which is imported at its first use.
 """
 
 import importlib
@@ -18,16 +19,25 @@ class Objective:
     label: str  # in tables and figures
     summary: str  # what it does, for `rlsc train --help` and the docs: no capital, no full stop
     rule: str  # subclass of `algorithm.rule.ObjectiveRule`
-    reward: str | None = None  # function of type `grading.rewards.Reward`; minus the question's mean it is the advantage
+    reward: str | None = (
+        None  # function of type `grading.rewards.Reward`; minus the question's mean it is the advantage
+    )
     needs_labels: bool = False  # every question needs an `answer`
-    needs_ratio: bool = False  # a later update on the same rollouts is biased without an importance ratio, and has none
-    defaults: tuple[str, ...] = ()  # flags that this objective sets where neither file nor command line gives them
+    needs_ratio: bool = (
+        False  # a later update on the same rollouts is biased without an importance ratio, and has none
+    )
+    defaults: tuple[
+        str, ...
+    ] = ()  # flags that this objective sets where neither file nor command line gives them
     is_control: bool = False  # answers what a gain is due to; `rlsc compare` trains it only where it is named
-    variants: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # settings that `rlsc compare` offers -> their flags
+    variants: Mapping[str, tuple[str, ...]] = field(
+        default_factory=dict
+    )  # settings that `rlsc compare` offers -> their flags
 
     @property
     def flags(self) -> tuple[str, ...]:
-        """Flags of `rlsc train` that choose this objective with its own defaults, whatever a configuration file says."""
+        """Flags of `rlsc train` that choose this objective with its own defaults, whatever a configuration
+        file says."""
         return (f"--algorithm.objective={self.name}", *self.defaults)
 
     def load_rule(self) -> Any:
@@ -69,7 +79,8 @@ _ROWS = (
     Objective(
         "ttrl",
         "TTRL",
-        "the reward of majority_vote as in TTRL's own recipe: 64 votes at T = 1, of which 32 are trained, advantages divided by "
+        "the reward of majority_vote as in TTRL's own recipe: 64 votes at T = 1, of which 32 are trained, "
+        "advantages divided by "
         "their standard deviation, answers that need no box",
         rule="rlsc_mcore.algorithm.group_reward:GroupReward",
         reward="rlsc_mcore.grading.rewards:majority_rewards",
@@ -84,7 +95,8 @@ _ROWS = (
     Objective(
         "empo",
         "EMPO (answer frequency)",
-        "reward = share of the question's samples with the same answer (its semantic cluster), minus the question's mean reward",
+        "reward = share of the question's samples with the same answer (its semantic cluster), minus the "
+        "question's mean reward",
         rule="rlsc_mcore.algorithm.group_reward:GroupReward",
         reward="rlsc_mcore.grading.rewards:frequency_rewards",
     ),
@@ -115,7 +127,8 @@ _ROWS = (
     Objective(
         "rlsc_shuffled",
         "RLSC, weights shuffled (control)",
-        "RLSC's weights, dealt to the samples of a question at random: what is left of a gain is not due to confidence",
+        "RLSC's weights, dealt to the samples of a question at random: what is left of a gain is not due to "
+        "confidence",
         rule="rlsc_mcore.algorithm.shuffled:ShuffledConfidence",
         is_control=True,
     ),

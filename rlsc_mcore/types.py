@@ -15,7 +15,9 @@ class Question:
 
     index: int  # position in its file, from 0; names the question in rollouts and metrics
     text: str
-    answer: str | None  # gold answer as written in the file, reduced to its final value ("#### 18" -> "18"); None if absent
+    answer: (
+        str | None
+    )  # gold answer as written in the file, reduced to its final value ("#### 18" -> "18"); None if absent
     answer_format: Literal["math", "choice"] = "math"  # choice: the answer is a letter
     tolerance: float | None = None  # numbers this close are the same answer
 
@@ -38,8 +40,9 @@ class Rollout:
 class PackedBatch:
     """One micro-batch of whole sequences laid end to end (thd).
 
-    Position t of a sequence predicts its token t + 1: `target_ids[t]` is that token and `response_mask[t]` is True where
-    it belongs to the trained answer (so the first answer token sits at position prompt_length - 1).
+    Position t of a sequence predicts its token t + 1: `target_ids[t]` is that token and `response_mask[t]` is
+    True where it belongs to the trained answer (so the first answer token sits at position prompt_length -
+    1).
     """
 
     token_ids: torch.Tensor  # int64 [T]
@@ -49,8 +52,12 @@ class PackedBatch:
     cu_seqlens: torch.Tensor  # int32 [S + 1]; the last segment may be padding (multiplicity 0)
     sequence_lengths: tuple[int, ...]  # [S], the same on the host
     trained_lengths: tuple[int, ...]  # [S], True entries of the response mask per sequence
-    multiplicity: torch.Tensor  # float64 [S], rollouts that this sequence stands for (identical answers share one pass)
-    advantages: torch.Tensor  # float64 [S], reward minus the question's mean; 0 where the objective has no reward
+    multiplicity: (
+        torch.Tensor
+    )  # float64 [S], rollouts that this sequence stands for (identical answers share one pass)
+    advantages: (
+        torch.Tensor
+    )  # float64 [S], reward minus the question's mean; 0 where the objective has no reward
     group_ids: torch.Tensor  # int64 [S], which question of the step; -1 for padding
     sequence_ids: torch.Tensor  # int64 [S], index into the step's unique sequences; -1 for padding
 
@@ -61,14 +68,17 @@ class PackedBatch:
     def to(self, device: torch.device) -> "PackedBatch":
         """Return the batch with its tensors on `device`."""
         moved: dict[str, Any] = {
-            name: value.to(device, non_blocking=True) for name, value in vars(self).items() if isinstance(value, torch.Tensor)
+            name: value.to(device, non_blocking=True)
+            for name, value in vars(self).items()
+            if isinstance(value, torch.Tensor)
         }
         return replace(self, **moved)
 
 
 @dataclass(frozen=True)
 class UniqueSequence:
-    """One distinct (question, answer) with all its samples: identical answers share one forward pass, their weights add."""
+    """One distinct (question, answer) with all its samples: identical answers share one forward pass, their
+    weights add."""
 
     rollout: Rollout
     group: int  # question of the step, from 0
@@ -79,7 +89,8 @@ class UniqueSequence:
 
 @dataclass(frozen=True)
 class SequenceScores:
-    """What a step learnt of its sequences, on the host, in the order they were packed; those with nothing to train are left out."""
+    """What a step learnt of its sequences, on the host, in the order they were packed; those with nothing to
+    train are left out."""
 
     sequence_ids: torch.Tensor  # int64 [S]
     multiplicity: torch.Tensor  # float64 [S]

@@ -1,4 +1,5 @@
-"""Settings of every test: the libraries' environment, seeds, and the marks that follow from a test's folder."""
+"""Settings of every test: the libraries' environment, seeds, and the marks that follow from a test's
+folder."""
 
 import os
 import random
@@ -29,7 +30,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         folder = item.path.relative_to(_HERE).parts[0] if item.path.is_relative_to(_HERE) else ""
         if folder in _FOLDER_MARKS:
             item.add_marker(folder)
-    for mark, is_absent, reason in (("gpu", _no_gpu, "no NVIDIA GPU"), ("slurm", _no_slurm, "no SLURM commands (sbatch)")):
+    for mark, is_absent, reason in (
+        ("gpu", _no_gpu, "no NVIDIA GPU"),
+        ("slurm", _no_slurm, "no SLURM commands (sbatch)"),
+    ):
         marked = [item for item in items if item.get_closest_marker(mark)]
         if marked and is_absent():
             for item in marked:

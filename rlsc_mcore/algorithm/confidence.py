@@ -1,4 +1,5 @@
-"""Token log-probabilities -> log confidence of each answer; everything stays in log space, sums in float64."""
+"""Token log-probabilities -> log confidence of each answer; everything stays in log space, sums in
+float64."""
 
 import torch
 
@@ -13,26 +14,32 @@ def log_confidence(
     kind: Confidence,
     log_normalizer_S: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Compute log of the model's confidence in each answer (arXiv 2506.06395, section 2; variants in the configuration).
+    """Compute log of the model's confidence in each answer (arXiv 2506.06395, section 2; variants in the
+    configuration).
 
-    float32 [T], bool [T], int32 [S + 1] -> float64 [S]. `group_softmax` needs `log_normalizer_S`, the logsumexp over the
-    question's samples (`group_log_normalizer`). An answer without trained tokens has log confidence 0.
+    float32 [T], bool [T], int32 [S + 1] -> float64 [S]. `group_softmax` needs `log_normalizer_S`, the
+    logsumexp over the question's samples (`group_log_normalizer`). An answer without trained tokens has log
+    confidence 0.
     """
     sums_S = sequence_sums(token_log_probs_T, response_mask_T, cu_seqlens)
     if kind == "length_normalized":
         counts_S = sequence_sums(torch.ones_like(token_log_probs_T), response_mask_T, cu_seqlens)
         return sums_S / counts_S.clamp(min=1.0)
     if kind == "group_softmax":
-        assert log_normalizer_S is not None, "group_softmax needs the log-probs of all samples of a question first"
+        assert log_normalizer_S is not None, (
+            "group_softmax needs the log-probs of all samples of a question first"
+        )
         return sums_S - log_normalizer_S
     return sums_S
 
 
-def group_log_normalizer(sequence_log_probs_S: torch.Tensor, multiplicity_S: torch.Tensor, group_ids_S: torch.Tensor) -> torch.Tensor:
+def group_log_normalizer(
+    sequence_log_probs_S: torch.Tensor, multiplicity_S: torch.Tensor, group_ids_S: torch.Tensor
+) -> torch.Tensor:
     """Return, for each sequence, log of the sum of p(y|x) over all samples of its question.
 
-    float64 [S] log-probs, float64 [S] multiplicities (a sequence sampled k times counts k times), int64 [S] -> float64 [S].
-    Padding (group -1, multiplicity 0) gets 0.
+    float64 [S] log-probs, float64 [S] multiplicities (a sequence sampled k times counts k times), int64 [S]
+    -> float64 [S]. Padding (group -1, multiplicity 0) gets 0.
     """
     num_groups = int(group_ids_S.max()) + 1 if len(group_ids_S) else 0
     terms_S = sequence_log_probs_S + multiplicity_S.log()

@@ -12,11 +12,16 @@ class Entropy(ObjectiveRule):
 
 
 def entropy_loss(
-    token_entropy_T: torch.Tensor, response_mask_T: torch.Tensor, cu_seqlens: torch.Tensor, multiplicity_S: torch.Tensor, divisor: float
+    token_entropy_T: torch.Tensor,
+    response_mask_T: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    multiplicity_S: torch.Tensor,
+    divisor: float,
 ) -> torch.Tensor:
     """Compute the samples' summed token entropy / divisor; differentiable in the entropies.
 
-    float32 [T], bool [T], int32 [S + 1], float64 [S] -> float64 []. `divisor` is the number of samples for a mean, 1 for a sum.
+    float32 [T], bool [T], int32 [S + 1], float64 [S] -> float64 []. `divisor` is the number of samples for a
+    mean, 1 for a sum.
     """
     lengths_S = cu_seqlens.diff().long()
     counts_T = torch.repeat_interleave(multiplicity_S, lengths_S, output_size=len(token_entropy_T))

@@ -1,9 +1,10 @@
 """Group-relative policy gradient: loss = - sum_y sum_t min(r_t A, clip(r_t, 1 - low, 1 + high) A) + kl k3_t.
 
-A(y) is the reward minus its question's mean, optionally divided by the standard deviation (GRPO, arXiv 2402.03300). r_t is the
-ratio of the token's probability to that of the policy that sampled; k3_t = exp(-log r_t) + log r_t - 1 estimates their KL
-divergence. Tokens are summed and samples averaged with constant divisors, as in Dr. GRPO (arXiv 2503.20783), so that an answer's
-length does not weigh it. In the first update r_t = 1: the gradient is A grad log p.
+A(y) is the reward minus its question's mean, optionally divided by the standard deviation (GRPO, arXiv
+2402.03300). r_t is the ratio of the token's probability to that of the policy that sampled; k3_t = exp(-log
+r_t) + log r_t - 1 estimates their KL divergence. Tokens are summed and samples averaged with constant
+divisors, as in Dr. GRPO (arXiv 2503.20783), so that an answer's length does not weigh it. In the first update
+r_t = 1: the gradient is A grad log p.
 """
 
 import torch
@@ -20,13 +21,16 @@ class GroupReward(ObjectiveRule):
         return scored.advantages_S
 
     def token_weights(self, scored: ScoredSequences) -> torch.Tensor | None:
-        """Return the coefficient of -grad log p of each token, float64 [T]; None in the first update, where it is A everywhere."""
+        """Return the coefficient of -grad log p of each token, float64 [T]; None in the first update, where
+        it is A everywhere."""
         if scored.current_log_probs_T is None:
             return None
         log_ratio_T = (scored.current_log_probs_T - scored.token_log_probs_T).double()
         ratio_T = log_ratio_T.exp()
         lengths_S = scored.cu_seqlens.diff().long()
-        advantage_T = torch.repeat_interleave(self.sequence_weights(scored), lengths_S, output_size=len(ratio_T))
+        advantage_T = torch.repeat_interleave(
+            self.sequence_weights(scored), lengths_S, output_size=len(ratio_T)
+        )
         is_clipped = (advantage_T > 0) & (ratio_T > 1 + self.algorithm.clip_high)
         is_clipped |= (advantage_T < 0) & (ratio_T < 1 - self.algorithm.clip_low)
         weights_T = torch.where(is_clipped, 0.0, advantage_T * ratio_T)

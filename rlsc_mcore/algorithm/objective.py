@@ -1,6 +1,8 @@
-"""Turn the log-probs of a pass into what multiplies -log p of every answer token, by the rule of `algorithm.objective`.
+"""Turn the log-probs of a pass into what multiplies -log p of every answer token, by the rule of
+`algorithm.objective`.
 
-All objectives weight the same tokens (or train their entropies), so they share sampling, packing, kernels and optimizer.
+All objectives weight the same tokens (or train their entropies), so they share sampling, packing, kernels and
+optimizer.
 """
 
 from dataclasses import dataclass
@@ -34,11 +36,14 @@ class WeightedObjective:
         log_normalizer_S: torch.Tensor | None = None,
         advantages_S: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Compute the weight of one sample of each sequence; averaged over its tokens where they have weights of their own.
+        """Compute the weight of one sample of each sequence; averaged over its tokens where they have weights
+        of their own.
 
         Detached float32 [T], bool [T], int32 [S + 1] -> float64 [S].
         """
-        scored = ScoredSequences(token_log_probs_T, response_mask_T, cu_seqlens, log_normalizer_S, advantages_S)
+        scored = ScoredSequences(
+            token_log_probs_T, response_mask_T, cu_seqlens, log_normalizer_S, advantages_S
+        )
         return self.rule.sequence_weights(scored)
 
     def token_coefficients(
@@ -51,12 +56,21 @@ class WeightedObjective:
         advantages_S: torch.Tensor | None = None,
         current_log_probs_T: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Compute c with loss = -sum_t c_t log p_t: weight x multiplicity (/ num_samples), 0 outside the response mask.
+        """Compute c with loss = -sum_t c_t log p_t: weight x multiplicity (/ num_samples), 0 outside the
+        response mask.
 
-        `token_log_probs_T` are of the policy that sampled, `current_log_probs_T` of the policy now (None in the first update).
-        Detached float32 [T], bool [T], int32 [S + 1], float64 [S] -> float32 [T]. No host synchronisation.
+        `token_log_probs_T` are of the policy that sampled, `current_log_probs_T` of the policy now (None in
+        the first update). Detached float32 [T], bool [T], int32 [S + 1], float64 [S] -> float32 [T]. No host
+        synchronisation.
         """
-        scored = ScoredSequences(token_log_probs_T, response_mask_T, cu_seqlens, log_normalizer_S, advantages_S, current_log_probs_T)
+        scored = ScoredSequences(
+            token_log_probs_T,
+            response_mask_T,
+            cu_seqlens,
+            log_normalizer_S,
+            advantages_S,
+            current_log_probs_T,
+        )
         scale_S = multiplicity_S / self.num_samples if self.algorithm.reduction == "mean" else multiplicity_S
         factor_T = self.rule.token_weights(scored)
         if factor_T is None:
@@ -68,12 +82,14 @@ class WeightedObjective:
 
     @property
     def needs_group(self) -> bool:
-        """True when a weight depends on the other samples of its question, so that all must be scored first."""
+        """True when a weight depends on the other samples of its question, so that all must be scored
+        first."""
         return self.rule.needs_group
 
     @property
     def trains_entropy(self) -> bool:
-        """True when the loss is the tokens' entropy: it has no coefficients, its gradient passes through every logit."""
+        """True when the loss is the tokens' entropy: it has no coefficients, its gradient passes through
+        every logit."""
         return self.rule.trains_entropy
 
     @property

@@ -1,7 +1,8 @@
-"""RLSC (arXiv 2506.06395): loss = - sum_y (confidence(y) + alpha) log p(y|x), the confidence not differentiated.
+"""RLSC (arXiv 2506.06395): loss = - sum_y (confidence(y) + alpha) log p(y|x), the confidence not
+differentiated.
 
-alpha = 0 is the paper's L1 (the gradient of F = sum_y p(y|x)^2), alpha > 0 its L2. `token` replaces the sample's confidence by
-each token's own probability.
+alpha = 0 is the paper's L1 (the gradient of F = sum_y p(y|x)^2), alpha > 0 its L2. `token` replaces the
+sample's confidence by each token's own probability.
 """
 
 import math
@@ -13,7 +14,8 @@ from rlsc_mcore.algorithm.rule import ObjectiveRule, ScoredSequences
 
 
 class Rlsc(ObjectiveRule):
-    """Weigh each sample by exp(logaddexp(log confidence, log alpha)), so that small confidences keep their digits."""
+    """Weigh each sample by exp(logaddexp(log confidence, log alpha)), so that small confidences keep their
+    digits."""
 
     @property
     def needs_group(self) -> bool:
@@ -31,11 +33,17 @@ class Rlsc(ObjectiveRule):
         if kind == "token":
             per_token = self._plus_alpha(scored.token_log_probs_T.double())
             return log_confidence(per_token, mask_T, cu_seqlens, "length_normalized")
-        return self._plus_alpha(log_confidence(scored.token_log_probs_T, mask_T, cu_seqlens, kind, scored.log_normalizer_S))
+        return self._plus_alpha(
+            log_confidence(scored.token_log_probs_T, mask_T, cu_seqlens, kind, scored.log_normalizer_S)
+        )
 
     def token_weights(self, scored: ScoredSequences) -> torch.Tensor | None:
         """Return p of each token + alpha, float64 [T], for `token`; None for the other confidences."""
-        return self._plus_alpha(scored.token_log_probs_T.double()) if self.algorithm.confidence == "token" else None
+        return (
+            self._plus_alpha(scored.token_log_probs_T.double())
+            if self.algorithm.confidence == "token"
+            else None
+        )
 
     def _plus_alpha(self, log_values: torch.Tensor) -> torch.Tensor:
         if self.algorithm.alpha == 0:

@@ -1,4 +1,5 @@
-"""Define what every objective may decide: the weight of each sample, factors of its tokens, and what must be known first."""
+"""Define what every objective may decide: the weight of each sample, factors of its tokens, and what must be
+known first."""
 
 from dataclasses import dataclass
 
@@ -17,20 +18,26 @@ class ScoredSequences:
     cu_seqlens: torch.Tensor  # int32 [S + 1]
     log_normalizer_S: torch.Tensor | None = None  # float64, where `needs_group`
     advantages_S: torch.Tensor | None = None  # float64, where the objective has a reward
-    current_log_probs_T: torch.Tensor | None = None  # float32, of the policy as it is now; None in the first update, where they agree
+    current_log_probs_T: torch.Tensor | None = (
+        None  # float32, of the policy as it is now; None in the first update, where they agree
+    )
 
 
 class ObjectiveRule:
-    """One objective's rule; the base class gives every sample the weight 1 (maximum likelihood of the samples)."""
+    """One objective's rule; the base class gives every sample the weight 1 (maximum likelihood of the
+    samples)."""
 
-    trains_entropy = False  # the loss is the tokens' entropy: no coefficients, the gradient passes through every logit
+    trains_entropy = (
+        False  # the loss is the tokens' entropy: no coefficients, the gradient passes through every logit
+    )
 
     def __init__(self, algorithm: AlgorithmConfig) -> None:
         self.algorithm = algorithm
 
     @property
     def needs_group(self) -> bool:
-        """True when a weight depends on the other samples of its question, so that all of them are scored first."""
+        """True when a weight depends on the other samples of its question, so that all of them are scored
+        first."""
         return False
 
     @property
@@ -38,10 +45,14 @@ class ObjectiveRule:
         """The alpha in effect: 0 for objectives without one."""
         return 0.0
 
-    def group_values(self, sequence_log_probs_S: torch.Tensor, multiplicity_S: torch.Tensor, group_ids_S: torch.Tensor) -> torch.Tensor:
-        """Return what `needs_group` asks for, as `ScoredSequences.log_normalizer_S`: log of the sum of p(y|x) over the question's samples.
+    def group_values(
+        self, sequence_log_probs_S: torch.Tensor, multiplicity_S: torch.Tensor, group_ids_S: torch.Tensor
+    ) -> torch.Tensor:
+        """Return what `needs_group` asks for, as `ScoredSequences.log_normalizer_S`: log of the sum of p(y|x)
+        over the question's samples.
 
-        All sequences of all ranks, in the same order on each: float64 [S], float64 [S], int64 [S] (-1 is padding) -> float64 [S].
+        All sequences of all ranks, in the same order on each: float64 [S], float64 [S], int64 [S] (-1 is
+        padding) -> float64 [S].
         """
         return group_log_normalizer(sequence_log_probs_S, multiplicity_S, group_ids_S)
 
@@ -50,5 +61,6 @@ class ObjectiveRule:
         return torch.ones(len(scored.cu_seqlens) - 1, dtype=torch.float64, device=scored.cu_seqlens.device)
 
     def token_weights(self, scored: ScoredSequences) -> torch.Tensor | None:
-        """Return a weight of each token, float64 [T], which takes the place of its sequence's; None where all are equal."""
+        """Return a weight of each token, float64 [T], which takes the place of its sequence's; None where all
+        are equal."""
         return None

@@ -1,8 +1,8 @@
 """Control for RLSC: the same weights, dealt to the samples of each question at random.
 
-loss = - sum_y (confidence(dealt(y)) + alpha) log p(y|x), with `dealt` a random permutation of the question's samples.
-Weights and samples keep their distributions; only which sample gets which weight changes. A gain that this control shares
-with RLSC is not due to the model's confidence.
+loss = - sum_y (confidence(dealt(y)) + alpha) log p(y|x), with `dealt` a random permutation of the question's
+samples. Weights and samples keep their distributions; only which sample gets which weight changes. A gain
+that this control shares with RLSC is not due to the model's confidence.
 """
 
 import math
@@ -21,17 +21,22 @@ class ShuffledConfidence(Rlsc):
         """True: the weights of a question's samples are permuted among them."""
         return True
 
-    def group_values(self, sequence_log_probs_S: torch.Tensor, multiplicity_S: torch.Tensor, group_ids_S: torch.Tensor) -> torch.Tensor:
-        """Return log of each sequence's mean confidence after the permutation, float64 [S]; 0 for padding (group -1).
+    def group_values(
+        self, sequence_log_probs_S: torch.Tensor, multiplicity_S: torch.Tensor, group_ids_S: torch.Tensor
+    ) -> torch.Tensor:
+        """Return log of each sequence's mean confidence after the permutation, float64 [S]; 0 for padding
+        (group -1).
 
-        A sequence sampled k times is k samples, and gets the mean of k confidences. The permutation is drawn from the log-probs
-        themselves, so that it needs no state and is the same on every rank.
+        A sequence sampled k times is k samples, and gets the mean of k confidences. The permutation is drawn
+        from the log-probs themselves, so that it needs no state and is the same on every rank.
         """
         log_probs, counts, groups = sequence_log_probs_S.cpu(), multiplicity_S.cpu().long(), group_ids_S.cpu()
         values = torch.zeros_like(log_probs)
         for group in sorted(set(groups[groups >= 0].tolist())):
             members = torch.nonzero(groups == group).flatten()
-            samples = log_probs[members].repeat_interleave(counts[members]).sort().values  # in an order that no rank decides
+            samples = (
+                log_probs[members].repeat_interleave(counts[members]).sort().values
+            )  # in an order that no rank decides
             generator = torch.Generator().manual_seed(int(abs(float(samples.sum())) * 100) % 2**31 + group)
             dealt = samples[torch.randperm(len(samples), generator=generator)]
             order = members[torch.argsort(log_probs[members], stable=True)]
@@ -41,7 +46,9 @@ class ShuffledConfidence(Rlsc):
 
     def sequence_weights(self, scored: ScoredSequences) -> torch.Tensor:
         """Return the dealt confidence + alpha, float64 [S]."""
-        assert scored.log_normalizer_S is not None, "shuffled weights need the log-probs of all samples of a question first"
+        assert scored.log_normalizer_S is not None, (
+            "shuffled weights need the log-probs of all samples of a question first"
+        )
         return self._plus_alpha(scored.log_normalizer_S)
 
     def token_weights(self, scored: ScoredSequences) -> torch.Tensor | None:

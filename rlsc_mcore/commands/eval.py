@@ -48,7 +48,10 @@ class Job:
 
     def prompts(self, tokenizer: Any, date: datetime) -> list[list[int]]:
         """Return the token ids of every question's prompt."""
-        return [render_prompt(self.template, with_examples(q.text, self.examples), tokenizer, date) for q in self.questions]
+        return [
+            render_prompt(self.template, with_examples(q.text, self.examples), tokenizer, date)
+            for q in self.questions
+        ]
 
     @property
     def name(self) -> str:
@@ -67,44 +70,95 @@ class Protocol:
     def examples(self, name: str) -> list[Example]:
         """Return the examples before each question of a benchmark; ConfigError where there are too few."""
         count = self.few_shot.get(name, 0)
-        known = read_examples(self.few_shot_file) if self.few_shot_file is not None else published_examples(name)
+        known = (
+            read_examples(self.few_shot_file) if self.few_shot_file is not None else published_examples(name)
+        )
         if count > len(known):
             source = self.few_shot_file or "the examples of this package, which has those of mmlu_stem"
-            raise ConfigError(f"--few-shot: {count} examples for {name}, but {source} hold {len(known)}; name a file with --few-shot-file")
+            raise ConfigError(
+                f"--few-shot: {count} examples for {name}, but {source} hold {len(known)}; name a file with "
+                "--few-shot-file"
+            )
         return known[:count]
 
 
 def run_eval(arguments: Sequence[str]) -> int:
     """`rlsc eval`: returns the exit code."""
     parser = argparse.ArgumentParser(
-        "rlsc eval", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+        "rlsc eval",
+        description=DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
-    parser.add_argument("--model", required=True, help="model folder, hub name, embedded:tiny_qwen2, or the folder of a run")
+    parser.add_argument(
+        "--model", required=True, help="model folder, hub name, embedded:tiny_qwen2, or the folder of a run"
+    )
     parser.add_argument("--checkpoint", help=f"of a run: {CHECKPOINT_HELP}")
-    parser.add_argument("--benchmarks", help=f"some of {', '.join(BENCHMARKS)}, and question files, separated by commas")
+    parser.add_argument(
+        "--benchmarks", help=f"some of {', '.join(BENCHMARKS)}, and question files, separated by commas"
+    )
     parser.add_argument("--data", help="one question file, or embedded:validation|test (the default)")
-    parser.add_argument("--benchmark-dir", type=Path, help="folder of the benchmarks' files, NAME.jsonl; without it the hub is asked")
-    parser.add_argument("--templates", help=f"{', '.join(TEMPLATES)}, FILE.jinja, several separated by commas, or all (the named ones)")
-    parser.add_argument("--output", type=Path, help="FILE.json for one benchmark, or a folder; questions and answers go beside the scores")
+    parser.add_argument(
+        "--benchmark-dir",
+        type=Path,
+        help="folder of the benchmarks' files, NAME.jsonl; without it the hub is asked",
+    )
+    parser.add_argument(
+        "--templates",
+        help=f"{', '.join(TEMPLATES)}, FILE.jinja, several separated by commas, or all (the named ones)",
+    )
+    parser.add_argument(
+        "--output",
+        type=Path,
+        help="FILE.json for one benchmark, or a folder; questions and answers go beside the scores",
+    )
     parser.add_argument("--num-samples", "--k", default="4", help="answers per question at each temperature")
-    parser.add_argument("--temperatures", "--temperature", nargs="*", default=["0.5", "1.0"], help="beside one greedy answer")
+    parser.add_argument(
+        "--temperatures", "--temperature", nargs="*", default=["0.5", "1.0"], help="beside one greedy answer"
+    )
     parser.add_argument("--grader", choices=GRADERS, help="what counts as right; --evaluation.grader")
     parser.add_argument("--top-p", help="nucleus of the sampled answers; --evaluation.top-p")
-    parser.add_argument("--stop", nargs="+", metavar="TEXT", help="strings that end an answer; --evaluation.stop")
-    parser.add_argument("--few-shot", metavar="N", help="worked examples before each question: N, or BENCHMARK=N,... for some benchmarks")
-    parser.add_argument("--few-shot-file", type=Path, help="examples of your own: records with question and solution")
-    parser.add_argument("--token-budget", metavar="N", help="longest answer in tokens: N, or BENCHMARK=N,... for some benchmarks")
+    parser.add_argument(
+        "--stop", nargs="+", metavar="TEXT", help="strings that end an answer; --evaluation.stop"
+    )
+    parser.add_argument(
+        "--few-shot",
+        metavar="N",
+        help="worked examples before each question: N, or BENCHMARK=N,... for some benchmarks",
+    )
+    parser.add_argument(
+        "--few-shot-file", type=Path, help="examples of your own: records with question and solution"
+    )
+    parser.add_argument(
+        "--token-budget",
+        metavar="N",
+        help="longest answer in tokens: N, or BENCHMARK=N,... for some benchmarks",
+    )
     known, flags = parser.parse_known_args(arguments)
     if known.benchmarks is not None and known.data is not None:
         raise ConfigError("--data: name its file among --benchmarks")
     names = _split(known.benchmarks) if known.benchmarks is not None else [known.data or "embedded:test"]
-    settings = ["--evaluation.num-samples", known.num_samples, "--evaluation.temperatures", *known.temperatures, *flags]
+    settings = [
+        "--evaluation.num-samples",
+        known.num_samples,
+        "--evaluation.temperatures",
+        *known.temperatures,
+        *flags,
+    ]
     for name, value in (("grader", known.grader), ("top-p", known.top_p)):
         settings += [] if value is None else [f"--evaluation.{name}", value]
     settings += [] if known.stop is None else ["--evaluation.stop", *known.stop]
-    few_shot, token_budget = (_numbers(f"--{o}", getattr(known, o.replace("-", "_")), names) for o in ("few-shot", "token-budget"))
+    few_shot, token_budget = (
+        _numbers(f"--{o}", getattr(known, o.replace("-", "_")), names) for o in ("few-shot", "token-budget")
+    )
     protocol = Protocol(few_shot, known.few_shot_file, token_budget)
-    templates = None if known.templates is None else list(TEMPLATES) if known.templates == "all" else _split(known.templates)
+    templates = (
+        None
+        if known.templates is None
+        else list(TEMPLATES)
+        if known.templates == "all"
+        else _split(known.templates)
+    )
     with StopRequest(on_end=lambda signal_name: _leave_nothing()).listening() as stop:
         results = evaluate_model(
             known.model,
@@ -120,7 +174,9 @@ def run_eval(arguments: Sequence[str]) -> int:
     if results is not None:
         for benchmark in dict.fromkeys(job.benchmark for job in results):
             columns = {
-                job.template if templates else Path(known.model).name: row for job, row in results.items() if job.benchmark == benchmark
+                job.template if templates else Path(known.model).name: row
+                for job, row in results.items()
+                if job.benchmark == benchmark
             }
             print_comparison(
                 {name: _shown(row) for name, row in columns.items()},
@@ -147,11 +203,12 @@ def evaluate_model(
     checkpoint: str | None = None,
     stop: StopRequest | None = None,
 ) -> dict[Job, dict[str, Any]] | None:
-    """Evaluate `model`, or a run's checkpoint, on every benchmark under every template; None on ranks other than the main one.
+    """Evaluate `model`, or a run's checkpoint, on every benchmark under every template; None on ranks other
+    than the main one.
 
-    `checkpoint` as in `find_checkpoint`, the last by default. Every benchmark is read and every prompt rendered before the engine
-    is built. Raises `Interrupted` on a stop signal; what was finished before is written to `output`, and its table is printed.
-    Collective over the world.
+    `checkpoint` as in `find_checkpoint`, the last by default. Every benchmark is read and every prompt
+    rendered before the engine is built. Raises `Interrupted` on a stop signal; what was finished before is
+    written to `output`, and its table is printed. Collective over the world.
     """
     from rlsc_mcore.rollout.engine import GenerationInterrupted
     from rlsc_mcore.training.faults import reported
@@ -167,20 +224,33 @@ def evaluate_model(
     resume_from = find_checkpoint(Path(model), checkpoint or LATEST) if is_run else None
     with scratch_folder("eval") as scratch_path, _owned_output(output), reported():
         scratch = str(scratch_path / "run")
-        # Neither a run's questions nor others are read: the session gets the prompts of all jobs, which size the engine.
+        # Neither a run's questions nor others are read: the session gets the prompts of all jobs, which size
+        # the engine.
         base = read_flags(run_file) if is_run else ["--model.path", model, "--data.path", EMBEDDED_PREFIX]
-        config = parse_config([*base, *flags, "--run-dir", scratch, "--evaluation.path", "None"], prog="rlsc eval")
+        config = parse_config(
+            [*base, *flags, "--run-dir", scratch, "--evaluation.path", "None"], prog="rlsc eval"
+        )
         jobs = _jobs(names, templates or [config.data.template], config, folder, protocol or Protocol())
         budget = max([config.rollout.max_new_tokens, *(job.max_new_tokens or 0 for job in jobs)])
         longest = ["--rollout.max-new-tokens", str(budget)]  # sizes the engine's context
-        config = parse_config([*base, *flags, *longest, "--run-dir", scratch, "--evaluation.path", "None"], prog="rlsc eval")
+        config = parse_config(
+            [*base, *flags, *longest, "--run-dir", scratch, "--evaluation.path", "None"], prog="rlsc eval"
+        )
         _check_output(output, jobs)
         tokenizer = load_tokenizer(resolve_model_folder(config.model.path), config.model)
         date = prompt_date(Path(model) if is_run else None)
         prompts = {job: job.prompts(tokenizer, date) for job in jobs}
-        limit = config.rollout.max_model_len or read_architecture(resolve_model_folder(config.model.path)).max_position_embeddings
+        limit = (
+            config.rollout.max_model_len
+            or read_architecture(resolve_model_folder(config.model.path)).max_position_embeddings
+        )
         for job in jobs:
-            check_prompt_lengths(prompts[job], limit - 1, job.questions, f"--benchmarks: {job.benchmark}, template {job.template}")
+            check_prompt_lengths(
+                prompts[job],
+                limit - 1,
+                job.questions,
+                f"--benchmarks: {job.benchmark}, template {job.template}",
+            )
         asked_prompts = [prompt for job in jobs for prompt in prompts[job]]
         results: dict[Job, dict[str, Any]] = {}
         try:
@@ -192,7 +262,15 @@ def evaluate_model(
         for job in jobs:
             try:
                 result = evaluate(
-                    *(session.engine, tokenizer, job.questions, prompts[job], config, session.groups, session.report),
+                    *(
+                        session.engine,
+                        tokenizer,
+                        job.questions,
+                        prompts[job],
+                        config,
+                        session.groups,
+                        session.report,
+                    ),
                     label=job.name,
                     max_new_tokens=job.max_new_tokens,
                     stop_token_ids=turn_end_ids(job.template, tokenizer),
@@ -202,7 +280,10 @@ def evaluate_model(
                 session.close()
                 raise _interrupted(stop, results, jobs, output) from None
             by_temperature = _by_temperature(result["answers"], config.evaluation.temperatures)
-            row = result["scores"] | {"by_temperature": by_temperature, "protocol": _protocol_record(job, config)}
+            row = result["scores"] | {
+                "by_temperature": by_temperature,
+                "protocol": _protocol_record(job, config),
+            }
             results[job] = row
             if output is not None and session.groups.is_main:
                 target = output if output.suffix == ".json" else output / f"{job.name}.json"
@@ -212,11 +293,15 @@ def evaluate_model(
     return results if is_main else None
 
 
-def _interrupted(stop: StopRequest, results: dict[Job, dict[str, Any]], jobs: Sequence[Job], output: Path | None) -> Interrupted:
+def _interrupted(
+    stop: StopRequest, results: dict[Job, dict[str, Any]], jobs: Sequence[Job], output: Path | None
+) -> Interrupted:
     """Print the table of what is finished, and return the ending that says so."""
     if is_main_rank():
         for job, row in results.items():
-            print_comparison({job.template: _shown(row)}, title=f"{job.benchmark}, mean +- standard error over questions")
+            print_comparison(
+                {job.template: _shown(row)}, title=f"{job.benchmark}, mean +- standard error over questions"
+            )
     kept = f"; the finished ones are in {output}" if output is not None and results else ""
     text = f"stopped by {stop.signal_name or 'another rank'} after {len(results)} of {len(jobs)} evaluations{kept}"
     return Interrupted(stop.code - 128, text)
@@ -224,14 +309,18 @@ def _interrupted(stop: StopRequest, results: dict[Job, dict[str, Any]], jobs: Se
 
 @contextlib.contextmanager
 def _owned_output(output: Path | None) -> Iterator[None]:
-    """Own the folder or file that the evaluations are written to, on the main rank, and refuse to replace a foreign file."""
+    """Own the folder or file that the evaluations are written to, on the main rank, and refuse to replace a
+    foreign file."""
     if output is None or not is_main_rank():
         yield
         return
     is_file = output.suffix == ".json"
     folder = output.parent if is_file else output
     if is_file and output.exists() and not _is_evaluation(output):
-        raise ConfigError(f"--output {output}: exists and is no evaluation of this program; it is left alone: choose another file")
+        raise ConfigError(
+            f"--output {output}: exists and is no evaluation of this program; it is left alone: choose "
+            "another file"
+        )
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with owned(folder, file_name=f".{output.stem}.owner.json" if is_file else OWNER_FILE):
@@ -248,14 +337,23 @@ def _is_evaluation(file: Path) -> bool:
     return isinstance(scores, dict) and {"greedy", "lenient_greedy"} <= scores.keys()
 
 
-def _jobs(names: Sequence[str], templates: Sequence[str], config: Config, folder: Path | None, protocol: Protocol) -> list[Job]:
+def _jobs(
+    names: Sequence[str], templates: Sequence[str], config: Config, folder: Path | None, protocol: Protocol
+) -> list[Job]:
     questions = {name: load_benchmark(name, folder)[: config.evaluation.max_questions] for name in names}
     for template in templates:
         if template not in TEMPLATES and not template.endswith(".jinja"):
-            raise ConfigError(f"--templates: expected {', '.join(TEMPLATES)}, a file ending in .jinja or all, got {template!r}")
+            raise ConfigError(
+                f"--templates: expected {', '.join(TEMPLATES)}, a file ending in .jinja or all, got "
+                f"{template!r}"
+            )
     examples = {name: protocol.examples(name) for name in names}
     budgets = {name: protocol.token_budget.get(name, config.rollout.max_new_tokens) for name in names}
-    jobs = [Job(name, template, tuple(questions[name]), tuple(examples[name]), budgets[name]) for name in names for template in templates]
+    jobs = [
+        Job(name, template, tuple(questions[name]), tuple(examples[name]), budgets[name])
+        for name in names
+        for template in templates
+    ]
     repeated = next((job.name for job in jobs if [other.name for other in jobs].count(job.name) > 1), None)
     if repeated is not None:
         raise ConfigError(f"--benchmarks, --templates: {repeated} is asked for twice")
@@ -270,8 +368,10 @@ def _control_token_warnings(jobs: Sequence[Job], tokenizer: Any) -> list[str]:
         if found:
             position, token = found[0]
             warnings.append(
-                f"--benchmarks: {benchmark}: question {questions[position].index} (counted from 0) holds the control token "
-                f"{token!r}, and {len(found) - 1} more questions hold some: they end or forge a turn of the prompt"
+                f"--benchmarks: {benchmark}: question {questions[position].index} (counted from 0) holds the "
+                "control token "
+                f"{token!r}, and {len(found) - 1} more questions hold some: they end or forge a turn of the "
+                "prompt"
             )
     return warnings
 
@@ -302,19 +402,25 @@ def _protocol_record(job: Job, config: Config) -> dict[str, Any]:
 
 
 def _shown(row: dict[str, Any]) -> dict[str, Any]:
-    """Return the table's rows: the scores, and of the sampled ones avg@n, pass@n and maj@n of all n samples."""
+    """Return the table's rows: the scores, and of the sampled ones avg@n, pass@n and maj@n of all n
+    samples."""
     shown = {name: value for name, value in row.items() if name not in ("by_temperature", "protocol")}
     for temperature, scores in row["by_temperature"].items():
         for name in _names_of_most_samples(scores):
             shown[f"{name}, T = {temperature}"] = scores[name]
         auroc = scores.get("calibration", {}).get("auroc_within")
         if auroc is not None:
-            shown[f"AUROC of p(y|x) within a question, T = {temperature}"] = {"mean": auroc, "standard_error": None}
+            shown[f"AUROC of p(y|x) within a question, T = {temperature}"] = {
+                "mean": auroc,
+                "standard_error": None,
+            }
     return shown
 
 
 def _names_of_most_samples(scores: dict[str, Any]) -> list[str]:
-    return [[name for name in scores if name.startswith(kind)][-1] for kind in ("avg@", "pass@", "maj@") if scores]
+    return [
+        [name for name in scores if name.startswith(kind)][-1] for kind in ("avg@", "pass@", "maj@") if scores
+    ]
 
 
 def _numbers(option: str, text: str | None, names: Sequence[str]) -> dict[str, int]:
@@ -324,8 +430,15 @@ def _numbers(option: str, text: str | None, names: Sequence[str]) -> dict[str, i
     pairs = [("", text)] if text.isdigit() else [part.rpartition("=")[::2] for part in text.split(",")]
     numbers: dict[str, int] = {}
     for name, value in pairs:
-        if not value.strip().isdigit() or (name and name.strip() not in names) or (not name and len(pairs) > 1):
-            raise ConfigError(f"{option}: expected a number, or NAME=NUMBER,... with names among {', '.join(names)}, got {text!r}")
+        if (
+            not value.strip().isdigit()
+            or (name and name.strip() not in names)
+            or (not name and len(pairs) > 1)
+        ):
+            raise ConfigError(
+                f"{option}: expected a number, or NAME=NUMBER,... with names among {', '.join(names)}, got "
+                f"{text!r}"
+            )
         numbers.update(dict.fromkeys([name.strip()] if name else names, int(value)))
     return numbers
 
@@ -338,4 +451,6 @@ def _split(text: str) -> list[str]:
 
 
 def _stem(name: str) -> str:
-    return Path(name).stem.replace(":", "_") if Path(name).suffix else name.replace(":", "_").replace("/", "_")
+    return (
+        Path(name).stem.replace(":", "_") if Path(name).suffix else name.replace(":", "_").replace("/", "_")
+    )

@@ -13,7 +13,9 @@ from rlsc_mcore.run.owner import is_main_rank, owned
 
 def run_export(arguments: Sequence[str]) -> int:
     """`rlsc export`: write the weights of one of a run's checkpoints as a Hugging Face folder."""
-    parser = argparse.ArgumentParser("rlsc export", description="Write a run's weights as a Hugging Face folder.")
+    parser = argparse.ArgumentParser(
+        "rlsc export", description="Write a run's weights as a Hugging Face folder."
+    )
     parser.add_argument("run", type=Path, help="folder of the run")
     parser.add_argument("--output", type=Path, help="folder to write (default: RUN/export)")
     parser.add_argument("--checkpoint", default=LATEST, help=CHECKPOINT_HELP)
@@ -21,7 +23,10 @@ def run_export(arguments: Sequence[str]) -> int:
     output = known.output or known.run / EXPORT_FOLDER
     check_replaceable(output, field="--output", keep=(known.run,))  # before the imports, which take longest
     with contextlib.ExitStack() as stack:
-        is_main, is_inside = is_main_rank(), Path(os.path.realpath(known.run)) in Path(os.path.realpath(output)).parents
+        is_main, is_inside = (
+            is_main_rank(),
+            Path(os.path.realpath(known.run)) in Path(os.path.realpath(output)).parents,
+        )
         if is_main and is_inside and known.run.is_dir():
             stack.enter_context(owned(known.run))  # a run that is still training writes there too
         from rlsc_mcore.training.export import export_run

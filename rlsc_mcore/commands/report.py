@@ -17,10 +17,23 @@ FORMATS = ("html", "png", "svg")
 
 def run_report(arguments: Sequence[str]) -> int:
     """`rlsc report`: returns the exit code."""
-    parser = argparse.ArgumentParser("rlsc report", description="Write one self-contained page about one run or several.")
-    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folder of a run, of a comparison or of a sweep")
-    parser.add_argument("--output", type=Path, help="file to write (default: report.html, .png or .svg in the first run's folder)")
-    parser.add_argument("--format", choices=FORMATS, default="html", help="html: the whole report; png, svg: its curves as a figure")
+    parser = argparse.ArgumentParser(
+        "rlsc report", description="Write one self-contained page about one run or several."
+    )
+    parser.add_argument(
+        "runs", type=Path, nargs="+", metavar="RUN", help="folder of a run, of a comparison or of a sweep"
+    )
+    parser.add_argument(
+        "--output",
+        type=Path,
+        help="file to write (default: report.html, .png or .svg in the first run's folder)",
+    )
+    parser.add_argument(
+        "--format",
+        choices=FORMATS,
+        default="html",
+        help="html: the whole report; png, svg: its curves as a figure",
+    )
     parser.add_argument("--title", help="heading of the page")
     known = parser.parse_args(arguments)
     figures = [figure for folder in known.runs for figure in _figures(folder)]
@@ -30,7 +43,10 @@ def run_report(arguments: Sequence[str]) -> int:
     if not runs:
         raise ConfigError(f"{known.runs[0]}: none of its runs has begun")
     if output.exists() and not _is_report(output):
-        raise ConfigError(f"--output {output}: exists and is no report of this program; it is left alone: choose another file")
+        raise ConfigError(
+            f"--output {output}: exists and is no report of this program; it is left alone: choose another "
+            "file"
+        )
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         if known.format == "png":
@@ -46,7 +62,8 @@ def run_report(arguments: Sequence[str]) -> int:
 
 
 def _is_report(file: Path) -> bool:
-    """Tell whether a file carries the mark that every report and figure of this program ends or begins with."""
+    """Tell whether a file carries the mark that every report and figure of this program ends or begins
+    with."""
     try:
         with file.open("rb") as content:
             head = content.read(1 << 16)
@@ -60,8 +77,18 @@ def _run_folders(folder: Path) -> list[Path]:
     """A run's own folder, or the runs of the first seed of a comparison or sweep."""
     if (folder / "config.yaml").is_file() or not (folder / "logs").is_dir():
         return [folder]
-    seeds = sorted({int(path.name.rpartition("_seed")[2]) for path in folder.glob("*_seed*") if path.name.rpartition("_seed")[2].isdigit()})
-    return sorted(path for path in folder.glob(f"*_seed{seeds[0]}") if (path / "config.yaml").is_file()) if seeds else []
+    seeds = sorted(
+        {
+            int(path.name.rpartition("_seed")[2])
+            for path in folder.glob("*_seed*")
+            if path.name.rpartition("_seed")[2].isdigit()
+        }
+    )
+    return (
+        sorted(path for path in folder.glob(f"*_seed{seeds[0]}") if (path / "config.yaml").is_file())
+        if seeds
+        else []
+    )
 
 
 def _figures(folder: Path) -> list[tuple[str, str]]:
@@ -71,7 +98,12 @@ def _figures(folder: Path) -> list[tuple[str, str]]:
         result = _read_json(folder / f"{name}.json")
         if result:
             seeds = ", ".join(map(str, result["seeds"]))
-            found.append((f"{name.capitalize()} over seeds {seeds}; the runs below are those of the first", draw(result)))
+            found.append(
+                (
+                    f"{name.capitalize()} over seeds {seeds}; the runs below are those of the first",
+                    draw(result),
+                )
+            )
     return found
 
 
@@ -90,6 +122,8 @@ def _told_apart(runs: Sequence[RunView]) -> list[RunView]:
     """Runs whose folders have the same name get their parent's too."""
     names = [run.name for run in runs]
     return [
-        RunView(**{**vars(run), "name": f"{Path(run.folder).resolve().parent.name}/{run.name}"}) if names.count(run.name) > 1 else run
+        RunView(**{**vars(run), "name": f"{Path(run.folder).resolve().parent.name}/{run.name}"})
+        if names.count(run.name) > 1
+        else run
         for run in runs
     ]

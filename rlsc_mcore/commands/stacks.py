@@ -1,6 +1,8 @@
-"""Read the table of stacks: versions of Python, torch, vLLM, Megatron-Core and TransformerEngine that were tested together.
+"""Read the table of stacks: versions of Python, torch, vLLM, Megatron-Core and TransformerEngine that were
+tested together.
 
-Standard library only: `rlsc doctor` reads the table in environments where nothing else imports. `launch/install.sh` reads it too.
+Standard library only: `rlsc doctor` reads the table in environments where nothing else imports.
+`launch/install.sh` reads it too.
 """
 
 from collections.abc import Callable
@@ -26,12 +28,18 @@ class Stack:
 
 def read_stacks() -> list[Stack]:
     """Return the lines of the table, in order: the first stack of a device is its default."""
-    lines = [line.split("\t") for line in TABLE.read_text(encoding="utf-8").splitlines() if line and not line.startswith("#")]
+    lines = [
+        line.split("\t")
+        for line in TABLE.read_text(encoding="utf-8").splitlines()
+        if line and not line.startswith("#")
+    ]
     header, *rows = lines
     stacks = []
     for row in rows:
         cells = dict(zip(header, row, strict=True))
-        name, device, pythons, tested, date = (cells.pop(key) for key in ("stack", "device", "python", "tested", "date"))
+        name, device, pythons, tested, date = (
+            cells.pop(key) for key in ("stack", "device", "python", "tested", "date")
+        )
         cells[ENGINE[device]] = cells.pop("vllm")
         pins = {package: version for package, version in cells.items() if version != "-"}
         stacks.append(Stack(name, device, tuple(pythons.split()), pins, tested, date))
@@ -39,14 +47,18 @@ def read_stacks() -> list[Stack]:
 
 
 def closest_stack(device: str, python: str, installed_version: Callable[[str], str]) -> Stack:
-    """Return the stack of `device` that shares most versions with what is installed; the earlier one of equals.
+    """Return the stack of `device` that shares most versions with what is installed; the earlier one of
+    equals.
 
-    `python` is "3.12"; stacks for other Pythons are left out where one fits. `installed_version` returns the version of a
-    distribution, "" where it is not installed.
+    `python` is "3.12"; stacks for other Pythons are left out where one fits. `installed_version` returns the
+    version of a distribution, "" where it is not installed.
     """
     of_device = [stack for stack in read_stacks() if stack.device == device]
     suitable = [stack for stack in of_device if python in stack.pythons] or of_device
-    return max(suitable, key=lambda stack: sum(_same(installed_version(name), pin) for name, pin in stack.pins.items()))
+    return max(
+        suitable,
+        key=lambda stack: sum(_same(installed_version(name), pin) for name, pin in stack.pins.items()),
+    )
 
 
 def _same(version: str, pin: str) -> bool:

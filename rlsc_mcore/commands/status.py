@@ -1,4 +1,5 @@
-"""`rlsc status RUN`: what a run is doing, from the files in its folder; imports no torch, so that a login node answers at once."""
+"""`rlsc status RUN`: what a run is doing, from the files in its folder; imports no torch, so that a login
+node answers at once."""
 
 import argparse
 import json
@@ -54,7 +55,9 @@ def describe(run_dir: Path, *, now: float) -> dict[str, str]:
     if status.get("message"):
         facts["state"] += f": {status['message']}"
     if status.get("skipped_steps"):
-        facts["skipped"] = f"{status['skipped_steps']} steps changed nothing: their loss or gradient was not finite"
+        facts["skipped"] = (
+            f"{status['skipped_steps']} steps changed nothing: their loss or gradient was not finite"
+        )
     if state == "stopped":
         facts["state"] += f" by {status.get('signal') or 'another rank'}, saved"
     if state not in ENDED:
@@ -70,7 +73,10 @@ def describe(run_dir: Path, *, now: float) -> dict[str, str]:
         per_step = statistics.median(sum(row["seconds"].values()) for row in rows[-STEPS_AVERAGED:])
         facts["time_left"] = f"about {duration((int(wanted) - done) * per_step)} ({per_step:.1f} s per step)"
     if rows:
-        facts["last_step"] = f"loss {rows[-1]['loss']:.4f}, F {rows[-1]['f_estimate']:.4f}, mean length {rows[-1]['mean_length']:.1f}"
+        facts["last_step"] = (
+            f"loss {rows[-1]['loss']:.4f}, F {rows[-1]['f_estimate']:.4f}, mean length "
+            f"{rows[-1]['mean_length']:.1f}"
+        )
         facts |= _agreement(rows[-1])
     checkpoint = newest_checkpoint(run_dir)
     age = duration(now - checkpoint.stat().st_mtime) if checkpoint is not None and checkpoint.exists() else ""
@@ -78,7 +84,9 @@ def describe(run_dir: Path, *, now: float) -> dict[str, str]:
     attempts = [path for path in (run_dir / "logs").glob("*.*") if path.is_dir() and not path.is_symlink()]
     facts["restarts"] = str(max(0, len(attempts) - 1))
     if status.get("job"):
-        facts["job"] = f"{status['job']}, attempt {status.get('attempt', 0)}, main rank on {status.get('host')}"
+        facts["job"] = (
+            f"{status['job']}, attempt {status.get('attempt', 0)}, main rank on {status.get('host')}"
+        )
     return facts
 
 
@@ -87,7 +95,9 @@ def _agreement(row: dict[str, Any]) -> dict[str, str]:
     facts = {}
     if row.get("log_prob_gap_p99") is not None:
         mean, p99, largest = (row[f"log_prob_gap_{name}"] for name in ("mean", "p99", "max"))
-        facts["engine"] = f"differs from the trainer by {mean:.1e} per token, p99 {p99:.1e}, at most {largest:.1e}"
+        facts["engine"] = (
+            f"differs from the trainer by {mean:.1e} per token, p99 {p99:.1e}, at most {largest:.1e}"
+        )
     if row.get("warnings"):
         facts["warnings"] = "; ".join(row["warnings"])
     return facts
@@ -97,7 +107,12 @@ def _speed(status: dict[str, Any], rows: Sequence[dict[str, Any]], now: float, s
     speed = {}
     if state == "running" and status.get("phase") == "rollout" and status.get("tokens"):
         seconds = max(1e-9, float(status["updated"]) - float(status["phase_since"]))
-        speed["sampled"] = f"{status['tokens']} tokens of finished answers, {status['tokens'] / seconds:.0f} tokens/s"
+        speed["sampled"] = (
+            f"{status['tokens']} tokens of finished answers, {status['tokens'] / seconds:.0f} tokens/s"
+        )
     if rows:
-        speed["speed"] = f"rollout {rows[-1]['rollout_tokens_per_s']:.0f} tokens/s, training {rows[-1]['train_tokens_per_s']:.0f} tokens/s"
+        speed["speed"] = (
+            f"rollout {rows[-1]['rollout_tokens_per_s']:.0f} tokens/s, training "
+            f"{rows[-1]['train_tokens_per_s']:.0f} tokens/s"
+        )
     return speed

@@ -21,24 +21,44 @@ A sweep that was stopped goes on with the same command. Every other option is on
 def run_sweep(arguments: Sequence[str]) -> int:
     """`rlsc sweep`: returns the exit code."""
     parser = argparse.ArgumentParser(
-        "rlsc sweep", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+        "rlsc sweep",
+        description=DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     parser.add_argument("--config", type=Path, required=True, help="configuration file of every run")
-    parser.add_argument("--over", action="append", required=True, metavar="FIELD=VALUE,VALUE,...", help="a field and its values")
+    parser.add_argument(
+        "--over",
+        action="append",
+        required=True,
+        metavar="FIELD=VALUE,VALUE,...",
+        help="a field and its values",
+    )
     parser.add_argument("--seeds", default="0", help="seeds of every combination")
-    parser.add_argument("--output", type=Path, default=Path("runs/sweep"), help="folder of the runs and of sweep.json, .svg and .md")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=Path("runs/sweep"),
+        help="folder of the runs and of sweep.json, .svg and .md",
+    )
     known, flags = parser.parse_known_args(arguments)
     axes = _axes(known.over)
     variants = grid(axes)
     experiment = Experiment(known.config, tuple(flags), parse_seeds(known.seeds), known.output)
-    configs = [experiment.config(variant, experiment.seeds[0]) for variant in variants]  # every value is refused before a run begins
+    configs = [
+        experiment.config(variant, experiment.seeds[0]) for variant in variants
+    ]  # every value is refused before a run begins
     check_flags(flags)
     if configs[0].evaluation.path is None:
         raise ConfigError("evaluation.path: a sweep needs questions to evaluate on")
     report = Reporter(enabled=True)
     with experiment.owned("sweep.json"):
         experiment.run(variants, report)
-        temperatures = [t for t in configs[0].evaluation.temperatures if all(t in config.evaluation.temperatures for config in configs)]
+        temperatures = [
+            t
+            for t in configs[0].evaluation.temperatures
+            if all(t in config.evaluation.temperatures for config in configs)
+        ]
         result = gather(experiment, variants, axes, temperatures) | run_settings(experiment, variants[0])
         write_atomically(known.output / "sweep.json", to_json(result, indent=1) + "\n")
         write_atomically(known.output / "sweep.svg", figure(result))
@@ -58,6 +78,9 @@ def _axes(texts: Sequence[str]) -> dict[str, list[str]]:
         if field in axes:
             raise ConfigError(f"--over {text}: {field} is swept already")
         if field in ("run_dir", "training.seed"):
-            raise ConfigError(f"--over {text}: {field} is set by the sweep itself" + ("; use --seeds" if field == "training.seed" else ""))
+            raise ConfigError(
+                f"--over {text}: {field} is set by the sweep itself"
+                + ("; use --seeds" if field == "training.seed" else "")
+            )
         axes[field] = parts
     return axes

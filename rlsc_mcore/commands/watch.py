@@ -31,10 +31,14 @@ _BLOCKS = "▁▂▃▄▅▆▇█"
 
 def run_watch(arguments: Sequence[str]) -> int:
     """`rlsc watch`: redraw until the run ends or Ctrl-C; returns the exit code."""
-    parser = argparse.ArgumentParser("rlsc watch", description="Follow a run: curves, phase, what is left, warnings.")
+    parser = argparse.ArgumentParser(
+        "rlsc watch", description="Follow a run: curves, phase, what is left, warnings."
+    )
     parser.add_argument("run", type=Path, metavar="RUN", help="folder of the run")
     parser.add_argument("--every", type=float, default=2.0, help="seconds between two looks")
-    parser.add_argument("--once", action="store_true", help="print one screen and leave (the rule where there is no terminal)")
+    parser.add_argument(
+        "--once", action="store_true", help="print one screen and leave (the rule where there is no terminal)"
+    )
     known = parser.parse_args(arguments)
     if not known.every > 0:
         raise ConfigError(f"--every: expected more than 0, got {known.every:g}")
@@ -46,7 +50,13 @@ def run_watch(arguments: Sequence[str]) -> int:
 
     def screen() -> RenderableType:
         status = _status(known.run)
-        return render(known.run.resolve().name, read_metrics(known.run), status, num_steps, width=min(console.width, 110))
+        return render(
+            known.run.resolve().name,
+            read_metrics(known.run),
+            status,
+            num_steps,
+            width=min(console.width, 110),
+        )
 
     if known.once or not console.is_terminal:
         console.print(screen())
@@ -70,7 +80,8 @@ def _status(run_dir: Path) -> dict[str, Any]:
 
 
 def sparkline(values: Sequence[float], width: int) -> str:
-    """Draw finite values as blocks between their smallest and largest; more values than `width` are averaged in groups."""
+    """Draw finite values as blocks between their smallest and largest; more values than `width` are averaged
+    in groups."""
     kept = [value for value in values if math.isfinite(value)]
     if not kept:
         return ""
@@ -91,12 +102,22 @@ def describe(seconds: float) -> str:
 
 
 def render(
-    name: str, rows: Sequence[Mapping[str, Any]], status: Mapping[str, Any], num_steps: int, *, width: int, now: float | None = None
+    name: str,
+    rows: Sequence[Mapping[str, Any]],
+    status: Mapping[str, Any],
+    num_steps: int,
+    *,
+    width: int,
+    now: float | None = None,
 ) -> RenderableType:
     """Lay out one screen; `status` is the run's status.json (empty where it has none)."""
     now = time.time() if now is None else now
     head = Table.grid(padding=(0, 2))
-    head.add_row(Text(printable(status.get("state", "no status")), style="bold"), _phase(status, now), _left(rows, num_steps, status))
+    head.add_row(
+        Text(printable(status.get("state", "no status")), style="bold"),
+        _phase(status, now),
+        _left(rows, num_steps, status),
+    )
     done = Table.grid()  # a bar alone does not end its line
     done.add_row(ProgressBar(total=max(1, num_steps), completed=len(rows), width=max(20, width - 6)))
     parts: list[RenderableType] = [head, done]
@@ -105,7 +126,12 @@ def render(
         values = [float(row[key]) for row in rows if isinstance(row.get(key), (int, float))]
         if values:
             curve = sparkline(values, max(10, width - 46))
-            table.add_row(Text(label, style="dim"), f"{values[0]:.4g}", Text(curve, style="cyan"), Text(f"{values[-1]:.4g}", style="bold"))
+            table.add_row(
+                Text(label, style="dim"),
+                f"{values[0]:.4g}",
+                Text(curve, style="cyan"),
+                Text(f"{values[-1]:.4g}", style="bold"),
+            )
     parts.append(table if rows else Text("no step has ended yet", style="dim"))
     warnings = [(int(row["step"]) + 1, printable(text)) for row in rows for text in row.get("warnings", [])]
     parts += [Text(f"step {step}: {text}", style="yellow") for step, text in warnings[-WARNINGS_SHOWN:]]
@@ -120,7 +146,10 @@ def _phase(status: Mapping[str, Any], now: float) -> Text:
         return Text("")
     since = float(status.get("phase_since", now))
     tokens = int(status.get("tokens", 0))
-    return Text(f"{printable(phase)} for {describe(max(0.0, now - since))}" + (f", {tokens:,} tokens" if tokens else ""))
+    return Text(
+        f"{printable(phase)} for {describe(max(0.0, now - since))}"
+        + (f", {tokens:,} tokens" if tokens else "")
+    )
 
 
 def _left(rows: Sequence[Mapping[str, Any]], num_steps: int, status: Mapping[str, Any]) -> Text:

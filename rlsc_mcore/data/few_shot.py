@@ -26,10 +26,16 @@ def read_examples(path: Path) -> list[Example]:
     """Read examples from a file of records with `question` (or `problem`) and `solution` (or `answer`)."""
     examples = []
     for place, record in read_records(str(path), field="--few-shot-file"):
-        question = next((record[name] for name in ("question", "problem") if isinstance(record.get(name), str)), None)
-        answer = next((record[name] for name in ("solution", "answer") if isinstance(record.get(name), str)), None)
+        question = next(
+            (record[name] for name in ("question", "problem") if isinstance(record.get(name), str)), None
+        )
+        answer = next(
+            (record[name] for name in ("solution", "answer") if isinstance(record.get(name), str)), None
+        )
         if question is None or answer is None:
-            raise ConfigError(f"{place}: an example needs the texts `question` (or `problem`) and `solution` (or `answer`)")
+            raise ConfigError(
+                f"{place}: an example needs the texts `question` (or `problem`) and `solution` (or `answer`)"
+            )
         examples.append((question, answer))
     return examples
 

@@ -23,10 +23,11 @@ class _TookTooLong(BaseException):
 
 @contextmanager
 def foreign_code(name: str) -> Iterator[None]:
-    """Limit the block's time and memory, and turn whatever it raises into `ConfigError` naming the template `name`.
+    """Limit the block's time and memory, and turn whatever it raises into `ConfigError` naming the template
+    `name`.
 
-    The time limit is a timer of the main thread; elsewhere there is none. Mutates the timer and the limit of the address space
-    until the end of the block.
+    The time limit is a timer of the main thread; elsewhere there is none. Mutates the timer and the limit of
+    the address space until the end of the block.
     """
     try:
         with _limited_memory(), _limited_time():
@@ -34,21 +35,31 @@ def foreign_code(name: str) -> Iterator[None]:
     except ConfigError:
         raise
     except _TookTooLong:
-        raise ConfigError(f"data.template: {name} did not end within {SECONDS:.0f} s for one question; use another template") from None
+        raise ConfigError(
+            f"data.template: {name} did not end within {SECONDS:.0f} s for one question; use another template"
+        ) from None
     except MemoryError:
         more = MORE_MEMORY_BYTES >> 30
-        raise ConfigError(f"data.template: {name} asks for more than {more} GiB of memory for one question; use another template") from None
+        raise ConfigError(
+            f"data.template: {name} asks for more than {more} GiB of memory for one question; use another "
+            "template"
+        ) from None
     except RecursionError:
         raise ConfigError(f"data.template: {name} calls itself without end; use another template") from None
     except Exception as error:
         reason = " ".join(str(error).split())[:200]
-        raise ConfigError(f"data.template: {name} failed ({type(error).__name__}: {reason}); use another template") from None
+        raise ConfigError(
+            f"data.template: {name} failed ({type(error).__name__}: {reason}); use another template"
+        ) from None
 
 
 def check_length(name: str, text: str) -> str:
     """Return `text`; raises `ConfigError` where it is longer than any prompt."""
     if len(text) > LONGEST_TEXT:
-        raise ConfigError(f"data.template: {name} makes {len(text)} characters of one question, at most {LONGEST_TEXT} are allowed")
+        raise ConfigError(
+            f"data.template: {name} makes {len(text)} characters of one question, at most {LONGEST_TEXT} are "
+            "allowed"
+        )
     return text
 
 

@@ -15,11 +15,12 @@ def merge_identical(
     stop_token_ids: frozenset[int],
     advantages: Sequence[float] | None = None,
 ) -> list[UniqueSequence]:
-    """Merge a step's rollouts into distinct sequences, in order of first appearance, and mark the tokens that are trained.
+    """Merge a step's rollouts into distinct sequences, in order of first appearance, and mark the tokens that
+    are trained.
 
-    Every response token is trained, the first included; the end-of-text token only with `train_end_token`; an answer cut at
-    its length limit only with `train_truncated`. A rollout without response tokens keeps its place, with nothing to train.
-    `advantages`: one per rollout; identical answers have the same.
+    Every response token is trained, the first included; the end-of-text token only with `train_end_token`; an
+    answer cut at its length limit only with `train_truncated`. A rollout without response tokens keeps its
+    place, with nothing to train. `advantages`: one per rollout; identical answers have the same.
     """
     groups: dict[int, int] = {}
     counts: dict[tuple[int, tuple[int, ...]], int] = {}
@@ -37,26 +38,39 @@ def merge_identical(
             rollout,
             groups[key[0]],
             counts[key],
-            trained_tokens(rollout, train_end_token=train_end_token, train_truncated=train_truncated, stop_token_ids=stop_token_ids),
+            trained_tokens(
+                rollout,
+                train_end_token=train_end_token,
+                train_truncated=train_truncated,
+                stop_token_ids=stop_token_ids,
+            ),
             advantage[key],
         )
         for key, rollout in first.items()
     ]
 
 
-def trained_tokens(rollout: Rollout, *, train_end_token: bool, train_truncated: bool, stop_token_ids: frozenset[int]) -> tuple[bool, ...]:
+def trained_tokens(
+    rollout: Rollout, *, train_end_token: bool, train_truncated: bool, stop_token_ids: frozenset[int]
+) -> tuple[bool, ...]:
     """Mark the response tokens that are trained; see `merge_identical`."""
     if rollout.finish_reason == "length" and not train_truncated:
         return (False,) * len(rollout.response_ids)
     last = len(rollout.response_ids) - 1
-    return tuple(train_end_token or i < last or token not in stop_token_ids for i, token in enumerate(rollout.response_ids))
+    return tuple(
+        train_end_token or i < last or token not in stop_token_ids
+        for i, token in enumerate(rollout.response_ids)
+    )
 
 
-def pack(sequences: Sequence[UniqueSequence], tokens_per_micro_batch: int, *, multiple_of: int = 1) -> list[PackedBatch]:
+def pack(
+    sequences: Sequence[UniqueSequence], tokens_per_micro_batch: int, *, multiple_of: int = 1
+) -> list[PackedBatch]:
     """Pack sequences, longest first, into batches of at most `tokens_per_micro_batch` tokens.
 
-    A longer sequence gets a batch of its own. Each batch is filled up to a multiple of `multiple_of` (the tensor-parallel
-    size, for sequence parallelism) with one dummy segment that trains nothing. The result is a function of the input alone.
+    A longer sequence gets a batch of its own. Each batch is filled up to a multiple of `multiple_of` (the
+    tensor-parallel size, for sequence parallelism) with one dummy segment that trains nothing. The result is
+    a function of the input alone.
     """
     lengths = [len(s.rollout.prompt_ids) + len(s.rollout.response_ids) for s in sequences]
     bins: list[list[int]] = []
@@ -73,7 +87,8 @@ def pack(sequences: Sequence[UniqueSequence], tokens_per_micro_batch: int, *, mu
 
 
 def padding_batch(num_tokens: int) -> PackedBatch:
-    """Make a batch that trains nothing: for a rank without sequences, whose part in its peers' collectives must be played."""
+    """Make a batch that trains nothing: for a rank without sequences, whose part in its peers' collectives
+    must be played."""
     return _pack_one([], num_tokens)
 
 
@@ -109,7 +124,9 @@ def _pack_one(members: Sequence[tuple[int, UniqueSequence]], multiple_of: int) -
         cu_seqlens=torch.tensor([0, *lengths]).cumsum(0).to(torch.int32),
         sequence_lengths=tuple(lengths),
         trained_lengths=tuple([sum(s.trained) for _, s in members] + [0] * len(dummy)),
-        multiplicity=torch.tensor([s.multiplicity for _, s in members] + [0] * len(dummy), dtype=torch.float64),
+        multiplicity=torch.tensor(
+            [s.multiplicity for _, s in members] + [0] * len(dummy), dtype=torch.float64
+        ),
         advantages=torch.tensor([s.advantage for _, s in members] + [0.0] * len(dummy), dtype=torch.float64),
         group_ids=torch.tensor([s.group for _, s in members] + dummy, dtype=torch.int64),
         sequence_ids=torch.tensor([i for i, _ in members] + dummy, dtype=torch.int64),

@@ -18,7 +18,21 @@ from rlsc_mcore.types import Question
 EMBEDDED_PREFIX = "embedded:"
 EMBEDDED_SETS = ("train", "validation", "test")
 
-_FILE_SUFFIXES = (".jsonl", ".json", ".ndjson", ".txt", ".parquet", ".csv", ".tsv", ".gz", ".zip", ".zst", ".xz", ".bz2", ".arrow")
+_FILE_SUFFIXES = (
+    ".jsonl",
+    ".json",
+    ".ndjson",
+    ".txt",
+    ".parquet",
+    ".csv",
+    ".tsv",
+    ".gz",
+    ".zip",
+    ".zst",
+    ".xz",
+    ".bz2",
+    ".arrow",
+)
 _PANDAS = "python -c \"import pandas; pandas.read_parquet('IN').to_json('OUT.jsonl', orient='records', lines=True)\""
 # Beginnings of files that are not JSONL -> what they are, how to make JSONL of them.
 _OTHER_FORMATS = (
@@ -29,7 +43,11 @@ _OTHER_FORMATS = (
     (b"\xfd7zXZ", "xz-compressed", "unpack it: xz --decompress --keep IN"),
     (b"BZh", "bzip2-compressed", "unpack it: bunzip2 --keep IN"),
     (b"ARROW1", "an Arrow file", "convert it with datasets: Dataset.from_file('IN').to_json('OUT.jsonl')"),
-    (b"\xff\xff\xff\xff", "an Arrow stream", "convert it with datasets: Dataset.from_file('IN').to_json('OUT.jsonl')"),
+    (
+        b"\xff\xff\xff\xff",
+        "an Arrow stream",
+        "convert it with datasets: Dataset.from_file('IN').to_json('OUT.jsonl')",
+    ),
     (b"SQLite format 3", "an SQLite data base", "write its rows as JSON, one object per line"),
     (b"\x89HDF", "an HDF5 file", "write its rows as JSON, one object per line"),
     (b"version https://git-lfs", "a Git LFS pointer, not the data", "fetch the file itself: git lfs pull"),
@@ -41,18 +59,26 @@ _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 
 
 def read_questions(path: str, *, split: str = "train", field: str = "data.path") -> list[Question]:
-    """Read every question of a JSONL file, of a JSON list, of `embedded:train|validation|test`, or of a hub data set's `split`.
+    """Read every question of a JSONL file, of a JSON list, of `embedded:train|validation|test`, or of a hub
+    data set's `split`.
 
-    Records are read by `read_question`; an answer is optional. A byte order mark, CRLF ends and blank lines are accepted.
-    Anything else raises ConfigError naming `field`, the file and the line.
+    Records are read by `read_question`; an answer is optional. A byte order mark, CRLF ends and blank lines
+    are accepted. Anything else raises ConfigError naming `field`, the file and the line.
     """
-    questions = [read_question(index, record, place) for index, (place, record) in enumerate(read_records(path, split=split, field=field))]
+    questions = [
+        read_question(index, record, place)
+        for index, (place, record) in enumerate(read_records(path, split=split, field=field))
+    ]
     if not questions:
-        raise ConfigError(f"{field}: {path} holds no questions; write one JSON object per line with `problem` or `question`")
+        raise ConfigError(
+            f"{field}: {path} holds no questions; write one JSON object per line with `problem` or `question`"
+        )
     return questions
 
 
-def read_records(path: str, *, split: str = "train", subset: str | None = None, field: str = "data.path") -> Iterator[tuple[str, Any]]:
+def read_records(
+    path: str, *, split: str = "train", subset: str | None = None, field: str = "data.path"
+) -> Iterator[tuple[str, Any]]:
     """Yield every record of a question set as it is written, each with the place that error messages name.
 
     Raises ConfigError as `read_questions` does; `subset` is a hub data set's configuration.
@@ -60,8 +86,15 @@ def read_records(path: str, *, split: str = "train", subset: str | None = None, 
     if path.startswith(EMBEDDED_PREFIX):
         name = path.removeprefix(EMBEDDED_PREFIX)
         if name not in EMBEDDED_SETS:
-            raise ConfigError(f"{field}: expected one of {', '.join(EMBEDDED_PREFIX + known for known in EMBEDDED_SETS)}, got {path!r}")
-        content = importlib.resources.files("rlsc_mcore").joinpath("assets", "questions", f"{name}.jsonl").read_bytes()
+            raise ConfigError(
+                f"{field}: expected one of {', '.join(EMBEDDED_PREFIX + known for known in EMBEDDED_SETS)}, "
+                f"got {path!r}"
+            )
+        content = (
+            importlib.resources.files("rlsc_mcore")
+            .joinpath("assets", "questions", f"{name}.jsonl")
+            .read_bytes()
+        )
         yield from _parse_lines(content, f"{field}: {path}")
     elif Path(path).expanduser().exists() or path.endswith(_FILE_SUFFIXES) or not _HUB_NAME.fullmatch(path):
         yield from _parse_file(_read_file(path, field), f"{field}: {path}")
@@ -70,7 +103,8 @@ def read_records(path: str, *, split: str = "train", subset: str | None = None, 
 
 
 def questions_fingerprint(questions: Sequence[Question]) -> str:
-    """Hash the questions and answers in their order (sha256, hex); a run resumes only on the questions it began with."""
+    """Hash the questions and answers in their order (sha256, hex); a run resumes only on the questions it
+    began with."""
     digest = hashlib.sha256()
     for question in questions:
         facts: list[Any] = [question.index, question.text, question.answer]
@@ -81,10 +115,12 @@ def questions_fingerprint(questions: Sequence[Question]) -> str:
 
 
 class QuestionSampler:
-    """Says which questions a step asks, as a pure function of seed and step, so that there is no state to save.
+    """Says which questions a step asks, as a pure function of seed and step, so that there is no state to
+    save.
 
-    Steps walk through epochs, each a permutation of all questions. A step that straddles two epochs still asks distinct
-    questions where `questions_per_step` <= `num_questions`; above that it runs through more than one epoch.
+    Steps walk through epochs, each a permutation of all questions. A step that straddles two epochs still
+    asks distinct questions where `questions_per_step` <= `num_questions`; above that it runs through more
+    than one epoch.
     """
 
     def __init__(self, num_questions: int, questions_per_step: int, shuffle: bool, seed: int) -> None:
@@ -95,7 +131,9 @@ class QuestionSampler:
         self.seed = seed
         # Every so many epochs one begins with a step; its order depends on no earlier epoch.
         chained = shuffle and questions_per_step <= num_questions
-        self._aligned_every = questions_per_step // math.gcd(num_questions, questions_per_step) if chained else 1
+        self._aligned_every = (
+            questions_per_step // math.gcd(num_questions, questions_per_step) if chained else 1
+        )
         self._orders: dict[int, list[int]] = {}
 
     def step_indices(self, step: int) -> list[int]:
@@ -113,20 +151,25 @@ class QuestionSampler:
             first -= 1
         for current in range(first, epoch + 1):
             if current not in self._orders:
-                self._orders = {number: order for number, order in self._orders.items() if number == current - 1}
+                self._orders = {
+                    number: order for number, order in self._orders.items() if number == current - 1
+                }
                 self._orders[current] = self._make_order(current)
         return self._orders[epoch]
 
     def _make_order(self, epoch: int) -> list[int]:
         if not self.shuffle:
             return list(range(self.num_questions))
-        # random() of a string seed is the one stream that Python promises to keep across versions and machines.
+        # random() of a string seed is the one stream that Python promises to keep across versions and
+        # machines.
         stream = random.Random(f"question order/{self.seed}/{epoch}")
         keys = [stream.random() for _ in range(self.num_questions)]
         order = sorted(range(self.num_questions), key=keys.__getitem__)
         if epoch % self._aligned_every == 0:
             return order
-        num_carried = epoch * self.num_questions % self.questions_per_step  # what the straddling step asks of the epoch before
+        num_carried = (
+            epoch * self.num_questions % self.questions_per_step
+        )  # what the straddling step asks of the epoch before
         carried = set(self._orders[epoch - 1][-num_carried:])
         head = [index for index in order if index not in carried][: self.questions_per_step - num_carried]
         asked = set(head)
@@ -144,9 +187,12 @@ def _read_file(path: str, field: str) -> bytes:
 
 
 def _parse_file(content: bytes, source: str) -> Iterator[tuple[str, Any]]:
-    """Yield the records of a file: one JSON object per line, a list of objects, or one object over several lines."""
+    """Yield the records of a file: one JSON object per line, a list of objects, or one object over several
+    lines."""
     content = content.removeprefix(codecs.BOM_UTF8)
-    other = next(((kind, remedy) for start, kind, remedy in _OTHER_FORMATS if content.startswith(start)), None)
+    other = next(
+        ((kind, remedy) for start, kind, remedy in _OTHER_FORMATS if content.startswith(start)), None
+    )
     if other is not None:
         kind, remedy = other
         raise ConfigError(f"{source}: {kind}; expected JSONL, one JSON object per line: {remedy}")
@@ -179,7 +225,8 @@ def _parse_whole(content: bytes, source: str) -> list[Any] | dict[str, Any] | No
         if not is_list or _is_json(first_line) or not rest.strip():
             return None
         raise ConfigError(
-            f"{source}, line {error.lineno}: malformed JSON ({error.msg} at column {error.colno}); expected a list of JSON "
+            f"{source}, line {error.lineno}: malformed JSON ({error.msg} at column {error.colno}); expected "
+            "a list of JSON "
             "objects, or one object per line"
         ) from None
     except (ValueError, RecursionError):  # the line's own error says more
@@ -196,13 +243,16 @@ def _is_json(line: bytes) -> bool:
 
 
 def _load(text: str) -> Any:
-    """Parse JSON; raises ValueError where an object holds a name twice, of which only the last would count."""
+    """Parse JSON; raises ValueError where an object holds a name twice, of which only the last would
+    count."""
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         record = dict(pairs)
         if len(record) != len(pairs):
             names = [name for name, _ in pairs]
-            raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} stands twice in one object")
+            raise ValueError(
+                f"{next(name for name in names if names.count(name) > 1)!r} stands twice in one object"
+            )
         return record
 
     return json.loads(text, object_pairs_hook=unique)
@@ -217,12 +267,20 @@ def _parse_lines(content: bytes, source: str) -> Iterator[tuple[str, Any]]:
         try:
             text = line.decode("utf-8")
         except UnicodeDecodeError as error:
-            raise ConfigError(f"{place}: not UTF-8 (byte {error.start + 1} of the line); save the file as UTF-8") from None
+            raise ConfigError(
+                f"{place}: not UTF-8 (byte {error.start + 1} of the line); save the file as UTF-8"
+            ) from None
         try:
             yield place, _load(text)
         except (ValueError, RecursionError) as error:
-            reason = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)
-            raise ConfigError(f"{place}: malformed JSON ({reason}); each line must be one whole JSON object") from None
+            reason = (
+                f"{error.msg} at column {error.colno}"
+                if isinstance(error, json.JSONDecodeError)
+                else str(error)
+            )
+            raise ConfigError(
+                f"{place}: malformed JSON ({reason}); each line must be one whole JSON object"
+            ) from None
 
 
 def _read_hub(name: str, split: str, field: str, subset: str | None) -> Iterator[tuple[str, Any]]:
@@ -238,15 +296,19 @@ def _read_hub(name: str, split: str, field: str, subset: str | None) -> Iterator
     except Exception as error:  # its own, its transport's and its formats' errors
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ConfigError(
-            f"{field}: there is no file {name!r} and the hub data set of that name, split {split!r}, did not load ({reason}); "
+            f"{field}: there is no file {name!r} and the hub data set of that name, split {split!r}, did not "
+            f"load ({reason}); "
             f"check name, data.split and network, {instead}"
         ) from None
     for number, row in enumerate(rows):
         yield f"{field}: {name}, split {split}, row {number}", row
 
 
-def _load_hub(load_dataset: Callable[..., Iterable[Any]], name: str, subset: Sequence[str], split: str) -> Iterable[Any]:
-    """Load from the hub, else from the hub's cache: what `hf download --repo-type dataset NAME` left is enough without network."""
+def _load_hub(
+    load_dataset: Callable[..., Iterable[Any]], name: str, subset: Sequence[str], split: str
+) -> Iterable[Any]:
+    """Load from the hub, else from the hub's cache: what `hf download --repo-type dataset NAME` left is
+    enough without network."""
     try:
         return load_dataset(name, *subset, split=split)
     except Exception:

@@ -1,7 +1,8 @@
-"""Turn one record of a question file into a question, whatever data set it comes from; its fields say which kind it is.
+"""Turn one record of a question file into a question, whatever data set it comes from; its fields say which
+kind it is.
 
-One reader for training and evaluation: mathematics with `answer` or a boxed `solution`, OlympiadBench, multiple choice in the
-common layouts, GPQA, SVAMP.
+One reader for training and evaluation: mathematics with `answer` or a boxed `solution`, OlympiadBench,
+multiple choice in the common layouts, GPQA, SVAMP.
 """
 
 import hashlib
@@ -25,7 +26,8 @@ IMAGE_FIELDS = ("image", "images", "image_1", "decoded_image", "image_path")
 GPQA_FIELDS = ("Correct Answer", "Incorrect Answer 1", "Incorrect Answer 2", "Incorrect Answer 3")
 EVALCHEMY_OPTION_SEED = 42  # shuffles the options of every GPQA question alike
 
-# The prompt that Evalchemy gives GPQA; the one of Qwen2.5-Math's script for multiple choice is `_with_choices`.
+# The prompt that Evalchemy gives GPQA; the one of Qwen2.5-Math's script for multiple choice is
+# `_with_choices`.
 GPQA_TEXT = (
     "Return your final response within \\boxed{{}} and only include the letter choice (A, B, C, or D) as your final response.\n"
     "Problem: {problem}\nOptions: {options}\nAnswer:"
@@ -38,10 +40,13 @@ _OWN_LETTER = re.compile(r"\s*(?:\(([A-J])\)|([A-J])\s*[.):])\s*")
 _INLINE_OPTION = re.compile(r"(?:^|\s)(?:\(([A-J])\)|([A-J])[.):])(?=\s|\S)")
 
 
-def read_question(index: int, record: Any, place: str, *, needs_answer: bool = False, option_seed: int | None = None) -> Question:
+def read_question(
+    index: int, record: Any, place: str, *, needs_answer: bool = False, option_seed: int | None = None
+) -> Question:
     """Read one record. Raises ConfigError naming `place` and the field.
 
-    `option_seed` shuffles GPQA's options alike for every question; without it their order depends on the question's text.
+    `option_seed` shuffles GPQA's options alike for every question; without it their order depends on the
+    question's text.
     """
     if not isinstance(record, Mapping):
         raise ConfigError(f"{place}: expected a JSON object, got {type(record).__name__}")
@@ -65,7 +70,8 @@ def read_question(index: int, record: Any, place: str, *, needs_answer: bool = F
 
 
 def final_answer(value: str | float) -> str:
-    """Reduce an answer as data sets write it to its final value: "...#### 1,800" -> "1800", 27.0 -> "27", " 204" -> "204"."""
+    """Reduce an answer as data sets write it to its final value: "...#### 1,800" -> "1800", 27.0 -> "27", "
+    204" -> "204"."""
     if isinstance(value, float) and value.is_integer() and abs(value) <= _LARGEST_EXACT_FLOAT:
         value = int(value)
     answer = str(value).rpartition(_GSM8K_MARKER)[2].strip()
@@ -75,7 +81,9 @@ def final_answer(value: str | float) -> str:
 def _read_text(record: Mapping[str, Any], place: str) -> str:
     present = [name for name in TEXT_FIELDS if record.get(name) is not None]
     if not present:
-        raise ConfigError(f"{place}: a question without text: expected `problem` or `question`, got {_list_fields(record)}")
+        raise ConfigError(
+            f"{place}: a question without text: expected `problem` or `question`, got {_list_fields(record)}"
+        )
     # An empty field beside a full one says nothing: data sets have both names where one of them is used.
     filled = [name for name in present if not isinstance(record[name], str) or record[name].strip()]
     name = (filled or present)[0]
@@ -98,7 +106,10 @@ def _prefixed(before: str, text: str, name: str) -> str:
 def _check_no_image(record: Mapping[str, Any], place: str) -> None:
     name = next((name for name in IMAGE_FIELDS if record.get(name) not in (None, "", [], {})), None)
     if name is not None:
-        raise ConfigError(f"{place}: `{name}`: this question needs an image, which a text model cannot be asked; leave the record out")
+        raise ConfigError(
+            f"{place}: `{name}`: this question needs an image, which a text model cannot be asked; leave the "
+            "record out"
+        )
 
 
 def _read_answer(record: Mapping[str, Any], place: str, *, needs_answer: bool) -> str | None:
@@ -106,10 +117,17 @@ def _read_answer(record: Mapping[str, Any], place: str, *, needs_answer: bool) -
     if name is None:
         boxed = extract_boxed(record["solution"]) if isinstance(record.get("solution"), str) else None
         if boxed is None and needs_answer:
-            raise ConfigError(f"{place}: `answer`: expected a string or a number to grade against, or a `solution` with a box")
+            raise ConfigError(
+                f"{place}: `answer`: expected a string or a number to grade against, or a `solution` with a "
+                "box"
+            )
         return boxed
     answer = record[name]
-    if isinstance(answer, bool) or not isinstance(answer, str | int | float) or (isinstance(answer, float) and not math.isfinite(answer)):
+    if (
+        isinstance(answer, bool)
+        or not isinstance(answer, str | int | float)
+        or (isinstance(answer, float) and not math.isfinite(answer))
+    ):
         raise ConfigError(f"{place}: `{name}`: expected a string or a finite number, got {_shorten(answer)}")
     reduced = final_answer(answer)
     if not reduced:
@@ -119,20 +137,30 @@ def _read_answer(record: Mapping[str, Any], place: str, *, needs_answer: bool) -
 
 
 def _read_options(record: Mapping[str, Any], place: str) -> list[str] | None:
-    """Return the options of a multiple choice question without their letters; None where the record has no such field.
+    """Return the options of a multiple choice question without their letters; None where the record has no
+    such field.
 
-    Layouts: a list of texts, with or without letters; a list of objects with `text`; an object from letter to text; an object
-    with lists `text` and `label`; one text such as "A) 1 B) 2"; fields `A`, `B`, `C`, `D` or `option_a` ... of the record.
+    Layouts: a list of texts, with or without letters; a list of objects with `text`; an object from letter to
+    text; an object with lists `text` and `label`; one text such as "A) 1 B) 2"; fields `A`, `B`, `C`, `D` or
+    `option_a` ... of the record.
     """
     name = next((name for name in OPTION_FIELDS if name in record), None)
     if name is None:
-        for names in (LETTERS, [f"option_{letter}" for letter in LETTERS.lower()], [f"option{letter}" for letter in LETTERS]):
+        for names in (
+            LETTERS,
+            [f"option_{letter}" for letter in LETTERS.lower()],
+            [f"option{letter}" for letter in LETTERS],
+        ):
             texts = [str(record[field]) for field in names if record.get(field) is not None]
             if len(texts) >= 2 and all(record.get(field) is not None for field in names[: len(texts)]):
                 return _checked_options(texts, "A to " + LETTERS[len(texts) - 1], place)
         return None
     value = record[name]
-    if isinstance(value, Mapping) and isinstance(value.get("text"), Sequence) and not isinstance(value["text"], str):
+    if (
+        isinstance(value, Mapping)
+        and isinstance(value.get("text"), Sequence)
+        and not isinstance(value["text"], str)
+    ):
         value = value["text"]
     elif isinstance(value, Mapping):
         value = [value[letter] for letter in sorted(value)]
@@ -142,8 +170,14 @@ def _read_options(record: Mapping[str, Any], place: str) -> list[str] | None:
         value = [value[mark.end() : end] for mark, end in zip(marks, ends, strict=False)]
     if not isinstance(value, Sequence) or not 2 <= len(value) <= len(LETTERS):
         shown = "no options" if value in (None, [], "") else _shorten(record[name])
-        raise ConfigError(f"{place}: `{name}`: expected the 2 to {len(LETTERS)} options of this question, got {shown}")
-    return _checked_options([option.get("text", option) if isinstance(option, Mapping) else option for option in value], name, place)
+        raise ConfigError(
+            f"{place}: `{name}`: expected the 2 to {len(LETTERS)} options of this question, got {shown}"
+        )
+    return _checked_options(
+        [option.get("text", option) if isinstance(option, Mapping) else option for option in value],
+        name,
+        place,
+    )
 
 
 def _checked_options(options: Sequence[Any], name: str, place: str) -> list[str]:
@@ -158,12 +192,18 @@ def _checked_options(options: Sequence[Any], name: str, place: str) -> list[str]
     return texts
 
 
-def _read_letter(record: Mapping[str, Any], options: Sequence[str], place: str, *, needs_answer: bool) -> str | None:
+def _read_letter(
+    record: Mapping[str, Any], options: Sequence[str], place: str, *, needs_answer: bool
+) -> str | None:
     """Return the right option's letter: the answer is an index from 0, a letter, or the text of an option."""
-    name = next((name for name in (*ANSWER_FIELDS, "label", "answer_idx") if record.get(name) is not None), None)
+    name = next(
+        (name for name in (*ANSWER_FIELDS, "label", "answer_idx") if record.get(name) is not None), None
+    )
     if name is None:
         if needs_answer:
-            raise ConfigError(f"{place}: `answer`: expected an index or a letter of the {len(options)} choices")
+            raise ConfigError(
+                f"{place}: `answer`: expected an index or a letter of the {len(options)} choices"
+            )
         return None
     answer = record[name]
     if isinstance(answer, int) and not isinstance(answer, bool) and 0 <= answer < len(options):
@@ -175,13 +215,18 @@ def _read_letter(record: Mapping[str, Any], options: Sequence[str], place: str, 
         return letter
     texts = [option for option in options if option == str(answer).strip()]
     if len(texts) != 1:
-        raise ConfigError(f"{place}: `{name}`: expected an index or a letter of the {len(options)} choices, got {_shorten(answer)}")
+        raise ConfigError(
+            f"{place}: `{name}`: expected an index or a letter of the {len(options)} choices, got "
+            f"{_shorten(answer)}"
+        )
     return LETTERS[options.index(texts[0])]
 
 
 def _with_choices(text: str, options: Sequence[str]) -> str:
     """Return the question as Qwen2.5-Math's script asks MMLU-STEM: all options on one line."""
-    return f"{text}\nAnswer Choices: " + " ".join(f"({letter}) {option}" for letter, option in zip(LETTERS, options, strict=False))
+    return f"{text}\nAnswer Choices: " + " ".join(
+        f"({letter}) {option}" for letter, option in zip(LETTERS, options, strict=False)
+    )
 
 
 def _read_gpqa(index: int, record: Mapping[str, Any], text: str, place: str, seed: int | None) -> Question:
@@ -191,14 +236,22 @@ def _read_gpqa(index: int, record: Mapping[str, Any], text: str, place: str, see
     order = list(range(len(GPQA_FIELDS)))
     # The published order gives the answer away.
     random.Random(seed if seed is not None else hashlib.sha256(text.encode()).digest()).shuffle(order)
-    options = ", ".join(f"{letter}) {record[GPQA_FIELDS[i]]}" for letter, i in zip(LETTERS, order, strict=False))
-    asked = GPQA_TEXT.format(problem=record["Question"] if isinstance(record.get("Question"), str) else text, options=options)
+    options = ", ".join(
+        f"{letter}) {record[GPQA_FIELDS[i]]}" for letter, i in zip(LETTERS, order, strict=False)
+    )
+    asked = GPQA_TEXT.format(
+        problem=record["Question"] if isinstance(record.get("Question"), str) else text, options=options
+    )
     return Question(index, asked, LETTERS[order.index(0)], answer_format="choice")
 
 
 def _read_olympiad(index: int, record: Mapping[str, Any], text: str, place: str) -> Question:
     answers = record["final_answer"]
-    if not isinstance(answers, Sequence) or not answers or not all(isinstance(answer, str) and answer for answer in answers):
+    if (
+        not isinstance(answers, Sequence)
+        or not answers
+        or not all(isinstance(answer, str) and answer for answer in answers)
+    ):
         raise ConfigError(f"{place}: `final_answer`: expected a list of answers")
     error = record.get("error")
     try:
@@ -215,11 +268,17 @@ def _inline_letters(text: str) -> list[str]:
 
 def _check_encodable(text: str, name: str, place: str) -> None:
     if any("\ud800" <= character <= "\udfff" for character in text):
-        raise ConfigError(f"{place}: `{name}`: an unpaired surrogate (\\ud800 to \\udfff) is not text; remove it")
+        raise ConfigError(
+            f"{place}: `{name}`: an unpaired surrogate (\\ud800 to \\udfff) is not text; remove it"
+        )
 
 
 def _list_fields(record: Mapping[str, Any]) -> str:
-    return "the fields " + ", ".join(repr(str(name)[:40]) for name in list(record)[:8]) if record else "no fields"
+    return (
+        "the fields " + ", ".join(repr(str(name)[:40]) for name in list(record)[:8])
+        if record
+        else "no fields"
+    )
 
 
 def _shorten(value: Any) -> str:

@@ -33,10 +33,24 @@ BENCHMARKS = {
         Benchmark("aime25", "math-ai/aime25", "test", "`problem` and `answer`"),
         Benchmark("math500", "HuggingFaceH4/MATH-500", "test", "`problem` and `answer`"),
         Benchmark("amc23", "math-ai/amc23", "test", "`question` and `answer`"),
-        Benchmark("gsm8k", "openai/gsm8k", "test", "`question` and `answer` (ending in #### N)", subset="main"),
-        Benchmark("minerva", "math-ai/minervamath", "test", "`question` and `answer` (or `problem` and a `solution` with a box)"),
-        Benchmark("olympiad", "math-ai/olympiadbench", "test", "`question`, `final_answer` (a list) and, where it has one, `error`"),
-        Benchmark("mmlu_stem", "TIGER-Lab/MMLU-STEM", "test", "`question`, `choices` and `answer` (index or letter)"),
+        Benchmark(
+            "gsm8k", "openai/gsm8k", "test", "`question` and `answer` (ending in #### N)", subset="main"
+        ),
+        Benchmark(
+            "minerva",
+            "math-ai/minervamath",
+            "test",
+            "`question` and `answer` (or `problem` and a `solution` with a box)",
+        ),
+        Benchmark(
+            "olympiad",
+            "math-ai/olympiadbench",
+            "test",
+            "`question`, `final_answer` (a list) and, where it has one, `error`",
+        ),
+        Benchmark(
+            "mmlu_stem", "TIGER-Lab/MMLU-STEM", "test", "`question`, `choices` and `answer` (index or letter)"
+        ),
         Benchmark(
             "gpqa_diamond",
             "Idavidrein/gpqa",
@@ -51,10 +65,12 @@ BENCHMARKS = {
 
 
 def load_benchmark(name: str, folder: Path | None = None) -> list[Question]:
-    """Read a benchmark by name, or a question file by path (`embedded:test` too); every question has an answer.
+    """Read a benchmark by name, or a question file by path (`embedded:test` too); every question has an
+    answer.
 
-    A named one is looked for as NAME.jsonl, NAME_test.jsonl or the same as .json in `folder`, then on the hub. Raises
-    ConfigError naming the file, line and field that is wrong, or the file to bring where there is neither file nor network.
+    A named one is looked for as NAME.jsonl, NAME_test.jsonl or the same as .json in `folder`, then on the
+    hub. Raises ConfigError naming the file, line and field that is wrong, or the file to bring where there is
+    neither file nor network.
     """
     benchmark = BENCHMARKS.get(name)
     if benchmark is None:
@@ -65,13 +81,18 @@ def load_benchmark(name: str, folder: Path | None = None) -> list[Question]:
         file = _local_file(name, folder)
         try:
             source = str(file) if file is not None else benchmark.hub
-            records = iter(list(read_records(source, split=benchmark.split, subset=benchmark.subset, field=FIELD)))
+            records = iter(
+                list(read_records(source, split=benchmark.split, subset=benchmark.subset, field=FIELD))
+            )
         except ConfigError as error:
             if file is not None:
                 raise
             raise ConfigError(_bring(benchmark, folder, str(error))) from None
     seed = None if benchmark is None else benchmark.option_seed
-    questions = [read_question(index, record, place, needs_answer=True, option_seed=seed) for index, (place, record) in enumerate(records)]
+    questions = [
+        read_question(index, record, place, needs_answer=True, option_seed=seed)
+        for index, (place, record) in enumerate(records)
+    ]
     if not questions:
         raise ConfigError(f"{FIELD}: {name} holds no questions")
     return questions
@@ -96,8 +117,13 @@ def _local_file(name: str, folder: Path | None) -> Path | None:
 
 def _bring(benchmark: Benchmark, folder: Path | None, reason: str) -> str:
     place = f"to {folder}" if folder is not None else "and name its folder with --benchmark-dir"
-    terms = f"; it is gated: accept the terms on the page of {benchmark.hub}, then run `hf auth login`" if benchmark.is_gated else ""
+    terms = (
+        f"; it is gated: accept the terms on the page of {benchmark.hub}, then run `hf auth login`"
+        if benchmark.is_gated
+        else ""
+    )
     return (
-        f"{FIELD}: {benchmark.name}: bring {benchmark.name}.jsonl (one JSON object per line with {benchmark.fields}) {place}; "
+        f"{FIELD}: {benchmark.name}: bring {benchmark.name}.jsonl (one JSON object per line with "
+        f"{benchmark.fields}) {place}; "
         f"the hub data set {benchmark.hub} cannot be read here ({reason.partition(': ')[2][:160]}){terms}"
     )

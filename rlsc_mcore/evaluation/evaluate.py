@@ -32,13 +32,14 @@ def evaluate(
 ) -> dict[str, Any]:
     """Answer every question greedily and `evaluation.num_samples` times at each temperature, and score it.
 
-    Returns {"scores": name -> {"mean", "standard_error"}, "answers": [AnswerRecord], "questions": [QuestionRecord]}. Names:
-    `greedy`, `accuracy_t0.5` (strict: the last box), `lenient_t0.5` (else the last number), per temperature; `boxed_share`,
-    `mean_length`, `truncated_share`, `distinct_share` and `confidence_f` (F) at the highest temperature. The same seeds for
-    every `label`, so that before and after are paired. `max_new_tokens` replaces `rollout.max_new_tokens`; `stop_token_ids`
-    end an answer beside the engine's own. `evaluation.grader` says what is right. Raises `GenerationInterrupted` soon after
-    `should_stop` answers True.
-    Collective over the world: questions are spread over the engines, results are the same on every rank.
+    Returns {"scores": name -> {"mean", "standard_error"}, "answers": [AnswerRecord], "questions":
+    [QuestionRecord]}. Names: `greedy`, `accuracy_t0.5` (strict: the last box), `lenient_t0.5` (else the last
+    number), per temperature; `boxed_share`, `mean_length`, `truncated_share`, `distinct_share` and
+    `confidence_f` (F) at the highest temperature. The same seeds for every `label`, so that before and after
+    are paired. `max_new_tokens` replaces `rollout.max_new_tokens`; `stop_token_ids` end an answer beside the
+    engine's own. `evaluation.grader` says what is right. Raises `GenerationInterrupted` soon after
+    `should_stop` answers True. Collective over the world: questions are spread over the engines, results are
+    the same on every rank.
     """
     local = range(groups.engine_index, len(questions), groups.num_engines)
     outcomes: dict[float, dict[int, list[AnswerRecord]]] = {}
@@ -52,7 +53,9 @@ def evaluate(
                 prompt_ids=prompts[i],
                 num_samples=num_samples,
                 temperature=temperature,
-                max_new_tokens=min(max_new_tokens or config.rollout.max_new_tokens, engine.max_model_len - len(prompts[i])),
+                max_new_tokens=min(
+                    max_new_tokens or config.rollout.max_new_tokens, engine.max_model_len - len(prompts[i])
+                ),
                 seed=sample_seed(config.training.seed, f"evaluation/{temperature}", 0, questions[i].index),
                 top_p=config.evaluation.top_p if temperature != GREEDY else 1.0,
                 stop_token_ids=stop_token_ids,
@@ -74,11 +77,16 @@ def evaluate(
         numbers = [sample for group in completions for sample in range(len(group))]
         asked_of = [questions[i] for i, group in zip(local, completions, strict=True) for _ in group]
         sampled = [completion for group in completions for completion in group]
-        decoded = (tokenizer.decode(list(completion.token_ids), skip_special_tokens=True) for completion in sampled)
+        decoded = (
+            tokenizer.decode(list(completion.token_ids), skip_special_tokens=True) for completion in sampled
+        )
         texts = [text_before_stop(text, config.evaluation.stop) for text in decoded]
         grades = grade_answers(texts, asked_of, config.evaluation.grader)
-        # The engine's log-probs are of the softmax that was sampled where it scores the tempered one, or where nothing tempers it.
-        is_scored = config.evaluation.top_p == 1 and (temperature == UNTEMPERED or (engine.tempered and temperature != GREEDY))
+        # The engine's log-probs are of the softmax that was sampled where it scores the tempered one, or
+        # where nothing tempers it.
+        is_scored = config.evaluation.top_p == 1 and (
+            temperature == UNTEMPERED or (engine.tempered and temperature != GREEDY)
+        )
         record = partial(_record, temperature, is_scored)
         records = map(record, asked_of, numbers, sampled, texts, grades)
         graded = [[next(records) for _ in group] for group in completions]
@@ -106,8 +114,12 @@ def text_before_stop(text: str, stops: Sequence[str]) -> str:
     return text[: min(starts)] if starts else text
 
 
-def _scores(outcomes: dict[float, dict[int, list[AnswerRecord]]], temperatures: Sequence[float]) -> dict[str, Any]:
-    by_temperature = {t: score([group for _, group in sorted(groups.items())]) for t, groups in outcomes.items()}
+def _scores(
+    outcomes: dict[float, dict[int, list[AnswerRecord]]], temperatures: Sequence[float]
+) -> dict[str, Any]:
+    by_temperature = {
+        t: score([group for _, group in sorted(groups.items())]) for t, groups in outcomes.items()
+    }
     scores: dict[str, Any] = {}
     for temperature in (GREEDY, *temperatures):
         for kind in ("accuracy", "lenient"):
@@ -121,7 +133,13 @@ def _scores(outcomes: dict[float, dict[int, list[AnswerRecord]]], temperatures: 
 
 
 def _record(
-    temperature: float, is_scored: bool, question: Question, sample: int, completion: Completion, text: str, result: Grade
+    temperature: float,
+    is_scored: bool,
+    question: Question,
+    sample: int,
+    completion: Completion,
+    text: str,
+    result: Grade,
 ) -> AnswerRecord:
     return AnswerRecord(
         question=question.index,

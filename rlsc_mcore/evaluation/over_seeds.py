@@ -20,10 +20,14 @@ def metric_names(temperatures: Sequence[float]) -> dict[str, tuple[float, str]]:
     return names | {"boxed_share": (hottest, "boxed"), "mean_length": (hottest, "tokens")}
 
 
-def seed_average(per_seed: Sequence[Sequence[AnswerRecord]], temperature: float, field: str) -> dict[int, float]:
+def seed_average(
+    per_seed: Sequence[Sequence[AnswerRecord]], temperature: float, field: str
+) -> dict[int, float]:
     """Return each question's mean over seeds of its own means: the question stays the sampling unit."""
     parts = [
-        _probabilities(answers, temperature) if field == "probability" else question_means(answers, temperature, field)
+        _probabilities(answers, temperature)
+        if field == "probability"
+        else question_means(answers, temperature, field)
         for answers in per_seed
     ]
     shared = set.intersection(*(set(part) for part in parts)) if parts else set()
@@ -31,12 +35,15 @@ def seed_average(per_seed: Sequence[Sequence[AnswerRecord]], temperature: float,
 
 
 def summarize(
-    before: Sequence[Sequence[AnswerRecord]], after: Sequence[Sequence[AnswerRecord]], names: Mapping[str, Any]
+    before: Sequence[Sequence[AnswerRecord]],
+    after: Sequence[Sequence[AnswerRecord]],
+    names: Mapping[str, Any],
 ) -> dict[str, Any]:
     """Score one variant against the base, both given seed by seed.
 
-    Each metric has its value and paired change over questions, with intervals and p-value, the spread of the seeds, and,
-    where both sides have the same two seeds or more, the change as a sample of questions and seeds (`change.over_seeds`).
+    Each metric has its value and paired change over questions, with intervals and p-value, the spread of the
+    seeds, and, where both sides have the same two seeds or more, the change as a sample of questions and
+    seeds (`change.over_seeds`).
     """
     rows: dict[str, Any] = {}
     for name, (temperature, field) in names.items():
@@ -73,10 +80,13 @@ def _over_seeds(
     field: str,
     over_questions: PairedChange,
 ) -> dict[str, Any] | None:
-    """Return the change over questions and seeds, never surer than the one over questions alone; None without two seeds."""
+    """Return the change over questions and seeds, never surer than the one over questions alone; None without
+    two seeds."""
     if len(before) != len(after):
         return None
-    first, second = ([seed_average([answers], temperature, field) for answers in side] for side in (before, after))
+    first, second = (
+        [seed_average([answers], temperature, field) for answers in side] for side in (before, after)
+    )
     change = crossed_change(first, second)
     if change is None:
         return None

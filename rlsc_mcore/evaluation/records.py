@@ -1,4 +1,5 @@
-"""What an evaluation leaves behind: scores as JSON, every question and every answer as JSONL, and how to read them back."""
+"""What an evaluation leaves behind: scores as JSON, every question and every answer as JSONL, and how to read
+them back."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -35,7 +36,9 @@ class AnswerRecord:
     boxed: bool
     truncated: bool
     tokens: int
-    log_prob: float | None  # of the distribution that was sampled; None where the engine did not score that one
+    log_prob: (
+        float | None
+    )  # of the distribution that was sampled; None where the engine did not score that one
 
 
 def write_records(folder: Path, name: str, result: Mapping[str, Any]) -> None:
@@ -48,17 +51,22 @@ def write_records(folder: Path, name: str, result: Mapping[str, Any]) -> None:
 
 def read_answers(folder: Path, name: str) -> list[AnswerRecord]:
     """Read NAME.answers.jsonl; an empty list where there is none. Raises ConfigError naming file and line."""
-    return [AnswerRecord(**_only(row, AnswerRecord)) for row in _read_lines(folder / f"{name}.answers.jsonl", AnswerRecord)]
+    return [
+        AnswerRecord(**_only(row, AnswerRecord))
+        for row in _read_lines(folder / f"{name}.answers.jsonl", AnswerRecord)
+    ]
 
 
 def read_question_records(folder: Path, name: str) -> dict[int, QuestionRecord]:
-    """Read NAME.questions.jsonl by question index; empty where there is none. Raises ConfigError naming file and line."""
+    """Read NAME.questions.jsonl by question index; empty where there is none. Raises ConfigError naming file
+    and line."""
     rows = _read_lines(folder / f"{name}.questions.jsonl", QuestionRecord)
     return {int(row["question"]): QuestionRecord(**_only(row, QuestionRecord)) for row in rows}
 
 
 def question_means(answers: Sequence[AnswerRecord], temperature: float, field: str) -> dict[int, float]:
-    """Return each question's mean of a field (`strict`, `lenient`, `boxed`, `tokens`, ...) over its answers at `temperature`."""
+    """Return each question's mean of a field (`strict`, `lenient`, `boxed`, `tokens`, ...) over its answers
+    at `temperature`."""
     totals: dict[int, list[float]] = {}
     for answer in answers:
         if answer.temperature == temperature:

@@ -1,4 +1,5 @@
-"""Scores that need several samples per question: pass@k, maj@k, and whether confidence knows what is right."""
+"""Scores that need several samples per question: pass@k, maj@k, and whether confidence knows what is
+right."""
 
 import itertools
 import math
@@ -27,12 +28,16 @@ class Bin:
 
 
 def pass_at_k(num_samples: int, num_right: int, k: int) -> float:
-    """Return the chance that at least one of k samples drawn without replacement is right: 1 - C(n - c, k) / C(n, k), unbiased.
+    """Return the chance that at least one of k samples drawn without replacement is right: 1 - C(n - c, k) /
+    C(n, k), unbiased.
 
     Raises ValueError unless 1 <= k <= num_samples.
     """
     if not 1 <= k <= num_samples or not 0 <= num_right <= num_samples:
-        raise ValueError(f"pass@k: expected 1 <= k <= {num_samples} and 0 to {num_samples} right, got k = {k}, {num_right} right")
+        raise ValueError(
+            f"pass@k: expected 1 <= k <= {num_samples} and 0 to {num_samples} right, got k = {k}, "
+            f"{num_right} right"
+        )
     return 1.0 - math.comb(num_samples - num_right, k) / math.comb(num_samples, k)
 
 
@@ -47,8 +52,8 @@ def majority_accuracy(answers: Sequence[AnswerRecord]) -> float:
 def majority_at_k(answers: Sequence[AnswerRecord], k: int) -> float:
     """Return the chance that the majority of k answers is right, over subsets of the answers of this size.
 
-    All answers once where k is their number; the mean over every subset where there are at most 200, else over 200 subsets
-    drawn with a fixed seed.
+    All answers once where k is their number; the mean over every subset where there are at most 200, else
+    over 200 subsets drawn with a fixed seed.
     """
     votes, is_right = _votes(answers)
     if math.comb(len(answers), k) <= MAX_SUBSETS:
@@ -62,7 +67,9 @@ def majority_at_k(answers: Sequence[AnswerRecord], k: int) -> float:
 
 def _votes(answers: Sequence[AnswerRecord]) -> tuple[list[int], dict[int, bool]]:
     """Return each answer's class (-1: no vote), and of each class whether its first answer is right."""
-    votes = answer_classes([answer.extracted if answer.boxed or answer.strict else None for answer in answers])
+    votes = answer_classes(
+        [answer.extracted if answer.boxed or answer.strict else None for answer in answers]
+    )
     return votes, {label: answers[votes.index(label)].strict for label in set(votes) if label >= 0}
 
 
@@ -75,7 +82,8 @@ def _majority(votes: Sequence[int], is_right: Mapping[int, bool]) -> float:
 
 
 def sampling_scores(answers: Sequence[AnswerRecord], temperature: float) -> dict[str, Any]:
-    """Score all answers at one temperature: name -> mean with standard error over questions, and the calibration.
+    """Score all answers at one temperature: name -> mean with standard error over questions, and the
+    calibration.
 
     avg@n over all n samples; pass@k and maj@k for every power of two up to n and for n itself;
     mean log p, lengths, calibration.
@@ -89,16 +97,22 @@ def sampling_scores(answers: Sequence[AnswerRecord], temperature: float) -> dict
     count = min(len(group) for group in groups.values())
     scores: dict[str, Any] = {}
     sizes = sorted({2**power for power in range(count.bit_length()) if 2**power <= count} | {count})
-    scores[f"avg@{count}"] = estimate([sum(a.strict for a in group) / len(group) for group in groups.values()])
+    scores[f"avg@{count}"] = estimate(
+        [sum(a.strict for a in group) / len(group) for group in groups.values()]
+    )
     for k in sizes:
-        scores[f"pass@{k}"] = estimate([pass_at_k(len(g), sum(a.strict for a in g), k) for g in groups.values()])
+        scores[f"pass@{k}"] = estimate(
+            [pass_at_k(len(g), sum(a.strict for a in g), k) for g in groups.values()]
+        )
     for k in sizes:
         scores[f"maj@{k}"] = estimate([majority_at_k(group, k) for group in groups.values()])
     lengths = [answer.tokens for group in groups.values() for answer in group]
     scores["median_length"] = {"mean": float(np.median(lengths)), "standard_error": None}
     scored = [answer for group in groups.values() for answer in group if answer.log_prob is not None]
     if len(scored) == len(lengths):
-        scores["mean_log_prob"] = estimate([sum(a.log_prob or 0.0 for a in g) / len(g) for g in groups.values()])
+        scores["mean_log_prob"] = estimate(
+            [sum(a.log_prob or 0.0 for a in g) / len(g) for g in groups.values()]
+        )
         scores["calibration"] = calibration(groups)
     return scores
 
@@ -106,32 +120,45 @@ def sampling_scores(answers: Sequence[AnswerRecord], temperature: float) -> dict
 def calibration(groups: Mapping[int, Sequence[AnswerRecord]]) -> dict[str, Any]:
     """Say whether a confident answer is right more often.
 
-    `auroc`: chance that a right answer has a higher log p(y|x) than a wrong one, over all answers; `auroc_within` over pairs of
-    answers to the same question, which leaves out that easy questions have short, likely answers. 0.5 says nothing, None where
-    there is no pair. `bins`: reliability curve of p(y|x); `expected_error`: mean |confidence - accuracy| over answers.
+    `auroc`: chance that a right answer has a higher log p(y|x) than a wrong one, over all answers;
+    `auroc_within` over pairs of answers to the same question, which leaves out that easy questions have
+    short, likely answers. 0.5 says nothing, None where there is no pair. `bins`: reliability curve of p(y|x);
+    `expected_error`: mean |confidence - accuracy| over answers.
     """
     everything = [answer for group in groups.values() for answer in group]
-    bins = reliability([math.exp(min(0.0, a.log_prob or 0.0)) for a in everything], [a.strict for a in everything])
-    pairs = [_pairs([a.log_prob or 0.0 for a in group], [a.strict for a in group]) for group in groups.values()]
+    bins = reliability(
+        [math.exp(min(0.0, a.log_prob or 0.0)) for a in everything], [a.strict for a in everything]
+    )
+    pairs = [
+        _pairs([a.log_prob or 0.0 for a in group], [a.strict for a in group]) for group in groups.values()
+    ]
     total = sum(number for _, number in pairs)
     return {
         "auroc": auroc([a.log_prob or 0.0 for a in everything], [a.strict for a in everything]),
         "auroc_within": sum(wins for wins, _ in pairs) / total if total else None,
-        "expected_error": sum(part.count * abs(part.confidence - part.accuracy) for part in bins) / len(everything),
+        "expected_error": sum(part.count * abs(part.confidence - part.accuracy) for part in bins)
+        / len(everything),
         "bins": [vars(part) for part in bins],
     }
 
 
 def auroc(values: Sequence[float], is_right: Sequence[bool]) -> float | None:
-    """Return the chance that a right one's value is above a wrong one's, ties counting half; None without both kinds."""
+    """Return the chance that a right one's value is above a wrong one's, ties counting half; None without
+    both kinds."""
     wins, pairs = _pairs(values, is_right)
     return wins / pairs if pairs else None
 
 
-def reliability(confidences: Sequence[float], is_right: Sequence[bool], num_bins: int = NUM_BINS) -> list[Bin]:
-    """Sort answers by confidence into bins of equal count (equal confidences stay together); return each bin's means."""
+def reliability(
+    confidences: Sequence[float], is_right: Sequence[bool], num_bins: int = NUM_BINS
+) -> list[Bin]:
+    """Sort answers by confidence into bins of equal count (equal confidences stay together); return each
+    bin's means."""
     order = np.argsort(np.asarray(confidences), kind="stable")
-    values, rights = np.asarray(confidences, dtype=np.float64)[order], np.asarray(is_right, dtype=np.float64)[order]
+    values, rights = (
+        np.asarray(confidences, dtype=np.float64)[order],
+        np.asarray(is_right, dtype=np.float64)[order],
+    )
     edges = np.linspace(0, len(values), num_bins + 1).round().astype(int)
     starts = sorted({int(np.searchsorted(values, values[edge])) for edge in edges[:-1] if edge < len(values)})
     parts = zip(starts, [*starts[1:], len(values)], strict=True)

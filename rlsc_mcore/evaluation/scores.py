@@ -1,7 +1,8 @@
 """Scores of sampled answers with standard errors; the question is the sampling unit.
 
-Samples of one question are not independent of each other, so a score is the mean over questions of each question's own mean,
-and its standard error is that of those question means: clustering by question, with equal weight for every question.
+Samples of one question are not independent of each other, so a score is the mean over questions of each
+question's own mean, and its standard error is that of those question means: clustering by question, with
+equal weight for every question.
 """
 
 import math
@@ -35,7 +36,8 @@ class Estimate(TypedDict):
 
 
 def score_key(kind: str, temperature: float) -> str:
-    """Return the key under which `accuracy` or `lenient` is reported at a temperature: `accuracy_t0.5`, `lenient_t1`, `greedy`.
+    """Return the key under which `accuracy` or `lenient` is reported at a temperature: `accuracy_t0.5`,
+    `lenient_t1`, `greedy`.
 
     Different temperatures have different keys: as many digits are kept as tell them apart.
     """
@@ -46,7 +48,8 @@ def score_key(kind: str, temperature: float) -> str:
 
 
 def score_label(key: str, highest_temperature: float | None = None) -> str:
-    """Describe a score for tables and figures; `highest_temperature` is that of the scores which are reported at it alone."""
+    """Describe a score for tables and figures; `highest_temperature` is that of the scores which are reported
+    at it alone."""
     if key in _LABELS:
         at_highest = key in HIGHEST_TEMPERATURE_SCORES and highest_temperature is not None
         return _LABELS[key] + (f", T = {highest_temperature:g}" if at_highest else "")
@@ -61,7 +64,8 @@ def key_temperature(key: str) -> float | None:
 
 
 def estimate(question_means: Sequence[float]) -> Estimate:
-    """Return the mean of one number per question and its standard error (sample standard deviation / sqrt(questions))."""
+    """Return the mean of one number per question and its standard error (sample standard deviation /
+    sqrt(questions))."""
     if not question_means:
         raise ValueError("scores need at least one question")
     values = np.asarray(question_means, dtype=np.float64)
@@ -73,7 +77,8 @@ def estimate(question_means: Sequence[float]) -> Estimate:
 def question_scores(samples: Sequence[AnswerRecord]) -> dict[str, float]:
     """Return one question's own means by name; `confidence_f` only where every sample has a log-prob.
 
-    `confidence_f` is the mean of exp(sum of log p) over answers sampled from p, which estimates F = sum_y p(y)^2 without bias.
+    `confidence_f` is the mean of exp(sum of log p) over answers sampled from p, which estimates F = sum_y
+    p(y)^2 without bias.
     """
     if not samples:
         raise ValueError("a question needs at least one sample")

@@ -6,8 +6,8 @@
 - Paired differences: sign-flip test; several tests: Holm's correction.
 - Several seeds: questions and seeds as crossed levels, with a t quantile for the few seeds.
 
-Sources: E. B. Wilson 1927; N. Dean, M. Pagano 2015 (clustered proportions); G. Y. Zou, A. Donner 2008 (MOVER);
-C. Cameron, J. Gelbach, D. Miller 2011 (two-way clustering); S. Holm 1979.
+Sources: E. B. Wilson 1927; N. Dean, M. Pagano 2015 (clustered proportions); G. Y. Zou, A. Donner 2008
+(MOVER); C. Cameron, J. Gelbach, D. Miller 2011 (two-way clustering); S. Holm 1979.
 """
 
 import itertools
@@ -53,7 +53,8 @@ class CrossedChange:
 
 
 def wilson_interval(share: float, count: float, level: float = CONFIDENCE_LEVEL) -> tuple[float, float]:
-    """Return Wilson's score interval of a share seen in `count` independent answers; `count` need not be whole."""
+    """Return Wilson's score interval of a share seen in `count` independent answers; `count` need not be
+    whole."""
     z2 = NormalDist().inv_cdf((1 + level) / 2) ** 2
     center = (share + z2 / (2 * count)) / (1 + z2 / count)
     half = math.sqrt(z2 * (share * (1 - share) / count + z2 / (4 * count**2))) / (1 + z2 / count)
@@ -63,10 +64,11 @@ def wilson_interval(share: float, count: float, level: float = CONFIDENCE_LEVEL)
 def share_interval(values: Sequence[float], level: float = CONFIDENCE_LEVEL) -> tuple[float, float]:
     """Return the interval of the mean of one share (0 to 1) per question; (-inf, inf) for one question alone.
 
-    It is Wilson's with the number of single answers that would vary as much. For one answer per question that is the number
-    of questions; for means of k answers it is between that and k times it. Where few questions differ from the boundary
-    (fewer than there are degrees of freedom for), their variance says little, and the number shrinks towards that of the
-    questions. The interval is never of zero width. Raises ValueError without values.
+    It is Wilson's with the number of single answers that would vary as much. For one answer per question that
+    is the number of questions; for means of k answers it is between that and k times it. Where few questions
+    differ from the boundary (fewer than there are degrees of freedom for), their variance says little, and
+    the number shrinks towards that of the questions. The interval is never of zero width. Raises ValueError
+    without values.
     """
     data = np.asarray(values, dtype=np.float64)
     count = len(data)
@@ -78,10 +80,14 @@ def share_interval(values: Sequence[float], level: float = CONFIDENCE_LEVEL) -> 
     return wilson_interval(mean, _effective_count(data, mean, level), level)
 
 
-def bootstrap_interval(values: Sequence[float], level: float = CONFIDENCE_LEVEL, seed: int = 0) -> tuple[float, float]:
-    """Return the interval of the mean of one number per question: `share_interval` for shares, else the percentile bootstrap.
+def bootstrap_interval(
+    values: Sequence[float], level: float = CONFIDENCE_LEVEL, seed: int = 0
+) -> tuple[float, float]:
+    """Return the interval of the mean of one number per question: `share_interval` for shares, else the
+    percentile bootstrap.
 
-    The resamples are widened by sqrt(n / (n - 1)), which the plain bootstrap of a mean lacks; with one question it is (-inf, inf).
+    The resamples are widened by sqrt(n / (n - 1)), which the plain bootstrap of a mean lacks; with one
+    question it is (-inf, inf).
     """
     data = np.asarray(values, dtype=np.float64)
     if len(data) < 2 or _are_shares(data):
@@ -92,8 +98,8 @@ def bootstrap_interval(values: Sequence[float], level: float = CONFIDENCE_LEVEL,
 def difference_interval(differences: Sequence[float], level: float = CONFIDENCE_LEVEL) -> tuple[float, float]:
     """Return the interval of the mean of one difference of two shares (-1 to 1) per question.
 
-    The mean gain and the mean loss are shares of their own; their intervals are combined with the correlation of the two.
-    Where no question changed the interval is still not of zero width.
+    The mean gain and the mean loss are shares of their own; their intervals are combined with the correlation
+    of the two. Where no question changed the interval is still not of zero width.
     """
     data = np.asarray(differences, dtype=np.float64)
     if len(data) < 2:
@@ -102,7 +108,10 @@ def difference_interval(differences: Sequence[float], level: float = CONFIDENCE_
     gain, loss = float(gains.mean()), float(losses.mean())
     spread = float(gains.std() * losses.std())
     correlation = float(((gains - gain) * (losses - loss)).mean()) / spread if spread > 0 else 0.0
-    (gain_low, gain_high), (loss_low, loss_high) = share_interval(gains.tolist(), level), share_interval(losses.tolist(), level)
+    (gain_low, gain_high), (loss_low, loss_high) = (
+        share_interval(gains.tolist(), level),
+        share_interval(losses.tolist(), level),
+    )
 
     def combined(first: float, second: float) -> float:
         return math.sqrt(max(0.0, first**2 + second**2 - 2 * correlation * first * second))
@@ -115,14 +124,16 @@ def difference_interval(differences: Sequence[float], level: float = CONFIDENCE_
 def paired_change(before: Mapping[int, float], after: Mapping[int, float], seed: int = 0) -> PairedChange:
     """Compare one number per question before and after, over the questions that both have.
 
-    The interval is that of `difference_interval` where both are shares, else the bootstrap's; the p-value is the sign-flip
-    test's: exact up to 14 questions that changed, else 10,000 random sign patterns. Raises ValueError where no question is
-    shared.
+    The interval is that of `difference_interval` where both are shares, else the bootstrap's; the p-value is
+    the sign-flip test's: exact up to 14 questions that changed, else 10,000 random sign patterns. Raises
+    ValueError where no question is shared.
     """
     shared = sorted(before.keys() & after.keys())
     if not shared:
         raise ValueError("a paired comparison needs questions that both sides answered")
-    first, second = (np.array([side[question] for question in shared], dtype=np.float64) for side in (before, after))
+    first, second = (
+        np.array([side[question] for question in shared], dtype=np.float64) for side in (before, after)
+    )
     differences = second - first
     count = len(differences)
     if count == 1:
@@ -142,20 +153,26 @@ def paired_change(before: Mapping[int, float], after: Mapping[int, float], seed:
 
 
 def crossed_change(
-    before: Sequence[Mapping[int, float]], after: Sequence[Mapping[int, float]], level: float = CONFIDENCE_LEVEL
+    before: Sequence[Mapping[int, float]],
+    after: Sequence[Mapping[int, float]],
+    level: float = CONFIDENCE_LEVEL,
 ) -> CrossedChange | None:
-    """Compare before and after over questions and seeds: one mapping question -> number per seed, paired by position.
+    """Compare before and after over questions and seeds: one mapping question -> number per seed, paired by
+    position.
 
-    Questions and seeds are crossed random levels: the variance of the mean is that over questions, plus that over seeds,
-    less what both count. The interval has a t quantile with Satterthwaite's degrees of freedom, so that three seeds widen it
-    as they must. None for fewer than two seeds or two shared questions. Raises ValueError where the numbers of seeds differ.
+    Questions and seeds are crossed random levels: the variance of the mean is that over questions, plus that
+    over seeds, less what both count. The interval has a t quantile with Satterthwaite's degrees of freedom,
+    so that three seeds widen it as they must. None for fewer than two seeds or two shared questions. Raises
+    ValueError where the numbers of seeds differ.
     """
     if len(before) != len(after):
         raise ValueError(f"a comparison over seeds needs pairs: {len(before)} before, {len(after)} after")
     shared = sorted(set.intersection(*(set(part) for part in [*before, *after]))) if before else []
     if len(before) < 2 or len(shared) < 2:
         return None
-    table = np.array([[second[q] - first[q] for q in shared] for first, second in zip(before, after, strict=True)])
+    table = np.array(
+        [[second[q] - first[q] for q in shared] for first, second in zip(before, after, strict=True)]
+    )
     num_seeds, num_questions = table.shape
     mean = float(table.mean())
     by_question = float(table.mean(axis=0).var(ddof=1)) / num_questions
@@ -167,7 +184,11 @@ def crossed_change(
     if error == 0:
         return CrossedChange(mean, 0.0, mean, mean, 1.0 if mean == 0 else 0.0, 0.0, num_questions, num_seeds)
     parts = by_question**2 / (num_questions - 1) + by_seed**2 / (num_seeds - 1)
-    freedom = max(1.0, min(variance**2 / parts, num_questions * num_seeds - 1.0)) if parts > 0 else float(num_questions - 1)
+    freedom = (
+        max(1.0, min(variance**2 / parts, num_questions * num_seeds - 1.0))
+        if parts > 0
+        else float(num_questions - 1)
+    )
     half = t_quantile((1 + level) / 2, freedom) * error
     p_value = min(1.0, 2 * (1 - t_distribution(abs(mean) / error, freedom)))
     seed_share = min(1.0, max(0.0, by_seed - both) / variance)
@@ -175,7 +196,8 @@ def crossed_change(
 
 
 def holm(p_values: Mapping[str, float]) -> dict[str, float]:
-    """Correct the p-values of several tests by Holm's step-down method; the chance of any false alarm is then kept."""
+    """Correct the p-values of several tests by Holm's step-down method; the chance of any false alarm is then
+    kept."""
     corrected: dict[str, float] = {}
     largest = 0.0
     for rank, (name, value) in enumerate(sorted(p_values.items(), key=lambda item: item[1])):
@@ -190,14 +212,19 @@ def t_distribution(value: float, freedom: float) -> float:
     angle = math.atan(abs(value) / math.sqrt(freedom))
     grid = np.linspace(0.0, angle, 401)
     heights = np.cos(grid) ** (freedom - 1)
-    area = float((heights[:-1] + 4 * np.cos((grid[:-1] + grid[1:]) / 2) ** (freedom - 1) + heights[1:]).sum()) * (angle / 400) / 6
+    area = (
+        float((heights[:-1] + 4 * np.cos((grid[:-1] + grid[1:]) / 2) ** (freedom - 1) + heights[1:]).sum())
+        * (angle / 400)
+        / 6
+    )
     scale = math.exp(math.lgamma((freedom + 1) / 2) - math.lgamma(freedom / 2)) / math.sqrt(math.pi)
     return 0.5 + math.copysign(area * scale, value)
 
 
 @lru_cache(maxsize=4096)
 def t_quantile(probability: float, freedom: float) -> float:
-    """Return the value below which Student's t with `freedom` degrees (1 or more) is with this probability (above 0.5)."""
+    """Return the value below which Student's t with `freedom` degrees (1 or more) is with this probability
+    (above 0.5)."""
     low, high = 0.0, 1.0
     while t_distribution(high, freedom) < probability:
         high *= 2
@@ -252,9 +279,14 @@ def _percentile_interval(data: npt.NDArray[np.float64], level: float, seed: int)
     return float(low), float(high)
 
 
-def _resampled_means(data: npt.NDArray[np.float64], generator: np.random.Generator) -> npt.NDArray[np.float64]:
+def _resampled_means(
+    data: npt.NDArray[np.float64], generator: np.random.Generator
+) -> npt.NDArray[np.float64]:
     count = len(data)
-    parts = [data[generator.integers(0, count, size=(size, count))].mean(axis=1) for size in _chunks(NUM_RESAMPLES, count)]
+    parts = [
+        data[generator.integers(0, count, size=(size, count))].mean(axis=1)
+        for size in _chunks(NUM_RESAMPLES, count)
+    ]
     return np.concatenate(parts)
 
 

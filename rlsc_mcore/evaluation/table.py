@@ -13,7 +13,8 @@ IN_TOKENS = ("mean_length",)
 
 
 def table_rows(columns: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
-    """Return key -> label of every score in `columns`, in the order of the table: known kinds first, each by temperature."""
+    """Return key -> label of every score in `columns`, in the order of the table: known kinds first, each by
+    temperature."""
     keys = {name for scores in columns.values() for name in scores}
     temperatures = [temperature for temperature in map(key_temperature, keys) if temperature is not None]
     highest = max(temperatures, default=None)

@@ -1,4 +1,5 @@
-"""`rlsc compare`: the objectives against each other, on the same questions and seeds; one table and one figure."""
+"""`rlsc compare`: the objectives against each other, on the same questions and seeds; one table and one
+figure."""
 
 import itertools
 from collections.abc import Mapping, Sequence
@@ -19,8 +20,11 @@ BASE = "base"
 FIGURE_METRICS = ("accuracy", "greedy", "lenient")
 
 
-def gather(experiment: Experiment, variants: Sequence[Variant], temperatures: Sequence[float]) -> dict[str, Any]:
-    """Collect all runs' answers into one row per objective, the base first; paired by question with the base of the same seeds."""
+def gather(
+    experiment: Experiment, variants: Sequence[Variant], temperatures: Sequence[float]
+) -> dict[str, Any]:
+    """Collect all runs' answers into one row per objective, the base first; paired by question with the base
+    of the same seeds."""
     names = metric_names(temperatures)
     trained = next(variant for variant in variants if variant.temperature_factor is None)
     before = [experiment.answers(trained, seed, "before") for seed in experiment.seeds]
@@ -36,7 +40,8 @@ def gather(experiment: Experiment, variants: Sequence[Variant], temperatures: Se
 
 
 def _correct(rows: Mapping[str, Any]) -> None:
-    """Add to each change the p-value corrected over all rows of its metric (Holm), over seeds where there are several."""
+    """Add to each change the p-value corrected over all rows of its metric (Holm), over seeds where there are
+    several."""
     for metric in dict.fromkeys(metric for row in rows.values() for metric in row):
         changes = {name: row[metric]["change"] for name, row in rows.items() if metric in row}
         p_values = {name: (change["over_seeds"] or change)["p_value"] for name, change in changes.items()}
@@ -50,11 +55,19 @@ def figure(result: Mapping[str, Any]) -> str:
     panels = []
     for metric in [name for name in rows[BASE] if name.startswith(FIGURE_METRICS)]:
         dots = [
-            Dot(name, row[metric]["mean"], *within_shares(row[metric]), colour=0 if name != BASE else 5, hollow=name == BASE)
+            Dot(
+                name,
+                row[metric]["mean"],
+                *within_shares(row[metric]),
+                colour=0 if name != BASE else 5,
+                hollow=name == BASE,
+            )
             for name, row in rows.items()
             if metric in row
         ]
-        panels.append((title(metric), dot_chart(dots, name=title(metric), reference=rows[BASE][metric]["mean"])))
+        panels.append(
+            (title(metric), dot_chart(dots, name=title(metric), reference=rows[BASE][metric]["mean"]))
+        )
     caption = f"{result['questions']} questions, {len(result['seeds'])} seeds; 95 % intervals over questions"
     return standalone_svg(panels, caption)
 
@@ -65,24 +78,34 @@ def within_shares(score: Mapping[str, Any]) -> tuple[float, float]:
 
 
 def markdown(result: Mapping[str, Any]) -> str:
-    """Write the table as Markdown: means, then the paired change against the base with its standard error over questions."""
+    """Write the table as Markdown: means, then the paired change against the base with its standard error
+    over questions."""
     rows = result["rows"]
     metrics = list(rows[BASE])
-    lines = ["| | " + " | ".join(title(metric) for metric in metrics) + " |", "|---" + "|---:" * len(metrics) + "|"]
+    lines = [
+        "| | " + " | ".join(title(metric) for metric in metrics) + " |",
+        "|---" + "|---:" * len(metrics) + "|",
+    ]
     for name, row in rows.items():
-        lines.append(f"| {name} | " + " | ".join(_cell(metric, name, row.get(metric)).replace("\n", " ") for metric in metrics) + " |")
+        lines.append(
+            f"| {name} | "
+            + " | ".join(_cell(metric, name, row.get(metric)).replace("\n", " ") for metric in metrics)
+            + " |"
+        )
     questions, seeds = result["questions"], len(result["seeds"])
     level = "questions and seeds" if seeds > 1 else "questions"
     lines += [
         "",
-        f"{questions} questions, {seeds} seeds; in brackets the paired change against the base, +- its standard error over {level}.",
+        f"{questions} questions, {seeds} seeds; in brackets the paired change against the base, +- its "
+        f"standard error over {level}.",
         "",
     ]
     tested = [metric for metric in metrics if metric.startswith(("accuracy", "greedy"))]
     if not result.get("pairs") or not tested:
         return "\n".join(lines)
     lines += [
-        f"Every pair of variants: the paired change with its 95 % interval over {level}, and the p-value corrected over the pairs (Holm).",
+        f"Every pair of variants: the paired change with its 95 % interval over {level}, and the p-value "
+        "corrected over the pairs (Holm).",
         "",
         "| | " + " | ".join(title(metric) for metric in tested) + " |",
         "|---" + "|---:" * len(tested) + "|",
@@ -98,10 +121,17 @@ def title(metric: str) -> str:
 
 
 def print_table(result: Mapping[str, Any], console: Console) -> None:
-    """Print one row per objective: the main scores and their paired changes against the base; comparison.md has them all."""
+    """Print one row per objective: the main scores and their paired changes against the base; comparison.md
+    has them all."""
     rows = result["rows"]
-    metrics = [metric for metric in rows[BASE] if metric.startswith(("accuracy", "confidence_f")) or metric == "greedy"]
-    table = Table(title=f"{result['questions']} questions, {len(result['seeds'])} seeds: mean (paired change +- standard error)")
+    metrics = [
+        metric
+        for metric in rows[BASE]
+        if metric.startswith(("accuracy", "confidence_f")) or metric == "greedy"
+    ]
+    table = Table(
+        title=f"{result['questions']} questions, {len(result['seeds'])} seeds: mean (paired change +- standard error)"
+    )
     table.add_column("", overflow="fold")
     for metric in metrics:
         table.add_column(title(metric), justify="right", overflow="fold")
@@ -126,7 +156,9 @@ def _cell(metric: str, name: str, row: Mapping[str, Any] | None) -> str:
         return f"{row['mean']:.{digits}f}"
     counted = row["change"].get("over_seeds") or row["change"]
     change, error = counted["mean"], counted["standard_error"]
-    return f"{row['mean']:.{digits}f}\n({change:+.{digits}f}" + (f" +- {error:.{digits}f})" if error is not None else ")")
+    return f"{row['mean']:.{digits}f}\n({change:+.{digits}f}" + (
+        f" +- {error:.{digits}f})" if error is not None else ")"
+    )
 
 
 def _pair_cell(row: Mapping[str, Any] | None) -> str:

@@ -38,7 +38,10 @@ def find_evaluations(folder: Path) -> Evaluated:
     if (folder / CONFIG_FILE).is_file():
         found = {"evaluation": (folder / "evaluation", "after")}
         if not (folder / "evaluation" / f"after{SUFFIX}").is_file():
-            raise ConfigError(f"--runs {folder}: the run has no evaluation after training; finish it, or evaluate it with rlsc eval")
+            raise ConfigError(
+                f"--runs {folder}: the run has no evaluation after training; finish it, or evaluate it with "
+                "rlsc eval"
+            )
     else:
         stems = sorted(file.name.removesuffix(SUFFIX) for file in folder.glob(f"*{SUFFIX}"))
         found = {stem: (folder, stem) for stem in stems}
@@ -50,9 +53,9 @@ def find_evaluations(folder: Path) -> Evaluated:
 def compare_evaluations(folders: Sequence[Path]) -> list[dict[str, Any]]:
     """Compare every pair of evaluated folders on each benchmark and temperature that both have.
 
-    Returns one row per pair, benchmark, temperature and way of grading: the means, the paired change with interval and
-    p-value, and the p-value corrected over the pair's benchmarks. Raises `ConfigError` where a pair shares nothing, or
-    where the two were asked different questions under the same number.
+    Returns one row per pair, benchmark, temperature and way of grading: the means, the paired change with
+    interval and p-value, and the p-value corrected over the pair's benchmarks. Raises `ConfigError` where a
+    pair shares nothing, or where the two were asked different questions under the same number.
     """
     if len(folders) < 2:
         raise ConfigError(f"--runs: expected two folders or more to compare, got {len(folders)}")
@@ -64,7 +67,9 @@ def compare_evaluations(folders: Sequence[Path]) -> list[dict[str, Any]]:
         pairs = _paired_benchmarks(first, second)
         if not pairs:
             known = [", ".join(side.benchmarks) for side in (first, second)]
-            raise ConfigError(f"--runs: {first.folder} ({known[0]}) and {second.folder} ({known[1]}) share no benchmark")
+            raise ConfigError(
+                f"--runs: {first.folder} ({known[0]}) and {second.folder} ({known[1]}) share no benchmark"
+            )
         changes = []
         for benchmark, sides in pairs.items():
             changes += [{"benchmark": benchmark, **row} for row in _changes(*sides)]
@@ -79,28 +84,58 @@ def compare_evaluations(folders: Sequence[Path]) -> list[dict[str, Any]]:
 
 def print_pairs(rows: Sequence[Mapping[str, Any]], console: Console) -> None:
     """Print one line per comparison."""
-    table = Table(title="second - first, paired by question: 95 % interval, p of no change, p corrected over the benchmarks")
-    for name in ("first", "second", "benchmark", "T", "graded", "first", "second", "change", "p", "corrected"):
-        table.add_column(name, justify="left" if name in ("first", "second", "benchmark", "graded") else "right", overflow="fold")
+    table = Table(
+        title="second - first, paired by question: 95 % interval, p of no change, p corrected over the benchmarks"
+    )
+    for name in (
+        "first",
+        "second",
+        "benchmark",
+        "T",
+        "graded",
+        "first",
+        "second",
+        "change",
+        "p",
+        "corrected",
+    ):
+        table.add_column(
+            name,
+            justify="left" if name in ("first", "second", "benchmark", "graded") else "right",
+            overflow="fold",
+        )
     for row in rows:
         change = f"{row['change']:+.3f} ({row['low']:+.3f} to {row['high']:+.3f})"
-        where = (Path(row["first"]).name, Path(row["second"]).name, row["benchmark"], f"{row['temperature']:g}", row["graded"])
+        where = (
+            Path(row["first"]).name,
+            Path(row["second"]).name,
+            row["benchmark"],
+            f"{row['temperature']:g}",
+            row["graded"],
+        )
         values = (f"{row['first_mean']:.3f}", f"{row['second_mean']:.3f}", change)
         table.add_row(*where, *values, f"{row['p_value']:.3g}", f"{row['corrected_p_value']:.3g}")
     console.print(table)
 
 
-def _paired_benchmarks(first: Evaluated, second: Evaluated) -> dict[str, tuple[list[AnswerRecord], list[AnswerRecord]]]:
+def _paired_benchmarks(
+    first: Evaluated, second: Evaluated
+) -> dict[str, tuple[list[AnswerRecord], list[AnswerRecord]]]:
     pairs = {}
     for name in first.benchmarks:
         if name not in second.benchmarks:
             continue
         places = (first.benchmarks[name], second.benchmarks[name])
         asked = [read_question_records(*place) for place in places]
-        changed = [index for index in asked[0].keys() & asked[1].keys() if _asks(asked[0][index]) != _asks(asked[1][index])]
+        changed = [
+            index
+            for index in asked[0].keys() & asked[1].keys()
+            if _asks(asked[0][index]) != _asks(asked[1][index])
+        ]
         if changed:
             raise ConfigError(
-                f"--runs: {name}: question {min(changed)} is another one in {places[0][0]} than in {places[1][0]}; "
+                f"--runs: {name}: question {min(changed)} is another one in {places[0][0]} than in "
+                f"{places[1][0]}; "
                 "compare evaluations of the same file"
             )
         pairs[name] = (read_answers(*places[0]), read_answers(*places[1]))
@@ -113,7 +148,9 @@ def _asks(record: Any) -> tuple[str, str]:
 
 def _changes(first: Sequence[AnswerRecord], second: Sequence[AnswerRecord]) -> list[dict[str, Any]]:
     rows = []
-    for temperature in sorted({answer.temperature for answer in first} & {answer.temperature for answer in second}):
+    for temperature in sorted(
+        {answer.temperature for answer in first} & {answer.temperature for answer in second}
+    ):
         for field, graded in FIELDS.items():
             before, after = (question_means(answers, temperature, field) for answers in (first, second))
             shared = before.keys() & after.keys()

@@ -1,7 +1,7 @@
 """The published table of arXiv 2506.06395 and how each of its columns was measured.
 
-The protocol of a column follows from its numbers: AMC23 has 40 questions and its values are multiples of 1/320, which is the
-mean of 8 answers; GPQA is Evalchemy's mean of 3; the others are one answer per question.
+The protocol of a column follows from its numbers: AMC23 has 40 questions and its values are multiples of
+1/320, which is the mean of 8 answers; GPQA is Evalchemy's mean of 3; the others are one answer per question.
 """
 
 from dataclasses import dataclass
@@ -43,7 +43,11 @@ class Protocol:
     @property
     def options(self) -> tuple[str, ...]:
         """The options of `rlsc eval`, without benchmarks and templates."""
-        sampling = ("--k", str(self.num_samples), "--temperatures", f"{self.temperature:g}") if self.num_samples else ("--temperatures",)
+        sampling = (
+            ("--k", str(self.num_samples), "--temperatures", f"{self.temperature:g}")
+            if self.num_samples
+            else ("--temperatures",)
+        )
         return (*sampling, *(("--few-shot", str(self.few_shot)) if self.few_shot else ()))
 
 
@@ -53,8 +57,22 @@ PROTOCOLS = (
     Protocol("one_answer", ("aime24", "math500", "gsm8k", "minerva", "olympiad"), note="one greedy answer"),
     Protocol("amc23", ("amc23",), 8, 0.7, note="mean of 8 answers at T = 0.7"),
     Protocol("mmlu_stem", ("mmlu_stem",), few_shot=5, note="one greedy answer after 5 examples"),
-    Protocol("gpqa_diamond", ("gpqa_diamond",), 3, 0.7, "chat", note="mean of 3 answers at T = 0.7, Evalchemy's prompt"),
-    Protocol("pass_at_k", ("aime24", "amc23", "math500"), PASS_AT_K, 0.5, column=False, note=f"pass@k to k = {PASS_AT_K} at T = 0.5"),
+    Protocol(
+        "gpqa_diamond",
+        ("gpqa_diamond",),
+        3,
+        0.7,
+        "chat",
+        note="mean of 3 answers at T = 0.7, Evalchemy's prompt",
+    ),
+    Protocol(
+        "pass_at_k",
+        ("aime24", "amc23", "math500"),
+        PASS_AT_K,
+        0.5,
+        column=False,
+        note=f"pass@k to k = {PASS_AT_K} at T = 0.5",
+    ),
     *(
         Protocol(
             f"temperature_{t:g}".replace(".", "p"),
@@ -71,15 +89,31 @@ PROTOCOLS = (
 # The same on a CPU, for trying the chain out.
 TINY_PROTOCOLS = (
     Protocol("one_answer", ("embedded:train",), note="one greedy answer"),
-    Protocol("mean_of_2", ("embedded:validation",), 2, 0.7, "evalchemy-chat", note="mean of 2 answers at T = 0.7, Evalchemy's prompt"),
+    Protocol(
+        "mean_of_2",
+        ("embedded:validation",),
+        2,
+        0.7,
+        "evalchemy-chat",
+        note="mean of 2 answers at T = 0.7, Evalchemy's prompt",
+    ),
     Protocol("pass_at_k", ("embedded:validation",), 4, 0.5, column=False, note="pass@k to k = 4 at T = 0.5"),
-    Protocol("temperature_0p25", ("embedded:validation",), 2, 0.25, base_only=True, column=False, note="mean of 2 answers at T = 0.25"),
+    Protocol(
+        "temperature_0p25",
+        ("embedded:validation",),
+        2,
+        0.25,
+        base_only=True,
+        column=False,
+        note="mean of 2 answers at T = 0.25",
+    ),
 )
 
 # What is trained, each with every seed: the paper's recipe, its parts one by one, and controls.
 ARMS: dict[str, tuple[str, ...]] = {
     "rlsc": (),
-    # log p at the sampling temperature leaves the alpha term without direction: the expected update of equal weights is 0.
+    # log p at the sampling temperature leaves the alpha term without direction: the expected update of equal
+    # weights is 0.
     "rlsc_log_p_at_1": ("--algorithm.log-prob-temperature", "1.0"),
     "rlsc_length_normalized": ("--algorithm.confidence", "length_normalized"),
     "self_sft": ("--algorithm.objective", "self_sft"),

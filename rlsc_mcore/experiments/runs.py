@@ -1,7 +1,8 @@
 """Several runs of one configuration, each a process of its own: resumable, on the same questions and seeds.
 
-A run that is complete is not run again, an unfinished one goes on where it stopped. The base model is evaluated once per seed:
-its answers are the same for every run that changes neither model nor questions nor how they are answered.
+A run that is complete is not run again, an unfinished one goes on where it stopped. The base model is
+evaluated once per seed: its answers are the same for every run that changes neither model nor questions nor
+how they are answered.
 """
 
 import itertools
@@ -24,7 +25,13 @@ from rlsc_mcore.run.machine_errors import explain
 from rlsc_mcore.run.owner import owned, refuse_owned
 from rlsc_mcore.training.signals import Interrupted
 
-_SHARES_BASE = ("--algorithm.", "--optimizer.", "--training.num-steps", "--rollout.num-samples", "--rollout.temperature")
+_SHARES_BASE = (
+    "--algorithm.",
+    "--optimizer.",
+    "--training.num-steps",
+    "--rollout.num-samples",
+    "--rollout.temperature",
+)
 
 
 @dataclass(frozen=True)
@@ -33,7 +40,9 @@ class Variant:
 
     name: str
     flags: tuple[str, ...] = ()  # beside the experiment's own
-    temperature_factor: float | None = None  # not trained: the base model, answering at so many times the temperature
+    temperature_factor: float | None = (
+        None  # not trained: the base model, answering at so many times the temperature
+    )
 
 
 @dataclass(frozen=True)
@@ -57,12 +66,15 @@ class Experiment:
     def owned(self, result: str) -> Iterator[None]:
         """Own the experiment's folder inside the block: a second process that would run it is refused.
 
-        So is a folder whose file `result` is another program's. Raises `ConfigError`; `RunError` where the folder cannot be
-        written.
+        So is a folder whose file `result` is another program's. Raises `ConfigError`; `RunError` where the
+        folder cannot be written.
         """
         file = self.folder / result
         if file.exists() and not _is_result(file):
-            raise ConfigError(f"--output {self.folder}: its {result} was not made by this program; it is left alone: choose another folder")
+            raise ConfigError(
+                f"--output {self.folder}: its {result} was not made by this program; it is left alone: "
+                "choose another folder"
+            )
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             with owned(self.folder):
@@ -73,13 +85,16 @@ class Experiment:
     def run(self, variants: Sequence[Variant], report: Reporter) -> None:
         """Do what is left of every run, seed by seed.
 
-        Raises ConfigError where a folder holds a run of another configuration, RunError when a run fails or was stopped.
+        Raises ConfigError where a folder holds a run of another configuration, RunError when a run fails or
+        was stopped.
         """
         for seed, variant in itertools.product(self.seeds, variants):
             self._check_same(variant, seed)
             refuse_owned(self.run_dir(variant, seed))
         (self.folder / "logs").mkdir(parents=True, exist_ok=True)
-        left = [(seed, variant) for seed in self.seeds for variant in variants if not self.is_done(variant, seed)]
+        left = [
+            (seed, variant) for seed in self.seeds for variant in variants if not self.is_done(variant, seed)
+        ]
         done = len(self.seeds) * len(variants) - len(left)
         if done:
             report.line(f"{done} of {len(self.seeds) * len(variants)} runs are there already")
@@ -88,10 +103,19 @@ class Experiment:
             self._share_base(variant, variants, seed)
             log = self.folder / "logs" / f"{variant.name}_seed{seed}.log"
             with log.open("a", encoding="utf-8") as out:
-                code, stopped_by = _finish(subprocess.Popen(self._command(variant, seed), stdout=out, stderr=subprocess.STDOUT))
+                code, stopped_by = _finish(
+                    subprocess.Popen(self._command(variant, seed), stdout=out, stderr=subprocess.STDOUT)
+                )
             if stopped_by is not None:
-                how = "was stopped and saved" if code in (0, 128 + signal.SIGTERM) else f"was stopped and ended with exit code {code}"
-                raise Interrupted(stopped_by.number, f"{variant.name}, seed {seed} {how}; the same command goes on; see {log}")
+                how = (
+                    "was stopped and saved"
+                    if code in (0, 128 + signal.SIGTERM)
+                    else f"was stopped and ended with exit code {code}"
+                )
+                raise Interrupted(
+                    stopped_by.number,
+                    f"{variant.name}, seed {seed} {how}; the same command goes on; see {log}",
+                )
             if code:
                 last = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-1:]
                 raise RunError(f"{variant.name}, seed {seed}: exit code {code} ({' '.join(last)}); see {log}")
@@ -104,45 +128,78 @@ class Experiment:
         return (self.run_dir(variant, seed) / last).is_file()
 
     def answers(self, variant: Variant, seed: int, name: str) -> list[AnswerRecord]:
-        """The answers of one run, before or after; a lowered temperature answers under the name of the one it replaces."""
+        """The answers of one run, before or after; a lowered temperature answers under the name of the one it
+        replaces."""
         answers = read_answers(self.run_dir(variant, seed) / "evaluation", name)
         factor = variant.temperature_factor
         if factor is None:
             return answers
-        return [AnswerRecord(**{**vars(answer), "temperature": _restored(answer.temperature, factor)}) for answer in answers]
+        return [
+            AnswerRecord(**{**vars(answer), "temperature": _restored(answer.temperature, factor)})
+            for answer in answers
+        ]
 
     def _flags(self, variant: Variant, seed: int) -> list[str]:
-        return [*self.flags, *variant.flags, "--training.seed", str(seed), "--run-dir", str(self.run_dir(variant, seed))]
+        return [
+            *self.flags,
+            *variant.flags,
+            "--training.seed",
+            str(seed),
+            "--run-dir",
+            str(self.run_dir(variant, seed)),
+        ]
 
     def _command(self, variant: Variant, seed: int) -> list[str]:
         program = [sys.executable, "-m", "rlsc_mcore.cli"]
         if variant.temperature_factor is None:
             return [*program, "train", "--config", str(self.config_file), *self._flags(variant, seed)]
         config = self.config(variant, seed)
-        temperatures = [f"{variant.temperature_factor * temperature:g}" for temperature in config.evaluation.temperatures]
+        temperatures = [
+            f"{variant.temperature_factor * temperature:g}" for temperature in config.evaluation.temperatures
+        ]
         output = self.run_dir(variant, seed) / "evaluation" / "after.json"
         settings = [*read_flags(self.config_file), *self._flags(variant, seed)]
         return [
             *(*program, "eval", "--model", config.model.path, "--data", str(config.evaluation.path)),
-            *("--num-samples", str(config.evaluation.num_samples), "--output", str(output), "--temperatures", *temperatures),
+            *(
+                "--num-samples",
+                str(config.evaluation.num_samples),
+                "--output",
+                str(output),
+                "--temperatures",
+                *temperatures,
+            ),
             *_without_evaluation(settings),
-            *([] if config.evaluation.max_questions is None else ["--evaluation.max-questions", str(config.evaluation.max_questions)]),
+            *(
+                []
+                if config.evaluation.max_questions is None
+                else ["--evaluation.max-questions", str(config.evaluation.max_questions)]
+            ),
         ]
 
     def _check_same(self, variant: Variant, seed: int) -> None:
         file = self.run_dir(variant, seed) / "config.yaml"
         changes = changed_fields(load_config(file), self.config(variant, seed)) if file.is_file() else []
         if changes:
-            raise ConfigError(f"{file.parent} holds a run with another configuration ({'; '.join(changes)}); choose another --output")
+            raise ConfigError(
+                f"{file.parent} holds a run with another configuration ({'; '.join(changes)}); choose "
+                "another --output"
+            )
 
     def _share_base(self, variant: Variant, variants: Sequence[Variant], seed: int) -> None:
-        """Copy the base model's evaluation from a finished run of the same seed where it must come out the same."""
+        """Copy the base model's evaluation from a finished run of the same seed where it must come out the
+        same."""
         target = self.run_dir(variant, seed) / "evaluation"
         if (target / "before.json").is_file() or not _keeps_base(variant):
             return
         for other in variants:
             source = self.run_dir(other, seed) / "evaluation"
-            if other != variant and _keeps_base(other) and self.is_done(other, seed) and (source / "before.json").is_file():
+            if (
+                other != variant
+                and _keeps_base(other)
+                and self.is_done(other, seed)
+                and (source / "before.json").is_file()
+            ):
                 target.mkdir(parents=True, exist_ok=True)
                 for name in ("before.questions.jsonl", "before.answers.jsonl", "before.json"):
                     shutil.copyfile(source / name, target / name)
@@ -169,7 +226,9 @@ def grid(axes: Mapping[str, Sequence[str]]) -> list[Variant]:
 
 def combination(values: Mapping[str, str]) -> str:
     """Name one combination of swept values."""
-    return "_".join(f"{field.rpartition('.')[2]}={value}" for field, value in values.items()).replace("/", "-")
+    return "_".join(f"{field.rpartition('.')[2]}={value}" for field, value in values.items()).replace(
+        "/", "-"
+    )
 
 
 def run_settings(experiment: Experiment, variant: Variant) -> dict[str, Any]:
@@ -178,7 +237,11 @@ def run_settings(experiment: Experiment, variant: Variant) -> dict[str, Any]:
     summary = experiment.run_dir(variant, experiment.seeds[0]) / "summary.json"
     return {
         "versions": json.loads(summary.read_text(encoding="utf-8")).get("versions", {}),
-        "settings": {"steps": config.training.num_steps, "evaluation": config.evaluation.path, "flags": list(experiment.flags)},
+        "settings": {
+            "steps": config.training.num_steps,
+            "evaluation": config.evaluation.path,
+            "flags": list(experiment.flags),
+        },
     }
 
 
@@ -190,7 +253,8 @@ def check_flags(flags: Sequence[str]) -> None:
 def _finish(process: "subprocess.Popen[bytes]") -> tuple[int, Interrupted | None]:
     """Wait for a run; returns its exit code and the stop signal that this process got meanwhile.
 
-    A stop signal is passed on to the run as SIGTERM: it saves and ends by itself, however long that takes. A second one ends it.
+    A stop signal is passed on to the run as SIGTERM: it saves and ends by itself, however long that takes. A
+    second one ends it.
     """
     stopped_by: Interrupted | None = None
     while True:

@@ -15,7 +15,10 @@ from rlsc_mcore.reports.swept import SweptLine, SweptPoint, swept_chart
 
 
 def gather(
-    experiment: Experiment, variants: Sequence[Variant], axes: Mapping[str, Sequence[str]], temperatures: Sequence[float]
+    experiment: Experiment,
+    variants: Sequence[Variant],
+    axes: Mapping[str, Sequence[str]],
+    temperatures: Sequence[float],
 ) -> dict[str, Any]:
     """Collect all runs' answers into one row per combination, each paired with its own base by question."""
     names = metric_names(temperatures)
@@ -28,11 +31,17 @@ def gather(
         rows[variant.name] = summarize(before, after, names)
         first = first or summarize(before, before, names)
         questions |= {answer.question for answers in before for answer in answers}
-    return {"over": dict(axes), "questions": len(questions), "seeds": list(experiment.seeds), "rows": {BASE: first, **rows}}
+    return {
+        "over": dict(axes),
+        "questions": len(questions),
+        "seeds": list(experiment.seeds),
+        "rows": {BASE: first, **rows},
+    }
 
 
 def figure(result: Mapping[str, Any]) -> str:
-    """Draw accuracy and F against the first option of several values, one line per setting of the others, as a standalone SVG."""
+    """Draw accuracy and F against the first option of several values, one line per setting of the others, as
+    a standalone SVG."""
     rows, axes = result["rows"], result["over"]
     swept = next((field for field, values in axes.items() if len(values) > 1), next(iter(axes)))
     others = {field: values for field, values in axes.items() if field != swept}
@@ -50,17 +59,32 @@ def figure(result: Mapping[str, Any]) -> str:
         panels.append((title(metric), chart))
     seeds = len(result["seeds"])
     dots = "" if seeds == 1 else "; small dots: single seeds"
-    return standalone_svg(panels, f"{seeds} seed{'s' if seeds > 1 else ''}; bars: 95 % intervals over questions{dots}")
+    return standalone_svg(
+        panels, f"{seeds} seed{'s' if seeds > 1 else ''}; bars: 95 % intervals over questions{dots}"
+    )
 
 
-def _line(rows: Mapping[str, Any], metric: str, axes: Mapping[str, Sequence[str]], swept: str, setting: Sequence[str]) -> SweptLine:
+def _line(
+    rows: Mapping[str, Any],
+    metric: str,
+    axes: Mapping[str, Sequence[str]],
+    swept: str,
+    setting: Sequence[str],
+) -> SweptLine:
     """Read the points of one setting of the other options."""
     rest = dict(zip([field for field in axes if field != swept], setting, strict=True))
     points = []
     for value in axes[swept]:
         row = rows[combination({field: rest.get(field, value) for field in axes})].get(metric)
         if row is not None:
-            points.append(SweptPoint(value, row["mean"], *within_shares(row), row["per_seed"] if len(row["per_seed"]) > 1 else ()))
+            points.append(
+                SweptPoint(
+                    value,
+                    row["mean"],
+                    *within_shares(row),
+                    row["per_seed"] if len(row["per_seed"]) > 1 else (),
+                )
+            )
     return SweptLine(", ".join(f"{_short(field)} = {value}" for field, value in rest.items()), points)
 
 

@@ -1,7 +1,9 @@
-"""The experiment of arXiv 2506.06395, table 2, as a chain of commands, and its table beside the paper's numbers.
+"""The experiment of arXiv 2506.06395, table 2, as a chain of commands, and its table beside the paper's
+numbers.
 
-`python -m rlsc_mcore.experiments.table2 plan ...` checks that everything is there and prints the chain, one command per line;
-`... table FOLDER` reads what the chain left. launch/reproduce_table2.sh submits the chain or runs it here.
+`python -m rlsc_mcore.experiments.table2 plan ...` checks that everything is there and prints the chain, one
+command per line; `... table FOLDER` reads what the chain left. launch/reproduce_table2.sh submits the chain
+or runs it here.
 
     OUTPUT/SIZE/base/PROTOCOL/BENCHMARK.TEMPLATE.*
     OUTPUT/SIZE/ARM/seed0/step10/PROTOCOL/BENCHMARK.TEMPLATE.*
@@ -48,7 +50,9 @@ SIZES = {
     "1.5b": Size("1.5b", CONFIGS / "qwen2.5_math_1.5b_1gpu.yaml", "rlsc_1.5b_1gpu.sh"),
     "7b": Size("7b", CONFIGS / "qwen2.5_math_7b_1x8.yaml", "rlsc_7b.sh"),
     # The same chain on a CPU, for trying it out.
-    "tiny": Size("tiny", CONFIGS / "tiny_cpu.yaml", "rlsc_1.5b_1gpu.sh", ("chat", "none"), "chat", TINY_PROTOCOLS),
+    "tiny": Size(
+        "tiny", CONFIGS / "tiny_cpu.yaml", "rlsc_1.5b_1gpu.sh", ("chat", "none"), "chat", TINY_PROTOCOLS
+    ),
 }
 
 
@@ -73,7 +77,9 @@ class Task:
 
 def missing(sizes: Sequence[Size], folder: Path | None) -> list[str]:
     """Name everything that the chain needs and that is not here."""
-    found = missing_benchmarks(list(dict.fromkeys(name for size in sizes for name in size.benchmarks)), folder)
+    found = missing_benchmarks(
+        list(dict.fromkeys(name for size in sizes for name in size.benchmarks)), folder
+    )
     for size in sizes:
         try:
             resolve_model_folder(load_config(size.config).model.path)
@@ -82,8 +88,11 @@ def missing(sizes: Sequence[Size], folder: Path | None) -> list[str]:
     return found
 
 
-def chain(sizes: Sequence[Size], output: Path, folder: Path | None, extent: Extent, flags: Sequence[str]) -> list[Task]:
-    """List the tasks of all sizes in an order in which they can run; `flags` go to every training and evaluation."""
+def chain(
+    sizes: Sequence[Size], output: Path, folder: Path | None, extent: Extent, flags: Sequence[str]
+) -> list[Task]:
+    """List the tasks of all sizes in an order in which they can run; `flags` go to every training and
+    evaluation."""
     tasks = []
     for size in sizes:
         settings = _Settings(size, load_config(size.config), output, folder, tuple(flags))
@@ -94,7 +103,14 @@ def chain(sizes: Sequence[Size], output: Path, folder: Path | None, extent: Exte
         for arm in extent.arms:
             for seed in extent.seeds:
                 tasks += _arm(settings, arm, seed, extent.steps)
-    tasks.append(Task("table", "table", tuple(task.name for task in tasks if task.kind == "eval"), ("table", str(output))))
+    tasks.append(
+        Task(
+            "table",
+            "table",
+            tuple(task.name for task in tasks if task.kind == "eval"),
+            ("table", str(output)),
+        )
+    )
     return tasks
 
 
@@ -117,7 +133,16 @@ def _arm(settings: _Settings, arm: str, seed: int, steps: Sequence[int]) -> list
     local = () if folder is None or size.name == "tiny" else ("--data.path", str(folder / "aime24.jsonl"))
     every = math.gcd(*steps)
     training = (
-        *("--config", str(size.config), "--run-dir", str(run), "--evaluation.path", "None", "--training.seed", str(seed)),
+        *(
+            "--config",
+            str(size.config),
+            "--run-dir",
+            str(run),
+            "--evaluation.path",
+            "None",
+            "--training.seed",
+            str(seed),
+        ),
         *("--training.num-steps", str(max(steps)), "--training.save-every", str(every)),
         *("--training.keep-last", str(max(steps) // every + 1)),
         *ARMS[arm],
@@ -127,17 +152,44 @@ def _arm(settings: _Settings, arm: str, seed: int, steps: Sequence[int]) -> list
         for protocol in (protocol for protocol in size.protocols if not protocol.base_only):
             where = f"{arm}.seed{seed}.step{step}.{protocol.name}"
             model = (str(run), "--checkpoint", str(step))
-            tasks.append(_evaluation(settings, where, (f"{name}.train",), model, (protocol.template or size.template,), protocol))
+            tasks.append(
+                _evaluation(
+                    settings,
+                    where,
+                    (f"{name}.train",),
+                    model,
+                    (protocol.template or size.template,),
+                    protocol,
+                )
+            )
     return tasks
 
 
 def _evaluation(
-    settings: _Settings, where: str, after: tuple[str, ...], model: Sequence[str], templates: Sequence[str], protocol: Protocol
+    settings: _Settings,
+    where: str,
+    after: tuple[str, ...],
+    model: Sequence[str],
+    templates: Sequence[str],
+    protocol: Protocol,
 ) -> Task:
-    """One `rlsc eval`; `where` names its folder, parts separated by dots, and ends with the protocol's name."""
-    target = settings.output / settings.size.name / Path(*where.removesuffix(protocol.name).split(".")) / protocol.name
+    """One `rlsc eval`; `where` names its folder, parts separated by dots, and ends with the protocol's
+    name."""
+    target = (
+        settings.output
+        / settings.size.name
+        / Path(*where.removesuffix(protocol.name).split("."))
+        / protocol.name
+    )
     arguments = (
-        *("--model", *model, "--benchmarks", ",".join(protocol.benchmarks), "--templates", ",".join(templates)),
+        *(
+            "--model",
+            *model,
+            "--benchmarks",
+            ",".join(protocol.benchmarks),
+            "--templates",
+            ",".join(templates),
+        ),
         *protocol.options,
         *("--output", str(target), "--rollout.max-new-tokens", str(settings.config.rollout.max_new_tokens)),
         *(() if settings.folder is None else ("--benchmark-dir", str(settings.folder))),
@@ -147,15 +199,23 @@ def _evaluation(
 
 def main(arguments: Sequence[str]) -> int:
     """Print the chain, or write the table; returns the exit code."""
-    parser = argparse.ArgumentParser("table2", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        "table2", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     plan = commands.add_parser("plan", help="check that everything is there and print the chain")
     plan.add_argument("--sizes", default="1.5b,7b", help=", ".join(SIZES))
     plan.add_argument("--output", type=Path, default=Path("runs/table2"), help="folder of the chain")
-    plan.add_argument("--benchmark-dir", type=Path, help="folder of the benchmarks' files; without it the hub is asked")
+    plan.add_argument(
+        "--benchmark-dir", type=Path, help="folder of the benchmarks' files; without it the hub is asked"
+    )
     plan.add_argument("--arms", default=",".join(ARMS), help=f"what is trained, of {', '.join(ARMS)}")
     plan.add_argument("--seeds", default=",".join(map(str, SEEDS)), help="seeds of every arm")
-    plan.add_argument("--steps", default=",".join(map(str, STEPS)), help="steps after which every arm is evaluated; 0 is the base")
+    plan.add_argument(
+        "--steps",
+        default=",".join(map(str, STEPS)),
+        help="steps after which every arm is evaluated; 0 is the base",
+    )
     table = commands.add_parser("table", help="write table2.md and table2.json")
     table.add_argument("output", type=Path)
     known, flags = parser.parse_known_args(arguments)
@@ -166,7 +226,9 @@ def main(arguments: Sequence[str]) -> int:
         print(markdown(sizes))
         return 0
     sizes_asked = [SIZES[name] for name in _names("--sizes", known.sizes, list(SIZES))]
-    extent = Extent(tuple(_names("--arms", known.arms, list(ARMS))), parse_seeds(known.seeds), _steps(known.steps))
+    extent = Extent(
+        tuple(_names("--arms", known.arms, list(ARMS))), parse_seeds(known.seeds), _steps(known.steps)
+    )
     absent = missing(sizes_asked, known.benchmark_dir)
     for line in absent:
         print(f"missing: {line}", file=sys.stderr)

@@ -35,20 +35,25 @@ Seeds = dict[int, list[AnswerRecord]]  # seed -> answers; the base model has see
 
 
 def read_table(output: Path, sizes: Sequence[SizeLike]) -> dict[str, Any]:
-    """Read every evaluation below `output`: size -> columns, rows, pass@k and the base's temperatures, in percent.
+    """Read every evaluation below `output`: size -> columns, rows, pass@k and the base's temperatures, in
+    percent.
 
     Raises `ConfigError` where there is none.
     """
-    tables = {size.name: _read_size(output / size.name, size) for size in sizes if (output / size.name).is_dir()}
+    tables = {
+        size.name: _read_size(output / size.name, size) for size in sizes if (output / size.name).is_dir()
+    }
     if not any(table["rows"] for table in tables.values()):
         raise ConfigError(f"{output}: no evaluations there; run launch/reproduce_table2.sh first")
     return tables
 
 
 def markdown(tables: Mapping[str, Any]) -> str:
-    """Write the tables as Markdown: the paper's numbers, ours, the change against the base, pass@k, and the temperatures."""
+    """Write the tables as Markdown: the paper's numbers, ours, the change against the base, pass@k, and the
+    temperatures."""
     parts = [
-        "Accuracy in percent with 95 % intervals, over questions and, for trained models, averaged over seeds. Each cell:",
+        "Accuracy in percent with 95 % intervals, over questions and, for trained models, averaged over "
+        "seeds. Each cell:",
         "boxed answers / any answer (a stated one or the last number where nothing is boxed).",
         f"{MARK.strip()} These questions are trained on: a transductive number.",
         "",
@@ -59,32 +64,56 @@ def markdown(tables: Mapping[str, Any]) -> str:
         parts += [f"- {column}: {note}" for column, note in table["columns"].items()]
         parts += ["", *_head([column + (MARK if column in TRAINED_ON else "") for column in columns])]
         for row, values in table["paper"].items():
-            parts.append(f"| paper, {row} | " + " | ".join(f"{values[c]:.1f}" if c in values else "–" for c in columns) + " |")
+            parts.append(
+                f"| paper, {row} | "
+                + " | ".join(f"{values[c]:.1f}" if c in values else "–" for c in columns)
+                + " |"
+            )
         for row, cells in table["rows"].items():
             parts.append(f"| {row} | " + " | ".join(_text(cells.get(column)) for column in columns) + " |")
         if table["changes"]:
-            parts += ["", "Change of boxed answers against the base under the same template; p corrected over the columns (Holm):", ""]
+            parts += [
+                "",
+                "Change of boxed answers against the base under the same template; p corrected over the "
+                "columns (Holm):",
+                "",
+            ]
             parts += _head(columns)
             for row, cells in table["changes"].items():
-                parts.append(f"| {row} | " + " | ".join(_change_text(cells.get(column)) for column in columns) + " |")
-        for title, rows in (("pass@k", table["pass_at_k"]), ("The base at lower temperatures", table["temperatures"])):
+                parts.append(
+                    f"| {row} | " + " | ".join(_change_text(cells.get(column)) for column in columns) + " |"
+                )
+        for title, rows in (
+            ("pass@k", table["pass_at_k"]),
+            ("The base at lower temperatures", table["temperatures"]),
+        ):
             keys = list(dict.fromkeys(key for cells in rows.values() for key in cells))
             if keys:
                 parts += ["", f"{title} (boxed answers):", "", *_head(keys)]
-                parts += [f"| {row} | " + " | ".join(_interval(cells.get(key)) for key in keys) + " |" for row, cells in rows.items()]
+                parts += [
+                    f"| {row} | " + " | ".join(_interval(cells.get(key)) for key in keys) + " |"
+                    for row, cells in rows.items()
+                ]
         parts.append("")
     return "\n".join(parts)
 
 
 def _read_size(root: Path, size: SizeLike) -> dict[str, Any]:
-    notes = {benchmark: asking.note for asking in size.protocols if asking.column for benchmark in asking.benchmarks}
+    notes = {
+        benchmark: asking.note
+        for asking in size.protocols
+        if asking.column
+        for benchmark in asking.benchmarks
+    }
     order = [*(name for name in COLUMNS if name in notes), *(name for name in notes if name not in COLUMNS)]
     columns = {name: notes[name] for name in order}
     rows: dict[str, Any] = {}
     changes: dict[str, Any] = {}
     passes: dict[str, Any] = {}
     temperatures: dict[str, Any] = {}
-    base: dict[tuple[str, str], Seeds] = {}  # protocol and benchmark -> answers under the trained models' template
+    base: dict[
+        tuple[str, str], Seeds
+    ] = {}  # protocol and benchmark -> answers under the trained models' template
     for label, folders, templates in _rows(root, size):
         for asking in size.protocols:
             for benchmark in asking.benchmarks:
@@ -94,7 +123,9 @@ def _read_size(root: Path, size: SizeLike) -> dict[str, Any]:
                     continue
                 is_base = label.startswith("base")
                 if asking.column:
-                    rows.setdefault(label, {})[benchmark] = {f: _cell(seeds, asking.temperature, f) for f in FIELDS}
+                    rows.setdefault(label, {})[benchmark] = {
+                        f: _cell(seeds, asking.temperature, f) for f in FIELDS
+                    }
                 elif asking.base_only:
                     temperatures.setdefault(label, {})[f"{benchmark}, T = {asking.temperature:g}"] = _cell(
                         seeds, asking.temperature, "strict"
@@ -108,10 +139,19 @@ def _read_size(root: Path, size: SizeLike) -> dict[str, Any]:
                     if found is not None:
                         changes.setdefault(label, {})[benchmark] = found
     for cells in changes.values():
-        for benchmark, value in holm({benchmark: cell["p_value"] for benchmark, cell in cells.items()}).items():
+        for benchmark, value in holm(
+            {benchmark: cell["p_value"] for benchmark, cell in cells.items()}
+        ).items():
             cells[benchmark]["corrected_p_value"] = value
     paper = PAPER.get(size.name, {})
-    return {"columns": columns, "paper": paper, "rows": rows, "changes": changes, "pass_at_k": passes, "temperatures": temperatures}
+    return {
+        "columns": columns,
+        "paper": paper,
+        "rows": rows,
+        "changes": changes,
+        "pass_at_k": passes,
+        "temperatures": temperatures,
+    }
 
 
 def _rows(root: Path, size: SizeLike) -> list[tuple[str, dict[int, Path], str]]:
@@ -119,10 +159,16 @@ def _rows(root: Path, size: SizeLike) -> list[tuple[str, dict[int, Path], str]]:
     rows = [(f"base, {template}", {-1: root / "base"}, template) for template in size.templates]
     found: dict[tuple[str, int], dict[int, Path]] = {}
     for folder in sorted(root.glob("*/seed*/step*")):
-        seed, step = (re.fullmatch(rf"{kind}(\d+)", name) for kind, name in (("seed", folder.parent.name), ("step", folder.name)))
+        seed, step = (
+            re.fullmatch(rf"{kind}(\d+)", name)
+            for kind, name in (("seed", folder.parent.name), ("step", folder.name))
+        )
         if seed and step:
             found.setdefault((folder.parent.parent.name, int(step[1])), {})[int(seed[1])] = folder
-    return rows + [(f"{arm}, {step} steps", dict(sorted(found[arm, step].items())), size.template) for arm, step in sorted(found)]
+    return rows + [
+        (f"{arm}, {step} steps", dict(sorted(found[arm, step].items())), size.template)
+        for arm, step in sorted(found)
+    ]
 
 
 def _answers(folders: Mapping[int, Path], asking: Asking, benchmark: str, template: str) -> Seeds:
@@ -167,7 +213,13 @@ def _pass_cells(seeds: Seeds, benchmark: str, asking: Asking) -> dict[str, Any]:
             for answer in answers:
                 if answer.temperature == asking.temperature:
                     rights.setdefault(answer.question, []).append(answer.strict)
-            parts.append({question: pass_at_k(len(row), sum(row), k) for question, row in rights.items() if len(row) >= k})
+            parts.append(
+                {
+                    question: pass_at_k(len(row), sum(row), k)
+                    for question, row in rights.items()
+                    if len(row) >= k
+                }
+            )
         cell = _percent(_average(parts), len(seeds))
         if cell is not None:
             cells[f"{benchmark}, k = {k}"] = cell
@@ -175,7 +227,8 @@ def _pass_cells(seeds: Seeds, benchmark: str, asking: Asking) -> dict[str, Any]:
 
 
 def _change(base: Seeds, seeds: Seeds, temperature: float) -> dict[str, Any] | None:
-    """Compare with the base in percent points: over questions and seeds where there are several, else over questions."""
+    """Compare with the base in percent points: over questions and seeds where there are several, else over
+    questions."""
     before = _means(base, temperature, "strict") * len(seeds)
     after = _means(seeds, temperature, "strict")
     first, second = _average(before), _average(after)

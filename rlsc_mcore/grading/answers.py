@@ -20,11 +20,14 @@ class Grade:
     strict: bool  # the last box holds the gold answer
     lenient: bool  # the same, or nothing is boxed and the stated answer or the last number is the gold answer
     boxed: bool  # a box with something in it was closed
-    extracted: str | None  # what was compared: the last box, else the stated answer, else the last number, else None
+    extracted: (
+        str | None
+    )  # what was compared: the last box, else the stated answer, else the last number, else None
 
 
 def grade(response_text: str, gold: str, equal: Callable[[str, str], bool] | None = None) -> Grade:
-    """Grade a response by `equal` (`is_correct` by default). A box that is empty or never closed counts as none.
+    """Grade a response by `equal` (`is_correct` by default). A box that is empty or never closed counts as
+    none.
 
     Where the gold answer is a list of n items, n boxes in the last sentence with boxes count as one list.
     """
@@ -41,14 +44,16 @@ def grade(response_text: str, gold: str, equal: Callable[[str, str], bool] | Non
     if stated is not None and equal(stated, gold):
         return Grade(strict=False, lenient=True, boxed=False, extracted=stated)
     number = extract_last_number(response_text)
-    return Grade(strict=False, lenient=number is not None and equal(number, gold), boxed=False, extracted=number)
+    return Grade(
+        strict=False, lenient=number is not None and equal(number, gold), boxed=False, extracted=number
+    )
 
 
 def is_correct(answer_text: str, gold: str) -> bool:
     """Say whether an extracted answer equals the gold answer, by the rule of its kind (see `equality.py`).
 
-    Never raises on any text; an answer that is too long or takes too long is wrong. An empty gold answer is matched by
-    nothing.
+    Never raises on any text; an answer that is too long or takes too long is wrong. An empty gold answer is
+    matched by nothing.
     """
     answer, expected = normalize(answer_text), normalize(gold)
     if not answer or not expected:
@@ -64,7 +69,8 @@ def is_correct(answer_text: str, gold: str) -> bool:
 
 
 def answer_key(text: str) -> str:
-    """Return a spelling that equal plain numbers and equal texts share; unequal keys may still be equal answers."""
+    """Return a spelling that equal plain numbers and equal texts share; unequal keys may still be equal
+    answers."""
     normal = normalize(text)
     number = read_number(normal)
     return _show(number) if number is not None else normal
@@ -81,4 +87,8 @@ def list_length(gold: str) -> int:
 
 def _show(number: Fraction) -> str:
     # Python refuses to print integers of more than 4300 digits.
-    return str(number) if max(abs(number.numerator), number.denominator) < 10**1000 else f"{number.numerator:x}/{number.denominator:x}"
+    return (
+        str(number)
+        if max(abs(number.numerator), number.denominator) < 10**1000
+        else f"{number.numerator:x}/{number.denominator:x}"
+    )

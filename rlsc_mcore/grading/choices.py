@@ -14,7 +14,9 @@ _LEAD = re.compile(
     r"|:|=|,|-|\s)+",
     re.IGNORECASE,
 )
-_LETTER = re.compile(r"(?P<open>[\[({<]*)\s*(?P<letter>[A-Ja-j])\s*(?P<close>[\])}>]*)(?![A-Za-z0-9])(?P<rest>.*)", re.DOTALL)
+_LETTER = re.compile(
+    r"(?P<open>[\[({<]*)\s*(?P<letter>[A-Ja-j])\s*(?P<close>[\])}>]*)(?![A-Za-z0-9])(?P<rest>.*)", re.DOTALL
+)
 _SECOND_LETTER = re.compile(
     r"\s*(?:,|/|&|;|\+|\band\b|\bor\b|\s)+\s*(?:option|choice)?\s*(?:[\[({]\s*[A-Ja-j]\s*[\])}]|[A-J])(?=\s*(?:$|[.,;/&)\]}]|and\b|or\b))"
     r"|\s*[\[({]\s*[A-Ja-j]\s*[\])}]",
@@ -41,7 +43,8 @@ _BRACKETED = re.compile(r"(?<![A-Za-z0-9'])\(([A-J])\)(?![A-Za-z0-9])")
 def extract_choice(text: str) -> str | None:
     """Return the letter that a final answer such as `B`, `(b)`, `\\text{Option B}` or `B. 5 m/s` names.
 
-    None where it names none or several. A lower-case letter counts where it stands alone or in brackets: the article is none.
+    None where it names none or several. A lower-case letter counts where it stands alone or in brackets: the
+    article is none.
     """
     plain = _MARKUP.sub(" ", plain_text(normalize(_MARKUP.sub(" ", text)))).strip()
     return _leading_letter(_LEAD.sub("", plain, count=1) if _LEAD.match(plain) else plain)

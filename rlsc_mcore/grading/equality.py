@@ -32,10 +32,14 @@ _MAX_DEPTH = 6
 _MAX_ITEMS = 40
 
 _ELLIPSIS = "\\ldots"
-_OPEN_END = re.compile(r"(?:^| )[-+*/=<>]|(?:[-+*/=<>]|\\(?:cdot|times|le|ge))(?: |$)|(?:^| )\\(?:cdot|times|le|ge)")
+_OPEN_END = re.compile(
+    r"(?:^| )[-+*/=<>]|(?:[-+*/=<>]|\\(?:cdot|times|le|ge))(?: |$)|(?:^| )\\(?:cdot|times|le|ge)"
+)
 _INFINITE = re.compile(r"[-+]? ?\\infty")
 _MEMBER = re.compile(r"^[A-Za-z] ?\\in ?(?=[\[(\\])")
-_NUMBER_AFTER_FACTOR = re.compile(r"[)}][0-9]|\\(?!sqrt|log|ln|sin|cos|tan)[A-Za-z]+[0-9]|(?<![\\A-Za-z_^{])[A-Za-z][0-9]")
+_NUMBER_AFTER_FACTOR = re.compile(
+    r"[)}][0-9]|\\(?!sqrt|log|ln|sin|cos|tan)[A-Za-z]+[0-9]|(?<![\\A-Za-z_^{])[A-Za-z][0-9]"
+)
 _BINDERS = re.compile(r"\\(?:sum|prod|int|lim)(?![A-Za-z])")
 _MEASURE_IN_TEXT = re.compile(r"^\\text\{([-+]?[0-9.][^{}:]*)\}$")
 _SAID = re.compile(r"^\\text\{[^{}]*(?:\bis|:|=)\s*\}\s*(?=.)")
@@ -43,12 +47,15 @@ _LETTERS = re.compile(r"\\[A-Za-z]+|([A-Za-z])")
 
 
 class _Comparisons:
-    """Remembers symbolic comparisons; a pair that another thread is comparing already is waited for, not compared again."""
+    """Remembers symbolic comparisons; a pair that another thread is comparing already is waited for, not
+    compared again."""
 
     def __init__(self, most: int = 65536) -> None:
         self._most = most
         self._forget()
-        os.register_at_fork(after_in_child=self._forget)  # the lock may be held, and threads that compute an outcome do not fork
+        os.register_at_fork(
+            after_in_child=self._forget
+        )  # the lock may be held, and threads that compute an outcome do not fork
 
     def _forget(self) -> None:
         self._lock = threading.Lock()
@@ -115,14 +122,19 @@ def _equal(answer: str, gold: str, depth: int) -> bool:
 
 
 def _same_with_ellipsis(answer: str, gold: str, depth: int) -> bool:
-    """Compare what has an ellipsis part by part, in order: what the ellipsis stands for cannot be computed."""
+    """Compare what has an ellipsis part by part, in order: what the ellipsis stands for cannot be
+    computed."""
     if read_number(answer) is not None or read_number(gold) is not None:  # 0.333...
         return _same_measure(answer, gold)
     parts, gold_parts = _parts_between_ellipses(answer), _parts_between_ellipses(gold)
     if answer.count(_ELLIPSIS) != gold.count(_ELLIPSIS) or len(parts) != len(gold_parts):
         return False
     pairs = zip(parts, gold_parts, strict=True)
-    return all(compact(a) == compact(b) or (not _OPEN_END.search(a + " " + b) and bool(a) and _equal(a, b, depth + 1)) for a, b in pairs)
+    return all(
+        compact(a) == compact(b)
+        or (not _OPEN_END.search(a + " " + b) and bool(a) and _equal(a, b, depth + 1))
+        for a, b in pairs
+    )
 
 
 def _parts_between_ellipses(text: str) -> list[str]:
@@ -133,7 +145,8 @@ def _parts_between_ellipses(text: str) -> list[str]:
 
 
 def _same_list(answer: str, gold: str, depth: int) -> bool | None:
-    """Compare lists in any order; assignments of several names by their names. None where neither side is a list."""
+    """Compare lists in any order; assignments of several names by their names. None where neither side is a
+    list."""
     readings, gold_readings = structures.item_readings(answer), structures.item_readings(gold)
     if max(map(len, readings)) < 2 and max(map(len, gold_readings)) < 2:
         return None
@@ -170,7 +183,9 @@ def _same_set_and_list(answer: str, gold: str, depth: int) -> bool:
 
 def _without_name(text: str) -> str:
     text = _MEMBER.sub("", text)
-    relation = structures.read_relation(structures.split_items(text)[0]) if structures.split_items(text) else None
+    relation = (
+        structures.read_relation(structures.split_items(text)[0]) if structures.split_items(text) else None
+    )
     if relation is not None and relation[1] == ["="] and structures.is_name(relation[0][0]):
         rest = text[text.index("=") + 1 :].strip()
         return text if "=" in rest else rest
@@ -200,7 +215,8 @@ def _assigned_names(items: list[str]) -> list[str] | None:
 
 
 def _match_any_order(items: list[str], gold_items: list[str], same: Callable[[str, str], bool]) -> bool:
-    """Pair each item with a different equal gold item; equality is transitive, so the first free one will do."""
+    """Pair each item with a different equal gold item; equality is transitive, so the first free one will
+    do."""
     free = list(gold_items)
     for item in items:
         match = next((candidate for candidate in free if same(item, candidate)), None)
@@ -212,7 +228,9 @@ def _match_any_order(items: list[str], gold_items: list[str], same: Callable[[st
 
 def _same_region(answer: str, gold: str, depth: int) -> bool | None:
     """Compare subsets of the real line; None where neither side is written as one."""
-    marks = re.compile(r"\\cup|\\setminus|\\R(?![A-Za-z])|\\infty|[<>]|\\le(?![A-Za-z])|\\ge(?![A-Za-z])|\\ne(?![A-Za-z])|\\in(?![A-Za-z])")
+    marks = re.compile(
+        r"\\cup|\\setminus|\\R(?![A-Za-z])|\\infty|[<>]|\\le(?![A-Za-z])|\\ge(?![A-Za-z])|\\ne(?![A-Za-z])|\\in(?![A-Za-z])"
+    )
     if not marks.search(answer) and not marks.search(gold):
         return None
     region, gold_region = structures.read_real_set(answer), structures.read_real_set(gold)
@@ -233,12 +251,19 @@ def _letter_of_region(text: str) -> str | None:
 
 
 def _same_bracketed(answer: str, gold: str, depth: int) -> bool | None:
-    brackets, gold_brackets = structures.read_brackets(_without_name(answer)), structures.read_brackets(_without_name(gold))
+    brackets, gold_brackets = (
+        structures.read_brackets(_without_name(answer)),
+        structures.read_brackets(_without_name(gold)),
+    )
     if brackets is None and gold_brackets is None:
         return None
     if _is_grouping(brackets) and _is_grouping(gold_brackets):
         inner, gold_inner = _without_round(answer, brackets), _without_round(gold, gold_brackets)
-        return _equal(inner, gold_inner, depth + 1) if (inner, gold_inner) != (answer, gold) and inner and gold_inner else None
+        return (
+            _equal(inner, gold_inner, depth + 1)
+            if (inner, gold_inner) != (answer, gold) and inner and gold_inner
+            else None
+        )
     if brackets is None or gold_brackets is None:
         either = brackets or gold_brackets
         if either is not None and either.opening == "\\{":
@@ -246,7 +271,11 @@ def _same_bracketed(answer: str, gold: str, depth: int) -> bool | None:
             is_single = len(structures.expand_signs(structures.split_items(either.inside))) == 1
             return is_single and _equal(other, either.inside, depth + 1)
         same = _same_vector(answer, gold, depth)
-        return False if same is None and "\\begin" not in answer + gold and "\\cup" not in answer + gold else same
+        return (
+            False
+            if same is None and "\\begin" not in answer + gold and "\\cup" not in answer + gold
+            else same
+        )
     if (brackets.opening, brackets.closing) != (gold_brackets.opening, gold_brackets.closing):
         return False
     for items in structures.item_readings(brackets.inside):
@@ -254,7 +283,9 @@ def _same_bracketed(answer: str, gold: str, depth: int) -> bool | None:
             if brackets.opening == "\\{":
                 if _same_members(items, gold_items, depth):
                     return True
-            elif len(items) == len(gold_items) and all(_equal(a, b, depth + 1) for a, b in zip(items, gold_items, strict=True)):
+            elif len(items) == len(gold_items) and all(
+                _equal(a, b, depth + 1) for a, b in zip(items, gold_items, strict=True)
+            ):
                 return True
     return False
 
@@ -289,17 +320,26 @@ def _same_vector(answer: str, gold: str, depth: int) -> bool | None:
             texts.append(structures.item_readings(brackets.inside)[-1])
         else:
             return None
-    return len(texts[0]) == len(texts[1]) and all(_equal(a, b, depth + 1) for a, b in zip(*texts, strict=True))
+    return len(texts[0]) == len(texts[1]) and all(
+        _equal(a, b, depth + 1) for a, b in zip(*texts, strict=True)
+    )
 
 
 def _same_matrix(answer: str, gold: str, depth: int) -> bool | None:
-    matrix, gold_matrix = structures.read_matrix(_without_name(answer)), structures.read_matrix(_without_name(gold))
+    matrix, gold_matrix = (
+        structures.read_matrix(_without_name(answer)),
+        structures.read_matrix(_without_name(gold)),
+    )
     if matrix is None or gold_matrix is None:
         return None if "\\begin" in answer or "\\begin" in gold or matrix is gold_matrix else False
     (kind, rows), (gold_kind, gold_rows) = matrix, gold_matrix
     if kind != gold_kind or [len(row) for row in rows] != [len(row) for row in gold_rows]:
         return False if kind == gold_kind else None
-    return all(_equal(a, b, depth + 1) for row, gold_row in zip(rows, gold_rows, strict=True) for a, b in zip(row, gold_row, strict=True))
+    return all(
+        _equal(a, b, depth + 1)
+        for row, gold_row in zip(rows, gold_rows, strict=True)
+        for a, b in zip(row, gold_row, strict=True)
+    )
 
 
 def _same_relation(answer: str, gold: str, depth: int) -> bool | None:
@@ -334,20 +374,26 @@ def _same_two_sided(sides: list[str], sign: str, gold_sides: list[str], gold_sig
     texts = [structures.tokens(side) for side in (*sides, *gold_sides)]
     if any(is_words(side) for side in (*sides, *gold_sides)) or not texts:
         orders = [sides, sides[::-1]] if sign in ("=", "\\ne") else [sides]
-        return any(all(_equal(a, b, depth + 1) for a, b in zip(order, gold_sides, strict=True)) for order in orders)
+        return any(
+            all(_equal(a, b, depth + 1) for a, b in zip(order, gold_sides, strict=True)) for order in orders
+        )
     same = proportional((sides[0], sides[1]), (gold_sides[0], gold_sides[1]), positive=sign in ("<", "\\le"))
     if same is None:
         return _guarded(sign.join(sides), gold_sign.join(gold_sides))
     return same
 
 
-def _equal_sides(sides: list[str], signs: list[str], gold_sides: list[str], gold_signs: list[str], depth: int) -> bool:
+def _equal_sides(
+    sides: list[str], signs: list[str], gold_sides: list[str], gold_signs: list[str], depth: int
+) -> bool:
     flipped = {">": "<", "\\ge": "\\le"}
     if all(sign in flipped for sign in signs):
         sides, signs = sides[::-1], [flipped[sign] for sign in reversed(signs)]
     if all(sign in flipped for sign in gold_signs):
         gold_sides, gold_signs = gold_sides[::-1], [flipped[sign] for sign in reversed(gold_signs)]
-    return signs == gold_signs and all(_equal(a, b, depth + 1) for a, b in zip(sides, gold_sides, strict=True))
+    return signs == gold_signs and all(
+        _equal(a, b, depth + 1) for a, b in zip(sides, gold_sides, strict=True)
+    )
 
 
 def _assigned_value(relation: tuple[list[str], list[str]] | None) -> tuple[str, str] | None:
@@ -363,14 +409,21 @@ def _base_letter(name: str) -> str:
 
 
 def _same_ratio(answer: str, gold: str, depth: int) -> bool | None:
-    """Compare `3:4` part by part; a ratio of two also equals the quotient. None where neither side is a ratio."""
+    """Compare `3:4` part by part; a ratio of two also equals the quotient. None where neither side is a
+    ratio."""
     if ":" not in answer + gold or "\\text" in answer + gold:
         return None
     parts, gold_parts = ([part.strip() for part in text.split(":")] for text in (answer, gold))
     if len(parts) == len(gold_parts):
         return all(_equal(a, b, depth + 1) for a, b in zip(parts, gold_parts, strict=True))
-    quotient, gold_quotient = (f"\\frac{{{p[0]}}}{{{p[1]}}}" if len(p) == 2 else p[0] for p in (parts, gold_parts))
-    return max(len(parts), len(gold_parts)) == 2 and all([*parts, *gold_parts]) and _equal(quotient, gold_quotient, depth + 1)
+    quotient, gold_quotient = (
+        f"\\frac{{{p[0]}}}{{{p[1]}}}" if len(p) == 2 else p[0] for p in (parts, gold_parts)
+    )
+    return (
+        max(len(parts), len(gold_parts)) == 2
+        and all([*parts, *gold_parts])
+        and _equal(quotient, gold_quotient, depth + 1)
+    )
 
 
 def _same_measure(answer: str, gold: str) -> bool:
@@ -393,14 +446,24 @@ def _same_measure(answer: str, gold: str) -> bool:
     if not undecided or scale != 1:
         return False
     if (measure.core, gold_measure.core) != (answer, gold):
-        return compact(measure.core) == compact(gold_measure.core) or _equal(measure.core, gold_measure.core, _MAX_DEPTH)
+        return compact(measure.core) == compact(gold_measure.core) or _equal(
+            measure.core, gold_measure.core, _MAX_DEPTH
+        )
     return _guarded(answer, gold)
 
 
 def _guarded(answer: str, gold: str) -> bool:
-    """Ask math-verify, which ignores letter case and reads words as products: the letters of both sides must be the same."""
-    letters, gold_letters = ({letter for letter in _LETTERS.findall(text) if letter} for text in (answer, gold))
+    """Ask math-verify, which ignores letter case and reads words as products: the letters of both sides must
+    be the same."""
+    letters, gold_letters = (
+        {letter for letter in _LETTERS.findall(text) if letter} for text in (answer, gold)
+    )
     bound = _BINDERS.search(answer + gold)  # the letter that a sum runs over is nobody else's
-    if (letters != gold_letters and not bound) or _NUMBER_AFTER_FACTOR.search(answer) or is_words(answer) or is_words(gold):
+    if (
+        (letters != gold_letters and not bound)
+        or _NUMBER_AFTER_FACTOR.search(answer)
+        or is_words(answer)
+        or is_words(gold)
+    ):
         return False
     return _comparisons.of(answer, gold)

@@ -1,7 +1,7 @@
 """Evaluate the tree of an expression at one point, exactly where all arithmetic is rational.
 
-Each letter has a rational value that depends on its name and on the point alone. Irrational arithmetic has as many digits as
-the mpmath context that the evaluator is given.
+Each letter has a rational value that depends on its name and on the point alone. Irrational arithmetic has as
+many digits as the mpmath context that the evaluator is given.
 """
 
 import hashlib
@@ -33,8 +33,13 @@ class Evaluator:
         self.on_branch = False
 
     def value(self, tree: Tree) -> Value:
-        result = getattr(self, "of_" + tree[0], self.of_function)(*tree[1:] if hasattr(self, "of_" + tree[0]) else tree)
-        if isinstance(result, Fraction) and result.numerator.bit_length() + result.denominator.bit_length() > _MAX_BITS:
+        result = getattr(self, "of_" + tree[0], self.of_function)(
+            *tree[1:] if hasattr(self, "of_" + tree[0]) else tree
+        )
+        if (
+            isinstance(result, Fraction)
+            and result.numerator.bit_length() + result.denominator.bit_length() > _MAX_BITS
+        ):
             return self.inexact(result)
         return result
 
@@ -57,7 +62,9 @@ class Evaluator:
         digest = hashlib.sha256(f"{name}/{self.point}".encode()).digest()
         if self.point in STEP_POINTS:
             return Fraction(1 + int.from_bytes(digest[:4], "big") % (3 * 2 ** (self.point - POINTS)))
-        size = Fraction(101 + int.from_bytes(digest[:2], "big") % 900, 211 + 2 * (int.from_bytes(digest[2:4], "big") % 60))
+        size = Fraction(
+            101 + int.from_bytes(digest[:2], "big") % 900, 211 + 2 * (int.from_bytes(digest[2:4], "big") % 60)
+        )
         return -size if self.point == POSITIVE_POINTS else size
 
     def of_opaque(self, name: str, argument: Tree) -> Value:
@@ -96,7 +103,12 @@ class Evaluator:
                 raise ZeroDivisionError
             if bits <= _MAX_BITS:
                 return Fraction(base ** int(exponent))
-        if isinstance(base, Fraction) and isinstance(exponent, Fraction) and base >= 0 and exponent.denominator <= 6:
+        if (
+            isinstance(base, Fraction)
+            and isinstance(exponent, Fraction)
+            and base >= 0
+            and exponent.denominator <= 6
+        ):
             root = _exact_root(base, exponent.denominator)
             if root is not None and abs(exponent.numerator) <= 64 and root != 0:
                 return Fraction(root**exponent.numerator)
@@ -137,7 +149,10 @@ class Evaluator:
         if abs(top) > _MAX_FACTORIAL or abs(bottom) > _MAX_FACTORIAL:
             unsupported("large binomial")
         value = self.context.binomial(self.inexact(top), self.inexact(bottom))
-        if all(isinstance(part, Fraction) and part.denominator == 1 for part in (top, bottom)) and abs(value) < 1e40:
+        if (
+            all(isinstance(part, Fraction) and part.denominator == 1 for part in (top, bottom))
+            and abs(value) < 1e40
+        ):
             return Fraction(int(self.context.nint(value)))
         return value
 

@@ -1,8 +1,8 @@
 """Decide whether two expressions are equal by their values at fixed points.
 
-Reads the LaTeX that final answers are made of: numbers, letters with indices, sums, products, fractions, powers, roots,
-factorials, elementary functions. What it does not know is left to math-verify. A text is evaluated once for all its
-comparisons. Irrational arithmetic has 60 digits.
+Reads the LaTeX that final answers are made of: numbers, letters with indices, sums, products, fractions,
+powers, roots, factorials, elementary functions. What it does not know is left to math-verify. A text is
+evaluated once for all its comparisons. Irrational arithmetic has 60 digits.
 """
 
 import threading
@@ -30,7 +30,8 @@ class Result:
 
 
 def same_expression(answer: str, gold: str, scale: Fraction = Fraction(1)) -> bool | None:
-    """Say whether answer * scale equals gold; None where that cannot be decided here. Both texts are normalized."""
+    """Say whether answer * scale equals gold; None where that cannot be decided here. Both texts are
+    normalized."""
     if any(read_number(side) is None and not is_expression(side) for side in (answer, gold)):
         return None
     constant = is_constant(answer) and is_constant(gold)
@@ -48,7 +49,9 @@ def same_expression(answer: str, gold: str, scale: Fraction = Fraction(1)) -> bo
         if not same:
             if first.on_branch or second.on_branch:
                 continue
-            if point == POSITIVE_POINTS:  # sqrt(x^2) and x differ here; math-verify knows which letters are real
+            if (
+                point == POSITIVE_POINTS
+            ):  # sqrt(x^2) and x differ here; math-verify knows which letters are real
                 return None
             return False
         decided += 1
@@ -56,7 +59,8 @@ def same_expression(answer: str, gold: str, scale: Fraction = Fraction(1)) -> bo
 
 
 def proportional(answer: tuple[str, str], gold: tuple[str, str], *, positive: bool = False) -> bool | None:
-    """Say whether (a - b) of the first pair is a constant multiple of that of the second; None where that cannot be decided.
+    """Say whether (a - b) of the first pair is a constant multiple of that of the second; None where that
+    cannot be decided.
 
     `positive` asks for a positive multiple, as equal inequalities have.
     """
@@ -135,7 +139,9 @@ def _settle(tree: Tree, point: int) -> Result:
     return Result(value, evaluator.on_branch) if context.isfinite(value) else unsupported("not finite")
 
 
-_local = threading.local()  # a context of mpmath changes its precision while it computes, so each thread has its own
+_local = (
+    threading.local()
+)  # a context of mpmath changes its precision while it computes, so each thread has its own
 
 
 def _context(digits: int) -> Any:
@@ -148,11 +154,15 @@ def _context(digits: int) -> Any:
 
 
 def _as(scale: Fraction, value: Value) -> Value:
-    return scale if isinstance(value, Fraction) else _context(_DIGITS).mpf(scale.numerator) / scale.denominator
+    return (
+        scale if isinstance(value, Fraction) else _context(_DIGITS).mpf(scale.numerator) / scale.denominator
+    )
 
 
 def _inexact(value: Value) -> Value:
-    return _context(_DIGITS).mpf(value.numerator) / value.denominator if isinstance(value, Fraction) else value
+    return (
+        _context(_DIGITS).mpf(value.numerator) / value.denominator if isinstance(value, Fraction) else value
+    )
 
 
 def _difference(first: Value, second: Value) -> Value | None:

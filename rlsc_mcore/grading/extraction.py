@@ -8,7 +8,9 @@ _BOX_OR_BRACE = re.compile(
     r"|(?P<escaped>\\[{}])|(?P<brace>[{}])"
 )
 _BARE_NUMBER = re.compile(r"[-+]?(?:[0-9][0-9.,/]*|\.[0-9]+)(?:\s*\\?%)?")
-_BARE_COMMAND = re.compile(r"[-+]?[0-9]*\\[A-Za-z]+(?:\[[^\]]*\])?(?:\s*(?:\{(?:[^{}]|\{[^{}]*\})*\}|[0-9A-Za-z]{1,2}(?![A-Za-z])))*")
+_BARE_COMMAND = re.compile(
+    r"[-+]?[0-9]*\\[A-Za-z]+(?:\[[^\]]*\])?(?:\s*(?:\{(?:[^{}]|\{[^{}]*\})*\}|[0-9A-Za-z]{1,2}(?![A-Za-z])))*"
+)
 _MATH_END = re.compile(r"(?<!\\)\$|\\[)\]]")
 
 _DIGITS = r"(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]{1,3}(?:[ \u00a0\u202f\u2009][0-9]{3})+(?![0-9.]|\s*[0-9])|[0-9]+)"
@@ -25,17 +27,20 @@ _WORD = re.compile(r"(?<![\\A-Za-z{])[A-Za-z]{3,}")
 
 
 def extract_boxed(text: str) -> str | None:
-    r"""Return what the last complete, non-empty \boxed{...} or \fbox{...} holds; of nested boxes the innermost.
+    r"""Return what the last complete, non-empty \boxed{...} or \fbox{...} holds; of nested boxes the
+    innermost.
 
-    Braces balance, \{ and \} apart. Without braces a box holds the formula that follows it up to the end of the mathematics,
-    or the number or command that follows it in plain text: prompts that ask for `\boxed` invite it.
+    Braces balance, \{ and \} apart. Without braces a box holds the formula that follows it up to the end of
+    the mathematics, or the number or command that follows it in plain text: prompts that ask for `\boxed`
+    invite it.
     """
     boxes = find_boxes(text)
     return boxes[-1][1] if boxes else None
 
 
 def find_boxes(text: str) -> list[tuple[int, str]]:
-    """Return the position and the content of every complete, non-empty box, in the order in which they begin."""
+    """Return the position and the content of every complete, non-empty box, in the order in which they
+    begin."""
     found: list[tuple[int, str]] = []
     open_boxes: list[int | None] = []  # where each open group's content starts if it is a box
     position = 0
@@ -59,19 +64,23 @@ def find_boxes(text: str) -> list[tuple[int, str]]:
 
 
 def last_boxes(text: str, count: int) -> list[str] | None:
-    """Return the last `count` boxes where they stand in one sentence and none holds another; None where they do not."""
+    """Return the last `count` boxes where they stand in one sentence and none holds another; None where they
+    do not."""
     boxes = find_boxes(text)[-count:]
     if len(boxes) < count:
         return None
     for (start, content), (next_start, _) in pairwise(boxes):
         between = text[start + len(content) : next_start]
-        if next_start < start + len(content) or _SENTENCE_END.search(between.replace("\\boxed", "").rstrip("{ ")):
+        if next_start < start + len(content) or _SENTENCE_END.search(
+            between.replace("\\boxed", "").rstrip("{ ")
+        ):
             return None
     return [content for _, content in boxes]
 
 
 def extract_stated(text: str) -> str | None:
-    """Return the answer of the last "the answer is ..." where it is short and no sentence; None where there is none."""
+    """Return the answer of the last "the answer is ..." where it is short and no sentence; None where there
+    is none."""
     matches = list(_STATED.finditer(text))
     if not matches:
         return None
@@ -85,7 +94,8 @@ def extract_stated(text: str) -> str | None:
 
 
 def extract_last_number(text: str) -> str | None:
-    r"""Return the last number of the text as it is written: 1,234.5, -3, 2/3 or \frac{2}{3}; exponents and indices are none."""
+    r"""Return the last number of the text as it is written: 1,234.5, -3, 2/3 or \frac{2}{3}; exponents and
+    indices are none."""
     last = None
     for match in _LAST_NUMBER.finditer(text.replace("\N{MINUS SIGN}", "-")):
         last = match["number"] or last

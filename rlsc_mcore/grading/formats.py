@@ -1,4 +1,5 @@
-"""Grade responses by the format of the question's answer: mathematics, multiple choice, lists, numbers with a tolerance."""
+"""Grade responses by the format of the question's answer: mathematics, multiple choice, lists, numbers with a
+tolerance."""
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -19,26 +20,40 @@ GRADERS = ("boxed", "lenient", "qwen")
 __all__ = ["GRADERS", "extract_choice", "grade_answer", "grade_answers"]
 
 
-def grade_answers(responses: Sequence[str], questions: Sequence[Question], grader: str = "boxed") -> list[Grade]:
-    """Grade many responses, each by the question at its place: identical ones once, algebra in several worker processes."""
+def grade_answers(
+    responses: Sequence[str], questions: Sequence[Question], grader: str = "boxed"
+) -> list[Grade]:
+    """Grade many responses, each by the question at its place: identical ones once, algebra in several worker
+    processes."""
     pairs = list(zip(responses, questions, strict=True))
     distinct = list(dict.fromkeys(pairs))
     with ThreadPoolExecutor(NUM_WORKERS) as threads:
-        grades = dict(zip(distinct, threads.map(lambda pair: grade_answer(pair[0], pair[1], grader), distinct), strict=True))
+        grades = dict(
+            zip(
+                distinct,
+                threads.map(lambda pair: grade_answer(pair[0], pair[1], grader), distinct),
+                strict=True,
+            )
+        )
     return [grades[pair] for pair in pairs]
 
 
 def grade_answer(response: str, question: Question, grader: str = "boxed") -> Grade:
     """Grade a response by the question's own answer format.
 
-    `grader` says what counts as right (`strict`): `boxed` the last box alone; `lenient` also the stated answer or the last
-    number where nothing is boxed; `qwen` what the evaluation script of Qwen2.5-Math accepts (see `official.py`).
+    `grader` says what counts as right (`strict`): `boxed` the last box alone; `lenient` also the stated
+    answer or the last number where nothing is boxed; `qwen` what the evaluation script of Qwen2.5-Math
+    accepts (see `official.py`).
     """
     gold = question.answer or ""
     is_choice = question.answer_format == "choice"
     if grader == "qwen":
         return grade_official_choice(response, gold) if is_choice else grade_official(response, gold)
-    result = _grade_choice(response, gold) if is_choice else grade(response, gold, partial(_is_right, tolerance=question.tolerance))
+    result = (
+        _grade_choice(response, gold)
+        if is_choice
+        else grade(response, gold, partial(_is_right, tolerance=question.tolerance))
+    )
     if grader == "lenient" and result.lenient and not result.strict:
         return Grade(strict=True, lenient=True, boxed=result.boxed, extracted=result.extracted)
     return result
@@ -61,7 +76,12 @@ def _is_close(answer: str, gold: str, tolerance: float) -> bool:
     for golds in map(_values, item_readings(normalize(gold))):
         for answers in map(_values, item_readings(normalize(answer))):
             # A hundredth more: the bound itself counts, whatever its last binary digit.
-            if golds and answers and len(answers) == len(golds) and _all_within(answers, golds, 1.01 * tolerance):
+            if (
+                golds
+                and answers
+                and len(answers) == len(golds)
+                and _all_within(answers, golds, 1.01 * tolerance)
+            ):
                 return True
     return False
 
@@ -74,7 +94,9 @@ def _values(items: Sequence[str]) -> list[float] | None:
     values = []
     for item in items:
         relation = read_relation(item)
-        measure = split_measure(relation[0][-1] if relation is not None and set(relation[1]) <= {"=", "\\approx"} else item)
+        measure = split_measure(
+            relation[0][-1] if relation is not None and set(relation[1]) <= {"=", "\\approx"} else item
+        )
         value = number_value(measure.core)
         if value is None:
             return None

@@ -100,15 +100,23 @@ _INVISIBLE = re.compile(
     r"|mathnormal|mathop|ensuremath|underline|boxed|fbox|bf|it|sf|tt)(?![A-Za-z])\s*"
     r"|\\(?:text)?color(?:\s*\[[^\]]*\])?\s*\{[^{}]*\}|\\(?:hspace|vspace|phantom)\*?\s*\{[^{}]*\}"
 )
-_GROUP_COMMA = re.compile(r"(?<=[0-9])\s*(?:\{,\}|,\s*\\!|\\!\s*,|,\s*\\[,;:])\s*(?:\\!\s*)*(?=[0-9]{3}(?![0-9]))")
-_GROUP_SPACE = re.compile(r"(?<=[0-9])\s*(?:\\[,;: !]|~|\{\s*\})\s*(?=[0-9]{3}(?![0-9]))|(?<=[0-9])'(?=[0-9]{3}(?![0-9]))")
+_GROUP_COMMA = re.compile(
+    r"(?<=[0-9])\s*(?:\{,\}|,\s*\\!|\\!\s*,|,\s*\\[,;:])\s*(?:\\!\s*)*(?=[0-9]{3}(?![0-9]))"
+)
+_GROUP_SPACE = re.compile(
+    r"(?<=[0-9])\s*(?:\\[,;: !]|~|\{\s*\})\s*(?=[0-9]{3}(?![0-9]))|(?<=[0-9])'(?=[0-9]{3}(?![0-9]))"
+)
 _SPACE = re.compile(r"(?<!\\)\\[,;:> ]|~|\\(?:q?quad|thinspace|enspace|medspace|space)(?![A-Za-z])")
-_TEXT = re.compile(r"\\(?:text(?:bf|it|rm|normal|sf|tt|up|md)?|mathrm|mbox|hbox|operatorname\*?|rm)(?![A-Za-z])\s*\{\s*([^{}]*?)\s*\}")
+_TEXT = re.compile(
+    r"\\(?:text(?:bf|it|rm|normal|sf|tt|up|md)?|mathrm|mbox|hbox|operatorname\*?|rm)(?![A-Za-z])\s*\{\s*([^{}]*?)\s*\}"
+)
 _FRACTION = re.compile(r"\\[dtc]?frac(?![A-Za-z])")
 _FRACTION_ARGUMENTS = re.compile(r"\\frac\s*(\{[^{}]*\}|[0-9A-Za-z])\s*(\{[^{}]*\}|[0-9A-Za-z])")
 _OVER = re.compile(r"\{([^{}]*)\\over(?![A-Za-z])([^{}]*)\}")
 _ROOT_ARGUMENT = re.compile(r"\\sqrt\s*([0-9]+|[A-Za-z])")
-_DEGREE = re.compile(r"(?:\{\s*\})?\^\s*(?:\{\s*\\(?:circ|degree)\s*\}|\\(?:circ|degree)(?![A-Za-z]))|\\degrees?(?![A-Za-z])")
+_DEGREE = re.compile(
+    r"(?:\{\s*\})?\^\s*(?:\{\s*\\(?:circ|degree)\s*\}|\\(?:circ|degree)(?![A-Za-z]))|\\degrees?(?![A-Za-z])"
+)
 _PRIME = re.compile(r"\^\s*\{?\s*((?:\\prime\s*)+)\}?")
 _COMMANDS = {
     **dict.fromkeys(("leq", "leqslant", "leqq"), "le"),
@@ -162,12 +170,16 @@ _WORD_COMMAND = re.compile(
 _WORD_COMMANDS = {"asin": "arcsin", "acos": "arccos", "atan": "arctan", "infinity": "infty", "inf": "infty"}
 _ALL_REALS = re.compile(r"\\text\{\s*(?:the set of )?all reals?(?: numbers)?\s*\}|all reals?(?: numbers)?")
 _UPRIGHT_LETTER = re.compile(r"\\text\{([ei])\}")
-_TEXT_FUNCTION = re.compile(r"\\text\{(arcsin|arccos|arctan|sinh|cosh|tanh|sin|cos|tan|cot|sec|csc|log|ln|exp|lg)\}")
+_TEXT_FUNCTION = re.compile(
+    r"\\text\{(arcsin|arccos|arctan|sinh|cosh|tanh|sin|cos|tan|cot|sec|csc|log|ln|exp|lg)\}"
+)
 _TEXT_NUMBER = re.compile(r"\\text\{([-+]?[0-9][0-9.,/ %]*|\([A-Za-z]\)|[\s.,;:]*)\}")
 _TEXT_CONJUNCTION = re.compile(r"\\text\{,?\s*(and|or)\s*\}")
 _TEXT_PART = re.compile(r"(\\text\{[^{}]*\})")
 _COMPACT = re.compile(r"\s+(?![0-9A-Za-z])|(?<![0-9A-Za-z])\s+")
-_UNIT_FRACTION = re.compile(r"\\frac\{(\\text\{[^{}]*\}(?: ?\^ ?\{?[0-9]\}?)?)\}\{(\\text\{[^{}]*\}(?: ?\^ ?\{?[0-9]\}?)?)\}")
+_UNIT_FRACTION = re.compile(
+    r"\\frac\{(\\text\{[^{}]*\}(?: ?\^ ?\{?[0-9]\}?)?)\}\{(\\text\{[^{}]*\}(?: ?\^ ?\{?[0-9]\}?)?)\}"
+)
 _REVERSED_BRACKETS = re.compile(r"([\[\]])([^\[\](),]*,[^\[\](),]*)([\[\]])")
 _OUTER_DELIMITERS = (("$$", "$$"), ("$", "$"), ("\\(", "\\)"), ("\\[", "\\]"))
 
@@ -175,8 +187,8 @@ _OUTER_DELIMITERS = (("$$", "$$"), ("$", "$"), ("\\(", "\\)"), ("\\[", "\\]"))
 def normalize(text: str) -> str:
     """Return the text without delimiters, sizes, fonts and spacing, in one spelling of every command.
 
-    Text commands become `\\text{...}`, fractions `\\frac`, degrees `\\degree`, percent signs `%`; currency signs are dropped;
-    separators of thousands that cannot be anything else are dropped.
+    Text commands become `\\text{...}`, fractions `\\frac`, degrees `\\degree`, percent signs `%`; currency
+    signs are dropped; separators of thousands that cannot be anything else are dropped.
     """
     if len(text) > MAX_CHARACTERS:
         return text
@@ -185,16 +197,28 @@ def normalize(text: str) -> str:
         if len(text) > len(opening) + len(closing) and text.startswith(opening) and text.endswith(closing):
             text = text[len(opening) : -len(closing)]
     if not text.isascii():
-        text = _ROOT_SIGN.sub(lambda match: "\\sqrt" + (f"{{{match['argument']}}}" if match["argument"] else ""), text)
-        text = _RAISED.sub(lambda match: ("^" if match[1] else "_") + "{" + match[0].translate(_LOWERED) + "}", text)
+        text = _ROOT_SIGN.sub(
+            lambda match: "\\sqrt" + (f"{{{match['argument']}}}" if match["argument"] else ""), text
+        )
+        text = _RAISED.sub(
+            lambda match: ("^" if match[1] else "_") + "{" + match[0].translate(_LOWERED) + "}", text
+        )
         text = re.sub("[€£¥₹]", "", text).translate(_CHARACTERS)
-    text = text.replace("*{10}", "*10").replace("**", "^").replace("<=", "\\le ").replace(">=", "\\ge ").replace("!=", "\\ne ")
+    text = (
+        text.replace("*{10}", "*10")
+        .replace("**", "^")
+        .replace("<=", "\\le ")
+        .replace(">=", "\\ge ")
+        .replace("!=", "\\ne ")
+    )
     text = text.replace("...", "\\ldots ")
     if "all real" in text:
         text = _ALL_REALS.sub(r"\\R ", text)
     if any(character in text for character in "\\${~'"):
         text = _normalize_commands(text)
-    text = _outside_text(text, _WORD_COMMAND, lambda match: "\\" + _WORD_COMMANDS.get(match[1], match[1]) + " ")
+    text = _outside_text(
+        text, _WORD_COMMAND, lambda match: "\\" + _WORD_COMMANDS.get(match[1], match[1]) + " "
+    )
     text = re.sub(r"\\sqrt (?=[({\[])", r"\\sqrt", text)
     if "[" in text and "]" in text:  # ]1,2[ is the open interval
         text = _REVERSED_BRACKETS.sub(_in_round_brackets, text)
@@ -222,7 +246,8 @@ def plain_text(text: str) -> str:
 
 
 def matching(text: str, start: int) -> int:
-    """Return the position of the bracket that closes the one at `start`, whatever its kind; -1 where none does."""
+    """Return the position of the bracket that closes the one at `start`, whatever its kind; -1 where none
+    does."""
     depth = 0
     for position in range(start, len(text)):
         character = text[position]
@@ -274,4 +299,6 @@ def _braced(argument: str) -> str:
 def _outside_text(text: str, pattern: re.Pattern[str], replace: Callable[[re.Match[str]], str]) -> str:
     if "\\text" not in text:
         return pattern.sub(replace, text)
-    return "".join(part if part.startswith("\\text{") else pattern.sub(replace, part) for part in _TEXT_PART.split(text))
+    return "".join(
+        part if part.startswith("\\text{") else pattern.sub(replace, part) for part in _TEXT_PART.split(text)
+    )

@@ -65,7 +65,8 @@ class BaseNumber:
 
 
 def read_number(text: str) -> Fraction | None:
-    """Return the value of a normalized text that is one number: decimal, grouped, fraction, mixed, scientific or repeating.
+    """Return the value of a normalized text that is one number: decimal, grouped, fraction, mixed, scientific
+    or repeating.
 
     None where it is anything else, a unit or percent sign included.
     """
@@ -82,7 +83,8 @@ def read_number(text: str) -> Fraction | None:
 
 
 def read_base_number(text: str) -> BaseNumber | None:
-    """Return the digits and the base of `1010_2`, `1010_{2}`, `(1010)_{\\text{two}}` or `1010 base 2`; None for anything else."""
+    """Return the digits and the base of `1010_2`, `1010_{2}`, `(1010)_{\\text{two}}` or `1010 base 2`; None
+    for anything else."""
     match = _BASE.fullmatch(text)
     if match is None or not match["digits"][0].isdigit():
         return None

@@ -1,9 +1,10 @@
 r"""Grade as the evaluation script of Qwen2.5-Math does, to compare with numbers that were published with it.
 
-Its rules, beside those of `is_correct`: numbers agree within a relative 1e-4, a number also with a hundredth and with the
-hundredfold of the gold answer (percentages); tuples and intervals item by item whatever the kind of bracket; letter case is
-ignored in text; `x=` is dropped. Where nothing is boxed the text after "the answer is" counts, else the last number. Of
-several letters in an answer to a multiple choice question the last one counts.
+Its rules, beside those of `is_correct`: numbers agree within a relative 1e-4, a number also with a hundredth
+and with the hundredfold of the gold answer (percentages); tuples and intervals item by item whatever the kind
+of bracket; letter case is ignored in text; `x=` is dropped. Where nothing is boxed the text after "the answer
+is" counts, else the last number. Of several letters in an answer to a multiple choice question the last one
+counts.
 """
 
 import math
@@ -26,17 +27,28 @@ def grade_official(response: str, gold: str) -> Grade:
     """Grade a response; `strict` and `lenient` are the same, since the script has one count."""
     extracted = extract_official(response)
     correct = bool(extracted) and is_close_or_equal(extracted, gold)
-    return Grade(strict=correct, lenient=correct, boxed=extract_boxed(response) is not None, extracted=extracted or None)
+    return Grade(
+        strict=correct,
+        lenient=correct,
+        boxed=extract_boxed(response) is not None,
+        extracted=extracted or None,
+    )
 
 
 def grade_official_choice(response: str, gold: str) -> Grade:
     """Grade a response to a multiple choice question by the letter that the script finds."""
     letter = extract_official_choice(response)
-    return Grade(strict=letter == gold, lenient=letter == gold, boxed=extract_boxed(response) is not None, extracted=letter)
+    return Grade(
+        strict=letter == gold,
+        lenient=letter == gold,
+        boxed=extract_boxed(response) is not None,
+        extracted=letter,
+    )
 
 
 def extract_official(response: str) -> str:
-    """Return the last box, else what follows "the answer is" or "final answer is", else the last number, else nothing."""
+    """Return the last box, else what follows "the answer is" or "final answer is", else the last number, else
+    nothing."""
     _, stated, after = response.rpartition("final answer is $")
     if stated and "$. I hope" in after:
         return after.partition("$. I hope")[0].strip()
@@ -52,7 +64,8 @@ def extract_official(response: str) -> str:
 
 
 def extract_official_choice(response: str) -> str | None:
-    """Return the first lone letter A to E after the last "answer is" or "choice is", else the last lone letter anywhere."""
+    """Return the first lone letter A to E after the last "answer is" or "choice is", else the last lone
+    letter anywhere."""
     text = response.strip("\n")
     if max(text.count(phrase) for phrase in ("choice is", "answer is")) > 1:
         text = text.partition("\n\n")[0]
@@ -79,11 +92,14 @@ def _is_close(answer: str, gold: str) -> bool:
     value, gold_value = number_value(measure.core), number_value(gold_measure.core)
     if value is not None and gold_value is not None:
         return any(
-            math.isclose(value, expected, rel_tol=RELATIVE_TOLERANCE) for expected in (gold_value / 100, gold_value, gold_value * 100)
+            math.isclose(value, expected, rel_tol=RELATIVE_TOLERANCE)
+            for expected in (gold_value / 100, gold_value, gold_value * 100)
         )
     matrix, gold_matrix = read_matrix(answer), read_matrix(gold)
     if matrix is not None and gold_matrix is not None:
-        return _all_close([cell for row in matrix[1] for cell in row], [cell for row in gold_matrix[1] for cell in row])
+        return _all_close(
+            [cell for row in matrix[1] for cell in row], [cell for row in gold_matrix[1] for cell in row]
+        )
     brackets, gold_brackets = read_brackets(answer), read_brackets(gold)
     if brackets is not None and gold_brackets is not None:
         return _all_close(split_items(brackets.inside), split_items(gold_brackets.inside))
@@ -91,9 +107,13 @@ def _is_close(answer: str, gold: str) -> bool:
 
 
 def _all_close(items: list[str], gold_items: list[str]) -> bool:
-    return len(items) == len(gold_items) > 0 and all(is_correct(a, b) or _is_close(a, b) for a, b in zip(items, gold_items, strict=True))
+    return len(items) == len(gold_items) > 0 and all(
+        is_correct(a, b) or _is_close(a, b) for a, b in zip(items, gold_items, strict=True)
+    )
 
 
 def _without_short_name(text: str) -> str:
     relation = read_relation(text)
-    return relation[0][1] if relation is not None and relation[1] == ["="] and len(relation[0][0]) <= 2 else text
+    return (
+        relation[0][1] if relation is not None and relation[1] == ["="] and len(relation[0][0]) <= 2 else text
+    )

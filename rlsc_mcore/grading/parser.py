@@ -57,10 +57,25 @@ _GREEK = frozenset(
     ]
 )
 _DECORATIONS = frozenset(
-    ["vec", "hat", "bar", "tilde", "dot", "ddot", "overline", "widehat", "overrightarrow", "mathcal", "mathscr", "mathfrak"]
+    [
+        "vec",
+        "hat",
+        "bar",
+        "tilde",
+        "dot",
+        "ddot",
+        "overline",
+        "widehat",
+        "overrightarrow",
+        "mathcal",
+        "mathscr",
+        "mathfrak",
+    ]
 )
 _FUNCTIONS = {
-    **{name: name for name in ["sin", "cos", "tan", "cot", "sec", "csc", "sinh", "cosh", "tanh", "exp", "ln"]},
+    **{
+        name: name for name in ["sin", "cos", "tan", "cot", "sec", "csc", "sinh", "cosh", "tanh", "exp", "ln"]
+    },
     "arcsin": "asin",
     "arccos": "acos",
     "arctan": "atan",
@@ -83,7 +98,8 @@ def unsupported(reason: str) -> Any:
 
 @lru_cache(maxsize=16384)
 def parse(text: str) -> tuple[Tree, frozenset[str]] | None:
-    """Return the tree of a text and the names in it; None where it is no expression that can be parsed here."""
+    """Return the tree of a text and the names in it; None where it is no expression that can be parsed
+    here."""
     try:
         parser = _Parser(text)
         return parser.whole(), frozenset(parser.names)
@@ -147,7 +163,9 @@ class _Parser:
                 while self.next in ("+", "-"):
                     sign *= -1 if self.take() == "-" else 1
                 factor = self.power()
-                factors.append((-1 if token in ("/", "\\div") else 1, factor if sign > 0 else ("sum", ((-1, factor),))))
+                factors.append(
+                    (-1 if token in ("/", "\\div") else 1, factor if sign > 0 else ("sum", ((-1, factor),)))
+                )
             elif self.begins_factor():
                 self.check_juxtaposed_numbers()
                 factors.append((1, self.power()))
@@ -228,9 +246,19 @@ class _Parser:
 
     def read_mixed(self, whole: Fraction, token: str) -> Tree:
         following = self.tokens[self.position : self.position + 7]
-        if token.isdigit() and len(following) == 7 and following[0] == "\\frac" and following[1] == following[4] == "{":
+        if (
+            token.isdigit()
+            and len(following) == 7
+            and following[0] == "\\frac"
+            and following[1] == following[4] == "{"
+        ):
             top, bottom = following[2], following[5]
-            if top.isdigit() and bottom.isdigit() and int(top) < int(bottom) and following[3] == following[6] == "}":
+            if (
+                top.isdigit()
+                and bottom.isdigit()
+                and int(top) < int(bottom)
+                and following[3] == following[6] == "}"
+            ):
                 self.position += 7
                 return ("number", whole + Fraction(int(top), int(bottom)))
         return ("number", whole)

@@ -1,7 +1,7 @@
 """Rewards of sampled answers: agreement with the question's majority (TTRL) or with its label (RLVR).
 
-`boxed` reads the last box alone: a sample that boxes nothing casts no vote and earns nothing, so training teaches the box.
-`any` reads what TTRL's own code does: the box, else the stated answer, else the last number.
+`boxed` reads the last box alone: a sample that boxes nothing casts no vote and earns nothing, so training
+teaches the box. `any` reads what TTRL's own code does: the box, else the stated answer, else the last number.
 """
 
 import math
@@ -17,14 +17,19 @@ from rlsc_mcore.grading.symbolic import NUM_WORKERS
 from rlsc_mcore.objectives import OBJECTIVES
 from rlsc_mcore.types import Question, Rollout
 
-Reward = Callable[[Sequence[str], Question, str], list[float]]  # responses to one question, `algorithm.rewards` -> a reward for each
+Reward = Callable[
+    [Sequence[str], Question, str], list[float]
+]  # responses to one question, `algorithm.rewards` -> a reward for each
 
 
-def majority_rewards(responses: Sequence[str], question: Question | None = None, answers: str = "boxed") -> list[float]:
+def majority_rewards(
+    responses: Sequence[str], question: Question | None = None, answers: str = "boxed"
+) -> list[float]:
     """Return 1 for each response to one question whose answer is the most frequent one, else 0.
 
-    Answers agree when they are equal as `is_correct` has it, letters of a multiple choice question as `extract_choice` reads
-    them. Of equally frequent ones the first sampled wins. `answers` is `boxed` or `any`.
+    Answers agree when they are equal as `is_correct` has it, letters of a multiple choice question as
+    `extract_choice` reads them. Of equally frequent ones the first sampled wins. `answers` is `boxed` or
+    `any`.
     """
     classes = answer_classes([_final_answer(response, question, answers) for response in responses])
     counts = [classes.count(label) if label >= 0 else 0 for label in range(len(responses))]
@@ -34,17 +39,22 @@ def majority_rewards(responses: Sequence[str], question: Question | None = None,
     return [float(label == majority) for label in classes]
 
 
-def frequency_rewards(responses: Sequence[str], question: Question | None = None, answers: str = "boxed") -> list[float]:
-    """Return for each response the share of the question's responses with the same answer; 0 without an answer.
+def frequency_rewards(
+    responses: Sequence[str], question: Question | None = None, answers: str = "boxed"
+) -> list[float]:
+    """Return for each response the share of the question's responses with the same answer; 0 without an
+    answer.
 
-    The semantic clusters of EMPO (arXiv 2504.05812) are classes of equal answers here, as in its own mathematical setup.
+    The semantic clusters of EMPO (arXiv 2504.05812) are classes of equal answers here, as in its own
+    mathematical setup.
     """
     classes = answer_classes([_final_answer(response, question, answers) for response in responses])
     return [classes.count(label) / len(classes) if label >= 0 else 0.0 for label in classes]
 
 
 def label_rewards(responses: Sequence[str], question: Question, answers: str = "boxed") -> list[float]:
-    """Return 1 for each response whose answer is the question's `answer` by its own format, as evaluation grades it, else 0."""
+    """Return 1 for each response whose answer is the question's `answer` by its own format, as evaluation
+    grades it, else 0."""
     grader = "boxed" if answers == "boxed" else "lenient"
     return [float(grade_answer(response, question, grader).strict) for response in responses]
 
@@ -59,7 +69,9 @@ def _final_answer(response: str, question: Question | None, answers: str) -> str
     return find_choice(response) if is_choice else extract_stated(response) or extract_last_number(response)
 
 
-def answer_classes(answers: Sequence[str | None], agree: Callable[[str, str], bool] = is_correct) -> list[int]:
+def answer_classes(
+    answers: Sequence[str | None], agree: Callable[[str, str], bool] = is_correct
+) -> list[int]:
     """Number each answer's class of equal answers, in order of first appearance; None (no answer) is -1.
 
     Equal spellings share a class at once; other spellings are compared with each class's first answer.
@@ -82,12 +94,17 @@ def answer_classes(answers: Sequence[str | None], agree: Callable[[str, str], bo
 
 
 def trained_rollouts(
-    algorithm: AlgorithmConfig, options: RolloutConfig, rollouts: Sequence[Rollout], questions: Sequence[Question]
+    algorithm: AlgorithmConfig,
+    options: RolloutConfig,
+    rollouts: Sequence[Rollout],
+    questions: Sequence[Question],
 ) -> list[tuple[Rollout, float]]:
-    """Return the rollouts that are trained, each with its advantage within its question (0 where the objective has no reward).
+    """Return the rollouts that are trained, each with its advantage within its question (0 where the
+    objective has no reward).
 
-    All samples of a question must be among `rollouts`; `questions[i].index` is i. Rewards compare all `num_samples` of a question,
-    of which the first `num_trained` are trained; mean and standard deviation are those of the trained ones.
+    All samples of a question must be among `rollouts`; `questions[i].index` is i. Rewards compare all
+    `num_samples` of a question, of which the first `num_trained` are trained; mean and standard deviation are
+    those of the trained ones.
     """
     num_trained = options.num_trained or options.num_samples
     is_trained = [rollout.sample_index % options.num_samples < num_trained for rollout in rollouts]
@@ -95,11 +112,17 @@ def trained_rollouts(
     values = [0.0] * len(rollouts)
     if rewards is not None:
         groups = [rollout.question_index for rollout in rollouts]
-        values = group_advantages(rewards, groups, standardize=algorithm.advantage == "standardized", counted=is_trained)
-    return [(rollout, value) for rollout, value, kept in zip(rollouts, values, is_trained, strict=True) if kept]
+        values = group_advantages(
+            rewards, groups, standardize=algorithm.advantage == "standardized", counted=is_trained
+        )
+    return [
+        (rollout, value) for rollout, value, kept in zip(rollouts, values, is_trained, strict=True) if kept
+    ]
 
 
-def _rewards(algorithm: AlgorithmConfig, rollouts: Sequence[Rollout], questions: Sequence[Question]) -> list[float] | None:
+def _rewards(
+    algorithm: AlgorithmConfig, rollouts: Sequence[Rollout], questions: Sequence[Question]
+) -> list[float] | None:
     reward_of: Reward | None = OBJECTIVES[algorithm.objective].load_reward()
     if reward_of is None:
         return None
@@ -108,7 +131,9 @@ def _rewards(algorithm: AlgorithmConfig, rollouts: Sequence[Rollout], questions:
         groups.setdefault(rollout.question_index, []).append(position)
 
     def graded(index: int) -> list[float]:
-        return reward_of([rollouts[position].text for position in groups[index]], questions[index], algorithm.rewards)
+        return reward_of(
+            [rollouts[position].text for position in groups[index]], questions[index], algorithm.rewards
+        )
 
     rewards = [0.0] * len(rollouts)
     with ThreadPoolExecutor(NUM_WORKERS) as threads:
@@ -122,15 +147,24 @@ def check_labels(objective: str, questions: Sequence[Question], source: str) -> 
     """Raise ConfigError at the first question without a label where the objective needs labels."""
     unlabelled = next((question for question in questions if question.answer is None), None)
     if OBJECTIVES[objective].needs_labels and unlabelled is not None:
-        raise ConfigError(f"algorithm.objective: {objective} needs labels, and question {unlabelled.index} of {source} has no `answer`")
+        raise ConfigError(
+            f"algorithm.objective: {objective} needs labels, and question {unlabelled.index} of {source} has "
+            "no `answer`"
+        )
 
 
 def group_advantages(
-    rewards: Sequence[float], groups: Sequence[int], *, standardize: bool = False, counted: Sequence[bool] | None = None
+    rewards: Sequence[float],
+    groups: Sequence[int],
+    *,
+    standardize: bool = False,
+    counted: Sequence[bool] | None = None,
 ) -> list[float]:
-    """Return each reward minus the mean reward of its group, with `standardize` divided by the standard deviation (n - 1).
+    """Return each reward minus the mean reward of its group, with `standardize` divided by the standard
+    deviation (n - 1).
 
-    Mean and deviation are over the members that are `counted` (default: all). A group of equal rewards has advantages of 0.
+    Mean and deviation are over the members that are `counted` (default: all). A group of equal rewards has
+    advantages of 0.
     """
     members: dict[int, list[float]] = {}
     for reward, group, counts in zip(rewards, groups, counted or [True] * len(rewards), strict=True):

@@ -19,7 +19,9 @@ _ONE_NAME = re.compile(
     r"(?:[A-Za-z]|[A-Z]{2,4}|\\[A-Za-z]+|\\text\{[^{}]*\}|\|[A-Z]{2}\||\\angle ?[A-Z]+|\\(?:vec|overline|hat|bar|text)\{[^{}]*\})"
     r"(?:_ ?(?:\{(?:[^{}]|\{[^{}]*\})*\}|[A-Za-z0-9]))?'*(?: ?\([^()=]*\))?'*"
 )
-_KNOWN_FUNCTION = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc|ln|log|exp|arc[a-z]+|pi|infty|frac|sqrt|begin|R|emptyset)(?![A-Za-z])")
+_KNOWN_FUNCTION = re.compile(
+    r"\\(?:sin|cos|tan|cot|sec|csc|ln|log|exp|arc[a-z]+|pi|infty|frac|sqrt|begin|R|emptyset)(?![A-Za-z])"
+)
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,8 @@ def split_items(text: str) -> list[str]:
 
 
 def item_readings(text: str) -> list[list[str]]:
-    """Return the ways to split a list: each comma separates, and commas between groups of three digits do not."""
+    """Return the ways to split a list: each comma separates, and commas between groups of three digits do
+    not."""
     readings = [split_items(text)]
     if _GROUPED.search(text):
         joined = split_items(_GROUPED.sub(lambda match: match[0].replace(",", ""), text))
@@ -88,7 +91,9 @@ def expand_signs(items: Sequence[str]) -> list[str]:
 def read_brackets(text: str) -> Brackets | None:
     """Return the brackets that enclose the whole text; None where none do. `]1,2[` is the open interval."""
     for opening, closing in (*_OPENING.items(), ("]", "["), ("(", "]"), ("[", ")")):
-        if not (text.startswith(opening) and text.endswith(closing)) or len(text) < len(opening) + len(closing):
+        if not (text.startswith(opening) and text.endswith(closing)) or len(text) < len(opening) + len(
+            closing
+        ):
             continue
         inside = text[len(opening) : len(text) - len(closing)].strip()
         if not _balanced(inside):
@@ -144,7 +149,8 @@ def is_name(text: str) -> bool:
 
 
 def read_real_set(text: str) -> list[Interval] | None:
-    """Read a union of intervals and of finite sets, or inequalities in one letter, as sorted pieces that do not touch."""
+    """Read a union of intervals and of finite sets, or inequalities in one letter, as sorted pieces that do
+    not touch."""
     text = text.strip()
     if re.search(r"\\setminus|\\ne(?![A-Za-z])", text):
         return _read_punctured(text)
@@ -165,7 +171,12 @@ def same_real_set(first: list[Interval], second: list[Interval], same: Callable[
     if len(first) != len(second):
         return False
     for a, b in zip(first, second, strict=True):
-        if (a.low_closed, a.high_closed, a.low is None, a.high is None) != (b.low_closed, b.high_closed, b.low is None, b.high is None):
+        if (a.low_closed, a.high_closed, a.low is None, a.high is None) != (
+            b.low_closed,
+            b.high_closed,
+            b.low is None,
+            b.high is None,
+        ):
             return False
         if a.low is not None and b.low is not None and not same(a.low, b.low):
             return False
@@ -255,7 +266,9 @@ def _read_inequality(sides: list[str], signs: list[str]) -> tuple[list[Interval]
         if not _is_end(low, -1) or not _is_end(high, 1):
             return None
         low_end, high_end = (None if "\\infty" in end else end for end in (low, high))
-        low_closed, high_closed = (sign == "\\le" and "\\infty" not in end for sign, end in zip(signs, (low, high), strict=True))
+        low_closed, high_closed = (
+            sign == "\\le" and "\\infty" not in end for sign, end in zip(signs, (low, high), strict=True)
+        )
         return [Interval(low_end, high_end, low_closed, high_closed)], {name}
     left, right = sides
     if is_name(left) and number_value(right) is not None:
@@ -292,7 +305,10 @@ def _merged(pieces: list[Interval]) -> list[Interval]:
         if merged and merged[-1].high is None:
             continue
         last = merged[-1] if merged else None
-        if last is not None and (low(piece)[0] < high(last) or (low(piece)[0] == high(last) and (piece.low_closed or last.high_closed))):
+        if last is not None and (
+            low(piece)[0] < high(last)
+            or (low(piece)[0] == high(last) and (piece.low_closed or last.high_closed))
+        ):
             longer = piece if (high(piece), piece.high_closed) > (high(last), last.high_closed) else last
             merged[-1] = Interval(last.low, longer.high, last.low_closed, longer.high_closed)
         else:

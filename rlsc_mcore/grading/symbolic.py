@@ -1,8 +1,9 @@
 """Symbolic equality by math-verify, in a process of its own.
 
-An answer such as 10^{10^{10}} keeps Python inside one C call that neither a thread nor a signal handler can leave, and the
-timeouts of math-verify work in the main thread only. So a worker does the algebra: the kernel ends it when one comparison
-has used up its processor time, and the next comparison starts another. This is the client; symbolic_worker.py is the program.
+An answer such as 10^{10^{10}} keeps Python inside one C call that neither a thread nor a signal handler can
+leave, and the timeouts of math-verify work in the main thread only. So a worker does the algebra: the kernel
+ends it when one comparison has used up its processor time, and the next comparison starts another. This is
+the client; symbolic_worker.py is the program.
 """
 
 import atexit
@@ -35,7 +36,8 @@ class SymbolicComparer:
         os.register_at_fork(after_in_child=self._forget_worker)
 
     def are_equal(self, answer: str, gold: str) -> bool:
-        """Say whether `answer` equals `gold` by the rules of math-verify; what cannot be parsed or takes too long does not.
+        """Say whether `answer` equals `gold` by the rules of math-verify; what cannot be parsed or takes too
+        long does not.
 
         Raises RuntimeError where the worker cannot start (math-verify is missing or broken).
         """
@@ -65,7 +67,8 @@ class SymbolicComparer:
                 self._end_worker()
 
     def _forget_worker(self) -> None:
-        # A forked child must not talk on its parent's pipes, nor wait for a lock that a thread of the parent held.
+        # A forked child must not talk on its parent's pipes, nor wait for a lock that a thread of the parent
+        # held.
         self._lock, self._worker = threading.Lock(), None
 
     def _ask(self, request: bytes) -> tuple[bytes, int]:
@@ -79,13 +82,18 @@ class SymbolicComparer:
         return (reply, 0) if reply else (b"", self._end_worker())
 
     def _start_worker(self) -> subprocess.Popen[bytes]:
-        # By path and with -P: neither the working directory nor the folder of this file can shadow a module that the worker imports.
+        # By path and with -P: neither the working directory nor the folder of this file can shadow a module
+        # that the worker imports.
         command = [sys.executable, "-P", symbolic_worker.__file__, str(self._cpu_seconds)]
         environment = os.environ | {"PYTHONHASHSEED": "0"}
-        self._worker = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment)
+        self._worker = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment
+        )
         if _read_byte(self._worker, _WALL_SECONDS_TO_START) != READY:
             self._end_worker()
-            raise RuntimeError("grading needs math-verify, which does not load: see `python -c 'import math_verify'`")
+            raise RuntimeError(
+                "grading needs math-verify, which does not load: see `python -c 'import math_verify'`"
+            )
         return self._worker
 
     def _end_worker(self) -> int:
@@ -101,14 +109,17 @@ class SymbolicComparer:
         return max(-status, 0)
 
 
-comparers = tuple(SymbolicComparer() for _ in range(NUM_WORKERS))  # a worker starts at the first comparison that needs it
+comparers = tuple(
+    SymbolicComparer() for _ in range(NUM_WORKERS)
+)  # a worker starts at the first comparison that needs it
 symbolic_comparer = comparers[0]
 for _comparer in comparers:
     atexit.register(_comparer.close)
 
 
 def compare_symbolically(answer: str, gold: str) -> bool:
-    """Compare in the first worker that is free: called from several threads, several comparisons run at once."""
+    """Compare in the first worker that is free: called from several threads, several comparisons run at
+    once."""
     free = next((comparer for comparer in comparers if comparer.is_free), symbolic_comparer)
     return free.are_equal(answer, gold)
 

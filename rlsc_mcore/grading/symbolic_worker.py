@@ -1,9 +1,9 @@
 """The process that does the algebra: it reads pairs of expressions and answers one byte for each.
 
-A program of its own (see symbolic.py for its client); it imports nothing of this package, and of the others only where it runs.
-The result is math-verify's, with two guards: letters keep their case, and expressions whose values differ clearly are
-different, however small both are. Three things make it cheaper: a parser that predicts without context first, a cache of
-parsed expressions, and the comparison of values before `simplify`.
+A program of its own (see symbolic.py for its client); it imports nothing of this package, and of the others
+only where it runs. The result is math-verify's, with two guards: letters keep their case, and expressions
+whose values differ clearly are different, however small both are. Three things make it cheaper: a parser that
+predicts without context first, a cache of parsed expressions, and the comparison of values before `simplify`.
 """
 
 import cmath
@@ -26,7 +26,8 @@ _CLEAR_DIFFERENCE = 1e-6  # relative, at a point where 30 digits are asked for
 def load_comparison() -> Callable[[str, str], bool]:
     """Return math-verify's comparison of (answer, gold), made faster.
 
-    Changes math-verify and its parser for this whole process, and sets no limit of time: for the worker and for measurements.
+    Changes math-verify and its parser for this whole process, and sets no limit of time: for the worker and
+    for measurements.
     """
     import logging
 
@@ -48,11 +49,12 @@ def load_comparison() -> Callable[[str, str], bool]:
 
 
 def _parse_in_two_stages() -> None:
-    """Predict without the caller's context first, which ANTLR can look up, and with it only where that ends in a syntax error.
+    """Predict without the caller's context first, which ANTLR can look up, and with it only where that ends
+    in a syntax error.
 
-    By ANTLR's definition of its SLL mode a parse that succeeds is the one of the full LL mode; the full mode computes most of
-    its predictions anew for every expression. The grammar's first rule reads to the end, so a character that is no token makes
-    every parse fail: it is looked for before either.
+    By ANTLR's definition of its SLL mode a parse that succeeds is the one of the full LL mode; the full mode
+    computes most of its predictions anew for every expression. The grammar's first rule reads to the end, so
+    a character that is no token makes every parse fail: it is looked for before either.
     """
     from antlr4.atn.PredictionMode import PredictionMode
     from latex2sympy2_extended.latex2sympy2 import _Latex2Sympy
@@ -97,7 +99,8 @@ def _look_for_a_difference_first() -> None:
 
 
 def _keep_letter_case() -> None:
-    """Parse R and r as different symbols; math-verify has no option that reaches this default of its parser."""
+    """Parse R and r as different symbols; math-verify has no option that reaches this default of its
+    parser."""
     from latex2sympy2_extended.latex2sympy2 import ConversionConfig, _Latex2Sympy, latex2sympy
 
     for function in (latex2sympy, _Latex2Sympy.__init__):
@@ -109,12 +112,16 @@ def _keep_letter_case() -> None:
 def differ_clearly(a: Any, b: Any) -> bool:
     """Say whether two sympy expressions have different values at a point with positive coordinates.
 
-    False where that cannot be told: matrices, sets, what is not finite, and what sympy integrates or sums numerically.
+    False where that cannot be told: matrices, sets, what is not finite, and what sympy integrates or sums
+    numerically.
     """
     import sympy
 
     inexact = (sympy.Integral, sympy.Sum, sympy.Product, sympy.Limit, sympy.Derivative)
-    if not all(isinstance(side, sympy.Expr) and not isinstance(side, sympy.MatrixExpr) and not side.has(*inexact) for side in (a, b)):
+    if not all(
+        isinstance(side, sympy.Expr) and not isinstance(side, sympy.MatrixExpr) and not side.has(*inexact)
+        for side in (a, b)
+    ):
         return False
     try:
         names = sorted(a.free_symbols | b.free_symbols, key=str)
@@ -128,10 +135,13 @@ def differ_clearly(a: Any, b: Any) -> bool:
 
 
 def serve(cpu_seconds: float) -> None:
-    """Answer requests from standard input until it ends; the kernel ends the process when one has used up its processor time."""
+    """Answer requests from standard input until it ends; the kernel ends the process when one has used up its
+    processor time."""
     replies = os.dup(1)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # a library that prints must not answer
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the client's to act on; end of input ends the worker
+    signal.signal(
+        signal.SIGINT, signal.SIG_IGN
+    )  # Ctrl-C is the client's to act on; end of input ends the worker
     signal.signal(signal.SIGPROF, signal.SIG_DFL)  # ends the process even inside a C call
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_LIMIT_BYTES, MEMORY_LIMIT_BYTES))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))

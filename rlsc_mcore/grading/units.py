@@ -1,7 +1,7 @@
 """Split the unit from the end of an answer and compare units.
 
-A unit that only one side names is dropped. Two known units of one dimension are converted exactly; two unknown ones agree
-where the words of one are among those of the other.
+A unit that only one side names is dropped. Two known units of one dimension are converted exactly; two
+unknown ones agree where the words of one are among those of the other.
 """
 
 import re
@@ -37,7 +37,16 @@ def _known_units() -> dict[str, tuple[Fraction, dict[str, int]]]:
         units.update(dict.fromkeys(names.split(), (Fraction(factor), dimension)))
 
     prefixes = {"": 0, "k": 3, "c": -2, "m": -3, "n": -9, "M": 6, "G": 9, "\u03bc": -6}
-    long_prefixes = {"": 0, "kilo": 3, "centi": -2, "milli": -3, "nano": -9, "mega": 6, "giga": 9, "micro": -6}
+    long_prefixes = {
+        "": 0,
+        "kilo": 3,
+        "centi": -2,
+        "milli": -3,
+        "nano": -9,
+        "mega": 6,
+        "giga": 9,
+        "micro": -6,
+    }
     metric = (
         ("m", ("meter", "metre"), "1", {"m": 1}),
         ("g", ("gram",), "1/1000", {"kg": 1}),
@@ -98,18 +107,24 @@ _SYMBOLS = "|".join(sorted(map(re.escape, KNOWN), key=len, reverse=True))
 _POWER = r"(?:\s*\^\s*(?:\{\s*[-+]?[0-9]\s*\}|[-+]?[0-9]))?"
 _ATOM = r"(?:\\text\{[^{}]*[A-Za-z\u00c5][^{}]*\}|\\mu\s*(?:\\text\{[A-Za-z]+\}|[A-Za-z]+)|\\Omega|\\(?:degree|circ)(?![A-Za-z])\s*[CF]?)"
 _JOIN = r"(?:\s|/|\\cdot(?![A-Za-z])|\*|\.|-)*"
-_TEXT_UNIT = re.compile(rf"(?P<unit>(?:/|per)?\s*{_ATOM}{_POWER}(?:{_JOIN}(?:{_ATOM}|(?<=[/\s])(?:{_SYMBOLS})(?![A-Za-z])){_POWER})*)$")
+_TEXT_UNIT = re.compile(
+    rf"(?P<unit>(?:/|per)?\s*{_ATOM}{_POWER}(?:{_JOIN}(?:{_ATOM}|(?<=[/\s])(?:{_SYMBOLS})(?![A-Za-z])){_POWER})*)$"
+)
 _SYMBOL = rf"(?:{_SYMBOLS})(?![A-Za-z]){_POWER}"
 _PLAIN_UNIT = re.compile(
     rf"(?<=[0-9)\}}\s])(?P<unit>\s*/?\s*(?:(?:sq(?:uare)?|cu(?:bic)?)\.?\s+)?{_SYMBOL}(?:(?:\s*/\s*|\s+|\s*\\cdot\s*|\*|\s+per\s+)\(?{_SYMBOL}\)?)*)$"
 )
-_WORD_UNIT = re.compile(r"(?<=[0-9}])\s+(?P<unit>[A-Za-z]{2,}(?:[ /-][A-Za-z]+)*)$|(?<=[0-9])\s*/\s*(?P<per>[A-Za-z]{2,})$")
+_WORD_UNIT = re.compile(
+    r"(?<=[0-9}])\s+(?P<unit>[A-Za-z]{2,}(?:[ /-][A-Za-z]+)*)$|(?<=[0-9])\s*/\s*(?P<per>[A-Za-z]{2,})$"
+)
 _NUMBER_END = re.compile(
     r"[-+]?[0-9][0-9.,]*|.*[0-9.]\s*(?:\\times|\\cdot|\*|x)\s*10\s*\^.*|\\frac\{[-+]?[0-9]+\}\{[0-9]+\}|[-+]?[0-9]+/[0-9]+"
 )
 _UNIT_QUOTIENT = re.compile(r"(?<=[0-9]) ?\\frac\{([A-Za-z]+)\}\{([A-Za-z]+)\}$")
 _PERCENT = re.compile(r"(?:%|\\text\{\s*(?:%|percent|per cent)\s*\}|\s+per ?cent)\s*$")
-_ENDS_OPEN = re.compile(r"(?:[-+*/^_=<>(\[{,;|]|\\(?:cdot|times|div|frac|sqrt|in|le|ge|ne|cup|cap|to|setminus|mid|overline))\s*$")
+_ENDS_OPEN = re.compile(
+    r"(?:[-+*/^_=<>(\[{,;|]|\\(?:cdot|times|div|frac|sqrt|in|le|ge|ne|cup|cap|to|setminus|mid|overline))\s*$"
+)
 
 
 def split_measure(text: str) -> Measure:
@@ -129,7 +144,9 @@ def split_measure(text: str) -> Measure:
         unit_text = match["unit"] if pattern is not _WORD_UNIT else match["unit"] or "per " + match["per"]
         if not core or _ENDS_OPEN.search(core) or _NOT_UNITS.search(unit_text):
             continue
-        if pattern is _PLAIN_UNIT and not _may_follow(core, unit_text, text[match.start() - 1 : match.start() + 1]):
+        if pattern is _PLAIN_UNIT and not _may_follow(
+            core, unit_text, text[match.start() - 1 : match.start() + 1]
+        ):
             continue
         if pattern is _WORD_UNIT and not _NUMBER_END.fullmatch(core):
             continue
@@ -138,7 +155,8 @@ def split_measure(text: str) -> Measure:
 
 
 def same_unit(first: Unit | None, second: Unit | None) -> Fraction | None:
-    """Return what to multiply the first value with to have it in the second's unit; None where the units differ."""
+    """Return what to multiply the first value with to have it in the second's unit; None where the units
+    differ."""
     if first is None or second is None or first == second:
         return Fraction(1)
     if not first.words or not second.words or first.dimension == () or second.dimension == ():
@@ -156,11 +174,17 @@ def read_unit(text: str) -> Unit:
     text = re.sub(r"\\mu\s*", "\u03bc", text).replace("\\Omega", "\u03a9").replace("\\AA", "\u00c5")
     text = re.sub(r"\\(?:degree|circ)(?![A-Za-z])", " degree ", text)
     plain = re.sub(r"\\text\{([^{}]*)\}", r" \1 ", text).replace("\\cdot", " ").replace("*", " ").strip()
-    words = frozenset(_singular(word) for word in re.findall(r"[A-Za-z\u00c5\u03bc\u03a9]+|[-+]?[0-9]+", plain.casefold()) if word != "per")
+    words = frozenset(
+        _singular(word)
+        for word in re.findall(r"[A-Za-z\u00c5\u03bc\u03a9]+|[-+]?[0-9]+", plain.casefold())
+        if word != "per"
+    )
     dimension: dict[str, int] = {}
     factor = Fraction(1)
     sign, power_next = 1, 1
-    for slash, word, power in re.findall(r"(/|\bper\b)?\s*([A-Za-z\u00c5\u03bc\u03a9]+)?\s*(?:\^\s*\{?\s*([-+]?[0-9])\s*\}?)?", plain):
+    for slash, word, power in re.findall(
+        r"(/|\bper\b)?\s*([A-Za-z\u00c5\u03bc\u03a9]+)?\s*(?:\^\s*\{?\s*([-+]?[0-9])\s*\}?)?", plain
+    ):
         if slash:
             sign = -1
         if not word:
@@ -180,12 +204,15 @@ def read_unit(text: str) -> Unit:
 
 
 def _may_follow(core: str, unit: str, border: str) -> bool:
-    """Say whether letters after `core` are a unit rather than a variable: `5 m` and `5cm` are, `5m` and `x cm` are not."""
+    """Say whether letters after `core` are a unit rather than a variable: `5 m` and `5cm` are, `5m` and `x
+    cm` are not."""
     letters = re.findall(r"[A-Za-z]+", unit)
     if not re.search(r"[0-9)}]\s*$", core):
         return False
     glued = not unit.startswith((" ", "/")) and " " not in border
-    return not (glued and len(letters[0]) == 1) and not (len(letters) == 1 and len(letters[0]) == 1 and not _NUMBER_END.fullmatch(core))
+    return not (glued and len(letters[0]) == 1) and not (
+        len(letters) == 1 and len(letters[0]) == 1 and not _NUMBER_END.fullmatch(core)
+    )
 
 
 def _singular(word: str) -> str:

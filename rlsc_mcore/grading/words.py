@@ -33,7 +33,9 @@ _TWO_LETTER_WORDS = frozenset(
     ]
 )
 _PRODUCTS = tuple(map(frozenset, ("abcd", "xyzw", "pqrst", "mnkl", "uvw", "ijk")))
-_ROMAN = re.compile(r"(?=[MDCLXVI]{2,})M{0,3}(?:C[MD]|D?C{0,3})(?:X[CL]|L?X{0,3})(?:I[XV]|V?I{0,3})", re.IGNORECASE)
+_ROMAN = re.compile(
+    r"(?=[MDCLXVI]{2,})M{0,3}(?:C[MD]|D?C{0,3})(?:X[CL]|L?X{0,3})(?:I[XV]|V?I{0,3})", re.IGNORECASE
+)
 _WORDS = re.compile(r"[A-Za-z]{3,}(?:[ ',.:;/-]+[A-Za-z]+|[ ,.:-]+[0-9]+)*")
 _TEXT = re.compile(r"\\text\{[^{}]*[A-Za-z]{2,}[^{}]*\}")
 _TIME = re.compile(r"[0-9]{1,2}(?::[0-9]{2})? ?[apAP]\.? ?[mM]\.?")
@@ -59,7 +61,8 @@ def is_words(text: str) -> bool:
 
 
 def same_words(first: str, second: str) -> bool:
-    """Compare words without regard to case, punctuation and a leading article; names of points in their case."""
+    """Compare words without regard to case, punctuation and a leading article; names of points in their
+    case."""
     a, b = plain_text(first), plain_text(second)
     if _NAME.fullmatch(a) or _NAME.fullmatch(b):
         short = min(len(a), len(b)) < 3 and a.casefold() not in _TWO_LETTER_WORDS and not _ROMAN.fullmatch(a)
@@ -77,7 +80,12 @@ def single_letter(text: str) -> str | None:
 def _is_product(text: str) -> bool:
     """Say whether letters such as `abc` or `xyz` are variables rather than a word."""
     letters = set(text)
-    return "\\" not in text and len(letters) == len(text) and text.islower() and any(letters <= variables for variables in _PRODUCTS)
+    return (
+        "\\" not in text
+        and len(letters) == len(text)
+        and text.islower()
+        and any(letters <= variables for variables in _PRODUCTS)
+    )
 
 
 def _folded(text: str) -> str:

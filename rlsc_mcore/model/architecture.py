@@ -8,7 +8,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec, get_gpt_layer_with_transformer_engine_spec
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_layer_local_spec,
+    get_gpt_layer_with_transformer_engine_spec,
+)
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec
@@ -31,11 +34,14 @@ def check_head_dim(architecture: Architecture, backend: Backend, source: Path) -
     derived = architecture.hidden_size // architecture.num_heads
     if FAMILIES[architecture.name].head_dim_is_derived and architecture.head_dim != derived:
         raise ConfigError(
-            f"{source}/config.json: head_dim: vLLM's {architecture.name} takes hidden_size / heads = {derived}, not {architecture.head_dim}"
+            f"{source}/config.json: head_dim: vLLM's {architecture.name} takes hidden_size / heads = "
+            f"{derived}, not {architecture.head_dim}"
         )
     if not backend.is_cuda and architecture.head_dim not in CPU_HEAD_DIMS:
         sizes = ", ".join(map(str, CPU_HEAD_DIMS))
-        raise ConfigError(f"{source}/config.json: head_dim: vLLM on a CPU runs {sizes}, not {architecture.head_dim}")
+        raise ConfigError(
+            f"{source}/config.json: head_dim: vLLM on a CPU runs {sizes}, not {architecture.head_dim}"
+        )
 
 
 def transformer_config(
@@ -47,7 +53,8 @@ def transformer_config(
     recompute: str = "none",
     stage_layers: Sequence[int] = (),
 ) -> TransformerConfig:
-    """Build Megatron's configuration of the model for `tp` tensor-parallel ranks (sequence parallel for tp > 1).
+    """Build Megatron's configuration of the model for `tp` tensor-parallel ranks (sequence parallel for tp >
+    1).
 
     `stage_layers`: layers of each pipeline stage; without it, or with one stage, there is no pipeline.
     """
@@ -58,12 +65,14 @@ def transformer_config(
             pipeline_model_parallel_size=len(stage_layers),
             pipeline_model_parallel_layout=_pipeline_layout(stage_layers),
             variable_seq_lengths=True,  # micro-batches differ in length: shapes travel before tensors
-            moe_token_dispatcher_type="alltoall",  # unused; Megatron refuses varying lengths with the default, experts or not
+            # unused; Megatron refuses varying lengths with the default, experts or not
+            moe_token_dispatcher_type="alltoall",
             batch_p2p_comm=True,
             deallocate_pipeline_outputs=True,
         )
     if recompute == "selective":
-        # Megatron's default module, the core of attention, keeps next to nothing in a fused kernel: there is little to recompute.
+        # Megatron's default module, the core of attention, keeps next to nothing in a fused kernel: there is
+        # little to recompute.
         options.update(recompute_granularity="selective", recompute_modules=["mlp"])
     elif recompute == "full":
         options.update(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
@@ -71,8 +80,9 @@ def transformer_config(
         options.update(use_cpu_initialization=True)
     check_fp8(model, backend)
     if model.fp8 != "none":
-        # Scales of the current tensor. Delayed scaling, Megatron's default, all-reduces its statistics over the data-parallel
-        # ranks after every pass, and ranks with unequal numbers of micro-batches would wait for ever.
+        # Scales of the current tensor. Delayed scaling, Megatron's default, all-reduces its statistics over
+        # the data-parallel ranks after every pass, and ranks with unequal numbers of micro-batches would wait
+        # for ever.
         options.update(fp8=model.fp8, fp8_recipe="tensorwise")
     return TransformerConfig(
         num_layers=architecture.num_layers,
@@ -96,14 +106,16 @@ def transformer_config(
         pipeline_dtype=dtype,
         autocast_dtype=dtype,
         bf16=dtype is torch.bfloat16,
-        # The loss is divided by the global number of samples before backward, so gradients are summed over ranks, not averaged.
+        # The loss is divided by the global number of samples before backward, so gradients are summed over
+        # ranks, not averaged.
         calculate_per_token_loss=True,
-        # perform_initialization stays on: it also marks the parameters as tensor-parallel, without which the gradient norm
-        # leaves out the shards of ranks > 0.
+        # perform_initialization stays on: it also marks the parameters as tensor-parallel, without which the
+        # gradient norm leaves out the shards of ranks > 0.
         gradient_accumulation_fusion=False,
         masked_softmax_fusion=False,
         persist_layer_norm=False,
-        # Without it autograd keeps 5 instead of 3 MLP widths per token. It is a torch.compile, which a CPU needs a C++ compiler for.
+        # Without it autograd keeps 5 instead of 3 MLP widths per token. It is a torch.compile, which a CPU
+        # needs a C++ compiler for.
         bias_activation_fusion=backend.is_cuda,
         bias_dropout_fusion=False,
         apply_rope_fusion=backend.is_cuda and uses_transformer_engine(model, backend),
@@ -120,8 +132,11 @@ def _pipeline_layout(stage_layers: Sequence[int]) -> list[list[str]]:
 
 
 def uses_transformer_engine(model: ModelConfig, backend: Backend) -> bool:
-    """Decide on the layer implementation; raises `ConfigError` when TransformerEngine is asked for and cannot be had."""
-    if model.layers == "torch" or (model.layers == "auto" and (not backend.is_cuda or model.dtype == "float32")):
+    """Decide on the layer implementation; raises `ConfigError` when TransformerEngine is asked for and cannot
+    be had."""
+    if model.layers == "torch" or (
+        model.layers == "auto" and (not backend.is_cuda or model.dtype == "float32")
+    ):
         return False  # TransformerEngine's packed attention wants 16-bit types
     if has_transformer_engine() and backend.is_cuda:
         return True
@@ -147,17 +162,25 @@ def check_fp8(model: ModelConfig, backend: Backend) -> None:
     if model.fp8 == "none":
         return
     if not backend.is_cuda:
-        raise ConfigError(f"model.fp8: {model.fp8} needs an NVIDIA GPU of compute capability 8.9 or more; use none")
+        raise ConfigError(
+            f"model.fp8: {model.fp8} needs an NVIDIA GPU of compute capability 8.9 or more; use none"
+        )
     capability = torch.cuda.get_device_capability()
     if capability < (8, 9):
         raise ConfigError(
-            f"model.fp8: {model.fp8} needs compute capability 8.9 or more, this GPU has {capability[0]}.{capability[1]}; use none"
+            f"model.fp8: {model.fp8} needs compute capability 8.9 or more, this GPU has "
+            f"{capability[0]}.{capability[1]}; use none"
         )
     if not uses_transformer_engine(model, backend):
-        raise ConfigError(f"model.fp8: {model.fp8} needs TransformerEngine layers, and torch SDPA layers are in use; see rlsc doctor")
+        raise ConfigError(
+            f"model.fp8: {model.fp8} needs TransformerEngine layers, and torch SDPA layers are in use; see "
+            "rlsc doctor"
+        )
 
 
-def layer_spec(config: TransformerConfig, transformer_engine: bool) -> ModuleSpec | TransformerBlockSubmodules:
+def layer_spec(
+    config: TransformerConfig, transformer_engine: bool
+) -> ModuleSpec | TransformerBlockSubmodules:
     """Return TransformerEngine's layer spec, or ours on torch SDPA and RMSNorm."""
     if transformer_engine:
         return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
@@ -168,12 +191,16 @@ def layer_spec(config: TransformerConfig, transformer_engine: bool) -> ModuleSpe
     attention.core_attention = SDPACoreAttention
     if config.qk_layernorm:
         attention.q_layernorm = attention.k_layernorm = RMSNorm
-    # A block spec, because the block's own final norm would otherwise be one that refuses sequence parallelism.
-    return TransformerBlockSubmodules(layer_specs=[spec] * get_num_layers_to_build(config), layer_norm=RMSNorm)
+    # A block spec, because the block's own final norm would otherwise be one that refuses sequence
+    # parallelism.
+    return TransformerBlockSubmodules(
+        layer_specs=[spec] * get_num_layers_to_build(config), layer_norm=RMSNorm
+    )
 
 
 class RMSNorm(torch.nn.RMSNorm):
-    """RMSNorm that may be used under sequence parallelism: its weight asks Megatron to all-reduce its gradient over TP."""
+    """RMSNorm that may be used under sequence parallelism: its weight asks Megatron to all-reduce its
+    gradient over TP."""
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6, **unused: Any) -> None:
         super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
@@ -182,17 +209,19 @@ class RMSNorm(torch.nn.RMSNorm):
 
 @dataclass(frozen=True)
 class RotaryFactors:
-    """Cosine and sine of every packed token's angles, [T, 1, dim] in the layers' data type; made once per batch."""
+    """Cosine and sine of every packed token's angles, [T, 1, dim] in the layers' data type; made once per
+    batch."""
 
     cos: torch.Tensor
     sin: torch.Tensor
 
     @classmethod
     def of(cls, angles: torch.Tensor, sequence_lengths: Sequence[int], dtype: torch.dtype) -> "RotaryFactors":
-        """Gather the factors of whole sequences laid end to end from `angles`, float32 [longest, 1, 1, dim]; never waits for a GPU.
+        """Gather the factors of whole sequences laid end to end from `angles`, float32 [longest, 1, 1, dim];
+        never waits for a GPU.
 
-        Megatron-Core's own function for packed sequences reads their lengths back from the device in every layer, and keeps
-        factors of its own for the backward pass of each.
+        Megatron-Core's own function for packed sequences reads their lengths back from the device in every
+        layer, and keeps factors of its own for the backward pass of each.
         """
         positions = torch.cat([torch.arange(length) for length in sequence_lengths])
         chosen = angles[:, 0].index_select(0, positions.to(angles.device, non_blocking=True))
@@ -205,9 +234,12 @@ class RotaryFactors:
 
 
 class SDPACoreAttention(MegatronModule):
-    """Causal attention on torch's `scaled_dot_product_attention`, for packed (thd) and padded (sbhd) input."""
+    """Causal attention on torch's `scaled_dot_product_attention`, for packed (thd) and padded (sbhd)
+    input."""
 
-    def __init__(self, config: TransformerConfig, *args: Any, softmax_scale: float | None = None, **unused: Any) -> None:
+    def __init__(
+        self, config: TransformerConfig, *args: Any, softmax_scale: float | None = None, **unused: Any
+    ) -> None:
         super().__init__(config=config)
         self.scale = softmax_scale if softmax_scale is not None else config.kv_channels**-0.5
 
@@ -221,14 +253,17 @@ class SDPACoreAttention(MegatronModule):
         attention_bias: torch.Tensor | None = None,
         packed_seq_params: PackedSeqParams | None = None,
     ) -> torch.Tensor:
-        """Attend within each sequence: [T, heads, dim] packed, or [s, b, heads, dim]; returns [.., heads * dim].
+        """Attend within each sequence: [T, heads, dim] packed, or [s, b, heads, dim]; returns [.., heads *
+        dim].
 
         Rotates queries and keys first where the batch carries its rotary factors (see `PolicyModel`).
         """
         if packed_seq_params is None:
             q, k, v = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))
             mask = None if attention_mask is None else ~attention_mask  # Megatron's True means masked out
-            output = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=self.scale, enable_gqa=True)
+            output = F.scaled_dot_product_attention(
+                q, k, v, attn_mask=mask, is_causal=mask is None, scale=self.scale, enable_gqa=True
+            )
             return output.permute(2, 0, 1, 3).reshape(query.size(0), query.size(1), -1)
         rotary = getattr(packed_seq_params, "rotary", None)
         if rotary is not None:
@@ -237,7 +272,9 @@ class SDPACoreAttention(MegatronModule):
             return self._varlen(query, key, value, packed_seq_params).reshape(query.size(0), -1)
         return self._per_sequence(query, key, value, packed_seq_params).reshape(query.size(0), -1)
 
-    def _varlen(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, packed: PackedSeqParams) -> torch.Tensor:
+    def _varlen(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, packed: PackedSeqParams
+    ) -> torch.Tensor:
         from torch.nn.attention.varlen import varlen_attn
 
         repeat = query.size(1) // key.size(1)
@@ -247,16 +284,34 @@ class SDPACoreAttention(MegatronModule):
         elif repeat > 1:  # torch 2.11
             key, value = key.repeat_interleave(repeat, dim=1), value.repeat_interleave(repeat, dim=1)
         cu_seqlens, longest = packed.cu_seqlens_q, packed.max_seqlen_q
-        output = varlen_attn(query, key, value, cu_seqlens, cu_seqlens, longest, longest, scale=self.scale, window_size=(-1, 0), **options)
+        output = varlen_attn(
+            query,
+            key,
+            value,
+            cu_seqlens,
+            cu_seqlens,
+            longest,
+            longest,
+            scale=self.scale,
+            window_size=(-1, 0),
+            **options,
+        )
         assert isinstance(output, torch.Tensor)  # a pair only where the log-sum-exp is asked for
         return output
 
-    def _per_sequence(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, packed: PackedSeqParams) -> torch.Tensor:
+    def _per_sequence(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, packed: PackedSeqParams
+    ) -> torch.Tensor:
         lengths = getattr(packed, "sequence_lengths", None) or packed.cu_seqlens_q.diff().tolist()
-        # split and cat (not slices): autograd then writes each gradient once instead of once per sequence into a full-size zero.
-        parts = zip(*(tensor.transpose(0, 1).split(lengths, dim=1) for tensor in (query, key, value)), strict=True)
+        # split and cat (not slices): autograd then writes each gradient once instead of once per sequence
+        # into a full-size zero.
+        parts = zip(
+            *(tensor.transpose(0, 1).split(lengths, dim=1) for tensor in (query, key, value)), strict=True
+        )
         outputs = [
-            F.scaled_dot_product_attention(q[None], k[None], v[None], is_causal=True, scale=self.scale, enable_gqa=True)[0]
+            F.scaled_dot_product_attention(
+                q[None], k[None], v[None], is_causal=True, scale=self.scale, enable_gqa=True
+            )[0]
             for q, k, v in parts
         ]
         return torch.cat(outputs, dim=1).transpose(0, 1)

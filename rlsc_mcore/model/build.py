@@ -11,7 +11,12 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from rlsc_mcore.config import Config
-from rlsc_mcore.model.architecture import RotaryFactors, layer_spec, transformer_config, uses_transformer_engine
+from rlsc_mcore.model.architecture import (
+    RotaryFactors,
+    layer_spec,
+    transformer_config,
+    uses_transformer_engine,
+)
 from rlsc_mcore.model.hf_checkpoint import load_weights
 from rlsc_mcore.model.shape import Architecture, read_architecture
 from rlsc_mcore.model.weight_map import BoundWeight, bind_weights, describe_weights, join_stages
@@ -27,15 +32,18 @@ Head = Callable[[torch.Tensor, torch.Tensor], Any]
 class PolicyModel(GPTModel):
     """`GPTModel` that hands hidden states and output weight to a head instead of materialising logits.
 
-    The head runs inside `forward`, so that Megatron's data-parallel hooks see every parameter used where it is used.
+    The head runs inside `forward`, so that Megatron's data-parallel hooks see every parameter used where it
+    is used.
     """
 
     def score(self, batch: PackedBatch, head: Head) -> Any:
-        """Run the packed batch and return what `head` makes of the last hidden states; collectives over the TP group."""
+        """Run the packed batch and return what `head` makes of the last hidden states; collectives over the
+        TP group."""
         return self(batch, head=head)
 
     def free_quantized_weights(self) -> None:
-        """Free the fp8 copies of the weights that TransformerEngine's layers keep; the next pass makes them again."""
+        """Free the fp8 copies of the weights that TransformerEngine's layers keep; the next pass makes them
+        again."""
         for module in self.modules():
             workspaces = getattr(module, "_fp8_workspaces", None)
             if workspaces:
@@ -48,12 +56,15 @@ class PolicyModel(GPTModel):
         self._head: Head | None = head
         try:
             token_ids = batch.token_ids[None]
-            return super().forward(token_ids, torch.zeros_like(token_ids), None, packed_seq_params=packed_seq_params(batch))
+            return super().forward(
+                token_ids, torch.zeros_like(token_ids), None, packed_seq_params=packed_seq_params(batch)
+            )
         finally:
             self._head = None
 
     def _preprocess(self, *args: Any, packed_seq_params: PackedSeqParams | None = None, **kwargs: Any) -> Any:
-        """Embed the tokens; where attention rotates by itself (`SDPACoreAttention`), put a packed batch's factors beside it."""
+        """Embed the tokens; where attention rotates by itself (`SDPACoreAttention`), put a packed batch's
+        factors beside it."""
         prepared = super()._preprocess(*args, packed_seq_params=packed_seq_params, **kwargs)
         lengths = getattr(packed_seq_params, "sequence_lengths", None)
         if lengths is None or self.config.apply_rope_fusion:
@@ -70,10 +81,15 @@ class PolicyModel(GPTModel):
             return hidden_states
         if self.share_embeddings_and_output_weights and self.pre_process:
             return head(hidden_states.squeeze(1), self.shared_embedding_or_output_weight())
-        # The output layer is not called, only its weight is used: run what waits for an overlapped gather of it.
+        # The output layer is not called, only its weight is used: run what waits for an overlapped gather of
+        # it.
         for hook in self.output_layer._forward_pre_hooks.values():
             hook(self.output_layer, ())
-        weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else self.output_layer.weight
+        weight = (
+            self.shared_embedding_or_output_weight()
+            if self.share_embeddings_and_output_weights
+            else self.output_layer.weight
+        )
         return head(hidden_states.squeeze(1), weight)
 
 
@@ -98,7 +114,9 @@ class Policy:
     megatron_config: TransformerConfig
     architecture: Architecture
     weights: list[BoundWeight]  # of this rank's pipeline stage
-    model_weights: list[BoundWeight]  # of all stages, in one order on all ranks; those of other stages on the meta device
+    model_weights: list[
+        BoundWeight
+    ]  # of all stages, in one order on all ranks; those of other stages on the meta device
     source: Path  # Hugging Face folder it came from
     padded_vocab_size: int
     transformer_engine: bool
@@ -110,12 +128,20 @@ class Policy:
         return self.model.pg_collection.tp.rank() * per_rank
 
 
-def build_policy(config: Config, folder: Path, backend: Backend, groups: Groups, *, load: bool = True) -> Policy:
-    """Build the model on this rank's device and fill it from `folder` (unless `load` is off); collective over the world."""
+def build_policy(
+    config: Config, folder: Path, backend: Backend, groups: Groups, *, load: bool = True
+) -> Policy:
+    """Build the model on this rank's device and fill it from `folder` (unless `load` is off); collective over
+    the world."""
     architecture = read_architecture(folder)
     layers = config.parallel.stage_layers or architecture.stage_layers(groups.pp_size)
     megatron_config = transformer_config(
-        architecture, config.model, backend, tp=groups.tp_size, recompute=config.training.recompute, stage_layers=layers
+        architecture,
+        config.model,
+        backend,
+        tp=groups.tp_size,
+        recompute=config.training.recompute,
+        stage_layers=layers,
     )
     transformer_engine = uses_transformer_engine(config.model, backend)
     backend.seed(config.training.seed)
@@ -140,16 +166,36 @@ def build_policy(config: Config, folder: Path, backend: Backend, groups: Groups,
     weights = bind_weights(model, architecture, [layer.layer_number - 1 for layer in model.decoder.layers])
     if load:
         with Reporter(groups.is_main).progress("loading weights, parameters", len(weights)) as bar:
-            load_weights(weights, architecture, folder, groups.tp_rank, groups.tp_size, progress=lambda each: _advance(each, bar))
-    model_weights = join_stages(weights, groups.pp_rank, groups.gather_objects_over_model(describe_weights(weights))[:: groups.tp_size])
-    return Policy(model, megatron_config, architecture, weights, model_weights, folder, padded_vocab_size, transformer_engine)
+            load_weights(
+                weights,
+                architecture,
+                folder,
+                groups.tp_rank,
+                groups.tp_size,
+                progress=lambda each: _advance(each, bar),
+            )
+    model_weights = join_stages(
+        weights,
+        groups.pp_rank,
+        groups.gather_objects_over_model(describe_weights(weights))[:: groups.tp_size],
+    )
+    return Policy(
+        model,
+        megatron_config,
+        architecture,
+        weights,
+        model_weights,
+        folder,
+        padded_vocab_size,
+        transformer_engine,
+    )
 
 
 def fuse_gradient_accumulation(model: PolicyModel) -> None:
     """Let TransformerEngine's linear layers add weight gradients to Megatron's buffers within their products.
 
-    Spares one bfloat16 copy of each gradient, and its rounding, per micro-batch. Megatron's own flag would concern its output layer
-    too, which needs Apex for it; that layer is not called here.
+    Spares one bfloat16 copy of each gradient, and its rounding, per micro-batch. Megatron's own flag would
+    concern its output layer too, which needs Apex for it; that layer is not called here.
     """
     for module in model.decoder.modules():
         if hasattr(module, "fuse_wgrad_accumulation"):

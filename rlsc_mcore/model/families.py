@@ -1,4 +1,5 @@
-"""List the supported model families: one row each. Shape reading, checks, planner and engine read this table; imports no torch.
+"""List the supported model families: one row each. Shape reading, checks, planner and engine read this table;
+imports no torch.
 
 A family with the weight names of Llama needs a row here and nothing else. Other weight names need a rule in
 `model/weight_map.py`; other layers need a layer specification in `model/architecture.py`.

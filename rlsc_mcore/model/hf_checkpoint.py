@@ -50,7 +50,9 @@ def resolve_model_folder(path: str) -> Path:
     if path.startswith(EMBEDDED):
         folder = Path(str(resources.files("rlsc_mcore") / "assets" / path.removeprefix(EMBEDDED)))
         if not folder.is_dir():
-            raise ConfigError(f"model.path: no embedded model {path.removeprefix(EMBEDDED)!r}; expected embedded:tiny_qwen2")
+            raise ConfigError(
+                f"model.path: no embedded model {path.removeprefix(EMBEDDED)!r}; expected embedded:tiny_qwen2"
+            )
         return folder
     folder = Path(path).expanduser()
     if folder.is_dir():
@@ -60,10 +62,16 @@ def resolve_model_folder(path: str) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(path, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.jinja", "*.model", "*.py"]))
+        return Path(
+            snapshot_download(
+                path, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.jinja", "*.model", "*.py"]
+            )
+        )
     except Exception as error:  # offline, unknown name, no permission: all mean the same to the user
         reason = str(error).splitlines()[0]
-        raise ConfigError(f"model.path: {path} is no local folder and could not be fetched from the hub: {reason}") from None
+        raise ConfigError(
+            f"model.path: {path} is no local folder and could not be fetched from the hub: {reason}"
+        ) from None
 
 
 def load_tokenizer(folder: Path, model: ModelConfig) -> Any:
@@ -71,11 +79,17 @@ def load_tokenizer(folder: Path, model: ModelConfig) -> Any:
     from transformers import AutoTokenizer
 
     if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
-        raise ConfigError(f"model.path: {folder} has no tokenizer (tokenizer.json, tokenizer.model or vocab.json)")
+        raise ConfigError(
+            f"model.path: {folder} has no tokenizer (tokenizer.json, tokenizer.model or vocab.json)"
+        )
     try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=model.trust_remote_code, local_files_only=True)
+        return AutoTokenizer.from_pretrained(
+            folder, trust_remote_code=model.trust_remote_code, local_files_only=True
+        )
     except Exception as error:
-        raise ConfigError(f"model.path: the tokenizer of {folder} does not load: {str(error).splitlines()[0]}") from None
+        raise ConfigError(
+            f"model.path: the tokenizer of {folder} does not load: {str(error).splitlines()[0]}"
+        ) from None
 
 
 def check_vocabulary(tokenizer: Any, architecture: Architecture, folder: Path) -> None:
@@ -83,20 +97,23 @@ def check_vocabulary(tokenizer: Any, architecture: Architecture, folder: Path) -
     largest = max(tokenizer.get_vocab().values())
     if largest >= architecture.vocab_size:
         raise ConfigError(
-            f"model.path: the tokenizer of {folder} has ids up to {largest}, but config.json says vocab_size = {architecture.vocab_size}"
+            f"model.path: the tokenizer of {folder} has ids up to {largest}, but config.json says vocab_size "
+            f"= {architecture.vocab_size}"
         )
 
 
 def weight_files(folder: Path) -> list[Path]:
     """Return the weight files that transformers reads of `folder`.
 
-    These are the file that config.json names as `transformers_weights`, else model.safetensors, else the files of the
-    index. Other safetensors files beside them are no part of the model. Raises `ConfigError` when there are none, when the
-    index is damaged or names a file outside the folder, and when the folder holds an adapter instead of a whole model.
+    These are the file that config.json names as `transformers_weights`, else model.safetensors, else the
+    files of the index. Other safetensors files beside them are no part of the model. Raises `ConfigError`
+    when there are none, when the index is damaged or names a file outside the folder, and when the folder
+    holds an adapter instead of a whole model.
     """
     if (folder / ADAPTER_CONFIG).is_file():
         raise ConfigError(
-            f"model.path: {folder} holds an adapter ({ADAPTER_CONFIG}); expected whole weights: merge it into its base "
+            f"model.path: {folder} holds an adapter ({ADAPTER_CONFIG}); expected whole weights: merge it "
+            "into its base "
             "model, or remove the adapter's files"
         )
     first = folder / (_named_weights(folder) or WEIGHTS_FILE)
@@ -107,15 +124,19 @@ def weight_files(folder: Path) -> list[Path]:
         return _indexed_files(folder, index_file)
     if list(folder.glob("*.safetensors")):
         raise ConfigError(
-            f"model.path: {folder} has neither {first.name} nor {INDEX_FILE}, without which transformers reads no "
+            f"model.path: {folder} has neither {first.name} nor {INDEX_FILE}, without which transformers "
+            "reads no "
             "*.safetensors file; rename a single file, or bring the index of several"
         )
-    hint = "; only safetensors are read, pickled *.bin files are refused" if list(folder.glob("*.bin")) else ""
+    hint = (
+        "; only safetensors are read, pickled *.bin files are refused" if list(folder.glob("*.bin")) else ""
+    )
     raise ConfigError(f"model.path: {folder} has no *.safetensors weights{hint}")
 
 
 def left_over_weights(folder: Path) -> list[str]:
-    """Name the safetensors files (and an index) in `folder` that are not read; a warning, as they may be a mistake."""
+    """Name the safetensors files (and an index) in `folder` that are not read; a warning, as they may be a
+    mistake."""
     names = {file.name for file in folder.glob("*.safetensors")}
     names -= {file.name for file in weight_files(folder)}
     single = (folder / WEIGHTS_FILE).is_file() and not _named_weights(folder)
@@ -123,7 +144,8 @@ def left_over_weights(folder: Path) -> list[str]:
 
 
 def _named_weights(folder: Path) -> str | None:
-    """Return `transformers_weights` of config.json: the file that transformers reads instead of its default names."""
+    """Return `transformers_weights` of config.json: the file that transformers reads instead of its default
+    names."""
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -132,7 +154,10 @@ def _named_weights(folder: Path) -> str | None:
     if name is None:
         return None
     if Path(str(name)).name != name or not name.endswith((".safetensors", ".safetensors.index.json")):
-        raise ConfigError(f"{folder / 'config.json'}: transformers_weights: expected a safetensors file of the folder, got {name!r}")
+        raise ConfigError(
+            f"{folder / 'config.json'}: transformers_weights: expected a safetensors file of the folder, got "
+            f"{name!r}"
+        )
     if not (folder / name).is_file():
         raise ConfigError(f"{folder / 'config.json'}: transformers_weights: {folder} lacks {name}")
     return str(name)
@@ -159,7 +184,8 @@ class SafetensorsFolder:
     """Random access to the tensors of a folder's safetensors files, one slice at a time."""
 
     def __init__(self, folder: Path) -> None:
-        """Open the headers of `weight_files`; raises `ConfigError` when one is damaged or a tensor is in two of them."""
+        """Open the headers of `weight_files`; raises `ConfigError` when one is damaged or a tensor is in two
+        of them."""
         self.folder = folder
         self._file_of: dict[str, Any] = {}
         place_of: dict[str, str] = {}
@@ -170,7 +196,10 @@ class SafetensorsFolder:
                 raise ConfigError(f"{file}: not a whole safetensors file: {error}") from None
             for name in handle.keys():  # noqa: SIM118  # no mapping
                 if name in place_of:
-                    raise ConfigError(f"model.path: {folder}: tensor {name!r} is in {place_of[name]} and in {file.name}; keep one of them")
+                    raise ConfigError(
+                        f"model.path: {folder}: tensor {name!r} is in {place_of[name]} and in {file.name}; "
+                        "keep one of them"
+                    )
                 place_of[name] = file.name
                 self._file_of[name] = handle
 
@@ -201,21 +230,26 @@ class SafetensorsFolder:
 def check_weights(folder: Path, architecture: Architecture) -> None:
     """Raise `ConfigError` when the folder's weights are not those of its config.json.
 
-    The reasons are: no safetensors, a tensor that is missing, has another shape or is quantized, and a tied model with an
-    output layer of its own. Reads headers only, and both vocabulary tensors where a tied model has two.
+    The reasons are: no safetensors, a tensor that is missing, has another shape or is quantized, and a tied
+    model with an output layer of its own. Reads headers only, and both vocabulary tensors where a tied model
+    has two.
     """
     weights = SafetensorsFolder(folder)
     for name, expected in hf_shapes(architecture).items():
         if name == HEAD and name not in weights:
             raise ConfigError(
-                f"model.path: {folder} has no tensor {HEAD!r} and its config.json does not say tie_word_embeddings: true; "
+                f"model.path: {folder} has no tensor {HEAD!r} and its config.json does not say "
+                "tie_word_embeddings: true; "
                 "set it if the output layer is the embedding"
             )
         if weights.shape(name) != expected:
-            raise ConfigError(f"model.path: {folder}: {name} has shape {weights.shape(name)}, config.json says {expected}")
+            raise ConfigError(
+                f"model.path: {folder}: {name} has shape {weights.shape(name)}, config.json says {expected}"
+            )
         if weights.dtype(name) not in FLOAT_TYPES:
             raise ConfigError(
-                f"model.path: {folder}: {name} is stored as {weights.dtype(name)}; expected one of {', '.join(FLOAT_TYPES)}: "
+                f"model.path: {folder}: {name} is stored as {weights.dtype(name)}; expected one of "
+                f"{', '.join(FLOAT_TYPES)}: "
                 "quantized weights are not read, bring the model they were made from"
             )
     if architecture.tied_embeddings and HEAD in weights:
@@ -223,14 +257,16 @@ def check_weights(folder: Path, architecture: Architecture) -> None:
 
 
 def _check_tied_head(weights: SafetensorsFolder, architecture: Architecture) -> None:
-    """Accept a copy of the embedding as the output layer of a tied model, as transformers does; refuse other values."""
+    """Accept a copy of the embedding as the output layer of a tied model, as transformers does; refuse other
+    values."""
     same = weights.shape(HEAD) == weights.shape(EMBEDDING)
     for start in range(0, architecture.vocab_size if same else 0, COMPARED_ROWS):
         rows = (0, start, min(start + COMPARED_ROWS, architecture.vocab_size))
         same = same and torch.equal(weights.read(HEAD, *rows).float(), weights.read(EMBEDDING, *rows).float())
     if not same:
         raise ConfigError(
-            f"model.path: {weights.folder}: {HEAD} is not equal to {EMBEDDING}, but config.json says tie_word_embeddings: "
+            f"model.path: {weights.folder}: {HEAD} is not equal to {EMBEDDING}, but config.json says "
+            "tie_word_embeddings: "
             f"true; set it to false to train both, or remove {HEAD}"
         )
 
@@ -254,17 +290,22 @@ def load_weights(
             place = weight.parameter[rows]
             if piece.shape != place.shape:
                 raise ConfigError(
-                    f"model.path: {folder}: {', '.join(weight.hf)}: rows {rows.start} to {rows.stop} of this rank's part have shape "
+                    f"model.path: {folder}: {', '.join(weight.hf)}: rows {rows.start} to {rows.stop} of this "
+                    "rank's part have shape "
                     f"{tuple(piece.shape)}, config.json asks for {tuple(place.shape)}"
                 )
             place.copy_(piece)
 
 
-def write_hf_folder(tensors: Iterable[tuple[str, torch.Tensor]], source: Path, output: Path, *, dtype: str, write: bool) -> None:
-    """Write config, tokenizer and safetensors (files of at most 5 GB) to `output`; every rank must iterate `tensors`.
+def write_hf_folder(
+    tensors: Iterable[tuple[str, torch.Tensor]], source: Path, output: Path, *, dtype: str, write: bool
+) -> None:
+    """Write config, tokenizer and safetensors (files of at most 5 GB) to `output`; every rank must iterate
+    `tensors`.
 
-    Only the rank with `write` touches the disk. The folder appears by one rename when it is complete; what an earlier export
-    wrote to `output` is replaced then. Raises `ConfigError` where `output` is a folder that this program did not make.
+    Only the rank with `write` touches the disk. The folder appears by one rename when it is complete; what an
+    earlier export wrote to `output` is replaced then. Raises `ConfigError` where `output` is a folder that
+    this program did not make.
     """
     if not write:
         for _ in tensors:  # the other ranks' part in the collectives that make them
@@ -275,7 +316,9 @@ def write_hf_folder(tensors: Iterable[tuple[str, torch.Tensor]], source: Path, o
         _write_model(tensors, source, partial, dtype)
 
 
-def _write_model(tensors: Iterable[tuple[str, torch.Tensor]], source: Path, partial: Path, dtype: str) -> None:
+def _write_model(
+    tensors: Iterable[tuple[str, torch.Tensor]], source: Path, partial: Path, dtype: str
+) -> None:
     _copy_side_files(source, partial, dtype)
     shards: list[list[str]] = []
     pending: dict[str, torch.Tensor] = {}
@@ -299,7 +342,11 @@ def _write_model(tensors: Iterable[tuple[str, torch.Tensor]], source: Path, part
         pending_bytes += size
         total_bytes += size
     flush()
-    names = [WEIGHTS_FILE] if len(shards) == 1 else [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+    names = (
+        [WEIGHTS_FILE]
+        if len(shards) == 1
+        else [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+    )
     for number, name in enumerate(names):
         os.replace(partial / f"shard-{number:05d}", partial / name)
     if len(names) > 1:
@@ -312,7 +359,10 @@ def _copy_side_files(source: Path, target: Path, dtype: str) -> None:
     for name in SIDE_FILES:
         if (source / name).is_file():
             shutil.copyfile(source / name, target / name)
-    for file in [*source.glob("*.py"), *source.glob(f"{MORE_TEMPLATES}/*.jinja")]:  # a tokenizer's own code, named templates
+    for file in [
+        *source.glob("*.py"),
+        *source.glob(f"{MORE_TEMPLATES}/*.jinja"),
+    ]:  # a tokenizer's own code, named templates
         (target / file.relative_to(source)).parent.mkdir(exist_ok=True)
         shutil.copyfile(file, target / file.relative_to(source))
     config = json.loads((target / "config.json").read_text(encoding="utf-8"))

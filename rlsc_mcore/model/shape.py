@@ -13,7 +13,8 @@ from rlsc_mcore.model.families import FAMILIES
 if TYPE_CHECKING:
     import torch
 
-# Both Megatron (for its shards) and vLLM (always) pad the vocabulary to a multiple of this, so that the shards agree.
+# Both Megatron (for its shards) and vLLM (always) pad the vocabulary to a multiple of this, so that the
+# shards agree.
 VOCABULARY_MULTIPLE = 64
 
 
@@ -42,7 +43,8 @@ class Architecture:
         return 2 * self.num_layers * (self.num_kv_heads // tp_size) * self.head_dim * dtype.itemsize
 
     def cost_model(self) -> CostModel:
-        """Return the FLOPs of training: a forward and a backward of twice that, each product counted as 2 m n k."""
+        """Return the FLOPs of training: a forward and a backward of twice that, each product counted as 2 m n
+        k."""
         hidden, queries = self.hidden_size, self.num_heads * self.head_dim
         projections = hidden * (2 * queries + 2 * self.num_kv_heads * self.head_dim)
         return CostModel(
@@ -52,16 +54,23 @@ class Architecture:
         )
 
     def stage_layers(self, pp: int) -> tuple[int, ...]:
-        """Split the layers into `pp` pipeline stages of nearly equal FLOPs; the last stage has the output head as well.
+        """Split the layers into `pp` pipeline stages of nearly equal FLOPs; the last stage has the output
+        head as well.
 
-        The head scores trained tokens only; all are taken to be trained. Every stage has a layer where there are enough.
+        The head scores trained tokens only; all are taken to be trained. Every stage has a layer where there
+        are enough.
         """
         cost = self.cost_model()
         head = cost.per_trained_token / (cost.per_token / self.num_layers)
         best: tuple[int, ...] = (self.num_layers,)
         if pp > 1:
-            # The most layers that the last stage may have without being the slowest; one if the head alone is slower.
-            fitting = [last for last in range(1, self.num_layers) if last + head <= -(-(self.num_layers - last) // (pp - 1))]
+            # The most layers that the last stage may have without being the slowest; one if the head alone is
+            # slower.
+            fitting = [
+                last
+                for last in range(1, self.num_layers)
+                if last + head <= -(-(self.num_layers - last) // (pp - 1))
+            ]
             last = max(fitting, default=1)
             each, more = divmod(self.num_layers - last, pp - 1)
             best = (*(each + (stage >= pp - 1 - more) for stage in range(pp - 1)), last)
@@ -76,8 +85,8 @@ class Architecture:
 def read_architecture(folder: Path, file: Path | None = None) -> Architecture:
     """Read `folder`/config.json, or `file`.
 
-    Raises `ConfigError` naming the file and field when it is absent, is not JSON, lacks a field or asks for something that
-    is not built here (another architecture, sliding windows, an unknown rotary scaling).
+    Raises `ConfigError` naming the file and field when it is absent, is not JSON, lacks a field or asks for
+    something that is not built here (another architecture, sliding windows, an unknown rotary scaling).
     """
     file = file or folder / "config.json"
     if not file.is_file():
@@ -91,7 +100,9 @@ def read_architecture(folder: Path, file: Path | None = None) -> Architecture:
     names = config.get("architectures") or []
     name = names[0] if isinstance(names, list) and names else None
     if name not in FAMILIES:
-        raise ConfigError(f"{file}: architectures: {name} is not supported; expected one of {', '.join(FAMILIES)}")
+        raise ConfigError(
+            f"{file}: architectures: {name} is not supported; expected one of {', '.join(FAMILIES)}"
+        )
     if config.get("use_sliding_window"):
         raise ConfigError(f"{file}: use_sliding_window: sliding-window attention is not supported")
     family = FAMILIES[name]
@@ -126,7 +137,8 @@ def read_architecture(folder: Path, file: Path | None = None) -> Architecture:
 
 
 def check_parallel(architecture: Architecture, tp: int, source: Path, option: str = "parallel.tp") -> None:
-    """Raise `ConfigError` naming `option` unless attention heads, KV heads and MLP width split evenly over `tp` ranks."""
+    """Raise `ConfigError` naming `option` unless attention heads, KV heads and MLP width split evenly over
+    `tp` ranks."""
     for field, size in (
         ("num_attention_heads", architecture.num_heads),
         ("num_key_value_heads", architecture.num_kv_heads),
@@ -140,20 +152,28 @@ def check_stages(architecture: Architecture, parallel: ParallelConfig, source: P
     """Raise `ConfigError` unless the model's layers fill the pipeline stages."""
     layers = architecture.num_layers
     if parallel.pp > layers:
-        raise ConfigError(f"parallel.pp: {parallel.pp} stages, but {source} has {layers} layers; expected at most {layers}")
+        raise ConfigError(
+            f"parallel.pp: {parallel.pp} stages, but {source} has {layers} layers; expected at most {layers}"
+        )
     if parallel.stage_layers is not None and sum(parallel.stage_layers) != layers:
         given = " + ".join(map(str, parallel.stage_layers))
-        raise ConfigError(f"parallel.stage_layers: {given} = {sum(parallel.stage_layers)}, but {source} has {layers} layers")
+        raise ConfigError(
+            f"parallel.stage_layers: {given} = {sum(parallel.stage_layers)}, but {source} has {layers} layers"
+        )
 
 
 def _llama3_factor(rope: dict[str, Any], file: Path) -> float | None:
     kind = rope.get("rope_type") or rope.get("type") or "default"
     if rope.get("partial_rotary_factor", 1.0) != 1.0:
-        raise ConfigError(f"{file}: rope_parameters: partial_rotary_factor {rope['partial_rotary_factor']} is not supported")
+        raise ConfigError(
+            f"{file}: rope_parameters: partial_rotary_factor {rope['partial_rotary_factor']} is not supported"
+        )
     if kind == "default":
         return None
     # Megatron-Core takes only the factor; the others are those of every released Llama 3.
     fixed = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
     if kind == "llama3" and all(rope.get(name, value) == value for name, value in fixed.items()):
         return float(rope["factor"])
-    raise ConfigError(f"{file}: rope_parameters: rotary scaling {kind!r} is not supported; expected default or llama3")
+    raise ConfigError(
+        f"{file}: rope_parameters: rotary scaling {kind!r} is not supported; expected default or llama3"
+    )

@@ -1,4 +1,5 @@
-"""One table of names and split rules: Hugging Face <-> Megatron-Core <-> vLLM. Import, export and hot swap all read it.
+"""One table of names and split rules: Hugging Face <-> Megatron-Core <-> vLLM. Import, export and hot swap
+all read it.
 
 Layouts of a parameter on one tensor-parallel rank, as Megatron holds it:
 
@@ -35,12 +36,23 @@ class WeightRule:
     tp_dim: int | None = None
 
 
-EMBEDDING = WeightRule(("embedding.word_embeddings.weight",), ("model.embed_tokens.weight",), "model.embed_tokens.weight", tp_dim=0)
+EMBEDDING = WeightRule(
+    ("embedding.word_embeddings.weight",),
+    ("model.embed_tokens.weight",),
+    "model.embed_tokens.weight",
+    tp_dim=0,
+)
 HEAD = WeightRule(("output_layer.weight",), ("lm_head.weight",), "lm_head.weight", tp_dim=0)
-TOP_RULES = (EMBEDDING, WeightRule(("decoder.final_layernorm.weight",), ("model.norm.weight",), "model.norm.weight"), HEAD)
+TOP_RULES = (
+    EMBEDDING,
+    WeightRule(("decoder.final_layernorm.weight",), ("model.norm.weight",), "model.norm.weight"),
+    HEAD,
+)
 LAYER_RULES = (
     WeightRule(
-        ("input_layernorm.weight", "self_attention.linear_qkv.layer_norm_weight"), ("input_layernorm.weight",), "input_layernorm.weight"
+        ("input_layernorm.weight", "self_attention.linear_qkv.layer_norm_weight"),
+        ("input_layernorm.weight",),
+        "input_layernorm.weight",
     ),
     WeightRule(
         ("self_attention.linear_qkv.weight",),
@@ -56,15 +68,30 @@ LAYER_RULES = (
         "qkv",
         0,
     ),
-    WeightRule(("self_attention.q_layernorm.weight",), ("self_attn.q_norm.weight",), "self_attn.q_norm.weight"),
-    WeightRule(("self_attention.k_layernorm.weight",), ("self_attn.k_norm.weight",), "self_attn.k_norm.weight"),
-    WeightRule(("self_attention.linear_proj.weight",), ("self_attn.o_proj.weight",), "self_attn.o_proj.weight", tp_dim=1),
+    WeightRule(
+        ("self_attention.q_layernorm.weight",), ("self_attn.q_norm.weight",), "self_attn.q_norm.weight"
+    ),
+    WeightRule(
+        ("self_attention.k_layernorm.weight",), ("self_attn.k_norm.weight",), "self_attn.k_norm.weight"
+    ),
+    WeightRule(
+        ("self_attention.linear_proj.weight",),
+        ("self_attn.o_proj.weight",),
+        "self_attn.o_proj.weight",
+        tp_dim=1,
+    ),
     WeightRule(
         ("pre_mlp_layernorm.weight", "mlp.linear_fc1.layer_norm_weight"),
         ("post_attention_layernorm.weight",),
         "post_attention_layernorm.weight",
     ),
-    WeightRule(("mlp.linear_fc1.weight",), ("mlp.gate_proj.weight", "mlp.up_proj.weight"), "mlp.gate_up_proj.weight", "gate_up", 0),
+    WeightRule(
+        ("mlp.linear_fc1.weight",),
+        ("mlp.gate_proj.weight", "mlp.up_proj.weight"),
+        "mlp.gate_up_proj.weight",
+        "gate_up",
+        0,
+    ),
     WeightRule(("mlp.linear_fc2.weight",), ("mlp.down_proj.weight",), "mlp.down_proj.weight", tp_dim=1),
 )
 
@@ -80,7 +107,9 @@ class BoundWeight:
     layout: Layout
     tp_dim: int | None
     is_vocabulary: bool  # rows are the padded vocabulary
-    stages: tuple[int, ...] = (0,)  # pipeline stages that hold it: tied embeddings lie on the first and the last
+    stages: tuple[int, ...] = (
+        0,
+    )  # pipeline stages that hold it: tied embeddings lie on the first and the last
 
     @property
     def is_local(self) -> bool:
@@ -88,11 +117,14 @@ class BoundWeight:
         return not self.parameter.is_meta
 
 
-def bind_weights(model: nn.Module, architecture: Architecture, stage_layers: Sequence[int] | None = None) -> list[BoundWeight]:
+def bind_weights(
+    model: nn.Module, architecture: Architecture, stage_layers: Sequence[int] | None = None
+) -> list[BoundWeight]:
     """Match every parameter of `model` with its rule; fails when one is left over.
 
-    `stage_layers`: the layers that a pipeline stage holds, numbered over the model from 0; Megatron numbers them from 0 in each
-    stage. Where the embeddings are tied, the last stage's head is a copy of the embedding.
+    `stage_layers`: the layers that a pipeline stage holds, numbered over the model from 0; Megatron numbers
+    them from 0 in each stage. Where the embeddings are tied, the last stage's head is a copy of the
+    embedding.
     """
     parameters = dict(model.named_parameters())
     bound = []
@@ -130,7 +162,9 @@ class DescribedWeight:
         values = torch.empty(self.shape, dtype=getattr(torch, self.dtype), device="meta")
         parameter = nn.Parameter(values, requires_grad=False)
         layout = cast(Layout, self.layout)
-        return BoundWeight(self.name, parameter, self.hf, self.engine, layout, self.tp_dim, self.is_vocabulary)
+        return BoundWeight(
+            self.name, parameter, self.hf, self.engine, layout, self.tp_dim, self.is_vocabulary
+        )
 
 
 def describe_weights(weights: Sequence[BoundWeight]) -> list[DescribedWeight]:
@@ -144,11 +178,14 @@ def describe_weights(weights: Sequence[BoundWeight]) -> list[DescribedWeight]:
     ]  # fmt: skip
 
 
-def join_stages(local: Sequence[BoundWeight], stage: int, described: Sequence[Sequence[DescribedWeight]]) -> list[BoundWeight]:
-    """Join the weights of all pipeline stages: the same list, in the same order, on every rank of a model group.
+def join_stages(
+    local: Sequence[BoundWeight], stage: int, described: Sequence[Sequence[DescribedWeight]]
+) -> list[BoundWeight]:
+    """Join the weights of all pipeline stages: the same list, in the same order, on every rank of a model
+    group.
 
-    `local` are those of this rank's `stage`, with their parameters; `described` the descriptions of every stage's. The weights
-    outside of the layers come first, then the layers in order.
+    `local` are those of this rank's `stage`, with their parameters; `described` the descriptions of every
+    stage's. The weights outside of the layers come first, then the layers in order.
     """
     stages: dict[str, list[int]] = {}
     joined: dict[str, BoundWeight] = {}
@@ -171,11 +208,17 @@ def hf_shapes(architecture: Architecture) -> dict[str, tuple[int, ...]]:
     """Return name and shape of every Hugging Face tensor of the model."""
     hidden, ffn, dim = architecture.hidden_size, architecture.ffn_hidden_size, architecture.head_dim
     vocabulary = (architecture.vocab_size, hidden)
-    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": vocabulary, "model.norm.weight": (hidden,)}
+    shapes: dict[str, tuple[int, ...]] = {
+        "model.embed_tokens.weight": vocabulary,
+        "model.norm.weight": (hidden,),
+    }
     if not architecture.tied_embeddings:
         shapes["lm_head.weight"] = vocabulary
     queries, keys = architecture.num_heads * dim, architecture.num_kv_heads * dim
-    layer: dict[str, tuple[int, ...]] = {"input_layernorm.weight": (hidden,), "post_attention_layernorm.weight": (hidden,)}
+    layer: dict[str, tuple[int, ...]] = {
+        "input_layernorm.weight": (hidden,),
+        "post_attention_layernorm.weight": (hidden,),
+    }
     for name, rows in (("q", queries), ("k", keys), ("v", keys)):
         layer[f"self_attn.{name}_proj.weight"] = (rows, hidden)
         if architecture.qkv_bias:
@@ -193,8 +236,12 @@ def hf_shapes(architecture: Architecture) -> dict[str, tuple[int, ...]]:
 def qkv_row_index(num_heads: int, num_kv_heads: int, head_dim: int) -> torch.Tensor:
     """Return int64 rows such that ``megatron_qkv[index]`` is vLLM's [q; k; v], for the heads of one rank."""
     per_group = num_heads // num_kv_heads
-    rows = torch.arange((num_heads + 2 * num_kv_heads) * head_dim).reshape(num_kv_heads, per_group + 2, head_dim)
-    return torch.cat([rows[:, :per_group].reshape(-1), rows[:, per_group].reshape(-1), rows[:, per_group + 1].reshape(-1)])
+    rows = torch.arange((num_heads + 2 * num_kv_heads) * head_dim).reshape(
+        num_kv_heads, per_group + 2, head_dim
+    )
+    return torch.cat(
+        [rows[:, :per_group].reshape(-1), rows[:, per_group].reshape(-1), rows[:, per_group + 1].reshape(-1)]
+    )
 
 
 def shard_pieces(
@@ -202,7 +249,8 @@ def shard_pieces(
 ) -> Iterator[tuple[slice, torch.Tensor]]:
     """Read this rank's shard of a weight from Hugging Face tensors, touching only its own slices.
 
-    Yields rows of the parameter and what they hold, at most `PIECE_BYTES` of a vocabulary at a time; padded vocabulary rows are zero.
+    Yields rows of the parameter and what they hold, at most `PIECE_BYTES` of a vocabulary at a time; padded
+    vocabulary rows are zero.
     """
     shape = weight.parameter.shape
     everything = slice(0, shape[0])
@@ -246,8 +294,8 @@ def export_weights(
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield (Hugging Face name, full tensor) one parameter at a time; each is an all-gather over `tp_group`.
 
-    With weights of several pipeline stages (`Policy.model_weights`) each is also broadcast over `pp_group`, from the first stage
-    that holds it, before the all-gather.
+    With weights of several pipeline stages (`Policy.model_weights`) each is also broadcast over `pp_group`,
+    from the first stage that holds it, before the all-gather.
     """
     device = next(weight.parameter.device for weight in weights if weight.is_local)
     for weight in weights:
@@ -263,10 +311,14 @@ def export_weights(
             yield weight.hf[0], tensor[: architecture.vocab_size] if weight.is_vocabulary else tensor
 
 
-def _bind(rule: WeightRule, name: str, parameter: nn.Parameter, hf_prefix: str, engine_prefix: str) -> BoundWeight:
+def _bind(
+    rule: WeightRule, name: str, parameter: nn.Parameter, hf_prefix: str, engine_prefix: str
+) -> BoundWeight:
     is_vocabulary = name in ("embedding.word_embeddings.weight", "output_layer.weight")
     hf = tuple(hf_prefix + suffix for suffix in rule.hf)
-    return BoundWeight(name, parameter, hf, engine_prefix + rule.engine, rule.layout, rule.tp_dim, is_vocabulary)
+    return BoundWeight(
+        name, parameter, hf, engine_prefix + rule.engine, rule.layout, rule.tp_dim, is_vocabulary
+    )
 
 
 def _from_stage(weight: BoundWeight, pp_group: dist.ProcessGroup | None, device: torch.device) -> BoundWeight:

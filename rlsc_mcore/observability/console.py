@@ -1,4 +1,5 @@
-"""What a person sees: quiet libraries, rich progress on a terminal, plain lines elsewhere. Imports no torch."""
+"""What a person sees: quiet libraries, rich progress on a terminal, plain lines elsewhere. Imports no
+torch."""
 
 import logging
 import os
@@ -9,7 +10,16 @@ from contextlib import contextmanager
 from typing import Protocol
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+)
 from rich.text import Text
 
 from rlsc_mcore.run.printable import printable
@@ -27,16 +37,18 @@ _LIBRARY_DEFAULTS = {
     "TORCH_CPP_LOG_LEVEL": "ERROR",
     "GLOO_LOG_LEVEL": "ERROR",
     "TF_CPP_MIN_LOG_LEVEL": "3",
-    # Shapes that torch and oneDNN keep prepared kernels for; with ragged batches every number of tokens is a new shape, and their
-    # own limit of 1024 each lets a process grow for hundreds of steps.
+    # Shapes that torch and oneDNN keep prepared kernels for; with ragged batches every number of tokens is a
+    # new shape, and their own limit of 1024 each lets a process grow for hundreds of steps.
     "LRU_CACHE_CAPACITY": "64",
     "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64",
-    "OMP_NUM_THREADS": "1",  # spinning OpenMP threads cost up to 60x on a busy machine; set it to the cores you own
+    # spinning OpenMP threads cost up to 60x on a busy machine; set it to the cores you own
+    "OMP_NUM_THREADS": "1",
 }
 
 
 def quiet_libraries() -> None:
-    """Set what torch, vLLM and Megatron-Core read at import (unless the user has), and filter their start-up noise.
+    """Set what torch, vLLM and Megatron-Core read at import (unless the user has), and filter their start-up
+    noise.
 
     To be called before torch is imported; mutates the environment and the warning filters.
     """
@@ -61,7 +73,9 @@ class Reporter:
 
     def __init__(self, enabled: bool) -> None:
         self.enabled = enabled
-        self.console = Console(file=sys.stdout, quiet=not enabled, highlight=False, soft_wrap=True, emoji=False)
+        self.console = Console(
+            file=sys.stdout, quiet=not enabled, highlight=False, soft_wrap=True, emoji=False
+        )
 
     def line(self, text: str, style: str = "") -> None:
         """Print one line."""
@@ -77,7 +91,13 @@ class Reporter:
         if not self.enabled or not self.console.is_terminal:
             yield _NoBar()
             return
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _RateColumn(), TimeElapsedColumn())
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            _RateColumn(),
+            TimeElapsedColumn(),
+        )
         with Progress(*columns, console=self.console, transient=True) as progress:
             yield _RichBar(progress, progress.add_task(description, total=total))
 

@@ -1,8 +1,8 @@
 """Who holds the memory: a table of pools, measured at every border between the phases of a step.
 
-A table has one row per border (`BORDERS`) and one column per pool (`POOLS`), in bytes; None where a pool means nothing (a CPU
-has neither CUDA graphs nor a caching allocator). On a GPU a row adds up to the device's memory, on a CPU all but `free` adds
-up to the process's resident set.
+A table has one row per border (`BORDERS`) and one column per pool (`POOLS`), in bytes; None where a pool
+means nothing (a CPU has neither CUDA graphs nor a caching allocator). On a GPU a row adds up to the device's
+memory, on a CPU all but `free` adds up to the process's resident set.
 """
 
 import itertools
@@ -40,7 +40,8 @@ SMALLEST_GROWTH_OF_OTHER_BYTES = 16 << 20  # other processes come and go
 
 
 def storages(tensors: Iterable[Any]) -> dict[int, int]:
-    """Return the storages of torch tensors, address -> bytes; views of one storage count once, empty ones not at all."""
+    """Return the storages of torch tensors, address -> bytes; views of one storage count once, empty ones not
+    at all."""
     found = (tensor.untyped_storage() for tensor in tensors)
     return {storage.data_ptr(): storage.nbytes() for storage in found if storage.nbytes()}
 
@@ -55,14 +56,17 @@ def device_pools(
 ) -> Pools:
     """Account for a GPU's memory.
 
-    `owned`: per pool what its owner has mapped, address -> bytes; `segments`: the caching allocator's snapshot of this device
-    (torch.cuda.memory_snapshot); `graph_pool`: id of the pool that CUDA graphs were captured in; `total`, `free`: the device's.
+    `owned`: per pool what its owner has mapped, address -> bytes; `segments`: the caching allocator's
+    snapshot of this device (torch.cuda.memory_snapshot); `graph_pool`: id of the pool that CUDA graphs were
+    captured in; `total`, `free`: the device's.
     """
     default = [segment for segment in segments if tuple(segment["segment_pool_id"]) == (0, 0)]
     pools: Pools = {name: sum(tensors.values()) for name, tensors in owned.items()}
     live = sum(segment["allocated_size"] for segment in default)
     known = sum(_inside(default, tensors) for tensors in owned.values())
-    pools["cuda_graphs"] = sum(segment["total_size"] for segment in segments if tuple(segment["segment_pool_id"]) == graph_pool)
+    pools["cuda_graphs"] = sum(
+        segment["total_size"] for segment in segments if tuple(segment["segment_pool_id"]) == graph_pool
+    )
     pools["workspace"] = max(0, live - known)
     pools["activations_cached"] = sum(segment["total_size"] for segment in default) - live
     pools["other"] = max(0, total - free - sum(value or 0 for value in pools.values()))
@@ -71,7 +75,8 @@ def device_pools(
 
 
 def host_pools(owned: Mapping[str, Mapping[int, int]], *, resident: int, available: int) -> Pools:
-    """Account for a CPU process: tensors by owner, the rest of its resident set, and what the machine has left."""
+    """Account for a CPU process: tensors by owner, the rest of its resident set, and what the machine has
+    left."""
     pools: Pools = {name: sum(tensors.values()) for name, tensors in owned.items()}
     pools["other"] = max(0, resident - sum(value or 0 for value in pools.values()))
     pools["free"] = available
@@ -88,10 +93,12 @@ def worst_of(tables: Sequence[Table]) -> Table:
 
 
 def residue_warnings(tables: Sequence[Table]) -> list[str]:
-    """Name every pool whose residue grows: by more than 1 % a step, over the last three steps, where one phase hands over.
+    """Name every pool whose residue grows: by more than 1 % a step, over the last three steps, where one
+    phase hands over.
 
-    `tables`: one process's steps, oldest first. Shrinking or a pause ends a growth. A CPU's `other` is not judged: it is what
-    the C allocator makes of a process that builds and frees, and settles after tens of steps.
+    `tables`: one process's steps, oldest first. Shrinking or a pause ends a growth. A CPU's `other` is not
+    judged: it is what the C allocator makes of a process that builds and frees, and settles after tens of
+    steps.
     """
     recent = tables[-STEPS_OF_GROWTH - 1 :]
     found: dict[str, str] = {}
@@ -103,7 +110,8 @@ def residue_warnings(tables: Sequence[Table]) -> list[str]:
             if pool == "free" or pool in found or (pool == "other" and is_host) or not _grows(sizes, pool):
                 continue
             found[pool] = (
-                f"memory of {pool} grows: {_mib(sizes[0])} to {_mib(sizes[-1])} MiB in {STEPS_OF_GROWTH} steps, after '{border}' "
+                f"memory of {pool} grows: {_mib(sizes[0])} to {_mib(sizes[-1])} MiB in {STEPS_OF_GROWTH} "
+                f"steps, after '{border}' "
                 f"({POOLS[pool]})"
             )
     return list(found.values())
@@ -112,7 +120,9 @@ def residue_warnings(tables: Sequence[Table]) -> list[str]:
 def _grows(sizes: Sequence[int], pool: str) -> bool:
     floor = SMALLEST_GROWTH_OF_OTHER_BYTES if pool == "other" else SMALLEST_GROWTH_BYTES
     steps = list(itertools.pairwise(sizes))
-    return len(steps) == STEPS_OF_GROWTH and all(after - before > max(floor, GROWTH_PER_STEP * before) for before, after in steps)
+    return len(steps) == STEPS_OF_GROWTH and all(
+        after - before > max(floor, GROWTH_PER_STEP * before) for before, after in steps
+    )
 
 
 def _inside(segments: Sequence[Mapping[str, Any]], tensors: Mapping[int, int]) -> int:

@@ -1,4 +1,5 @@
-"""metrics.jsonl: one object per step, read back for alarms and on resume; the same numbers as TensorBoard events and in W&B."""
+"""metrics.jsonl: one object per step, read back for alarms and on resume; the same numbers as TensorBoard
+events and in W&B."""
 
 import os
 from collections.abc import Callable, Iterator, Mapping
@@ -19,7 +20,9 @@ TRUNCATED_ALARM_SHARE = 0.9
 class PhaseTimer:
     """Seconds of each named phase of a step."""
 
-    def __init__(self, synchronize: Any = None, on_phase: Callable[[str | None], None] = lambda name: None) -> None:
+    def __init__(
+        self, synchronize: Any = None, on_phase: Callable[[str | None], None] = lambda name: None
+    ) -> None:
         """`on_phase` hears the name of a phase that begins, and None when it ends."""
         self.seconds: dict[str, float] = {}
         self._synchronize, self._on_phase = synchronize or (lambda: None), on_phase
@@ -36,10 +39,14 @@ class PhaseTimer:
 
 
 class MetricsWriter:
-    """Appends steps to metrics.jsonl (and TensorBoard) on the main rank; remembers the rows for the alarms."""
+    """Appends steps to metrics.jsonl (and TensorBoard) on the main rank; remembers the rows for the
+    alarms."""
 
-    def __init__(self, run_dir: Path, *, first_step: int, enabled: bool, tensorboard: bool, wandb_run: Any = None) -> None:
-        """Keep the rows of steps before `first_step`; rows at or after it (an interrupted step's) are dropped by one rename.
+    def __init__(
+        self, run_dir: Path, *, first_step: int, enabled: bool, tensorboard: bool, wandb_run: Any = None
+    ) -> None:
+        """Keep the rows of steps before `first_step`; rows at or after it (an interrupted step's) are dropped
+        by one rename.
 
         TensorBoard is told to drop its events of those steps too.
         `wandb_run` (of `open_wandb`) gets the same numbers, and is finished by `close`.
@@ -85,7 +92,10 @@ class MetricsWriter:
     def _write_events(self, row: Mapping[str, Any]) -> None:
         from tensorboard.compat.proto.summary_pb2 import Summary
 
-        values = [Summary.Value(tag=name, simple_value=value, metadata=_metadata(name)) for name, value in numbers(row)]
+        values = [
+            Summary.Value(tag=name, simple_value=value, metadata=_metadata(name))
+            for name, value in numbers(row)
+        ]
         self._events.add_event(self._event_type(step=row["step"], summary=Summary(value=values)))
         self._events.flush()
 
@@ -103,13 +113,21 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
 
 
 def alarms(row: Mapping[str, Any], first: Mapping[str, Any], *, ends: bool = True) -> list[str]:
-    """Name what looks wrong in a step, compared with the run's first; `ends`: whether a token is known to end an answer."""
+    """Name what looks wrong in a step, compared with the run's first; `ends`: whether a token is known to end
+    an answer."""
     found = []
     if row["mean_length"] < LENGTH_COLLAPSE_SHARE * first["mean_length"]:
-        found.append(f"length collapse: answers average {row['mean_length']:.1f} tokens, {first['mean_length']:.1f} at the first step")
-    if row["f_estimate"] > 2 * first["f_estimate"] and row["distinct_share"] < DIVERSITY_LOSS_SHARE * first["distinct_share"]:
         found.append(
-            f"diversity loss: F rose from {first['f_estimate']:.3g} to {row['f_estimate']:.3g} while distinct answers fell "
+            f"length collapse: answers average {row['mean_length']:.1f} tokens, {first['mean_length']:.1f} "
+            "at the first step"
+        )
+    if (
+        row["f_estimate"] > 2 * first["f_estimate"]
+        and row["distinct_share"] < DIVERSITY_LOSS_SHARE * first["distinct_share"]
+    ):
+        found.append(
+            f"diversity loss: F rose from {first['f_estimate']:.3g} to {row['f_estimate']:.3g} while "
+            "distinct answers fell "
             f"from {first['distinct_share']:.0%} to {row['distinct_share']:.0%}"
         )
     if row["truncated_share"] > TRUNCATED_ALARM_SHARE:

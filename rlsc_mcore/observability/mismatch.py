@@ -1,7 +1,9 @@
-"""The mismatch watch: engine and trainer score the same tokens at every step, and what they disagree about says what is wrong.
+"""The mismatch watch: engine and trainer score the same tokens at every step, and what they disagree about
+says what is wrong.
 
-Rounding is small and stays; an engine on other weights is not. Limits are in nats (natural logarithms), measured where they
-could be (docs/hot_swap.md has the numbers): an honest run stays well below every warning, wrong weights are far above.
+Rounding is small and stays; an engine on other weights is not. Limits are in nats (natural logarithms),
+measured where they could be (docs/hot_swap.md has the numbers): an honest run stays well below every warning,
+wrong weights are far above.
 """
 
 from collections.abc import Mapping, Sequence
@@ -9,8 +11,18 @@ from dataclasses import dataclass
 from typing import Any
 
 # Keys of metrics.jsonl: |trainer - engine| over tokens; |sum of trainer - engine| over answers.
-GAPS = ("log_prob_gap_mean", "log_prob_gap_p99", "log_prob_gap_max", "log_prob_gap_sequence_mean", "log_prob_gap_sequence_max")
-_NAMES = {"log_prob_gap_mean": "on average", "log_prob_gap_p99": "at the 99th percentile", "log_prob_gap_max": "at most"}
+GAPS = (
+    "log_prob_gap_mean",
+    "log_prob_gap_p99",
+    "log_prob_gap_max",
+    "log_prob_gap_sequence_mean",
+    "log_prob_gap_sequence_max",
+)
+_NAMES = {
+    "log_prob_gap_mean": "on average",
+    "log_prob_gap_p99": "at the 99th percentile",
+    "log_prob_gap_max": "at most",
+}
 
 
 @dataclass(frozen=True)
@@ -35,11 +47,24 @@ def coarser(*dtypes: str) -> str:
 
 
 def mismatch_warnings(row: Mapping[str, Any], dtype: str) -> list[str]:
-    """Name what trainer and engine disagree about in a step, in one warning at most; nothing where they cannot be compared."""
+    """Name what trainer and engine disagree about in a step, in one warning at most; nothing where they
+    cannot be compared."""
     limits = LIMITS[dtype]
-    expected = {"log_prob_gap_mean": limits.mean, "log_prob_gap_p99": limits.p99, "log_prob_gap_max": limits.largest}
-    found = [f"{row[key]:.2e} {_NAMES[key]} (expected below {limit:g})" for key, limit in expected.items() if _exceeds(row, key, limit)]
-    return [f"trainer and engine disagree on the log-probs of the sampled tokens: {', '.join(found)}"] if found else []
+    expected = {
+        "log_prob_gap_mean": limits.mean,
+        "log_prob_gap_p99": limits.p99,
+        "log_prob_gap_max": limits.largest,
+    }
+    found = [
+        f"{row[key]:.2e} {_NAMES[key]} (expected below {limit:g})"
+        for key, limit in expected.items()
+        if _exceeds(row, key, limit)
+    ]
+    return (
+        [f"trainer and engine disagree on the log-probs of the sampled tokens: {', '.join(found)}"]
+        if found
+        else []
+    )
 
 
 def stop_limit(dtype: str, configured: float | None) -> float:

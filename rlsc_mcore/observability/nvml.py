@@ -1,7 +1,9 @@
-"""What the GPU does during each phase, from NVML: power, energy, utilisation, memory, clocks and what holds them back.
+"""What the GPU does during each phase, from NVML: power, energy, utilisation, memory, clocks and what holds
+them back.
 
-A thread reads the device twice a second, less often where the driver's calls would cost it more than 0.4 % of a core. Without the
-library, the driver or the permission there are no numbers and no complaint. Imports no torch.
+A thread reads the device twice a second, less often where the driver's calls would cost it more than 0.4 % of
+a core. Without the library, the driver or the permission there are no numbers and no complaint. Imports no
+torch.
 """
 
 import os
@@ -13,7 +15,8 @@ from typing import Any, Protocol
 
 SECONDS_BETWEEN_READS = 0.5
 MOST_OF_A_CORE = 0.004  # processor time of the thread
-# Bits of the clocks' event reasons that mean "slower than the work asked for", by the names of the NVML reference.
+# Bits of the clocks' event reasons that mean "slower than the work asked for", by the names of the NVML
+# reference.
 _HELD_BACK = {
     "sw_power_cap": 0x4,
     "hw_slowdown": 0x8,
@@ -88,7 +91,11 @@ class GpuSampler:
         if not found:
             return None
         energy = sum(phase.energy_j for phase in phases.values())
-        return {"phases": found, "energy_j": energy, "energy_j_per_token": energy / sampled_tokens if sampled_tokens else None}
+        return {
+            "phases": found,
+            "energy_j": energy,
+            "energy_j_per_token": energy / sampled_tokens if sampled_tokens else None,
+        }
 
     def close(self) -> None:
         """End the thread."""
@@ -122,7 +129,8 @@ def open_device(local_rank: int = 0, environment: Mapping[str, str] = os.environ
 
 
 def visible_device(local_rank: int, environment: Mapping[str, str]) -> int | str:
-    """Return the index or UUID of the device that CUDA calls `local_rank`: CUDA_VISIBLE_DEVICES renumbers them."""
+    """Return the index or UUID of the device that CUDA calls `local_rank`: CUDA_VISIBLE_DEVICES renumbers
+    them."""
     visible = environment.get("CUDA_VISIBLE_DEVICES", "")
     names = [name.strip() for name in visible.split(",") if name.strip()]
     name = names[local_rank] if local_rank < len(names) else str(local_rank)
@@ -160,7 +168,11 @@ class _NvmlDevice:
 
 
 def _handle(nvml: Any, name: int | str) -> Any:
-    return nvml.nvmlDeviceGetHandleByIndex(name) if isinstance(name, int) else nvml.nvmlDeviceGetHandleByUUID(name)
+    return (
+        nvml.nvmlDeviceGetHandleByIndex(name)
+        if isinstance(name, int)
+        else nvml.nvmlDeviceGetHandleByUUID(name)
+    )
 
 
 def _summary(phase: _Phase) -> dict[str, Any]:
@@ -172,6 +184,8 @@ def _summary(phase: _Phase) -> dict[str, Any]:
     memory = [reading.memory_bytes for reading in phase.readings if reading.memory_bytes is not None]
     if memory:
         found["memory_bytes"] = max(memory)
-    held = {name: sum(bool(r.event_reasons & bit) for r in phase.readings) for name, bit in _HELD_BACK.items()}
+    held = {
+        name: sum(bool(r.event_reasons & bit) for r in phase.readings) for name, bit in _HELD_BACK.items()
+    }
     found["held_back"] = {name: count / len(phase.readings) for name, count in held.items() if count}
     return found

@@ -1,7 +1,8 @@
 """Define the row that each step appends to metrics.jsonl: every field with its label, unit and help text.
 
-Console line, `rlsc watch`, report, TensorBoard, Weights & Biases and the documentation read this table. T below is the trained
-temperature; log-probs are natural logarithms; shares are fractions of the step's rollouts over all ranks.
+Console line, `rlsc watch`, report, TensorBoard, Weights & Biases and the documentation read this table. T
+below is the trained temperature; log-probs are natural logarithms; shares are fractions of the step's
+rollouts over all ranks.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -34,17 +35,21 @@ class StepMetrics:
     """One step over all ranks. `None` where a number has no meaning or was not measured."""
 
     step: int = described("step", "Index of the step, from 0.")
-    policy_version: int = described("policy version", "Version of the weights that sampled the step's rollouts: hot swaps so far.")
+    policy_version: int = described(
+        "policy version", "Version of the weights that sampled the step's rollouts: hot swaps so far."
+    )
     loss: float = described(
         "loss",
-        "The weighted loss; its level depends on answer lengths, so only its fall within a run means something.",
+        "The weighted loss; its level depends on answer lengths, so only its fall within a run means "
+        "something.",
         is_curve=True,
         watch="loss",
         console="loss {:.4f}",
     )
     f_estimate: float = described(
         "F, chance that two samples agree",
-        "Mean of p(y|x) over the rollouts at T. What RLSC raises. It rises too while accuracy collapses: no success by itself.",
+        "Mean of p(y|x) over the rollouts at T. What RLSC raises. It rises too while accuracy collapses: no "
+        "success by itself.",
         is_curve=True,
         watch="F",
         console="F {:.4f}",
@@ -59,11 +64,14 @@ class StepMetrics:
     )
     alpha_share: float = described(
         "alpha's share of the weight",
-        "1 means that confidence has underflowed against alpha and every answer weighs the same: plain self-training.",
+        "1 means that confidence has underflowed against alpha and every answer weighs the same: plain "
+        "self-training.",
         is_curve=True,
         watch="alpha share",
     )
-    effective_samples: float = described("effective samples", "(sum w)² / sum w²: how many answers carry the step.", is_curve=True)
+    effective_samples: float = described(
+        "effective samples", "(sum w)² / sum w²: how many answers carry the step.", is_curve=True
+    )
     num_samples: int = described("samples", "Rollouts of the step.")
     mean_length: float = described(
         "mean length",
@@ -89,23 +97,42 @@ class StepMetrics:
         console="boxed {:.0%}",
     )
     log_prob_gap_mean: float | None = described(
-        "mean trainer-engine gap", "Mean |trainer - engine| log-prob per sampled token.", " nats", watch="engine gap"
+        "mean trainer-engine gap",
+        "Mean |trainer - engine| log-prob per sampled token.",
+        " nats",
+        watch="engine gap",
     )
-    log_prob_gap_p99: float | None = described("99th percentile of the gap", "99th percentile of the same.", " nats")
-    log_prob_gap_max: float | None = described("largest gap", "Largest |trainer - engine| log-prob of a token.", " nats")
+    log_prob_gap_p99: float | None = described(
+        "99th percentile of the gap", "99th percentile of the same.", " nats"
+    )
+    log_prob_gap_max: float | None = described(
+        "largest gap", "Largest |trainer - engine| log-prob of a token.", " nats"
+    )
     log_prob_gap_sequence_mean: float | None = described(
         "mean gap per answer", "Mean over answers of |sum of trainer - engine log-probs|.", " nats"
     )
-    log_prob_gap_sequence_max: float | None = described("largest gap per answer", "The largest of these.", " nats")
+    log_prob_gap_sequence_max: float | None = described(
+        "largest gap per answer", "The largest of these.", " nats"
+    )
     grad_norm: float = described(
-        "gradient norm", "Global L2 norm before clipping.", is_curve=True, watch="grad norm", console="grad {:.3f}"
+        "gradient norm",
+        "Global L2 norm before clipping.",
+        is_curve=True,
+        watch="grad norm",
+        console="grad {:.3f}",
     )
     lr: float = described("learning rate", "As applied.", is_curve=True)
-    skipped: bool = described("skipped", "True when loss or gradient norm was not finite and no update was taken.")
-    updates: Sequence[Mapping[str, Any]] | None = described(
-        "updates", "Loss, gradient norm and success of each update, where `training.updates_per_rollout` is more than 1."
+    skipped: bool = described(
+        "skipped", "True when loss or gradient norm was not finite and no update was taken."
     )
-    seconds: Mapping[str, float] = described("seconds per phase", "Wall-clock seconds of each phase, device work included.", " s")
+    updates: Sequence[Mapping[str, Any]] | None = described(
+        "updates",
+        "Loss, gradient norm and success of each update, where `training.updates_per_rollout` is more than "
+        "1.",
+    )
+    seconds: Mapping[str, float] = described(
+        "seconds per phase", "Wall-clock seconds of each phase, device work included.", " s"
+    )
     rollout_tokens_per_s: float = described(
         "sampling speed",
         "Tokens per second while sampling, over all ranks.",
@@ -114,28 +141,49 @@ class StepMetrics:
         watch="sampling tokens/s",
     )
     train_tokens_per_s: float = described(
-        "training speed", "Tokens per second while training, prompts included, over all ranks.", " tokens/s", is_curve=True
+        "training speed",
+        "Tokens per second while training, prompts included, over all ranks.",
+        " tokens/s",
+        is_curve=True,
     )
-    train_tokens: int = described("trained tokens", "Tokens in all forward passes, prompts and padding included.", " tokens")
+    train_tokens: int = described(
+        "trained tokens", "Tokens in all forward passes, prompts and padding included.", " tokens"
+    )
     packing: Mapping[str, float] = described(
         "packing",
-        "`merged_share`: tokens saved because identical answers share one pass; `padding_share`: padding of the computed tokens; "
-        "`moved_share`: sequences trained on another rank than sampled; `imbalance_sampled`, `imbalance`: FLOPs of the busiest "
+        "`merged_share`: tokens saved because identical answers share one pass; `padding_share`: padding of "
+        "the computed tokens; "
+        "`moved_share`: sequences trained on another rank than sampled; `imbalance_sampled`, `imbalance`: "
+        "FLOPs of the busiest "
         "rank / mean - 1, before and after they moved.",
     )
-    memory_bytes: Mapping[str, int] = described("memory", "Memory of this process and its device at the end of the step.", " bytes")
-    engine_imbalance: float = described("engine imbalance", "Tokens of the engine that sampled most / mean - 1.")
-    memory: Mapping[str, Any] = described("memory owners", "Bytes by owner after each phase, of the fullest rank.", " bytes")
-    gpu: Mapping[str, Any] | None = described("GPU", "Power, utilisation, clocks and energy by phase, from NVML.")
+    memory_bytes: Mapping[str, int] = described(
+        "memory", "Memory of this process and its device at the end of the step.", " bytes"
+    )
+    engine_imbalance: float = described(
+        "engine imbalance", "Tokens of the engine that sampled most / mean - 1."
+    )
+    memory: Mapping[str, Any] = described(
+        "memory owners", "Bytes by owner after each phase, of the fullest rank.", " bytes"
+    )
+    gpu: Mapping[str, Any] | None = described(
+        "GPU", "Power, utilisation, clocks and energy by phase, from NVML."
+    )
     warnings: Sequence[str] = described("warnings", "What looks wrong in this step.")
 
     def row(self) -> dict[str, Any]:
         """Return the JSON object of metrics.jsonl, without `updates` and `gpu` where they are None."""
         values = {entry.name: getattr(self, entry.name) for entry in fields(self)}
-        return {name: value for name, value in values.items() if value is not None or name not in ("updates", "gpu")}
+        return {
+            name: value
+            for name, value in values.items()
+            if value is not None or name not in ("updates", "gpu")
+        }
 
 
-DESCRIPTIONS: dict[str, Description] = {entry.name: entry.metadata["description"] for entry in fields(StepMetrics)}
+DESCRIPTIONS: dict[str, Description] = {
+    entry.name: entry.metadata["description"] for entry in fields(StepMetrics)
+}
 
 
 def read_number(row: Mapping[str, Any], *path: str) -> float | None:
@@ -161,5 +209,7 @@ def numbers(row: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
 
 def console_line(row: Mapping[str, Any]) -> str:
     """Return the step's numbers for the console: `loss 0.1234  F 0.0610  ...`."""
-    shown = [(description.console, row[name]) for name, description in DESCRIPTIONS.items() if description.console]
+    shown = [
+        (description.console, row[name]) for name, description in DESCRIPTIONS.items() if description.console
+    ]
     return "  ".join(text.format(value) for text, value in shown)

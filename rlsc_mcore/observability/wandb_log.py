@@ -1,4 +1,5 @@
-"""The numbers of metrics.jsonl in Weights & Biases too, where a project is named; the package is the user's to install."""
+"""The numbers of metrics.jsonl in Weights & Biases too, where a project is named; the package is the user's
+to install."""
 
 import importlib.util
 import secrets
@@ -16,13 +17,17 @@ _FIELD = "observability.wandb_project"
 def check_wandb(project: str | None) -> None:
     """Raise ConfigError where a project is named and the package is absent."""
     if project is not None and importlib.util.find_spec("wandb") is None:
-        raise ConfigError(f"{_FIELD}: Weights & Biases is not installed: pip install wandb, or leave {_FIELD} out")
+        raise ConfigError(
+            f"{_FIELD}: Weights & Biases is not installed: pip install wandb, or leave {_FIELD} out"
+        )
 
 
 def open_wandb(project: str | None, run_dir: Path, settings: Mapping[str, Any]) -> Any:
-    """Start the run's Weights & Biases run, or go on with it where `run_dir` knows its id; None without a project.
+    """Start the run's Weights & Biases run, or go on with it where `run_dir` knows its id; None without a
+    project.
 
-    WANDB_MODE=offline and the package's other variables hold. Raises ConfigError where it cannot start (no login, no network).
+    WANDB_MODE=offline and the package's other variables hold. Raises ConfigError where it cannot start (no
+    login, no network).
     """
     if project is None:
         return None
@@ -43,4 +48,6 @@ def open_wandb(project: str | None, run_dir: Path, settings: Mapping[str, Any]) 
         )
     except wandb.Error as error:
         said = " ".join(str(error).split())
-        raise ConfigError(f"{_FIELD}: cannot start: {said}; `wandb login`, or set WANDB_MODE=offline and `wandb sync` later") from None
+        raise ConfigError(
+            f"{_FIELD}: cannot start: {said}; `wandb login`, or set WANDB_MODE=offline and `wandb sync` later"
+        ) from None

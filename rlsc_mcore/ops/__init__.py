@@ -1,4 +1,5 @@
-"""Log-probabilities and the weighted loss of a language-model head: fused, masked, vocab-parallel, exact where p -> 1."""
+"""Log-probabilities and the weighted loss of a language-model head: fused, masked, vocab-parallel, exact
+where p -> 1."""
 
 from rlsc_mcore.ops.dispatch import Choice, describe_backends
 from rlsc_mcore.ops.linear_log_prob import linear_token_log_probs

@@ -9,16 +9,19 @@ from torch import Tensor
 from rlsc_mcore.ops.triton_rows import why_not
 
 ALIGNMENT_BYTES = 16  # of one vector load
-ROW_ELEMENTS = 1024  # a contiguous block is cut into rows of this many elements, so that all lanes of a program work
+ROW_ELEMENTS = (
+    1024  # a contiguous block is cut into rows of this many elements, so that all lanes of a program work
+)
 
 
 class BlockCopy:
     """Copies `sources` into `targets` whenever it is run, converting between floating types.
 
-    Built once: both lists hold views of one or two dimensions whose innermost stride is 1 (all sources of one type, all
-    targets of one type), and the storage must stay where it is. Blocks must not overlap. On a CUDA device with Triton, `run` is
-    one kernel launch for all blocks that 16-byte loads can read and one for the others; elsewhere it is `torch._foreach_copy_`.
-    Raises `ValueError` when the lists, shapes, types or devices disagree.
+    Built once: both lists hold views of one or two dimensions whose innermost stride is 1 (all sources of one
+    type, all targets of one type), and the storage must stay where it is. Blocks must not overlap. On a CUDA
+    device with Triton, `run` is one kernel launch for all blocks that 16-byte loads can read and one for the
+    others; elsewhere it is `torch._foreach_copy_`. Raises `ValueError` when the lists, shapes, types or
+    devices disagree.
     """
 
     def __init__(self, targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
@@ -28,7 +31,9 @@ class BlockCopy:
             _check(number, target, source, targets[0], sources[0])
         pairs = [(target, source) for target, source in zip(targets, sources, strict=True) if target.numel()]
         self._targets, self._sources = [target for target, _ in pairs], [source for _, source in pairs]
-        self.num_bytes = sum(t.numel() * (t.element_size() + s.element_size()) for t, s in pairs)  # read and written
+        self.num_bytes = sum(
+            t.numel() * (t.element_size() + s.element_size()) for t, s in pairs
+        )  # read and written
         self._tables: list[tuple[Any, bool]] = []
         if pairs and why_not("copy_blocks", pairs[0][0].device.type) is None:
             from rlsc_mcore.ops import triton_copy
@@ -56,21 +61,30 @@ class BlockCopy:
 def _check(number: int, target: Tensor, source: Tensor, first_target: Tensor, first_source: Tensor) -> None:
     if target.shape != source.shape or target.dim() not in (1, 2):
         raise ValueError(
-            f"block copy: block {number}: expected equal shapes of 1 or 2 dimensions, got {tuple(target.shape)} from {tuple(source.shape)}"
+            f"block copy: block {number}: expected equal shapes of 1 or 2 dimensions, got "
+            f"{tuple(target.shape)} from {tuple(source.shape)}"
         )
     if target.dtype != first_target.dtype or source.dtype != first_source.dtype:
         raise ValueError(
-            f"block copy: block {number} is {source.dtype} to {target.dtype}, the first {first_source.dtype} to {first_target.dtype}"
+            f"block copy: block {number} is {source.dtype} to {target.dtype}, the first {first_source.dtype} "
+            f"to {first_target.dtype}"
         )
     if target.device != source.device or target.device != first_target.device:
-        raise ValueError(f"block copy: block {number} goes from {source.device} to {target.device}, the first is on {first_target.device}")
+        raise ValueError(
+            f"block copy: block {number} goes from {source.device} to {target.device}, the first is on "
+            f"{first_target.device}"
+        )
     for side, tensor in (("target", target), ("source", source)):
         if tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
-            raise ValueError(f"block copy: block {number}: the {side}'s innermost stride is {tensor.stride(-1)}, expected 1")
+            raise ValueError(
+                f"block copy: block {number}: the {side}'s innermost stride is {tensor.stride(-1)}, expected "
+                "1"
+            )
 
 
 def _rectangle(target: Tensor, source: Tensor) -> tuple[tuple[int, ...], bool]:
-    """(source address, target address, rows, columns, source row stride, target row stride) and whether vectors can be loaded."""
+    """(source address, target address, rows, columns, source row stride, target row stride) and whether
+    vectors can be loaded."""
     if target.is_contiguous() and source.is_contiguous():
         columns = ROW_ELEMENTS if target.numel() % ROW_ELEMENTS == 0 else target.numel()
         rows, strides = target.numel() // columns, (columns, columns)
@@ -78,7 +92,9 @@ def _rectangle(target: Tensor, source: Tensor) -> tuple[tuple[int, ...], bool]:
         rows, columns, strides = 1, target.numel(), (0, 0)
     else:
         (rows, columns), strides = target.shape, (source.stride(0), target.stride(0))
-    vector = ALIGNMENT_BYTES // min(target.element_size(), source.element_size())  # elements that both sides can move at once
+    vector = ALIGNMENT_BYTES // min(
+        target.element_size(), source.element_size()
+    )  # elements that both sides can move at once
     addresses = all(tensor.data_ptr() % ALIGNMENT_BYTES == 0 for tensor in (target, source))
     aligned = addresses and all(size % vector == 0 for size in (columns, *strides))
     return (source.data_ptr(), target.data_ptr(), rows, columns, *strides), aligned

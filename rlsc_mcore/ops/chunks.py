@@ -18,7 +18,8 @@ class Piece(NamedTuple):
 
 
 class SequenceChunk(NamedTuple):
-    """Whole sequences [first, last) and the pieces of their live tokens: one piece, or several for a sequence longer than a chunk."""
+    """Whole sequences [first, last) and the pieces of their live tokens: one piece, or several for a sequence
+    longer than a chunk."""
 
     sequences: slice
     pieces: tuple[Piece, ...]
@@ -29,20 +30,23 @@ class SequenceChunk(NamedTuple):
 
 
 def default_chunk_tokens(device: torch.device, num_columns: int, bytes_per_logit: int) -> int:
-    """Return how many rows of `num_columns` logits fit the workspace of a device, at these bytes in all buffers together."""
+    """Return how many rows of `num_columns` logits fit the workspace of a device, at these bytes in all
+    buffers together."""
     workspace = WORKSPACE_BYTES.get(device.type, WORKSPACE_BYTES["cuda"])
     return max(workspace // (num_columns * bytes_per_logit), FEWEST_TOKENS)
 
 
 def pieces_of(start: int, stop: int, chunk_tokens: int) -> tuple[Piece, ...]:
-    """Cut [start, stop) into equal pieces of at most `chunk_tokens` rows (equal, so that no small product is left over)."""
+    """Cut [start, stop) into equal pieces of at most `chunk_tokens` rows (equal, so that no small product is
+    left over)."""
     count = -(-(stop - start) // chunk_tokens)
     size = -(-(stop - start) // max(count, 1))
     return tuple(Piece(at, min(at + size, stop)) for at in range(start, stop, max(size, 1)))
 
 
 def sequence_chunks(live_counts: Sequence[int], chunk_tokens: int) -> list[SequenceChunk]:
-    """Group whole sequences, in order, into chunks of at most `chunk_tokens` live tokens; a longer sequence is alone, in pieces."""
+    """Group whole sequences, in order, into chunks of at most `chunk_tokens` live tokens; a longer sequence
+    is alone, in pieces."""
     chunks: list[SequenceChunk] = []
     first, start, stop = 0, 0, 0
     for index, count in enumerate(live_counts):
@@ -82,6 +86,7 @@ def live_tokens(mask_T: Tensor, cu_seqlens: Tensor | None, live_counts: Sequence
         counts_S = mask_T.sum()[None] if cu_seqlens is None else live_offsets(mask_T, cu_seqlens).diff()
         live_counts = counts_S.tolist()
     counts = tuple(int(count) for count in live_counts)
-    # A stable sort puts the live tokens first, in order: unlike nonzero() it need not wait for the device to tell their number.
+    # A stable sort puts the live tokens first, in order: unlike nonzero() it need not wait for the device to
+    # tell their number.
     order = torch.argsort(mask_T.logical_not().to(torch.uint8), stable=True)
     return LiveTokens(order[: sum(counts)], counts)

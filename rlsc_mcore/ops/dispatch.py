@@ -1,8 +1,8 @@
 """The one rule that picks an implementation of a row op.
 
-`auto` walks PREFERENCE of the tensor's device and takes the first backend that offers the op and runs there. A named backend
-is used for every op that it offers, and its absence is an error; the ops that it does not offer are chosen as by `auto`.
-float64 is computed by the reference alone.
+`auto` walks PREFERENCE of the tensor's device and takes the first backend that offers the op and runs there.
+A named backend is used for every op that it offers, and its absence is an error; the ops that it does not
+offer are chosen as by `auto`. float64 is computed by the reference alone.
 """
 
 import functools
@@ -27,7 +27,15 @@ OPS = (
 PREFERENCE = {"cuda": ("cuda", "triton", "reference"), "cpu": ("cpp", "reference")}
 OFFERS = {
     "reference": OPS,
-    "cpp": ("log_prob_stats", "scored_stats", "dlogits", "rest_softmax_", "rest_softmax_into", "log_prob_dlogits_", "sequence_sums"),
+    "cpp": (
+        "log_prob_stats",
+        "scored_stats",
+        "dlogits",
+        "rest_softmax_",
+        "rest_softmax_into",
+        "log_prob_dlogits_",
+        "sequence_sums",
+    ),
     "triton": OPS,
     "cuda": ("rest_softmax_", "rest_softmax_into", "log_prob_dlogits_"),
 }
@@ -40,7 +48,8 @@ MODULES = {
 
 
 class Choice(NamedTuple):
-    """One line of `rlsc doctor`: which backend `auto` takes for an op on a device, and why not the ones before it."""
+    """One line of `rlsc doctor`: which backend `auto` takes for an op on a device, and why not the ones
+    before it."""
 
     op: str
     device: str
@@ -50,7 +59,8 @@ class Choice(NamedTuple):
 
 @functools.cache
 def select(op: str, device: torch.device, dtype: torch.dtype, backend: str = "auto") -> Callable[..., Any]:
-    """Return the function that computes `op` on `device`; RuntimeError where a named backend cannot, with the reason.
+    """Return the function that computes `op` on `device`; RuntimeError where a named backend cannot, with the
+    reason.
 
     Remembered for the life of the process: every call of an op asks.
     """
@@ -59,7 +69,9 @@ def select(op: str, device: torch.device, dtype: torch.dtype, backend: str = "au
     if backend == "auto" or op not in OFFERS.get(backend, OPS):
         backend = choose(op, device.type).backend
     elif (reason := why_not(backend, op, device.type)) is not None:
-        raise RuntimeError(f"ops.backend={backend}: {op} on {device.type} is not available: {reason}; use ops.backend=auto")
+        raise RuntimeError(
+            f"ops.backend={backend}: {op} on {device.type} is not available: {reason}; use ops.backend=auto"
+        )
     return getattr(import_module(MODULES[backend]), op)
 
 

@@ -29,11 +29,17 @@ class HeadCall:
         arguments = logits_CVp, targets_C, *self.shard.as_arguments(), self.with_entropy, self.backend
         return score(arguments, self.group)
 
-    def dlogits_(self, logits_CVp: Tensor, grad_stats_Ck: Tensor, stats_Ck: Tensor, targets_C: Tensor) -> None:
-        torch.ops.rlsc.dlogits_(logits_CVp, grad_stats_Ck, stats_Ck, targets_C, *self.shard.as_arguments(), self.backend)
+    def dlogits_(
+        self, logits_CVp: Tensor, grad_stats_Ck: Tensor, stats_Ck: Tensor, targets_C: Tensor
+    ) -> None:
+        torch.ops.rlsc.dlogits_(
+            logits_CVp, grad_stats_Ck, stats_Ck, targets_C, *self.shard.as_arguments(), self.backend
+        )
 
     def rest_softmax_into(self, logits_CVp: Tensor, out_CVp: Tensor, targets_C: Tensor) -> Tensor:
-        return torch.ops.rlsc.rest_softmax_into(logits_CVp, out_CVp, targets_C, *self.shard.as_arguments(), self.backend)
+        return torch.ops.rlsc.rest_softmax_into(
+            logits_CVp, out_CVp, targets_C, *self.shard.as_arguments(), self.backend
+        )
 
     def rest_softmax_(self, logits_CVp: Tensor, targets_C: Tensor) -> Tensor:
         return torch.ops.rlsc.rest_softmax_(logits_CVp, targets_C, *self.shard.as_arguments(), self.backend)
@@ -44,7 +50,9 @@ class HeadCall:
         owned_C = (targets_C >= 0) & (column_C >= 0) & (column_C < self.shard.num_columns)
         column_C1 = torch.where(owned_C, column_C, 0)[:, None]
         current_C1 = rows_CVp.gather(1, column_C1)
-        rows_CVp.scatter_(1, column_C1, torch.where(owned_C[:, None], values_C[:, None].to(rows_CVp.dtype), current_C1))
+        rows_CVp.scatter_(
+            1, column_C1, torch.where(owned_C[:, None], values_C[:, None].to(rows_CVp.dtype), current_C1)
+        )
 
 
 COLUMNS_AT_ONCE = 8192  # of the weight that a CPU converts to another type
@@ -53,21 +61,24 @@ COLUMNS_AT_ONCE = 8192  # of the weight that a CPU converts to another type
 def head_product(hidden_CH: Tensor, weight_VpH: Tensor, logits_CVp: Tensor) -> Tensor:
     """Write hidden weight^T to `logits_CVp` and return it.
 
-    Logits of a wider type than the operands' are summed and stored in it, and never rounded to the operands'. A CPU has no such
-    product: there the operands are converted, a block of the weight at a time.
+    Logits of a wider type than the operands' are summed and stored in it, and never rounded to the operands'.
+    A CPU has no such product: there the operands are converted, a block of the weight at a time.
     """
     if logits_CVp.dtype == hidden_CH.dtype:
         return torch.mm(hidden_CH, weight_VpH.t(), out=logits_CVp)
     if hidden_CH.device.type != "cpu":
         return torch.mm(hidden_CH, weight_VpH.t(), out_dtype=logits_CVp.dtype, out=logits_CVp)
     hidden_CH = hidden_CH.to(logits_CVp.dtype)
-    for columns_CV, rows_VH in zip(logits_CVp.split(COLUMNS_AT_ONCE, 1), weight_VpH.split(COLUMNS_AT_ONCE), strict=True):
+    for columns_CV, rows_VH in zip(
+        logits_CVp.split(COLUMNS_AT_ONCE, 1), weight_VpH.split(COLUMNS_AT_ONCE), strict=True
+    ):
         columns_CV.copy_(torch.mm(hidden_CH, rows_VH.to(logits_CVp.dtype).t()))
     return logits_CVp
 
 
 def check_logits_dtype(logits_dtype: torch.dtype | None, operands: torch.dtype) -> torch.dtype:
-    """Return the type of the logits, by default the operands'; ValueError for one that is neither theirs nor float32."""
+    """Return the type of the logits, by default the operands'; ValueError for one that is neither theirs nor
+    float32."""
     if logits_dtype is None or logits_dtype == operands or operands == torch.float64:
         return operands
     if logits_dtype != torch.float32:
@@ -76,7 +87,13 @@ def check_logits_dtype(logits_dtype: torch.dtype | None, operands: torch.dtype) 
 
 
 def score_pieces(
-    call: HeadCall, hidden_TH: Tensor, weight_VpH: Tensor, targets_T: Tensor, live_N: Tensor, pieces: Sequence[Piece], buffer: Tensor
+    call: HeadCall,
+    hidden_TH: Tensor,
+    weight_VpH: Tensor,
+    targets_T: Tensor,
+    live_N: Tensor,
+    pieces: Sequence[Piece],
+    buffer: Tensor,
 ) -> Scores:
     """Score live tokens piece by piece in one buffer of logits.
 
@@ -114,11 +131,14 @@ def check_head(
     check_rows(hidden_TH, target_ids_T, num_tokens, "hidden_TH")
     check_rows(weight_VpH, target_ids_T, num_tokens, "weight_VpH")
     if num_tokens % ranks or hidden_TH.shape[0] != num_tokens // ranks:
-        expected = f"{num_tokens} / {ranks} rows under sequence parallelism" if ranks > 1 else f"{num_tokens} rows"
+        expected = (
+            f"{num_tokens} / {ranks} rows under sequence parallelism" if ranks > 1 else f"{num_tokens} rows"
+        )
         raise ValueError(f"hidden_TH: expected {expected} like target_ids_T, got {hidden_TH.shape[0]}")
     if hidden_TH.shape[1] != weight_VpH.shape[1] or hidden_TH.dtype != weight_VpH.dtype:
         raise ValueError(
-            f"hidden_TH, weight_VpH: expected the same hidden size and dtype, got {list(hidden_TH.shape)} {hidden_TH.dtype} "
+            f"hidden_TH, weight_VpH: expected the same hidden size and dtype, got {list(hidden_TH.shape)} "
+            f"{hidden_TH.dtype} "
             f"and {list(weight_VpH.shape)} {weight_VpH.dtype}"
         )
     if mask_T.shape != target_ids_T.shape or mask_T.dtype != torch.bool:
@@ -129,7 +149,8 @@ def check_head(
 
 
 def gather_hidden(hidden_TH: Tensor, group: dist.ProcessGroup | None, sequence_parallel: bool) -> Tensor:
-    """Return all tokens' hidden states: under sequence parallelism all-gathered over `group` (one collective)."""
+    """Return all tokens' hidden states: under sequence parallelism all-gathered over `group` (one
+    collective)."""
     if not sequence_parallel or group is None or group.size() == 1:
         return hidden_TH
     gathered = hidden_TH.new_empty(hidden_TH.shape[0] * group.size(), hidden_TH.shape[1])
@@ -138,7 +159,8 @@ def gather_hidden(hidden_TH: Tensor, group: dist.ProcessGroup | None, sequence_p
 
 
 def reduce_hidden_grad(grad_TH: Tensor, group: dist.ProcessGroup | None, sequence_parallel: bool) -> Tensor:
-    """Sum the ranks' partial gradients of the hidden states over `group`: reduce-scattered under sequence parallelism, else all-reduced."""
+    """Sum the ranks' partial gradients of the hidden states over `group`: reduce-scattered under sequence
+    parallelism, else all-reduced."""
     if group is None or group.size() == 1:
         return grad_TH
     if not sequence_parallel:
@@ -150,16 +172,20 @@ def reduce_hidden_grad(grad_TH: Tensor, group: dist.ProcessGroup | None, sequenc
 
 
 def has_main_grad(weight: Tensor) -> bool:
-    """Whether Megatron's data parallelism keeps this parameter's gradient in `main_grad` and knows the added-already flag."""
+    """Whether Megatron's data parallelism keeps this parameter's gradient in `main_grad` and knows the
+    added-already flag."""
     return getattr(weight, "main_grad", None) is not None and hasattr(weight, "grad_added_to_main_grad")
 
 
 class WeightGradient:
-    """Sums the chunks' weight gradients, dlogits^T hidden, in float32 and in order, without rounding a product first."""
+    """Sums the chunks' weight gradients, dlogits^T hidden, in float32 and in order, without rounding a
+    product first."""
 
     def __init__(self, weight_VpH: Tensor, buffer_VpH: Tensor | None = None) -> None:
         """Start at zero, or add to `buffer_VpH` (Megatron's main_grad)."""
-        self._beta = 0.0 if buffer_VpH is None else 1.0  # 0: the first product is written over whatever memory was there
+        self._beta = (
+            0.0 if buffer_VpH is None else 1.0
+        )  # 0: the first product is written over whatever memory was there
         dtype = torch.float64 if weight_VpH.dtype == torch.float64 else torch.float32
         self._sum_VpH = torch.empty_like(weight_VpH, dtype=dtype) if buffer_VpH is None else buffer_VpH
 
@@ -179,12 +205,15 @@ class WeightGradient:
         return self._sum_VpH if self._beta else self._sum_VpH.zero_()
 
 
-def deliver_weight_grad(weight_VpH: Tensor, grad_VpH: Tensor | None, upstream: Tensor | None) -> Tensor | None:
-    """Hand a weight's gradient times `upstream` to Megatron's float32 `main_grad` where it exists, else return it for autograd.
+def deliver_weight_grad(
+    weight_VpH: Tensor, grad_VpH: Tensor | None, upstream: Tensor | None
+) -> Tensor | None:
+    """Hand a weight's gradient times `upstream` to Megatron's float32 `main_grad` where it exists, else
+    return it for autograd.
 
-    `grad_VpH` None says that `main_grad` holds it already. Mutates `weight.main_grad` and `weight.grad_added_to_main_grad`. What
-    is returned then only fires Megatron's hook: a placeholder, zero where `zero_out_wgrad` says that the hook adds it (a weight
-    tied to the embedding).
+    `grad_VpH` None says that `main_grad` holds it already. Mutates `weight.main_grad` and
+    `weight.grad_added_to_main_grad`. What is returned then only fires Megatron's hook: a placeholder, zero
+    where `zero_out_wgrad` says that the hook adds it (a weight tied to the embedding).
     """
     weight: Any = weight_VpH
     if upstream is not None and upstream.device.type == "cpu" and upstream.item() == 1.0:

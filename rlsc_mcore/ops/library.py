@@ -1,8 +1,10 @@
-"""The row ops as operators `torch.ops.rlsc.*`: one for every backend, with fakes for torch.compile and memory models.
+"""The row ops as operators `torch.ops.rlsc.*`: one for every backend, with fakes for torch.compile and memory
+models.
 
-reference.py defines what they compute; the last argument names the backend (dispatch.py). They have no derivative of their own:
-token_log_probs, the fused heads and sequence_sums are the differentiable functions. They are registered with
-torch.library.Library and not as custom_op, whose Python wrappers cost several times the call itself.
+reference.py defines what they compute; the last argument names the backend (dispatch.py). They have no
+derivative of their own: token_log_probs, the fused heads and sequence_sums are the differentiable functions.
+They are registered with torch.library.Library and not as custom_op, whose Python wrappers cost several times
+the call itself.
 """
 
 from collections.abc import Callable
@@ -27,15 +29,18 @@ def _register(schema: str, run: Callable[..., Any], fake: Callable[..., Any]) ->
 
 
 def _overwrite(logits_TVp: Tensor) -> None:
-    """Announce that an op overwrites these logits; raise where autograd would not know, or where rows share memory."""
+    """Announce that an op overwrites these logits; raise where autograd would not know, or where rows share
+    memory."""
     if logits_TVp.requires_grad and torch.is_grad_enabled():
         raise RuntimeError(
-            "logits_TVp requires grad: expected logits that autograd does not track, because this op overwrites them; "
+            "logits_TVp requires grad: expected logits that autograd does not track, because this op "
+            "overwrites them; "
             "call it under torch.no_grad() or on logits.detach()"
         )
     if logits_TVp.shape[0] > 1 and logits_TVp.stride(0) < logits_TVp.shape[1]:
         raise ValueError(
-            f"logits_TVp: expected rows of {logits_TVp.shape[1]} columns that share no memory, because this op overwrites them, "
+            f"logits_TVp: expected rows of {logits_TVp.shape[1]} columns that share no memory, because this "
+            "op overwrites them, "
             f"got row stride {logits_TVp.stride(0)}; call .contiguous()"
         )
     if not logits_TVp.is_inference():
@@ -43,20 +48,40 @@ def _overwrite(logits_TVp: Tensor) -> None:
 
 
 def _log_prob_stats(
-    logits_TVp: Tensor, targets_T: Tensor, inv_temperature: float, vocab_start: int, num_columns: int, with_entropy: bool, backend: str
+    logits_TVp: Tensor,
+    targets_T: Tensor,
+    inv_temperature: float,
+    vocab_start: int,
+    num_columns: int,
+    with_entropy: bool,
+    backend: str,
 ) -> Tensor:
     run = select("log_prob_stats", logits_TVp.device, logits_TVp.dtype, backend)
     return run(logits_TVp, targets_T, inv_temperature, vocab_start, num_columns, with_entropy)
 
 
 def _fake_log_prob_stats(
-    logits_TVp: Tensor, targets_T: Tensor, inv_temperature: float, vocab_start: int, num_columns: int, with_entropy: bool, backend: str
+    logits_TVp: Tensor,
+    targets_T: Tensor,
+    inv_temperature: float,
+    vocab_start: int,
+    num_columns: int,
+    with_entropy: bool,
+    backend: str,
 ) -> Tensor:
-    return logits_TVp.new_empty(logits_TVp.shape[0], num_stats(with_entropy), dtype=working_dtype(logits_TVp.dtype))
+    return logits_TVp.new_empty(
+        logits_TVp.shape[0], num_stats(with_entropy), dtype=working_dtype(logits_TVp.dtype)
+    )
 
 
 def _scored_stats(
-    logits_TVp: Tensor, targets_T: Tensor, inv_temperature: float, vocab_start: int, num_columns: int, with_entropy: bool, backend: str
+    logits_TVp: Tensor,
+    targets_T: Tensor,
+    inv_temperature: float,
+    vocab_start: int,
+    num_columns: int,
+    with_entropy: bool,
+    backend: str,
 ) -> tuple[Tensor, Tensor]:
     run = select("scored_stats", logits_TVp.device, logits_TVp.dtype, backend)
     return run(logits_TVp, targets_T, inv_temperature, vocab_start, num_columns, with_entropy)
@@ -67,13 +92,17 @@ def _fake_scored_stats(logits_TVp: Tensor, *arguments: Any) -> tuple[Tensor, Ten
     return stats, stats.new_empty(stats.shape[0])
 
 
-def _dlogits(logits_TVp: Tensor, grad_stats_Tk: Tensor, stats_Tk: Tensor, targets_T: Tensor, *shard_and_backend: Any) -> Tensor:
+def _dlogits(
+    logits_TVp: Tensor, grad_stats_Tk: Tensor, stats_Tk: Tensor, targets_T: Tensor, *shard_and_backend: Any
+) -> Tensor:
     *shard, backend = shard_and_backend
     run = select("dlogits", logits_TVp.device, logits_TVp.dtype, backend)
     return run(grad_stats_Tk, stats_Tk, logits_TVp, targets_T, *shard)
 
 
-def _dlogits_(logits_TVp: Tensor, grad_stats_Tk: Tensor, stats_Tk: Tensor, targets_T: Tensor, *shard_and_backend: Any) -> None:
+def _dlogits_(
+    logits_TVp: Tensor, grad_stats_Tk: Tensor, stats_Tk: Tensor, targets_T: Tensor, *shard_and_backend: Any
+) -> None:
     _overwrite(logits_TVp)
     *shard, backend = shard_and_backend
     run = select("dlogits", logits_TVp.device, logits_TVp.dtype, backend)
@@ -83,10 +112,14 @@ def _dlogits_(logits_TVp: Tensor, grad_stats_Tk: Tensor, stats_Tk: Tensor, targe
 def _rest_softmax_(logits_TVp: Tensor, targets_T: Tensor, *shard_and_backend: Any) -> Tensor:
     _overwrite(logits_TVp)
     *shard, backend = shard_and_backend
-    return select("rest_softmax_", logits_TVp.device, logits_TVp.dtype, backend)(logits_TVp, targets_T, *shard)
+    return select("rest_softmax_", logits_TVp.device, logits_TVp.dtype, backend)(
+        logits_TVp, targets_T, *shard
+    )
 
 
-def _rest_softmax_into(logits_TVp: Tensor, out_TVp: Tensor, targets_T: Tensor, *shard_and_backend: Any) -> Tensor:
+def _rest_softmax_into(
+    logits_TVp: Tensor, out_TVp: Tensor, targets_T: Tensor, *shard_and_backend: Any
+) -> Tensor:
     _overwrite(logits_TVp)
     _overwrite(out_TVp)
     if out_TVp.shape != logits_TVp.shape or out_TVp.device != logits_TVp.device:
@@ -103,10 +136,14 @@ def _fake_rest_softmax_(logits_TVp: Tensor, *_: Any) -> Tensor:
     return logits_TVp.new_empty(logits_TVp.shape[0], num_stats(False), dtype=working_dtype(logits_TVp.dtype))
 
 
-def _log_prob_dlogits_(logits_TVp: Tensor, targets_T: Tensor, weights_T: Tensor, *shard_and_backend: Any) -> Tensor:
+def _log_prob_dlogits_(
+    logits_TVp: Tensor, targets_T: Tensor, weights_T: Tensor, *shard_and_backend: Any
+) -> Tensor:
     _overwrite(logits_TVp)
     *shard, backend = shard_and_backend
-    return select("log_prob_dlogits_", logits_TVp.device, logits_TVp.dtype, backend)(logits_TVp, targets_T, weights_T, *shard)
+    return select("log_prob_dlogits_", logits_TVp.device, logits_TVp.dtype, backend)(
+        logits_TVp, targets_T, weights_T, *shard
+    )
 
 
 def _fake_log_prob_dlogits_(logits_TVp: Tensor, *_: Any) -> Tensor:
@@ -117,13 +154,24 @@ def _join_stats(stats_RTk: Tensor, inv_temperature: float, backend: str) -> tupl
     return select("join_stats", stats_RTk.device, stats_RTk.dtype, backend)(stats_RTk, inv_temperature)
 
 
-def _fake_join_stats(stats_RTk: Tensor, inv_temperature: float, backend: str) -> tuple[Tensor, Tensor, Tensor]:
+def _fake_join_stats(
+    stats_RTk: Tensor, inv_temperature: float, backend: str
+) -> tuple[Tensor, Tensor, Tensor]:
     num_ranks, num_tokens, _ = stats_RTk.shape
-    return stats_RTk.new_empty(num_tokens), stats_RTk.new_empty(num_tokens), stats_RTk.new_empty(num_ranks, num_tokens)
+    return (
+        stats_RTk.new_empty(num_tokens),
+        stats_RTk.new_empty(num_tokens),
+        stats_RTk.new_empty(num_ranks, num_tokens),
+    )
 
 
 def _join_backward(
-    stats_RTk: Tensor, rank: int, inv_temperature: float, grad_log_probs_T: Tensor | None, grad_entropy_T: Tensor | None, backend: str
+    stats_RTk: Tensor,
+    rank: int,
+    inv_temperature: float,
+    grad_log_probs_T: Tensor | None,
+    grad_entropy_T: Tensor | None,
+    backend: str,
 ) -> Tensor:
     run = select("join_backward", stats_RTk.device, stats_RTk.dtype, backend)
     return run(stats_RTk, rank, inv_temperature, grad_log_probs_T, grad_entropy_T)
@@ -145,43 +193,62 @@ _register(
 )
 # The same, and log p [T], on a rank that holds the whole vocabulary.
 _register(
-    f"scored_stats(Tensor logits_TVp, Tensor targets_T, {SHARD}, bool with_entropy, str backend) -> (Tensor, Tensor)",
+    f"scored_stats(Tensor logits_TVp, Tensor targets_T, {SHARD}, bool with_entropy, str backend) -> (Tensor, "
+    "Tensor)",
     _scored_stats,
     _fake_scored_stats,
 )
-# The gradient of the statistics with respect to the logits, in their dtype; dlogits_ overwrites the logits by it.
+# The gradient of the statistics with respect to the logits, in their dtype; dlogits_ overwrites the logits by
+# it.
 _register(
-    f"dlogits(Tensor logits_TVp, Tensor grad_stats_Tk, Tensor stats_Tk, Tensor targets_T, {SHARD}, str backend) -> Tensor",
+    f"dlogits(Tensor logits_TVp, Tensor grad_stats_Tk, Tensor stats_Tk, Tensor targets_T, {SHARD}, str "
+    "backend) -> Tensor",
     _dlogits,
     lambda logits_TVp, *_: torch.empty_like(logits_TVp),
 )
 _register(
-    f"dlogits_(Tensor(a!) logits_TVp, Tensor grad_stats_Tk, Tensor stats_Tk, Tensor targets_T, {SHARD}, str backend) -> ()",
+    f"dlogits_(Tensor(a!) logits_TVp, Tensor grad_stats_Tk, Tensor stats_Tk, Tensor targets_T, {SHARD}, str "
+    "backend) -> ()",
     _dlogits_,
     lambda *_: None,
 )
 # Overwrite the logits by the softmax over the rest, -1 at the target; return their statistics.
-_register(f"rest_softmax_(Tensor(a!) logits_TVp, Tensor targets_T, {SHARD}, str backend) -> Tensor", _rest_softmax_, _fake_rest_softmax_)
+_register(
+    f"rest_softmax_(Tensor(a!) logits_TVp, Tensor targets_T, {SHARD}, str backend) -> Tensor",
+    _rest_softmax_,
+    _fake_rest_softmax_,
+)
 # The same, written to rows of another type; the logits are lost.
 _register(
-    f"rest_softmax_into(Tensor(a!) logits_TVp, Tensor(b!) out_TVp, Tensor targets_T, {SHARD}, str backend) -> Tensor",
+    f"rest_softmax_into(Tensor(a!) logits_TVp, Tensor(b!) out_TVp, Tensor targets_T, {SHARD}, str backend) "
+    "-> Tensor",
     _rest_softmax_into,
     _fake_rest_softmax_,
 )
 # Overwrite the logits of the whole vocabulary by the gradient of sum_t w_t log p_t; return log p [T].
 _register(
-    f"log_prob_dlogits_(Tensor(a!) logits_TVp, Tensor targets_T, Tensor weights_T, {SHARD}, str backend) -> Tensor",
+    f"log_prob_dlogits_(Tensor(a!) logits_TVp, Tensor targets_T, Tensor weights_T, {SHARD}, str backend) -> "
+    "Tensor",
     _log_prob_dlogits_,
     _fake_log_prob_dlogits_,
 )
 # log p [T], 1 - p [T] and the ranks' shares [R, T] from all ranks' statistics.
-_register("join_stats(Tensor stats_RTk, float inv_temperature, str backend) -> (Tensor, Tensor, Tensor)", _join_stats, _fake_join_stats)
+_register(
+    "join_stats(Tensor stats_RTk, float inv_temperature, str backend) -> (Tensor, Tensor, Tensor)",
+    _join_stats,
+    _fake_join_stats,
+)
 # The gradient [T, k] of log p and entropy with respect to one rank's statistics.
 _register(
-    "join_backward(Tensor stats_RTk, int rank, float inv_temperature, Tensor? grad_log_probs_T, Tensor? grad_entropy_T, "
+    "join_backward(Tensor stats_RTk, int rank, float inv_temperature, Tensor? grad_log_probs_T, Tensor? "
+    "grad_entropy_T, "
     "str backend) -> Tensor",
     _join_backward,
     lambda stats_RTk, *_: torch.empty_like(stats_RTk[0]),
 )
 # Each packed sequence's unmasked values, summed in float64: [S].
-_register("sequence_sums(Tensor values_T, Tensor mask_T, Tensor cu_seqlens, str backend) -> Tensor", _sequence_sums, _fake_sequence_sums)
+_register(
+    "sequence_sums(Tensor values_T, Tensor mask_T, Tensor cu_seqlens, str backend) -> Tensor",
+    _sequence_sums,
+    _fake_sequence_sums,
+)

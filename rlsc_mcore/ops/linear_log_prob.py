@@ -1,7 +1,8 @@
 """Log-probabilities straight from hidden states: the logits exist only one chunk of live tokens at a time.
 
-Forward is one product per chunk and one read of its logits; backward recomputes the chunk (4 products in all), because the
-weight of a token's log-probability may come from anywhere. Where it comes from the same pass, linear_loss.py needs 3.
+Forward is one product per chunk and one read of its logits; backward recomputes the chunk (4 products in
+all), because the weight of a token's log-probability may come from anywhere. Where it comes from the same
+pass, linear_loss.py needs 3.
 """
 
 from typing import Any
@@ -31,31 +32,58 @@ from rlsc_mcore.ops.vocab_parallel import group_rank, join_backward
 class _LinearTokenLogProbs(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden_TH: Tensor, weight_VpH: Tensor, targets_T: Tensor, live_N: Tensor, call: HeadCall, pieces: tuple[Piece, ...]
+        ctx: Any,
+        hidden_TH: Tensor,
+        weight_VpH: Tensor,
+        targets_T: Tensor,
+        live_N: Tensor,
+        call: HeadCall,
+        pieces: tuple[Piece, ...],
     ) -> tuple[Tensor, Tensor | None]:
         hidden_full_TH = gather_hidden(hidden_TH, call.group, call.sequence_parallel)
         buffer = hidden_TH.new_empty(longest(pieces), weight_VpH.shape[0], dtype=call.logits_dtype)
         scores = score_pieces(call, hidden_full_TH, weight_VpH, targets_T, live_N, pieces, buffer)
-        # Saved, so that autograd notices a change of the weight before backward recomputes the logits from it.
+        # Saved, so that autograd notices a change of the weight before backward recomputes the logits from
+        # it.
         ctx.save_for_backward(hidden_TH, weight_VpH, targets_T, live_N, scores.stats_RTk)
-        ctx.weight, ctx.call, ctx.pieces = weight_VpH, call, pieces  # the parameter itself: main_grad is its attribute
+        ctx.weight, ctx.call, ctx.pieces = (
+            weight_VpH,
+            call,
+            pieces,
+        )  # the parameter itself: main_grad is its attribute
         zeros_T = scores.log_probs_T.new_zeros(targets_T.shape[0])
         log_probs_T = zeros_T.index_copy(0, live_N, scores.log_probs_T)
-        return log_probs_T, None if scores.entropy_T is None else zeros_T.index_copy(0, live_N, scores.entropy_T)
+        return log_probs_T, None if scores.entropy_T is None else zeros_T.index_copy(
+            0, live_N, scores.entropy_T
+        )
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_log_probs_T: Tensor, grad_entropy_T: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(
+        ctx: Any, grad_log_probs_T: Tensor, grad_entropy_T: Tensor | None
+    ) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         hidden_TH, weight, targets_T, live_N, stats_RNk = ctx.saved_tensors
         call, rank = ctx.call, group_rank(ctx.call.group)
         hidden_full_TH = gather_hidden(hidden_TH, call.group, call.sequence_parallel)
-        targets_N, grad_entropy_N = targets_T[live_N], None if grad_entropy_T is None else grad_entropy_T[live_N]
-        grad_stats = join_backward(stats_RNk, rank, call.shard.inv_temperature, grad_log_probs_T[live_N], grad_entropy_N, call.backend)
+        targets_N, grad_entropy_N = (
+            targets_T[live_N],
+            None if grad_entropy_T is None else grad_entropy_T[live_N],
+        )
+        grad_stats = join_backward(
+            stats_RNk,
+            rank,
+            call.shard.inv_temperature,
+            grad_log_probs_T[live_N],
+            grad_entropy_N,
+            call.backend,
+        )
         grad_hidden_TH = torch.zeros_like(hidden_full_TH)
         grad_weight_sum = WeightGradient(weight) if ctx.needs_input_grad[1] else None
         size = longest(ctx.pieces), weight.shape[0]
         buffer = hidden_TH.new_empty(size, dtype=call.logits_dtype)
-        rounded = buffer if buffer.dtype == hidden_TH.dtype else hidden_TH.new_empty(size)  # the products' operand
+        rounded = (
+            buffer if buffer.dtype == hidden_TH.dtype else hidden_TH.new_empty(size)
+        )  # the products' operand
         for start, stop in ctx.pieces:
             rows = slice(start, stop)
             hidden_CH = hidden_full_TH.index_select(0, live_N[rows])
@@ -67,7 +95,11 @@ class _LinearTokenLogProbs(torch.autograd.Function):
             if grad_weight_sum is not None:
                 grad_weight_sum.add(logits, hidden_CH)
         grad_hidden = reduce_hidden_grad(grad_hidden_TH, call.group, call.sequence_parallel)
-        grad_weight = None if grad_weight_sum is None else deliver_weight_grad(ctx.weight, grad_weight_sum.total(), None)
+        grad_weight = (
+            None
+            if grad_weight_sum is None
+            else deliver_weight_grad(ctx.weight, grad_weight_sum.total(), None)
+        )
         return grad_hidden, grad_weight, None, None, None, None
 
 
@@ -88,16 +120,19 @@ def linear_token_log_probs(
     logits_dtype: torch.dtype | None = None,
     backend: Backend = "auto",
 ) -> Any:
-    """Compute log softmax(hidden weight^T / temperature) at the targets of the masked-in tokens, in chunks of logits.
+    """Compute log softmax(hidden weight^T / temperature) at the targets of the masked-in tokens, in chunks of
+    logits.
 
-    hidden_TH: [T, H], or this rank's [T / tp, H] under `sequence_parallel`; weight_VpH: [Vp, H], same dtype, this rank's rows
-    from `vocab_start` (rows at or beyond `vocab_size` are padding); target_ids_T: int64 [T] and mask_T: bool [T], all tokens on
-    every rank. Returns float32 [T] (with entropy a pair), 0 where the mask is False; those tokens never enter the head.
-    `logits_dtype`: type of the logits, by default hidden_TH's; float32 keeps what rounding them to bfloat16 loses.
-    `chunk_tokens`: most rows of logits alive at once (default: a fixed workspace); `num_live`: mask_T.sum() on the host, which
-    spares one device-to-host copy. Collectives over `group`: one all-gather of 12 (16) bytes per token and chunk; under sequence
-    parallelism an all-gather of hidden in each direction and a reduce-scatter of its gradient, else an all-reduce of it.
-    Mutates in backward: `weight.main_grad` (float32) and `grad_added_to_main_grad` where Megatron put them on the weight.
+    hidden_TH: [T, H], or this rank's [T / tp, H] under `sequence_parallel`; weight_VpH: [Vp, H], same dtype,
+    this rank's rows from `vocab_start` (rows at or beyond `vocab_size` are padding); target_ids_T: int64 [T]
+    and mask_T: bool [T], all tokens on every rank. Returns float32 [T] (with entropy a pair), 0 where the
+    mask is False; those tokens never enter the head. `logits_dtype`: type of the logits, by default
+    hidden_TH's; float32 keeps what rounding them to bfloat16 loses. `chunk_tokens`: most rows of logits alive
+    at once (default: a fixed workspace); `num_live`: mask_T.sum() on the host, which spares one
+    device-to-host copy. Collectives over `group`: one all-gather of 12 (16) bytes per token and chunk; under
+    sequence parallelism an all-gather of hidden in each direction and a reduce-scatter of its gradient, else
+    an all-reduce of it. Mutates in backward: `weight.main_grad` (float32) and `grad_added_to_main_grad` where
+    Megatron put them on the weight.
     """
     check_head(hidden_TH, weight_VpH, target_ids_T, mask_T, vocab_start, group, sequence_parallel)
     check_target_range(target_ids_T, vocab_size)
@@ -109,5 +144,7 @@ def linear_token_log_probs(
         chunk_tokens = default_chunk_tokens(hidden_TH.device, weight_VpH.shape[0], dtype.itemsize + rounded)
     pieces = pieces_of(0, live.positions.shape[0], chunk_tokens) or (Piece(0, 0),)
     call = HeadCall(shard, group, sequence_parallel, backend, dtype, with_entropy)
-    log_probs_T, entropy_T = _LinearTokenLogProbs.apply(hidden_TH, weight_VpH, target_ids_T, live.positions, call, pieces)
+    log_probs_T, entropy_T = _LinearTokenLogProbs.apply(
+        hidden_TH, weight_VpH, target_ids_T, live.positions, call, pieces
+    )
     return (log_probs_T, entropy_T) if with_entropy else log_probs_T

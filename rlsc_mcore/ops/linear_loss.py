@@ -1,14 +1,17 @@
-"""The whole objective from hidden states in one pass: loss = -sum_t c_t log p_t, with c_t computed from the same log p.
+"""The whole objective from hidden states in one pass: loss = -sum_t c_t log p_t, with c_t computed from the
+same log p.
 
-A chunk of whole sequences makes its logits once. One kernel reads them once and overwrites them by the softmax over the
-rest, -1 at the target (`rest_softmax_`): all that is still unknown of a row's gradient - its coefficient, 1 - p, the other
-ranks' mass - is one number per token, s_t = c_t q_t share_t / temperature. So the coefficients are computed on the device
-from the chunk's own log-probabilities, and s_t is applied to the rows of the two products that follow:
+A chunk of whole sequences makes its logits once. One kernel reads them once and overwrites them by the
+softmax over the rest, -1 at the target (`rest_softmax_`): all that is still unknown of a row's gradient - its
+coefficient, 1 - p, the other ranks' mass - is one number per token, s_t = c_t q_t share_t / temperature. So
+the coefficients are computed on the device from the chunk's own log-probabilities, and s_t is applied to the
+rows of the two products that follow:
 
     d hidden = s * (E weight)        d weight += E^T (s * hidden)
 
-3 products, one read and one write of the logits, no second pass, no host sync, any tensor-parallel size. A sequence longer
-than a chunk is reduced in pieces first and recomputed piece by piece once its coefficients are known (4 products).
+3 products, one read and one write of the logits, no second pass, no host sync, any tensor-parallel size. A
+sequence longer than a chunk is reduced in pieces first and recomputed piece by piece once its coefficients
+are known (4 products).
 """
 
 from collections.abc import Callable, Sequence
@@ -20,7 +23,15 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from rlsc_mcore.ops.chunks import SequenceChunk, default_chunk_tokens, live_offsets, live_tokens, longest, pieces_of, sequence_chunks
+from rlsc_mcore.ops.chunks import (
+    SequenceChunk,
+    default_chunk_tokens,
+    live_offsets,
+    live_tokens,
+    longest,
+    pieces_of,
+    sequence_chunks,
+)
 from rlsc_mcore.ops.dispatch import Backend
 from rlsc_mcore.ops.head import (
     HeadCall,
@@ -39,9 +50,11 @@ from rlsc_mcore.ops.shard import VocabShard, check_target_range
 from rlsc_mcore.ops.vocab_parallel import GatheredStats, group_rank, group_size, join, join_backward
 
 CoefficientFn = Callable[[Tensor, Tensor, Tensor, slice], Tensor]
-"""(token_log_probs float32 [C] detached, mask bool [C], cu_seqlens int32 [S' + 1], sequences) -> c_t, float [C], on the device.
+"""(token_log_probs float32 [C] detached, mask bool [C], cu_seqlens int32 [S' + 1], sequences) -> c_t, float
+[C], on the device.
 
-The C tokens are the live tokens of the batch's sequences `sequences`, in order (so the mask is True throughout)."""
+The C tokens are the live tokens of the batch's sequences `sequences`, in order (so the mask is True
+throughout)."""
 
 SMALLEST_SHARE = {torch.float16: 2.0**-15}  # 1 / share is stored in the logits' dtype; 2^-100 elsewhere
 
@@ -49,17 +62,30 @@ SMALLEST_SHARE = {torch.float16: 2.0**-15}  # 1 / share is stored in the logits'
 class _Pass:
     """One walk over the chunks: the loss, every token's log p and, where wanted, both gradients."""
 
-    def __init__(self, call: HeadCall, hidden_TH: Tensor, weight_VpH: Tensor, targets_T: Tensor, live_N: Tensor, cu_live: Tensor) -> None:
+    def __init__(
+        self,
+        call: HeadCall,
+        hidden_TH: Tensor,
+        weight_VpH: Tensor,
+        targets_T: Tensor,
+        live_N: Tensor,
+        cu_live: Tensor,
+    ) -> None:
         self.call, self.hidden_TH, self.weight_VpH, self.targets_T = call, hidden_TH, weight_VpH, targets_T
         self.live_N, self.cu_live, self.rank = live_N, cu_live, group_rank(call.group)
         self.loss = torch.zeros((), dtype=torch.float64, device=hidden_TH.device)
-        self.log_probs_N = hidden_TH.new_zeros(live_N.shape[0], dtype=torch.float64 if hidden_TH.dtype == torch.float64 else torch.float32)
+        self.log_probs_N = hidden_TH.new_zeros(
+            live_N.shape[0], dtype=torch.float64 if hidden_TH.dtype == torch.float64 else torch.float32
+        )
         self.grad_hidden_TH: Tensor | None = None
         self.grad_weight: WeightGradient | None = None
-        self.logits_buffer: Tensor | None = None  # where logits are of another type than the products' operands
+        self.logits_buffer: Tensor | None = (
+            None  # where logits are of another type than the products' operands
+        )
 
     def run(self, chunks: Sequence[SequenceChunk], coefficient_fn: CoefficientFn) -> None:
-        """Walk the chunks in order; with several ranks one chunk's statistics are in flight while the next one's product runs."""
+        """Walk the chunks in order; with several ranks one chunk's statistics are in flight while the next
+        one's product runs."""
         num_buffers = min(group_size(self.call.group), 2)
         rows = max((longest(chunk.pieces) for chunk in chunks), default=0)
         size = rows, self.weight_VpH.shape[0]
@@ -76,8 +102,11 @@ class _Pass:
         for finish in unfinished:
             finish()
 
-    def start_chunk(self, chunk: SequenceChunk, buffer: Tensor, coefficient_fn: CoefficientFn) -> Callable[[], None]:
-        """Make a chunk's logits, reduce and overwrite them; the returned rest of the work needs the other ranks' statistics."""
+    def start_chunk(
+        self, chunk: SequenceChunk, buffer: Tensor, coefficient_fn: CoefficientFn
+    ) -> Callable[[], None]:
+        """Make a chunk's logits, reduce and overwrite them; the returned rest of the work needs the other
+        ranks' statistics."""
         index = self.live_N[chunk.tokens]
         hidden_CH, targets_C = self.hidden_TH.index_select(0, index), self.targets_T[index]
         rest_CVp = buffer[: index.shape[0]]
@@ -87,7 +116,9 @@ class _Pass:
             logits_CVp = head_product(hidden_CH, self.weight_VpH, self.logits_buffer[: index.shape[0]])
             stats = self.call.rest_softmax_into(logits_CVp, rest_CVp, targets_C)
         gathered = GatheredStats(stats, self.call.group)
-        return partial(self.finish_chunk, chunk, index, hidden_CH, targets_C, rest_CVp, gathered, coefficient_fn)
+        return partial(
+            self.finish_chunk, chunk, index, hidden_CH, targets_C, rest_CVp, gathered, coefficient_fn
+        )
 
     def finish_chunk(
         self,
@@ -107,42 +138,67 @@ class _Pass:
         scale_C = coefficients_C * joined.target_excluded_T * share_C * self.call.shard.inv_temperature
         self.add_gradients(index, hidden_CH, rest_CVp, scale_C[:, None])
 
-    def start_pieces(self, chunk: SequenceChunk, buffer: Tensor, coefficient_fn: CoefficientFn) -> Callable[[], None]:
-        """Put off a chunk that does not fit one buffer, or that needs no gradient, until the one before it is done."""
+    def start_pieces(
+        self, chunk: SequenceChunk, buffer: Tensor, coefficient_fn: CoefficientFn
+    ) -> Callable[[], None]:
+        """Put off a chunk that does not fit one buffer, or that needs no gradient, until the one before it is
+        done."""
         return partial(self.run_pieces, chunk, buffer, coefficient_fn)
 
     def run_pieces(self, chunk: SequenceChunk, buffer: Tensor, coefficient_fn: CoefficientFn) -> None:
         logits_buffer = buffer if self.logits_buffer is None else self.logits_buffer
-        scores = score_pieces(self.call, self.hidden_TH, self.weight_VpH, self.targets_T, self.live_N, chunk.pieces, logits_buffer)
+        scores = score_pieces(
+            self.call,
+            self.hidden_TH,
+            self.weight_VpH,
+            self.targets_T,
+            self.live_N,
+            chunk.pieces,
+            logits_buffer,
+        )
         stats_RCk = scores.stats_RTk
         coefficients_C = self.weigh(chunk, scores.log_probs_T, coefficient_fn)
         if self.grad_hidden_TH is None:
             return
-        grad_stats_Ck = join_backward(stats_RCk, self.rank, self.call.shard.inv_temperature, -coefficients_C, None, self.call.backend)
+        grad_stats_Ck = join_backward(
+            stats_RCk, self.rank, self.call.shard.inv_temperature, -coefficients_C, None, self.call.backend
+        )
         for start, stop in chunk.pieces:
-            index, rows = self.live_N[start:stop], slice(start - chunk.tokens.start, stop - chunk.tokens.start)
+            index, rows = (
+                self.live_N[start:stop],
+                slice(start - chunk.tokens.start, stop - chunk.tokens.start),
+            )
             hidden_CH = self.hidden_TH.index_select(0, index)
             logits_CVp = head_product(hidden_CH, self.weight_VpH, logits_buffer[: stop - start])
-            self.call.dlogits_(logits_CVp, grad_stats_Ck[rows], stats_RCk[self.rank, rows], self.targets_T[index])
+            self.call.dlogits_(
+                logits_CVp, grad_stats_Ck[rows], stats_RCk[self.rank, rows], self.targets_T[index]
+            )
             if logits_buffer is not buffer:
                 logits_CVp = buffer[: stop - start].copy_(logits_CVp)
             self.add_gradients(index, hidden_CH, logits_CVp, None)
 
     def weigh(self, chunk: SequenceChunk, log_probs_C: Tensor, coefficient_fn: CoefficientFn) -> Tensor:
-        """Compute a chunk's coefficients from its log p and add both to the outputs; no device-to-host copy."""
+        """Compute a chunk's coefficients from its log p and add both to the outputs; no device-to-host
+        copy."""
         first, last = chunk.sequences.start, chunk.sequences.stop
         cu_seqlens = self.cu_live[first : last + 1] - self.cu_live[first]
-        coefficients_C = coefficient_fn(log_probs_C, torch.ones_like(log_probs_C, dtype=torch.bool), cu_seqlens, chunk.sequences).detach()
+        coefficients_C = coefficient_fn(
+            log_probs_C, torch.ones_like(log_probs_C, dtype=torch.bool), cu_seqlens, chunk.sequences
+        ).detach()
         if coefficients_C.shape != log_probs_C.shape:
             raise ValueError(
-                f"coefficient_fn: expected one coefficient per token {list(log_probs_C.shape)}, got {list(coefficients_C.shape)}"
+                f"coefficient_fn: expected one coefficient per token {list(log_probs_C.shape)}, got "
+                f"{list(coefficients_C.shape)}"
             )
         self.log_probs_N[chunk.tokens] = log_probs_C
         self.loss -= (coefficients_C.double() * log_probs_C.double()).sum()
         return coefficients_C.to(log_probs_C.dtype)
 
-    def add_gradients(self, index: Tensor, hidden_CH: Tensor, dlogits_CVp: Tensor, scale_C1: Tensor | None) -> None:
-        """Add a piece's two products; `scale_C1` completes the rows of dlogits where they are not complete yet."""
+    def add_gradients(
+        self, index: Tensor, hidden_CH: Tensor, dlogits_CVp: Tensor, scale_C1: Tensor | None
+    ) -> None:
+        """Add a piece's two products; `scale_C1` completes the rows of dlogits where they are not complete
+        yet."""
         assert self.grad_hidden_TH is not None
         grad_CH = dlogits_CVp @ self.weight_VpH
         if scale_C1 is not None:
@@ -174,7 +230,9 @@ class _LinearWeightedLoss(torch.autograd.Function):
         if any(ctx.needs_input_grad):
             walk.grad_hidden_TH = torch.zeros_like(hidden_full_TH)
         if ctx.needs_input_grad[1]:
-            walk.grad_weight = WeightGradient(weight_VpH, weight_VpH.main_grad if ctx.into_main_grad else None)
+            walk.grad_weight = WeightGradient(
+                weight_VpH, weight_VpH.main_grad if ctx.into_main_grad else None
+            )
         walk.run(chunks, coefficient_fn)
         grad_hidden_TH = walk.grad_hidden_TH
         if grad_hidden_TH is not None:
@@ -194,7 +252,8 @@ class _LinearWeightedLoss(torch.autograd.Function):
         if grad_loss is not None:
             grad_hidden_TH, grad_weight_VpH = ctx.saved_tensors
             if ctx.needs_input_grad[0]:
-                # One dim, so that the upstream gradient is not rounded to the hidden states' dtype before the product.
+                # One dim, so that the upstream gradient is not rounded to the hidden states' dtype before the
+                # product.
                 upstream = grad_loss.to(working_dtype(grad_hidden_TH.dtype)).reshape(1)
                 grad_hidden = torch.mul(grad_hidden_TH, upstream, out=torch.empty_like(grad_hidden_TH))
             if ctx.needs_input_grad[1]:
@@ -222,26 +281,32 @@ def linear_weighted_loss(
     logits_dtype: torch.dtype | None = None,
     backend: Backend = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """Compute loss = -sum_t c_t log p_t over the masked-in tokens, c_t from the same pass, and both its gradients with it.
+    """Compute loss = -sum_t c_t log p_t over the masked-in tokens, c_t from the same pass, and both its
+    gradients with it.
 
-    hidden_TH: [T, H], or this rank's [T / tp, H] under `sequence_parallel`; weight_VpH: [Vp, H], same dtype, this rank's rows
-    from `vocab_start` (rows at or beyond `vocab_size` are padding); target_ids_T int64 [T], mask_T bool [T] and cu_seqlens
-    int32 [S + 1]: all tokens on every rank. `coefficient_fn` (see CoefficientFn) sees whole sequences, and the whole batch at
-    once with `whole_batch`; it must not wait for the device. `chunk_tokens`: most rows of logits alive at once, a longer
-    sequence is recomputed in pieces (default: a fixed workspace); `live_counts`: the mask's count per sequence on the host,
-    which spares the only device-to-host copy. `logits_dtype`: type of the logits, by default hidden_TH's;
-    float32 keeps what rounding them to bfloat16 loses. `unit_upstream`: promise that backward comes once with gradient 1; the weight's
-    gradient is then added to `main_grad` during forward and no [Vp, H] buffer is held.
+    hidden_TH: [T, H], or this rank's [T / tp, H] under `sequence_parallel`; weight_VpH: [Vp, H], same dtype,
+    this rank's rows from `vocab_start` (rows at or beyond `vocab_size` are padding); target_ids_T int64 [T],
+    mask_T bool [T] and cu_seqlens int32 [S + 1]: all tokens on every rank. `coefficient_fn` (see
+    CoefficientFn) sees whole sequences, and the whole batch at once with `whole_batch`; it must not wait for
+    the device. `chunk_tokens`: most rows of logits alive at once, a longer sequence is recomputed in pieces
+    (default: a fixed workspace); `live_counts`: the mask's count per sequence on the host, which spares the
+    only device-to-host copy. `logits_dtype`: type of the logits, by default hidden_TH's; float32 keeps what
+    rounding them to bfloat16 loses. `unit_upstream`: promise that backward comes once with gradient 1; the
+    weight's gradient is then added to `main_grad` during forward and no [Vp, H] buffer is held.
 
-    Returns (loss float64 [], token log-probs float32 [T], detached, 0 outside the mask), the same on every rank of `group`.
-    Collectives over `group`, all in forward: one all-gather of 12 bytes per token and chunk; under sequence
-    parallelism an all-gather of hidden and a reduce-scatter of its gradient, else an all-reduce of that gradient.
-    Mutates: `weight.main_grad` (float32) and `grad_added_to_main_grad` where Megatron put them on the weight.
+    Returns (loss float64 [], token log-probs float32 [T], detached, 0 outside the mask), the same on every
+    rank of `group`. Collectives over `group`, all in forward: one all-gather of 12 bytes per token and chunk;
+    under sequence parallelism an all-gather of hidden and a reduce-scatter of its gradient, else an
+    all-reduce of that gradient. Mutates: `weight.main_grad` (float32) and `grad_added_to_main_grad` where
+    Megatron put them on the weight.
     """
     check_head(hidden_TH, weight_VpH, target_ids_T, mask_T, vocab_start, group, sequence_parallel)
     check_target_range(target_ids_T, vocab_size)
     if live_counts is not None and len(live_counts) != cu_seqlens.shape[0] - 1:
-        raise ValueError(f"live_counts: expected one count per sequence ({cu_seqlens.shape[0] - 1}), got {len(live_counts)}")
+        raise ValueError(
+            f"live_counts: expected one count per sequence ({cu_seqlens.shape[0] - 1}), got "
+            f"{len(live_counts)}"
+        )
     dtype = check_logits_dtype(logits_dtype, hidden_TH.dtype)
     shard = VocabShard.of(weight_VpH.shape[0], vocab_size, vocab_start, temperature)
     live = live_tokens(mask_T, cu_seqlens, live_counts)
@@ -250,12 +315,22 @@ def linear_weighted_loss(
         per_logit = hidden_TH.element_size() * min(group_size(group), 2) + rounded
         chunk_tokens = default_chunk_tokens(hidden_TH.device, weight_VpH.shape[0], per_logit)
     if whole_batch:
-        chunks = [SequenceChunk(slice(0, len(live.counts)), pieces_of(0, live.positions.shape[0], chunk_tokens))]
+        chunks = [
+            SequenceChunk(slice(0, len(live.counts)), pieces_of(0, live.positions.shape[0], chunk_tokens))
+        ]
     else:
         chunks = sequence_chunks(live.counts, chunk_tokens)
     chunks = [chunk for chunk in chunks if chunk.pieces]
     call = HeadCall(shard, group, sequence_parallel, backend, dtype)
     cu_live = live_offsets(mask_T, cu_seqlens)
     return _LinearWeightedLoss.apply(
-        hidden_TH, weight_VpH, target_ids_T, live.positions, cu_live, call, chunks, coefficient_fn, unit_upstream
+        hidden_TH,
+        weight_VpH,
+        target_ids_T,
+        live.positions,
+        cu_live,
+        call,
+        chunks,
+        coefficient_fn,
+        unit_upstream,
     )

@@ -33,7 +33,9 @@ class _TokenLogProbs(torch.autograd.Function):
     """log p and entropy; backward needs no collective, because every rank holds the same loss."""
 
     @staticmethod
-    def forward(ctx: Any, logits_TVp: Tensor, targets_T: Tensor, options: _Options) -> tuple[Tensor, Tensor | None]:
+    def forward(
+        ctx: Any, logits_TVp: Tensor, targets_T: Tensor, options: _Options
+    ) -> tuple[Tensor, Tensor | None]:
         scores = _forward(logits_TVp, targets_T, options)
         ctx.options = options
         ctx.save_for_backward(logits_TVp, targets_T, scores.stats_RTk)
@@ -41,11 +43,15 @@ class _TokenLogProbs(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_log_probs_T: Tensor | None, grad_entropy_T: Tensor | None) -> tuple[Tensor, None, None]:  # type: ignore[override]
+    def backward(
+        ctx: Any, grad_log_probs_T: Tensor | None, grad_entropy_T: Tensor | None
+    ) -> tuple[Tensor, None, None]:  # type: ignore[override]
         logits_TVp, targets_T, stats_RTk = ctx.saved_tensors
         options, rank = ctx.options, group_rank(ctx.options.group)
         shard = options.shard
-        grad_stats = join_backward(stats_RTk, rank, shard.inv_temperature, grad_log_probs_T, grad_entropy_T, options.backend)
+        grad_stats = join_backward(
+            stats_RTk, rank, shard.inv_temperature, grad_log_probs_T, grad_entropy_T, options.backend
+        )
         arguments = grad_stats, stats_RTk[rank], targets_T, *shard.as_arguments(), options.backend
         if not options.inplace_backward:
             return torch.ops.rlsc.dlogits(logits_TVp, *arguments), None, None
@@ -94,11 +100,12 @@ def token_log_probs(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Compute log softmax(logits / temperature) at each row's target, and optionally the entropy of the row.
 
-    logits_TVp: float32, float16 or bfloat16 [T, Vp], rows contiguous, this rank's columns from `vocab_start`; columns at or
-    beyond `vocab_size` are padding: ignored, gradient 0. target_ids_T: int64 [T], global ids; a negative id is an ignored
-    token (log p 0, gradient bitwise 0). Returns float32 [T], the same on every rank of `group`; with entropy a pair.
-    Collectives: one all-gather of 12 bytes per token (16 with entropy) over `group` in forward, none in backward.
-    Mutates: the logits in backward, where `inplace_backward` is set (their gradient replaces them; they must not be used again).
+    logits_TVp: float32, float16 or bfloat16 [T, Vp], rows contiguous, this rank's columns from `vocab_start`;
+    columns at or beyond `vocab_size` are padding: ignored, gradient 0. target_ids_T: int64 [T], global ids; a
+    negative id is an ignored token (log p 0, gradient bitwise 0). Returns float32 [T], the same on every rank
+    of `group`; with entropy a pair. Collectives: one all-gather of 12 bytes per token (16 with entropy) over
+    `group` in forward, none in backward. Mutates: the logits in backward, where `inplace_backward` is set
+    (their gradient replaces them; they must not be used again).
     """
     check_shard(vocab_start, group)
     check_rows(logits_TVp, target_ids_T, logits_TVp.shape[0], "logits_TVp")

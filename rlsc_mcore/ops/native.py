@@ -1,4 +1,5 @@
-"""The compiled row ops of csrc/, CPU and CUDA: loads the extension, allocates outputs, and says why it cannot run."""
+"""The compiled row ops of csrc/, CPU and CUDA: loads the extension, allocates outputs, and says why it cannot
+run."""
 
 import functools
 import importlib.util
@@ -17,7 +18,8 @@ LARGEST_ROW_BYTES = 8 * 225 * 1024  # 8 blocks of a cluster with the shared memo
 
 @functools.cache
 def load() -> str | None:
-    """Load rlsc_mcore._C once; return None, or why it is not there. It registers ops and has no Python module of its own."""
+    """Load rlsc_mcore._C once; return None, or why it is not there. It registers ops and has no Python module
+    of its own."""
     spec = importlib.util.find_spec("rlsc_mcore._C")
     if spec is None or spec.origin is None:
         return "rlsc_mcore._C is not built (pip install --no-build-isolation with a C++ compiler)"
@@ -44,7 +46,11 @@ def why_not(op: str, device_type: str) -> str | None:
         return f"rlsc_mcore._C was built without {op} for {device_type}"
     if device_type == "cuda" and op in CLUSTER_OPS and torch.cuda.get_device_capability()[0] < 9:
         return "thread-block clusters need sm_90"
-    if device_type == "cuda" and op in CLUSTER_OPS and (error := torch.ops.rlsc_native.cuda_error(torch.cuda.current_device())):
+    if (
+        device_type == "cuda"
+        and op in CLUSTER_OPS
+        and (error := torch.ops.rlsc_native.cuda_error(torch.cuda.current_device()))
+    ):
         capability = ".".join(map(str, torch.cuda.get_device_capability()))
         return (
             f"rlsc_mcore._C has no code for compute capability {capability} (CUDA error {error}); "
@@ -54,26 +60,42 @@ def why_not(op: str, device_type: str) -> str | None:
 
 
 def _stats_like(logits_TVp: Tensor, with_entropy: bool) -> Tensor:
-    return torch.empty(logits_TVp.shape[0], num_stats(with_entropy), dtype=torch.float32, device=logits_TVp.device)
+    return torch.empty(
+        logits_TVp.shape[0], num_stats(with_entropy), dtype=torch.float32, device=logits_TVp.device
+    )
 
 
 def log_prob_stats(
-    logits_TVp: Tensor, targets_T: Tensor, inv_temperature: float, vocab_start: int, num_columns: int, with_entropy: bool
+    logits_TVp: Tensor,
+    targets_T: Tensor,
+    inv_temperature: float,
+    vocab_start: int,
+    num_columns: int,
+    with_entropy: bool,
 ) -> Tensor:
     """Compiled `reference.log_prob_stats`."""
     stats = _stats_like(logits_TVp, with_entropy)
     no_log_probs = stats.new_empty(0)
-    torch.ops.rlsc_native.log_prob_stats(logits_TVp, targets_T.contiguous(), stats, no_log_probs, inv_temperature, vocab_start, num_columns)
+    torch.ops.rlsc_native.log_prob_stats(
+        logits_TVp, targets_T.contiguous(), stats, no_log_probs, inv_temperature, vocab_start, num_columns
+    )
     return stats
 
 
 def scored_stats(
-    logits_TVp: Tensor, targets_T: Tensor, inv_temperature: float, vocab_start: int, num_columns: int, with_entropy: bool
+    logits_TVp: Tensor,
+    targets_T: Tensor,
+    inv_temperature: float,
+    vocab_start: int,
+    num_columns: int,
+    with_entropy: bool,
 ) -> tuple[Tensor, Tensor]:
     """Compiled `reference.scored_stats`."""
     stats = _stats_like(logits_TVp, with_entropy)
     log_probs_T = stats.new_empty(stats.shape[0])
-    torch.ops.rlsc_native.log_prob_stats(logits_TVp, targets_T.contiguous(), stats, log_probs_T, inv_temperature, vocab_start, num_columns)
+    torch.ops.rlsc_native.log_prob_stats(
+        logits_TVp, targets_T.contiguous(), stats, log_probs_T, inv_temperature, vocab_start, num_columns
+    )
     return stats, log_probs_T
 
 
@@ -103,7 +125,8 @@ def dlogits(
 
 
 def _other_implementation(op: str, logits_TVp: Tensor, num_columns: int) -> Callable[..., Tensor] | None:
-    """Return what takes rows that the cluster kernel cannot: not aligned for bulk copies, or too long for shared memory."""
+    """Return what takes rows that the cluster kernel cannot: not aligned for bulk copies, or too long for
+    shared memory."""
     if not logits_TVp.is_cuda:
         return None
     size, stride = logits_TVp.element_size(), logits_TVp.stride(0) if logits_TVp.shape[0] > 1 else 0
@@ -116,21 +139,38 @@ def _other_implementation(op: str, logits_TVp: Tensor, num_columns: int) -> Call
     return dispatch.select(op, logits_TVp.device, logits_TVp.dtype, backend)
 
 
-def rest_softmax_(logits_TVp: Tensor, targets_T: Tensor, inv_temperature: float, vocab_start: int, num_columns: int) -> Tensor:
+def rest_softmax_(
+    logits_TVp: Tensor, targets_T: Tensor, inv_temperature: float, vocab_start: int, num_columns: int
+) -> Tensor:
     """Compiled `reference.rest_softmax_`."""
     if (other := _other_implementation("rest_softmax_", logits_TVp, num_columns)) is not None:
         return other(logits_TVp, targets_T, inv_temperature, vocab_start, num_columns)
     stats = _stats_like(logits_TVp, False)
-    torch.ops.rlsc_native.rest_softmax_(logits_TVp, targets_T.contiguous(), stats, inv_temperature, vocab_start, num_columns)
+    torch.ops.rlsc_native.rest_softmax_(
+        logits_TVp, targets_T.contiguous(), stats, inv_temperature, vocab_start, num_columns
+    )
     return stats
 
 
 def rest_softmax_into(
-    logits_TVp: Tensor, out_TVp: Tensor, targets_T: Tensor, inv_temperature: float, vocab_start: int, num_columns: int
+    logits_TVp: Tensor,
+    out_TVp: Tensor,
+    targets_T: Tensor,
+    inv_temperature: float,
+    vocab_start: int,
+    num_columns: int,
 ) -> Tensor:
-    """Compiled `reference.rest_softmax_into`: on a GPU one read of the logits and one write of `out_TVp`, on a CPU a copy more."""
-    aligned_out = out_TVp.data_ptr() % ALIGNMENT_BYTES == 0 and out_TVp.stride(0) * out_TVp.element_size() % ALIGNMENT_BYTES == 0
-    if logits_TVp.is_cuda and aligned_out and _other_implementation("rest_softmax_", logits_TVp, num_columns) is None:
+    """Compiled `reference.rest_softmax_into`: on a GPU one read of the logits and one write of `out_TVp`, on
+    a CPU a copy more."""
+    aligned_out = (
+        out_TVp.data_ptr() % ALIGNMENT_BYTES == 0
+        and out_TVp.stride(0) * out_TVp.element_size() % ALIGNMENT_BYTES == 0
+    )
+    if (
+        logits_TVp.is_cuda
+        and aligned_out
+        and _other_implementation("rest_softmax_", logits_TVp, num_columns) is None
+    ):
         stats = _stats_like(logits_TVp, False)
         torch.ops.rlsc_native.rest_softmax_into(
             logits_TVp, out_TVp, targets_T.contiguous(), stats, inv_temperature, vocab_start, num_columns
@@ -142,7 +182,12 @@ def rest_softmax_into(
 
 
 def log_prob_dlogits_(
-    logits_TVp: Tensor, targets_T: Tensor, weights_T: Tensor, inv_temperature: float, vocab_start: int, num_columns: int
+    logits_TVp: Tensor,
+    targets_T: Tensor,
+    weights_T: Tensor,
+    inv_temperature: float,
+    vocab_start: int,
+    num_columns: int,
 ) -> Tensor:
     """Compiled `reference.log_prob_dlogits_`."""
     if (other := _other_implementation("log_prob_dlogits_", logits_TVp, num_columns)) is not None:
@@ -158,5 +203,7 @@ def log_prob_dlogits_(
 def sequence_sums(values_T: Tensor, mask_T: Tensor, cu_seqlens: Tensor) -> Tensor:
     """Compiled `reference.sequence_sums`."""
     sums = torch.empty(cu_seqlens.shape[0] - 1, dtype=torch.float64, device=values_T.device)
-    torch.ops.rlsc_native.sequence_sums(values_T.contiguous(), mask_T.contiguous(), cu_seqlens.contiguous(), sums)
+    torch.ops.rlsc_native.sequence_sums(
+        values_T.contiguous(), mask_T.contiguous(), cu_seqlens.contiguous(), sums
+    )
     return sums

@@ -1,4 +1,5 @@
-"""Plain PyTorch definition of every op of this package: the oracle of the kernels, and the fallback on any device.
+"""Plain PyTorch definition of every op of this package: the oracle of the kernels, and the fallback on any
+device.
 
 A row of logits x is reduced to *target-excluded* statistics, here in float32 (float64 for float64 logits):
 
@@ -7,14 +8,16 @@ A row of logits x is reduced to *target-excluded* statistics, here in float32 (f
     target   = x_target, as a logit                 -inf on the ranks that do not hold the target's column
     rest_entropy (optional) = entropy of softmax(x_j / temperature, j != target)
 
-so that, with gap = (top - target) / temperature + log_sum, log p = -softplus(gap) and 1 - p = sigmoid(gap). Leaving the target
-out keeps their digits where p -> 1, where logsumexp - target cancels. Storing differences from `top` keeps them where all
-logits share a large offset. A rest without mass (no column, or every logit -inf) is (-inf, -inf).
+so that, with gap = (top - target) / temperature + log_sum, log p = -softplus(gap) and 1 - p = sigmoid(gap).
+Leaving the target out keeps their digits where p -> 1, where logsumexp - target cancels. Storing differences
+from `top` keeps them where all logits share a large offset. A rest without mass (no column, or every logit
+-inf) is (-inf, -inf).
 
-Rows with a negative target are ignored: statistics (-inf, -inf, 0, 0), log p = 0, gradient exactly 0. A NaN or +inf logit of
-any other row gives log p = NaN, as torch.log_softmax does.
+Rows with a negative target are ignored: statistics (-inf, -inf, 0, 0), log p = 0, gradient exactly 0. A NaN
+or +inf logit of any other row gives log p = NaN, as torch.log_softmax does.
 
-Shape suffixes: T rows (tokens), V vocabulary columns, Vp the same with padding, k statistics, R tensor-parallel ranks.
+Shape suffixes: T rows (tokens), V vocabulary columns, Vp the same with padding, k statistics, R
+tensor-parallel ranks.
 """
 
 import torch
@@ -43,9 +46,15 @@ def _owned(targets_T: Tensor, vocab_start: int, num_columns: int) -> tuple[Tenso
 
 
 def log_prob_stats(
-    logits_TVp: Tensor, targets_T: Tensor, inv_temperature: float, vocab_start: int, num_columns: int, with_entropy: bool
+    logits_TVp: Tensor,
+    targets_T: Tensor,
+    inv_temperature: float,
+    vocab_start: int,
+    num_columns: int,
+    with_entropy: bool,
 ) -> Tensor:
-    """Reduce each row to (top, log_sum, target[, rest_entropy]): float32 [T, 3] or [T, 4], local to this rank, no collective."""
+    """Reduce each row to (top, log_sum, target[, rest_entropy]): float32 [T, 3] or [T, 4], local to this
+    rank, no collective."""
     ignored_T = targets_T < 0
     shape = logits_TVp.shape[0], num_stats(with_entropy)
     stats = torch.zeros(shape, dtype=working_dtype(logits_TVp.dtype), device=logits_TVp.device)
@@ -72,7 +81,12 @@ def log_prob_stats(
 
 
 def scored_stats(
-    logits_TVp: Tensor, targets_T: Tensor, inv_temperature: float, vocab_start: int, num_columns: int, with_entropy: bool
+    logits_TVp: Tensor,
+    targets_T: Tensor,
+    inv_temperature: float,
+    vocab_start: int,
+    num_columns: int,
+    with_entropy: bool,
 ) -> tuple[Tensor, Tensor]:
     """Return `log_prob_stats` and log p [T] for a rank that holds the whole vocabulary."""
     stats = log_prob_stats(logits_TVp, targets_T, inv_temperature, vocab_start, num_columns, with_entropy)
@@ -89,13 +103,15 @@ def dlogits(
     num_columns: int,
     out: Tensor | None = None,
 ) -> Tensor:
-    """Return the gradient of `log_prob_stats` with respect to the logits, in their dtype; 0 in padding columns.
+    """Return the gradient of `log_prob_stats` with respect to the logits, in their dtype; 0 in padding
+    columns.
 
-    Written to `out` where given, which may be the logits themselves. `top` counts as a constant: what is computed from the
-    statistics must not depend on which number near the largest logit it is, and its gradient is ignored.
+    Written to `out` where given, which may be the logits themselves. `top` counts as a constant: what is
+    computed from the statistics must not depend on which number near the largest logit it is, and its
+    gradient is ignored.
 
-    With q = softmax over the rest: dL/dx_j = q_j (g_log_sum - g_entropy (log q_j + rest_entropy)) / temperature and
-    dL/dx_target = g_target.
+    With q = softmax over the rest: dL/dx_j = q_j (g_log_sum - g_entropy (log q_j + rest_entropy)) /
+    temperature and dL/dx_target = g_target.
     """
     if num_columns == 0:
         return torch.zeros_like(logits_TVp) if out is None else out.zero_()
@@ -107,7 +123,9 @@ def dlogits(
     scale = grad_stats_Tk[:, LOG_SUM, None]
     if stats_Tk.shape[1] == num_stats(True):
         finite_log_q = torch.where(is_empty, 0.0, log_q)
-        scale = scale - grad_stats_Tk[:, REST_ENTROPY, None] * (finite_log_q + stats_Tk[:, REST_ENTROPY, None])
+        scale = scale - grad_stats_Tk[:, REST_ENTROPY, None] * (
+            finite_log_q + stats_Tk[:, REST_ENTROPY, None]
+        )
     g = log_q.exp() * scale * inv_temperature
     current = g.gather(1, column_T[:, None])
     g.scatter_(1, column_T[:, None], torch.where(owned_T[:, None], grad_stats_Tk[:, TARGET, None], current))
@@ -117,23 +135,40 @@ def dlogits(
     return grad
 
 
-def rest_softmax_(logits_TVp: Tensor, targets_T: Tensor, inv_temperature: float, vocab_start: int, num_columns: int) -> Tensor:
-    """Overwrite each row by softmax over the rest, -1 at the target (0 in padding and ignored rows); return its statistics.
+def rest_softmax_(
+    logits_TVp: Tensor, targets_T: Tensor, inv_temperature: float, vocab_start: int, num_columns: int
+) -> Tensor:
+    """Overwrite each row by softmax over the rest, -1 at the target (0 in padding and ignored rows); return
+    its statistics.
 
-    For one rank the gradient of sum_t w_t log p_t is this row times -w_t (1 - p_t) / temperature, so a weight that is known
-    only after the row was reduced can be applied to the rows of the two products that follow instead of to the row itself.
+    For one rank the gradient of sum_t w_t log p_t is this row times -w_t (1 - p_t) / temperature, so a weight
+    that is known only after the row was reduced can be applied to the rows of the two products that follow
+    instead of to the row itself.
     """
     stats = log_prob_stats(logits_TVp, targets_T, inv_temperature, vocab_start, num_columns, False)
     dlogits(
-        unit_grad_stats(stats, inv_temperature), stats, logits_TVp, targets_T, inv_temperature, vocab_start, num_columns, out=logits_TVp
+        unit_grad_stats(stats, inv_temperature),
+        stats,
+        logits_TVp,
+        targets_T,
+        inv_temperature,
+        vocab_start,
+        num_columns,
+        out=logits_TVp,
     )
     return stats
 
 
 def rest_softmax_into(
-    logits_TVp: Tensor, out_TVp: Tensor, targets_T: Tensor, inv_temperature: float, vocab_start: int, num_columns: int
+    logits_TVp: Tensor,
+    out_TVp: Tensor,
+    targets_T: Tensor,
+    inv_temperature: float,
+    vocab_start: int,
+    num_columns: int,
 ) -> Tensor:
-    """Write to `out_TVp`, of another float type, what `rest_softmax_` makes of the logits; these are overwritten by anything."""
+    """Write to `out_TVp`, of another float type, what `rest_softmax_` makes of the logits; these are
+    overwritten by anything."""
     stats = rest_softmax_(logits_TVp, targets_T, inv_temperature, vocab_start, num_columns)
     out_TVp.copy_(logits_TVp)
     return stats
@@ -147,24 +182,34 @@ def unit_grad_stats(stats_Tk: Tensor, inv_temperature: float) -> Tensor:
 
 
 def weighted_grad_stats(weights_T: Tensor, target_excluded_T: Tensor, inv_temperature: float) -> Tensor:
-    """Return the gradient [T, 3] of sum_t w_t log p_t with respect to the statistics of a rank that holds every column."""
+    """Return the gradient [T, 3] of sum_t w_t log p_t with respect to the statistics of a rank that holds
+    every column."""
     slope_T = weights_T.to(target_excluded_T.dtype) * target_excluded_T
     return torch.stack([torch.zeros_like(slope_T), -slope_T, slope_T * inv_temperature], dim=1)
 
 
 def log_prob_dlogits_(
-    logits_TVp: Tensor, targets_T: Tensor, weights_T: Tensor, inv_temperature: float, vocab_start: int, num_columns: int
+    logits_TVp: Tensor,
+    targets_T: Tensor,
+    weights_T: Tensor,
+    inv_temperature: float,
+    vocab_start: int,
+    num_columns: int,
 ) -> Tensor:
-    """Overwrite the logits by the gradient of sum_t w_t log p_t and return log p [T] (the whole vocabulary on this rank)."""
+    """Overwrite the logits by the gradient of sum_t w_t log p_t and return log p [T] (the whole vocabulary on
+    this rank)."""
     stats = log_prob_stats(logits_TVp, targets_T, inv_temperature, vocab_start, num_columns, False)
     log_probs_T, target_excluded_T, _ = join_stats(stats[None], inv_temperature)
     grad_stats = weighted_grad_stats(weights_T, target_excluded_T, inv_temperature)
-    dlogits(grad_stats, stats, logits_TVp, targets_T, inv_temperature, vocab_start, num_columns, out=logits_TVp)
+    dlogits(
+        grad_stats, stats, logits_TVp, targets_T, inv_temperature, vocab_start, num_columns, out=logits_TVp
+    )
     return log_probs_T
 
 
 def join_mass(stats_RTk: Tensor, inv_temperature: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Join the ranks' statistics: each rank's log mass [R, T] and their logsumexp [T], from the largest top, and the gap [T]."""
+    """Join the ranks' statistics: each rank's log mass [R, T] and their logsumexp [T], from the largest top,
+    and the gap [T]."""
     top_RT, log_sum_RT = stats_RTk[:, :, TOP], stats_RTk[:, :, LOG_SUM]
     top_T, target_T = top_RT.amax(dim=0), stats_RTk[:, :, TARGET].amax(dim=0)
     mass_RT = torch.where(log_sum_RT == NEG_INF, NEG_INF, (top_RT - top_T) * inv_temperature + log_sum_RT)
@@ -174,18 +219,25 @@ def join_mass(stats_RTk: Tensor, inv_temperature: float) -> tuple[Tensor, Tensor
 
 
 def join_stats(stats_RTk: Tensor, inv_temperature: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Turn all ranks' statistics into log p [T], 1 - p [T] and each rank's share [R, T] of the mass outside the target."""
+    """Turn all ranks' statistics into log p [T], 1 - p [T] and each rank's share [R, T] of the mass outside
+    the target."""
     mass_RT, total_T, gap_T = join_mass(stats_RTk, inv_temperature)
     shares_RT = torch.where(mass_RT == NEG_INF, 0.0, (mass_RT - total_T).exp())
     return 0.0 - softplus(gap_T), torch.sigmoid(gap_T), shares_RT
 
 
 def join_backward(
-    stats_RTk: Tensor, rank: int, inv_temperature: float, grad_log_probs_T: Tensor | None, grad_entropy_T: Tensor | None
+    stats_RTk: Tensor,
+    rank: int,
+    inv_temperature: float,
+    grad_log_probs_T: Tensor | None,
+    grad_entropy_T: Tensor | None,
 ) -> Tensor:
-    """Return the gradient [T, k] of log p and entropy with respect to the statistics of `rank`; 0 for top (see dlogits).
+    """Return the gradient [T, k] of log p and entropy with respect to the statistics of `rank`; 0 for top
+    (see dlogits).
 
-    The target's gradient is that of its logit wherever it lies: a rank that does not hold it has no element to write it to.
+    The target's gradient is that of its logit wherever it lies: a rank that does not hold it has no element
+    to write it to.
     """
     mass_RT, total_T, gap_T = join_mass(stats_RTk, inv_temperature)
     q_T = torch.sigmoid(gap_T)
@@ -210,7 +262,8 @@ def join_backward(
 
 
 def joined_rest_entropy(stats_RTk: Tensor, log_shares_RT: Tensor) -> Tensor:
-    """Return the entropy [T] of the softmax over the whole rest from the ranks' own: sum_r share_r (rest_entropy_r - log share_r)."""
+    """Return the entropy [T] of the softmax over the whole rest from the ranks' own: sum_r share_r
+    (rest_entropy_r - log share_r)."""
     shares_RT = log_shares_RT.exp()
     finite_RT = torch.where(shares_RT == 0, 0.0, log_shares_RT)
     return (shares_RT * (stats_RTk[:, :, REST_ENTROPY] - finite_RT)).sum(dim=0)
@@ -222,6 +275,7 @@ def softplus(gap_T: Tensor) -> Tensor:
 
 
 def sequence_sums(values_T: Tensor, mask_T: Tensor, cu_seqlens: Tensor) -> Tensor:
-    """Sum each packed sequence's unmasked values in float64, in token order: float64 [S]; 0 for an empty sequence."""
+    """Sum each packed sequence's unmasked values in float64, in token order: float64 [S]; 0 for an empty
+    sequence."""
     live = torch.where(mask_T, values_T.double(), 0.0)
     return torch.segment_reduce(live, "sum", offsets=cu_seqlens.long(), initial=0.0, unsafe=True)

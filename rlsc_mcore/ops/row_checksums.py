@@ -1,4 +1,5 @@
-"""Checksums of rows that lie anywhere in memory: equal exactly when (but for collisions) the bits are, and additive over columns."""
+"""Checksums of rows that lie anywhere in memory: equal exactly when (but for collisions) the bits are, and
+additive over columns."""
 
 from collections.abc import Sequence
 
@@ -7,16 +8,22 @@ from torch import Tensor
 
 from rlsc_mcore.ops.triton_rows import why_not
 
-_BITS = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16, torch.float64: torch.int64}
+_BITS = {
+    torch.float32: torch.int32,
+    torch.bfloat16: torch.int16,
+    torch.float16: torch.int16,
+    torch.float64: torch.int64,
+}
 
 
 @torch.no_grad()
 def row_checksums(rows: Sequence[Tensor], first_columns: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """Return int64 [len(rows)]: sum over a row's elements of (bits of the element as `dtype`) * (column + 1), modulo 2**64.
+    """Return int64 [len(rows)]: sum over a row's elements of (bits of the element as `dtype`) * (column + 1),
+    modulo 2**64.
 
-    `rows` are one-dimensional views of stride 1, of one type, on one device; row i is columns `first_columns[i]`, ... of a longer
-    one, so that the parts' sums add up to the whole's, and two rows that changed places are seen. With Triton on a CUDA device
-    all rows are one launch.
+    `rows` are one-dimensional views of stride 1, of one type, on one device; row i is columns
+    `first_columns[i]`, ... of a longer one, so that the parts' sums add up to the whole's, and two rows that
+    changed places are seen. With Triton on a CUDA device all rows are one launch.
     """
     if not rows:
         return torch.zeros(0, dtype=torch.int64)
@@ -31,6 +38,8 @@ def row_checksums(rows: Sequence[Tensor], first_columns: Sequence[int], dtype: t
     ends = lengths.cumsum(0)
     bits = torch.cat(list(rows)).to(dtype).view(_BITS[dtype]).to(torch.int64)
     columns = torch.arange(1, len(bits) + 1, device=device)
-    columns += (torch.tensor(list(first_columns), device=device) - (ends - lengths)).repeat_interleave(lengths)
+    columns += (torch.tensor(list(first_columns), device=device) - (ends - lengths)).repeat_interleave(
+        lengths
+    )
     totals = torch.nn.functional.pad((bits * columns).cumsum(0), (1, 0))  # wraps like the sums themselves
     return totals[ends] - totals[ends - lengths]

@@ -10,7 +10,8 @@ LOGIT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 @dataclass(frozen=True)
 class VocabShard:
-    """Columns [start, start + num_columns) of the true vocabulary; later columns of the rank's logits are padding."""
+    """Columns [start, start + num_columns) of the true vocabulary; later columns of the rank's logits are
+    padding."""
 
     start: int
     num_columns: int
@@ -18,11 +19,18 @@ class VocabShard:
 
     @staticmethod
     def of(columns_Vp: int, vocab_size: int, vocab_start: int, temperature: float) -> "VocabShard":
-        """Build the shard of a rank whose logits have `columns_Vp` columns; ValueError for a temperature or size that is not positive."""
+        """Build the shard of a rank whose logits have `columns_Vp` columns; ValueError for a temperature or
+        size that is not positive."""
         if not temperature > 0:
-            raise ValueError(f"temperature: expected more than 0, got {temperature}; greedy decoding has no log-probability to train")
+            raise ValueError(
+                f"temperature: expected more than 0, got {temperature}; greedy decoding has no "
+                "log-probability to train"
+            )
         if vocab_size < 1 or vocab_start < 0:
-            raise ValueError(f"vocab_size, vocab_start: expected at least 1 and at least 0, got {vocab_size}, {vocab_start}")
+            raise ValueError(
+                f"vocab_size, vocab_start: expected at least 1 and at least 0, got {vocab_size}, "
+                f"{vocab_start}"
+            )
         return VocabShard(vocab_start, min(max(vocab_size - vocab_start, 0), columns_Vp), 1.0 / temperature)
 
     def as_arguments(self) -> tuple[float, int, int]:
@@ -31,19 +39,29 @@ class VocabShard:
 
 
 def check_rows(matrix: Tensor, target_ids_T: Tensor, num_rows: int, what: str) -> None:
-    """Raise ValueError where shapes, dtypes or devices of a matrix and its row targets do not fit together."""
+    """Raise ValueError where shapes, dtypes or devices of a matrix and its row targets do not fit
+    together."""
     if matrix.dim() != 2 or matrix.dtype not in LOGIT_DTYPES:
-        raise ValueError(f"{what}: expected [T, columns] in float32, float16 or bfloat16, got {list(matrix.shape)} {matrix.dtype}")
+        raise ValueError(
+            f"{what}: expected [T, columns] in float32, float16 or bfloat16, got {list(matrix.shape)} "
+            f"{matrix.dtype}"
+        )
     if matrix.stride(1) != 1 and matrix.shape[1] > 1:
-        raise ValueError(f"{what}: expected contiguous rows (stride 1 in the last dim), got strides {matrix.stride()}; call .contiguous()")
+        raise ValueError(
+            f"{what}: expected contiguous rows (stride 1 in the last dim), got strides {matrix.stride()}; "
+            "call .contiguous()"
+        )
     if target_ids_T.shape != (num_rows,) or target_ids_T.dtype != torch.int64:
-        raise ValueError(f"target_ids_T: expected int64 [{num_rows}], got {target_ids_T.dtype} {list(target_ids_T.shape)}")
+        raise ValueError(
+            f"target_ids_T: expected int64 [{num_rows}], got {target_ids_T.dtype} {list(target_ids_T.shape)}"
+        )
     if target_ids_T.device != matrix.device:
         raise ValueError(f"target_ids_T: expected on {matrix.device} like {what}, got {target_ids_T.device}")
 
 
 def check_target_range(target_ids_T: Tensor, vocab_size: int) -> None:
-    """Raise ValueError for a target beyond the vocabulary; only where looking costs no device-to-host copy and there is data."""
+    """Raise ValueError for a target beyond the vocabulary; only where looking costs no device-to-host copy
+    and there is data."""
     if torch.compiler.is_compiling() or type(target_ids_T) is not Tensor or target_ids_T.device.type != "cpu":
         return
     largest = int(target_ids_T.max()) if target_ids_T.numel() else 0

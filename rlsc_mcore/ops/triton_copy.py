@@ -14,7 +14,12 @@ ROWS, COLUMNS, WARPS = 8, 1024, 4  # of one tile
 PROGRAMS = 132 * 16  # each walks over tiles in strides of this many: enough to fill any of today's GPUs
 CHECKSUM_BLOCK, CHECKSUM_WARPS = 1024, 4
 
-_TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float64: tl.float64}
+_TYPES = {
+    torch.float32: tl.float32,
+    torch.bfloat16: tl.bfloat16,
+    torch.float16: tl.float16,
+    torch.float64: tl.float64,
+}
 
 
 @triton.jit
@@ -23,7 +28,8 @@ def copy_kernel(
     SOURCE: tl.constexpr, TARGET: tl.constexpr, ALIGNED: tl.constexpr, VECTOR: tl.constexpr, SEARCH_STEPS: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Copy tiles program_id, program_id + num_programs, ...; `first_tiles` [num_blocks + 1] is where each block's tiles begin."""
+    """Copy tiles program_id, program_id + num_programs, ...; `first_tiles` [num_blocks + 1] is where each
+    block's tiles begin."""
     tile = tl.program_id(0).to(tl.int64)
     while tile < num_tiles:
         low = 0
@@ -57,7 +63,9 @@ def copy_kernel(
 
 
 @triton.jit
-def checksum_kernel(table, sums, SOURCE: tl.constexpr, TYPE: tl.constexpr, BITS: tl.constexpr, BLOCK: tl.constexpr):
+def checksum_kernel(
+    table, sums, SOURCE: tl.constexpr, TYPE: tl.constexpr, BITS: tl.constexpr, BLOCK: tl.constexpr
+):
     """One row per program: sum of the elements' bits times their column, counted from 1."""
     entry = table + tl.program_id(0) * 3
     row = tl.load(entry).to(tl.pointer_type(SOURCE))
@@ -76,7 +84,8 @@ def checksum_kernel(table, sums, SOURCE: tl.constexpr, TYPE: tl.constexpr, BITS:
 
 @dataclass(frozen=True)
 class CopyTable:
-    """Blocks on the device: int64 [n, 6] (see block_copy.py), and int64 [n + 1], where each block's tiles begin."""
+    """Blocks on the device: int64 [n, 6] (see block_copy.py), and int64 [n + 1], where each block's tiles
+    begin."""
 
     blocks: Tensor
     first_tiles: Tensor
@@ -88,11 +97,14 @@ def make_table(rectangles: Sequence[tuple[int, ...]], device: torch.device) -> C
     tiles = [-(-rows // ROWS) * -(-columns // COLUMNS) for _, _, rows, columns, _, _ in rectangles]
     first_tiles = [0, *itertools.accumulate(tiles)]
     blocks = torch.tensor(rectangles, dtype=torch.int64)
-    return CopyTable(blocks.to(device), torch.tensor(first_tiles, dtype=torch.int64).to(device), first_tiles[-1])
+    return CopyTable(
+        blocks.to(device), torch.tensor(first_tiles, dtype=torch.int64).to(device), first_tiles[-1]
+    )
 
 
 def copy_blocks(table: CopyTable, target: torch.dtype, source: torch.dtype, aligned: bool) -> None:
-    """Copy the blocks of `table` from type `source` to type `target`; `aligned` promises what block_copy.py means by it."""
+    """Copy the blocks of `table` from type `source` to type `target`; `aligned` promises what block_copy.py
+    means by it."""
     num_blocks = len(table.blocks)
     copy_kernel[(min(PROGRAMS, table.num_tiles),)](
         table.blocks, table.first_tiles, num_blocks, table.num_tiles,
@@ -102,10 +114,17 @@ def copy_blocks(table: CopyTable, target: torch.dtype, source: torch.dtype, alig
 
 
 def row_checksums(table: Tensor, row: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return int64 [n], the checksums of the rows in `table` (int64 [n, 3]: address, length, first column)."""
+    """Return int64 [n], the checksums of the rows in `table` (int64 [n, 3]: address, length, first
+    column)."""
     sums = torch.empty(len(table), dtype=torch.int64, device=table.device)
     bits = tl.int32 if dtype is torch.float32 else tl.int16
     checksum_kernel[(len(table),)](
-        table, sums, SOURCE=_TYPES[row.dtype], TYPE=_TYPES[dtype], BITS=bits, BLOCK=CHECKSUM_BLOCK, num_warps=CHECKSUM_WARPS
+        table,
+        sums,
+        SOURCE=_TYPES[row.dtype],
+        TYPE=_TYPES[dtype],
+        BITS=bits,
+        BLOCK=CHECKSUM_BLOCK,
+        num_warps=CHECKSUM_WARPS,
     )
     return sums

@@ -1,10 +1,12 @@
 # mypy: disable-error-code=no-untyped-def
-"""The row ops as Triton kernels: any CUDA GPU from sm_80 on, and Triton's interpreter on a CPU (TRITON_INTERPRET=1).
+"""The row ops as Triton kernels: any CUDA GPU from sm_80 on, and Triton's interpreter on a CPU
+(TRITON_INTERPRET=1).
 
-Exponents are in base 2: 2^(x * scale - top) with scale = log2(e) / temperature is one fused multiply-add and one instruction for
-the power. `top` is rounded once per maximum, and fused_multiply_add tells by how much, so a common offset of the logits costs no
-digits. The target is left out of every sum (reference.py says why). NaN must stay NaN: a maximum passes it over, the sums keep it,
-and every test for an empty rest compares with 0 or -inf exactly.
+Exponents are in base 2: 2^(x * scale - top) with scale = log2(e) / temperature is one fused multiply-add and
+one instruction for the power. `top` is rounded once per maximum, and fused_multiply_add tells by how much, so
+a common offset of the logits costs no digits. The target is left out of every sum (reference.py says why).
+NaN must stay NaN: a maximum passes it over, the sums keep it, and every test for an empty rest compares with
+0 or -inf exactly.
 """
 
 import os
@@ -14,14 +16,17 @@ import triton.language as tl
 
 LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
 LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
-LOWEST: tl.constexpr = tl.constexpr(-1.0e30)  # a running maximum before the first logit: finite, so that no inf - inf arises
+LOWEST: tl.constexpr = tl.constexpr(
+    -1.0e30
+)  # a running maximum before the first logit: finite, so that no inf - inf arises
 LARGEST_GAP: tl.constexpr = tl.constexpr(200.0)  # see reference.py
 INTERPRETED: tl.constexpr = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 
 
 @triton.jit
 def fused_multiply_add(x, y, z):
-    """Return x * y + z rounded once; the interpreter's own rounds the product too, so that it goes through float64 there."""
+    """Return x * y + z rounded once; the interpreter's own rounds the product too, so that it goes through
+    float64 there."""
     if INTERPRETED:
         result = (x.to(tl.float64) * y + z).to(tl.float32)
     else:
@@ -31,7 +36,8 @@ def fused_multiply_add(x, y, z):
 
 @triton.jit
 def _log1p(y):
-    """log(1 + y) for y in [0, 1] to float32's last digits, also for tiny y: 2 atanh(y / (2 + y)) as a series."""
+    """log(1 + y) for y in [0, 1] to float32's last digits, also for tiny y: 2 atanh(y / (2 + y)) as a
+    series."""
     s = y / (2.0 + y)
     t = s * s
     series = 1.0 / 11 + t * (1.0 / 13 + t * (1.0 / 15))
@@ -41,7 +47,8 @@ def _log1p(y):
 
 @triton.jit
 def _log_prob(gap, target):
-    """(log p, 1 - p) from the rest's log mass minus the target's tempered logit; NaN for a target of +inf, as in log_softmax."""
+    """(log p, 1 - p) from the rest's log mass minus the target's tempered logit; NaN for a target of +inf, as
+    in log_softmax."""
     gap = tl.where(target == float("inf"), float("nan"), gap)
     y = tl.exp(-tl.abs(gap))
     log_p = 0.0 - (tl.maximum(gap, 0.0) + _log1p(y))
@@ -50,7 +57,8 @@ def _log_prob(gap, target):
 
 @triton.jit
 def _local_column(target, vocab_start, num_columns):
-    """The target's column on this rank as int32, -1 where another rank holds it: comparisons with 64 bits cost two instructions."""
+    """The target's column on this rank as int32, -1 where another rank holds it: comparisons with 64 bits
+    cost two instructions."""
     column = target - vocab_start
     return tl.where((column >= 0) & (column < num_columns), column, -1).to(tl.int32)
 
@@ -63,7 +71,8 @@ def _target_logit(row_ptr, column):
 
 @triton.jit
 def _accumulate(x, largest, total, weighted, scale, WITH_ENTROPY: tl.constexpr):
-    """Add x [UNROLL, BLOCK] to each lane's running sums: (largest logit, sum of 2^depth, sum of 2^depth * depth)."""
+    """Add x [UNROLL, BLOCK] to each lane's running sums: (largest logit, sum of 2^depth, sum of 2^depth *
+    depth)."""
     new_largest = tl.maximum(largest, tl.max(x, 0))
     top = new_largest * scale
     drop = largest * scale - top
@@ -82,7 +91,8 @@ def stats_kernel(
     logits, row_stride, targets, stats, log_probs, inv_temperature, vocab_start, num_columns,
     NUM_STATS: tl.constexpr, SCORED: tl.constexpr, BLOCK: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
-    """log_prob_stats, one row per program and one read; each of BLOCK lanes has its own (maximum, sum), joined once at the end.
+    """log_prob_stats, one row per program and one read; each of BLOCK lanes has its own (maximum, sum),
+    joined once at the end.
 
     SCORED: the rank holds the whole vocabulary, and log p is written too.
     """
@@ -107,7 +117,9 @@ def stats_kernel(
     total = tl.zeros([BLOCK], tl.float32)
     weighted = tl.zeros([BLOCK], tl.float32)
     full = num_columns // STEP * STEP
-    for begin in range(0, full, STEP):  # no mask: one masked column would make every load of the step 2 bytes long
+    for begin in range(
+        0, full, STEP
+    ):  # no mask: one masked column would make every load of the step 2 bytes long
         x = tl.load(row_ptr + begin + offsets, eviction_policy="evict_first").to(tl.float32)
         if (column >= begin) & (column < begin + STEP):
             x = tl.where(begin + offsets == column, float("-inf"), x)
@@ -121,7 +133,9 @@ def stats_kernel(
         largest, total, weighted = _accumulate(x, largest, total, weighted, scale, NUM_STATS == 4)
     if full_blocks < num_columns:
         at = full_blocks + lane
-        x = tl.load(row_ptr + at, mask=at < num_columns, other=float("-inf"), eviction_policy="evict_first").to(tl.float32)
+        x = tl.load(
+            row_ptr + at, mask=at < num_columns, other=float("-inf"), eviction_policy="evict_first"
+        ).to(tl.float32)
         x = tl.where(at == column, float("-inf"), x)
         largest, total, weighted = _accumulate(x, largest, total, weighted, scale, NUM_STATS == 4)
     row_largest = tl.max(largest, 0)
@@ -143,7 +157,9 @@ def stats_kernel(
 
 
 @triton.jit
-def _rest_gradient(x, scale, top, log2_factor, rest_scale, entropy_scale, rest_entropy, WITH_ENTROPY: tl.constexpr):
+def _rest_gradient(
+    x, scale, top, log2_factor, rest_scale, entropy_scale, rest_entropy, WITH_ENTROPY: tl.constexpr
+):
     """The rest's part of dlogits at x: q * (rest_scale - entropy_scale * (log q + rest_entropy))."""
     log2_q = fused_multiply_add(x, scale, -top) + log2_factor
     g = rest_scale
@@ -172,7 +188,9 @@ def dlogits_kernel(
     largest = tl.where(largest == float("-inf"), 0.0, largest)
     top = largest * scale
     # An empty rest has q = 0; its logits are -inf, so any finite factor will do.
-    log2_factor = tl.where(log_sum == float("-inf"), 0.0, fused_multiply_add(-largest, scale, top) - log_sum * LOG2E)
+    log2_factor = tl.where(
+        log_sum == float("-inf"), 0.0, fused_multiply_add(-largest, scale, top) - log_sum * LOG2E
+    )
     rest_scale = tl.load(grad_stats + row * NUM_STATS + 1) * inv_temperature
     target_value = tl.load(grad_stats + row * NUM_STATS + 2)
     entropy_scale = 0.0
@@ -184,13 +202,17 @@ def dlogits_kernel(
     row_ptr = logits + row * row_stride + at
     if begin + BLOCK <= num_columns:  # no mask: see stats_kernel
         x = tl.load(row_ptr).to(tl.float32)
-        g = _rest_gradient(x, scale, top, log2_factor, rest_scale, entropy_scale, rest_entropy, NUM_STATS == 4)
+        g = _rest_gradient(
+            x, scale, top, log2_factor, rest_scale, entropy_scale, rest_entropy, NUM_STATS == 4
+        )
         if (column >= begin) & (column < begin + BLOCK):
             g = tl.where(at == column, target_value, g)
         tl.store(out_ptr, g.to(out.dtype.element_ty))
     else:
         x = tl.load(row_ptr, mask=at < num_columns, other=float("-inf")).to(tl.float32)
-        g = _rest_gradient(x, scale, top, log2_factor, rest_scale, entropy_scale, rest_entropy, NUM_STATS == 4)
+        g = _rest_gradient(
+            x, scale, top, log2_factor, rest_scale, entropy_scale, rest_entropy, NUM_STATS == 4
+        )
         g = tl.where(at == column, target_value, g)
         g = tl.where(at < num_columns, g, 0.0)
         tl.store(out_ptr, g.to(out.dtype.element_ty), mask=at < row_columns)
@@ -223,8 +245,8 @@ def row_kernel(
 ):  # fmt: skip
     """A whole row in one program's registers: one read and one write (at most MAX_ROW columns).
 
-    With REST the row is a tile of BLOCK columns and a masked tile of REST more: one tile of the next power of two would be up to half
-    empty. FULL: the first tile has no padding, and is not masked.
+    With REST the row is a tile of BLOCK columns and a masked tile of REST more: one tile of the next power of
+    two would be up to half empty. FULL: the first tile has no padding, and is not masked.
     """
     row = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, BLOCK)
@@ -233,7 +255,14 @@ def row_kernel(
     if target < 0:
         _store_tile(row_ptr, at, tl.zeros([BLOCK], tl.float32), num_columns, row_columns, True)
         if REST > 0:
-            _store_tile(row_ptr, BLOCK + tl.arange(0, REST), tl.zeros([REST], tl.float32), num_columns, row_columns, True)
+            _store_tile(
+                row_ptr,
+                BLOCK + tl.arange(0, REST),
+                tl.zeros([REST], tl.float32),
+                num_columns,
+                row_columns,
+                True,
+            )
         if WEIGHTED:
             tl.store(log_probs + row, 0.0)
         else:
@@ -280,24 +309,40 @@ def row_kernel(
 def _rank_stats(stats, rank, token, num_tokens, live, NUM_STATS: tl.constexpr):
     """(top, log_sum, target) of a block of tokens on one rank."""
     at = stats + (rank * num_tokens + token) * NUM_STATS
-    return tl.load(at, mask=live, other=0.0), tl.load(at + 1, mask=live, other=0.0), tl.load(at + 2, mask=live, other=0.0)
+    return (
+        tl.load(at, mask=live, other=0.0),
+        tl.load(at + 1, mask=live, other=0.0),
+        tl.load(at + 2, mask=live, other=0.0),
+    )
 
 
 @triton.jit
 def _mass(top, log_sum, joined_top, inv_temperature):
-    """A rank's sum of exponentials as seen from the largest top: at most the number of its columns, 0 for an empty rest."""
+    """A rank's sum of exponentials as seen from the largest top: at most the number of its columns, 0 for an
+    empty rest."""
     return tl.where(log_sum == float("-inf"), 0.0, tl.exp((top - joined_top) * inv_temperature + log_sum))
 
 
 @triton.jit
-def _join_ranks(stats, token, num_tokens, live, inv_temperature, NUM_RANKS: tl.constexpr, NUM_STATS: tl.constexpr, BLOCK: tl.constexpr):
+def _join_ranks(
+    stats,
+    token,
+    num_tokens,
+    live,
+    inv_temperature,
+    NUM_RANKS: tl.constexpr,
+    NUM_STATS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     """All ranks of a block of tokens: (largest top, sum of their masses, the target's logit)."""
     joined_top = tl.full([BLOCK], float("-inf"), tl.float32)
     target = tl.full([BLOCK], float("-inf"), tl.float32)
     for rank in tl.static_range(NUM_RANKS):
         top, _, own_target = _rank_stats(stats, rank, token, num_tokens, live, NUM_STATS)
         joined_top = tl.maximum(joined_top, top)
-        target = tl.where(own_target == float("-inf"), target, own_target)  # not a maximum, which passes NaN over
+        target = tl.where(
+            own_target == float("-inf"), target, own_target
+        )  # not a maximum, which passes NaN over
     total = tl.zeros([BLOCK], tl.float32)
     for rank in tl.static_range(NUM_RANKS):
         top, log_sum, _ = _rank_stats(stats, rank, token, num_tokens, live, NUM_STATS)
@@ -310,10 +355,13 @@ def join_kernel(
     stats, log_probs, target_excluded, shares, num_tokens, inv_temperature,
     NUM_RANKS: tl.constexpr, NUM_STATS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """join_stats, a block of tokens per program: the ranks' statistics to log p, 1 - p and each rank's share of the rest."""
+    """join_stats, a block of tokens per program: the ranks' statistics to log p, 1 - p and each rank's share
+    of the rest."""
     token = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     live = token < num_tokens
-    joined_top, total, target = _join_ranks(stats, token, num_tokens, live, inv_temperature, NUM_RANKS, NUM_STATS, BLOCK)
+    joined_top, total, target = _join_ranks(
+        stats, token, num_tokens, live, inv_temperature, NUM_RANKS, NUM_STATS, BLOCK
+    )
     for rank in tl.static_range(NUM_RANKS):
         top, log_sum, _ = _rank_stats(stats, rank, token, num_tokens, live, NUM_STATS)
         share = _mass(top, log_sum, joined_top, inv_temperature) / tl.where(total == 0, 1.0, total)
@@ -328,10 +376,13 @@ def join_backward_kernel(
     stats, grad_log_probs, grad_entropy, grad_stats, num_tokens, rank, inv_temperature,
     NUM_RANKS: tl.constexpr, NUM_STATS: tl.constexpr, HAS_LOG_PROBS: tl.constexpr, HAS_ENTROPY: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """join_backward, a block of tokens per program: gradients of log p and entropy to those of one rank's statistics."""
+    """join_backward, a block of tokens per program: gradients of log p and entropy to those of one rank's
+    statistics."""
     token = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     live = token < num_tokens
-    joined_top, total, target = _join_ranks(stats, token, num_tokens, live, inv_temperature, NUM_RANKS, NUM_STATS, BLOCK)
+    joined_top, total, target = _join_ranks(
+        stats, token, num_tokens, live, inv_temperature, NUM_RANKS, NUM_STATS, BLOCK
+    )
     safe_total = tl.where(total == 0, 1.0, total)
     log_total = tl.log(total)
     gap = (joined_top - target) * inv_temperature + log_total
@@ -351,7 +402,9 @@ def join_backward_kernel(
         for other in tl.static_range(NUM_RANKS):
             other_top, other_log_sum, _ = _rank_stats(stats, other, token, num_tokens, live, NUM_STATS)
             other_share = _mass(other_top, other_log_sum, joined_top, inv_temperature) / safe_total
-            log_share = tl.where(other_share == 0, 0.0, (other_top - joined_top) * inv_temperature + other_log_sum - log_total)
+            log_share = tl.where(
+                other_share == 0, 0.0, (other_top - joined_top) * inv_temperature + other_log_sum - log_total
+            )
             entropy = tl.load(stats + (other * num_tokens + token) * NUM_STATS + 3, mask=live, other=0.0)
             rest_entropy += other_share * (entropy - log_share)
             own_log_share = tl.where(rank == other, log_share, own_log_share)

@@ -66,18 +66,30 @@ def _launch_stats(
 
 
 def log_prob_stats(
-    logits_TVp: Tensor, targets_T: Tensor, inv_temperature: float, vocab_start: int, num_columns: int, with_entropy: bool
+    logits_TVp: Tensor,
+    targets_T: Tensor,
+    inv_temperature: float,
+    vocab_start: int,
+    num_columns: int,
+    with_entropy: bool,
 ) -> Tensor:
     """Triton `reference.log_prob_stats`."""
     return _launch_stats(logits_TVp, targets_T, inv_temperature, vocab_start, num_columns, with_entropy, None)
 
 
 def scored_stats(
-    logits_TVp: Tensor, targets_T: Tensor, inv_temperature: float, vocab_start: int, num_columns: int, with_entropy: bool
+    logits_TVp: Tensor,
+    targets_T: Tensor,
+    inv_temperature: float,
+    vocab_start: int,
+    num_columns: int,
+    with_entropy: bool,
 ) -> tuple[Tensor, Tensor]:
     """Triton `reference.scored_stats`: one launch."""
     log_probs_T = torch.empty(logits_TVp.shape[0], dtype=torch.float32, device=logits_TVp.device)
-    return _launch_stats(logits_TVp, targets_T, inv_temperature, vocab_start, num_columns, with_entropy, log_probs_T), log_probs_T
+    return _launch_stats(
+        logits_TVp, targets_T, inv_temperature, vocab_start, num_columns, with_entropy, log_probs_T
+    ), log_probs_T
 
 
 def dlogits(
@@ -104,7 +116,8 @@ def dlogits(
 
 
 def row_tiles(row_columns: int) -> tuple[int, int]:
-    """Return the widths of row_kernel's two tiles: the largest power of two below the row's width, and what holds the remainder."""
+    """Return the widths of row_kernel's two tiles: the largest power of two below the row's width, and what
+    holds the remainder."""
     if row_columns <= SMALL_ROW:
         return _width(row_columns), 0
     block = 1 << (row_columns - 1).bit_length() - 1
@@ -112,12 +125,18 @@ def row_tiles(row_columns: int) -> tuple[int, int]:
 
 
 def row_warps(width: int) -> int:
-    """Return row_kernel's warps: 16 columns per thread, above 16384 up to 24: more would spill where rows are not aligned."""
+    """Return row_kernel's warps: 16 columns per thread, above 16384 up to 24: more would spill where rows are
+    not aligned."""
     return min(max(1 << max(width // 512 - 1, 0).bit_length(), 4), 32)
 
 
 def _overwrite_row(
-    logits_TVp: Tensor, targets_T: Tensor, weights_T: Tensor | None, inv_temperature: float, vocab_start: int, num_columns: int
+    logits_TVp: Tensor,
+    targets_T: Tensor,
+    weights_T: Tensor | None,
+    inv_temperature: float,
+    vocab_start: int,
+    num_columns: int,
 ) -> Tensor:
     """Launch the one-pass kernel; return log p [T] with weights, else statistics [T, 3]."""
     num_rows, row_columns = logits_TVp.shape
@@ -134,7 +153,9 @@ def _overwrite_row(
     return out
 
 
-def rest_softmax_(logits_TVp: Tensor, targets_T: Tensor, inv_temperature: float, vocab_start: int, num_columns: int) -> Tensor:
+def rest_softmax_(
+    logits_TVp: Tensor, targets_T: Tensor, inv_temperature: float, vocab_start: int, num_columns: int
+) -> Tensor:
     """Triton `reference.rest_softmax_`: one pass for a row that fits one program, else two reads."""
     shard = (inv_temperature, vocab_start, num_columns)
     if 0 < logits_TVp.shape[1] <= MAX_ROW:
@@ -145,7 +166,12 @@ def rest_softmax_(logits_TVp: Tensor, targets_T: Tensor, inv_temperature: float,
 
 
 def rest_softmax_into(
-    logits_TVp: Tensor, out_TVp: Tensor, targets_T: Tensor, inv_temperature: float, vocab_start: int, num_columns: int
+    logits_TVp: Tensor,
+    out_TVp: Tensor,
+    targets_T: Tensor,
+    inv_temperature: float,
+    vocab_start: int,
+    num_columns: int,
 ) -> Tensor:
     """Triton `reference.rest_softmax_into`: overwritten, then copied."""
     stats = rest_softmax_(logits_TVp, targets_T, inv_temperature, vocab_start, num_columns)
@@ -154,7 +180,12 @@ def rest_softmax_into(
 
 
 def log_prob_dlogits_(
-    logits_TVp: Tensor, targets_T: Tensor, weights_T: Tensor, inv_temperature: float, vocab_start: int, num_columns: int
+    logits_TVp: Tensor,
+    targets_T: Tensor,
+    weights_T: Tensor,
+    inv_temperature: float,
+    vocab_start: int,
+    num_columns: int,
 ) -> Tensor:
     """Triton `reference.log_prob_dlogits_`: one pass for a row that fits one program, else two reads."""
     shard = (inv_temperature, vocab_start, num_columns)
@@ -181,7 +212,11 @@ def join_stats(stats_RTk: Tensor, inv_temperature: float) -> tuple[Tensor, Tenso
 
 
 def join_backward(
-    stats_RTk: Tensor, rank: int, inv_temperature: float, grad_log_probs_T: Tensor | None, grad_entropy_T: Tensor | None
+    stats_RTk: Tensor,
+    rank: int,
+    inv_temperature: float,
+    grad_log_probs_T: Tensor | None,
+    grad_entropy_T: Tensor | None,
 ) -> Tensor:
     """Triton `reference.join_backward`."""
     num_ranks, num_tokens, stats_columns = stats_RTk.shape

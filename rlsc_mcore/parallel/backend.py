@@ -1,4 +1,5 @@
-"""The one place that knows whether there is a GPU: device, collectives, and what Megatron-Core needs to run without one.
+"""The one place that knows whether there is a GPU: device, collectives, and what Megatron-Core needs to run
+without one.
 
 Megatron-Core 0.16.1 names CUDA in four ways; each has one remedy, applied only when torch sees no GPU:
 
@@ -37,13 +38,19 @@ _CUDA_SPELLINGS = ("cuda", torch.device("cuda"))
 class _MegatronOnCpu(TorchFunctionMode):
     """Inside a scope, read ``"cuda"`` as the CPU and multiply float32 matrices with what is faster here."""
 
-    def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         if func is torch.Tensor.cuda:
             return args[0]
         if func in MATMULS and (product := product_or_none(*args[:2])) is not None:
             out = (kwargs or {}).get("out")
             return product if out is None else out.copy_(product)
-        if func is torch.Tensor.addmm_ and not kwargs and (product := product_or_none(*args[1:3])) is not None:
+        if (
+            func is torch.Tensor.addmm_
+            and not kwargs
+            and (product := product_or_none(*args[1:3])) is not None
+        ):
             return args[0].add_(product)
         if kwargs and kwargs.get("device") in _CUDA_SPELLINGS:
             kwargs = {**kwargs, "device": "cpu"}
@@ -54,14 +61,17 @@ class _MegatronOnCpu(TorchFunctionMode):
 
 
 class Backend:
-    """Device, collective library and scopes of this process; made once by `get_backend`, before Megatron-Core is used."""
+    """Device, collective library and scopes of this process; made once by `get_backend`, before Megatron-Core
+    is used."""
 
     def __init__(self) -> None:
         self.is_cuda = torch.cuda.is_available()
         self.collectives = "nccl" if self.is_cuda else "gloo"
         hide_broken_torchvision()
         if self.is_cuda:
-            torch.cuda.set_device(local_device_index(int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()))
+            torch.cuda.set_device(
+                local_device_index(int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count())
+            )
             self.device = torch.device("cuda", torch.cuda.current_device())
         else:
             self.device = torch.device("cpu")
@@ -69,7 +79,8 @@ class Backend:
         self._use_torch_adam_where_alone()
 
     def megatron(self) -> contextlib.AbstractContextManager[Any]:
-        """Scope of everything that Megatron computes: its ``"cuda"`` literals and CUDA type names mean this process's device."""
+        """Scope of everything that Megatron computes: its ``"cuda"`` literals and CUDA type names mean this
+        process's device."""
         return contextlib.nullcontext() if self.is_cuda else _MegatronOnCpu()
 
     def seed(self, seed: int) -> None:
@@ -77,7 +88,9 @@ class Backend:
         from megatron.core import tensor_parallel
 
         torch.manual_seed(seed)
-        tensor_parallel.model_parallel_cuda_manual_seed(seed, inference_rng_tracker=not self.is_cuda, force_reset_rng=True)
+        tensor_parallel.model_parallel_cuda_manual_seed(
+            seed, inference_rng_tracker=not self.is_cuda, force_reset_rng=True
+        )
 
     def synchronize(self) -> None:
         """Wait for the device, so that a phase's clock stops when its work has."""
@@ -85,10 +98,12 @@ class Backend:
             torch.cuda.synchronize()
 
     def release_cached_memory(self) -> None:
-        """Give back what the allocator keeps of freed memory: to the device, before the engine claims it, or to the system.
+        """Give back what the allocator keeps of freed memory: to the device, before the engine claims it, or
+        to the system.
 
-        glibc keeps what was freed below a block in use. What still grows afterwards are two caches of prepared kernels, one entry
-        per shape: torch's (LRU_CACHE_CAPACITY) and oneDNN's (ONEDNN_PRIMITIVE_CACHE_CAPACITY). `quiet_libraries` bounds both.
+        glibc keeps what was freed below a block in use. What still grows afterwards are two caches of
+        prepared kernels, one entry per shape: torch's (LRU_CACHE_CAPACITY) and oneDNN's
+        (ONEDNN_PRIMITIVE_CACHE_CAPACITY). `quiet_libraries` bounds both.
         """
         if self.is_cuda:
             torch.cuda.empty_cache()
@@ -108,7 +123,8 @@ class Backend:
         return "torch's fused Adam (neither TransformerEngine nor Apex imports)"
 
     def memory_bytes(self) -> dict[str, int]:
-        """Measure memory now: resident set of the process and, on a GPU, allocated, reserved, peak and free device bytes."""
+        """Measure memory now: resident set of the process and, on a GPU, allocated, reserved, peak and free
+        device bytes."""
         with open("/proc/self/statm", encoding="ascii") as statm:
             memory = {"host_resident": int(statm.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")}
         if self.is_cuda:
@@ -118,15 +134,20 @@ class Backend:
             memory["device_free"] = torch.cuda.mem_get_info()[0]
         return memory
 
-    def account_memory(self, owned: Mapping[str, Mapping[int, int]], graph_pool: tuple[int, int] | None) -> Pools:
-        """Tell who holds the memory now; see `observability.memory`. Waits for the device; a few ms of the host on a GPU."""
+    def account_memory(
+        self, owned: Mapping[str, Mapping[int, int]], graph_pool: tuple[int, int] | None
+    ) -> Pools:
+        """Tell who holds the memory now; see `observability.memory`. Waits for the device; a few ms of the
+        host on a GPU."""
         if not self.is_cuda:
             with open("/proc/meminfo", encoding="ascii") as meminfo:
                 kib = next(int(line.split()[1]) for line in meminfo if line.startswith("MemAvailable:"))
             return host_pools(owned, resident=self.memory_bytes()["host_resident"], available=kib << 10)
         torch.cuda.synchronize()
         free, total = torch.cuda.mem_get_info()
-        segments = [segment for segment in torch.cuda.memory_snapshot() if segment["device"] == self.device.index]
+        segments = [
+            segment for segment in torch.cuda.memory_snapshot() if segment["device"] == self.device.index
+        ]
         return device_pools(owned, segments, graph_pool, total=total, free=free)
 
     def _accommodate_megatron(self) -> None:
@@ -145,8 +166,11 @@ class Backend:
 
     @staticmethod
     def _multiply_with_onednn_in_backward() -> None:
-        """Enter the scope inside Megatron's linear backward: autograd runs it outside of any function mode."""
-        from megatron.core.tensor_parallel.layers import LinearWithGradAccumulationAndAsyncCommunication as Linear
+        """Enter the scope inside Megatron's linear backward: autograd runs it outside of any function
+        mode."""
+        from megatron.core.tensor_parallel.layers import (
+            LinearWithGradAccumulationAndAsyncCommunication as Linear,
+        )
 
         backward = Linear.backward
 
@@ -168,7 +192,8 @@ class Backend:
 
 
 def local_device_index(local_rank: int, visible: int) -> int:
-    """Return which of the `visible` GPUs a process takes: the only one where its task is bound to it, else that of its local rank.
+    """Return which of the `visible` GPUs a process takes: the only one where its task is bound to it, else
+    that of its local rank.
 
     Raises `ConfigError` where there are fewer GPUs than processes.
     """
@@ -176,7 +201,8 @@ def local_device_index(local_rank: int, visible: int) -> int:
         return 0
     if local_rank >= visible:
         raise ConfigError(
-            f"LOCAL_RANK: process {local_rank} of this node sees {visible} GPUs; start one process per GPU, or bind one GPU to each task"
+            f"LOCAL_RANK: process {local_rank} of this node sees {visible} GPUs; start one process per GPU, "
+            "or bind one GPU to each task"
         )
     return local_rank
 

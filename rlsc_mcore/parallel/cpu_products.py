@@ -7,10 +7,12 @@ import torch
 
 @functools.cache
 def multiplies_with_onednn() -> bool:
-    """Tell whether float32 products of a CPU go through oneDNN instead of torch's BLAS: where there is AVX-512.
+    """Tell whether float32 products of a CPU go through oneDNN instead of torch's BLAS: where there is
+    AVX-512.
 
-    torch's MKL takes its AVX2 path on AMD processors: with AVX-512 oneDNN ran 2.1 to 2.6 times faster there, and as fast on Intel's.
-    Where AVX2 is all there is, MKL is ahead: 1.0 to 1.7 times in the products of a weight's gradient, twice with few rows.
+    torch's MKL takes its AVX2 path on AMD processors: with AVX-512 oneDNN ran 2.1 to 2.6 times faster there,
+    and as fast on Intel's. Where AVX2 is all there is, MKL is ahead: 1.0 to 1.7 times in the products of a
+    weight's gradient, twice with few rows.
     """
     return torch.backends.cpu.get_cpu_capability() == "AVX512"
 
@@ -24,7 +26,13 @@ def cpu_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None 
 
 def product_or_none(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor | None:
     """a @ b with oneDNN, or None where torch should multiply."""
-    if not multiplies_with_onednn() or b.dim() != 2 or a.dim() < 2 or a.dtype is not torch.float32 or b.dtype is not torch.float32:
+    if (
+        not multiplies_with_onednn()
+        or b.dim() != 2
+        or a.dim() < 2
+        or a.dtype is not torch.float32
+        or b.dtype is not torch.float32
+    ):
         return None
     needs_autograd = torch.is_grad_enabled() and (a.requires_grad or b.requires_grad)
     return None if needs_autograd or not a.numel() or not b.numel() else cpu_linear(a, b.t())

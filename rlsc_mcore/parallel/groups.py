@@ -18,20 +18,23 @@ from rlsc_mcore.parallel.rendezvous import TIMEOUT_VARIABLE as RENDEZVOUS_VARIAB
 from rlsc_mcore.parallel.rendezvous import is_launched, meet
 from rlsc_mcore.parallel.watchdog import seconds_from_environment
 
-# Seconds after which a rank that waits for others gives up, so that a hung rank ends the run; data-parallel ranks wait for
-# the one whose answers take longest.
+# Seconds after which a rank that waits for others gives up, so that a hung rank ends the run; data-parallel
+# ranks wait for the one whose answers take longest.
 TIMEOUT_VARIABLE, DEFAULT_TIMEOUT_S = "RLSC_COLLECTIVE_TIMEOUT_S", 1800.0
-_host_groups: dict[tuple[int, tuple[int, ...]], dist.ProcessGroup] = {}  # of this process, by its world and the ranks
+_host_groups: dict[
+    tuple[int, tuple[int, ...]], dist.ProcessGroup
+] = {}  # of this process, by its world and the ranks
 
 
 @dataclass(frozen=True)
 class Groups:
     """This rank's tensor-, pipeline- and data-parallel rank, size and process group, and those of its engine.
 
-    Ranks are numbered tensor-parallel first, then data-parallel, then by pipeline stage (Megatron's order), so that the ranks
-    of a tensor-parallel group are consecutive. Ranks [i E, (i + 1) E) share engine i of tensor-parallel size E: part of one
-    tensor-parallel group, or several of them whole. The ranks that together hold one copy of the trainer's weights are its
-    model group: P stages of T ranks, member `pp_rank * T + tp_rank`.
+    Ranks are numbered tensor-parallel first, then data-parallel, then by pipeline stage (Megatron's order),
+    so that the ranks of a tensor-parallel group are consecutive. Ranks [i E, (i + 1) E) share engine i of
+    tensor-parallel size E: part of one tensor-parallel group, or several of them whole. The ranks that
+    together hold one copy of the trainer's weights are its model group: P stages of T ranks, member `pp_rank
+    * T + tp_rank`.
     """
 
     rank: int
@@ -45,7 +48,9 @@ class Groups:
     pp_rank: int
     pp_size: int
     pp_group: dist.ProcessGroup  # the stages that hold this rank's tensor-parallel part, first stage first
-    model_group: dist.ProcessGroup  # the ranks that together hold one copy of the trainer's weights, in member order
+    model_group: (
+        dist.ProcessGroup
+    )  # the ranks that together hold one copy of the trainer's weights, in member order
     model_host_group: dist.ProcessGroup  # the same over gloo: flags from host to host, no device involved
     engine_tp_size: int
     engine_host_group: dist.ProcessGroup  # the ranks of this rank's engine, over gloo
@@ -86,11 +91,13 @@ class Groups:
         return self.max(float(flag)) > 0
 
     def any_in_model(self, flag: bool) -> bool:
-        """Return whether `flag` is set on any rank of the model group; collective over that group, on the host."""
+        """Return whether `flag` is set on any rank of the model group; collective over that group, on the
+        host."""
         return flag if self.tp_size * self.pp_size == 1 else _any(flag, self.model_host_group)
 
     def any_in_engine(self, flag: bool) -> bool:
-        """Return whether `flag` is set on any rank of this rank's engine; collective over those ranks, on the host."""
+        """Return whether `flag` is set on any rank of this rank's engine; collective over those ranks, on the
+        host."""
         return flag if self.engine_tp_size == 1 else _any(flag, self.engine_host_group)
 
     def max(self, value: float) -> float:
@@ -102,14 +109,16 @@ class Groups:
         return float(tensor.item())
 
     def sums_over_engines(self, values: Sequence[float]) -> list[float]:
-        """Sum each of `values` over the engines, one rank of each; collective over this rank's counterparts, on the host."""
+        """Sum each of `values` over the engines, one rank of each; collective over this rank's counterparts,
+        on the host."""
         tensor = torch.tensor(values, dtype=torch.float64)
         if self.num_engines > 1:
             dist.all_reduce(tensor, group=self.engines_group)
         return tensor.tolist()
 
     def reduce_over_dp(self, tensor: torch.Tensor, op: Any = dist.ReduceOp.SUM) -> torch.Tensor:
-        """Return the reduction of a host tensor over the data-parallel group, on the host; collective over that group."""
+        """Return the reduction of a host tensor over the data-parallel group, on the host; collective over
+        that group."""
         if self.dp_size == 1:
             return tensor
         on_device = tensor.to(self._device(), copy=True)
@@ -131,14 +140,15 @@ class Groups:
         return _gather_objects(value, self.dp_group, self.dp_size)
 
     def gather_objects_over_model(self, value: Any) -> list[Any]:
-        """Collect `value` of every rank of the model group in member order; collective over that group, on the host."""
+        """Collect `value` of every rank of the model group in member order; collective over that group, on
+        the host."""
         return _gather_objects(value, self.model_host_group, self.tp_size * self.pp_size)
 
     def from_last_stage(self, value: Any) -> Any:
         """Return the last pipeline stage's `value` on every stage; collective over the pipeline group.
 
-        `value` of the other stages is not looked at. A tensor must have the same shape and type on every stage and is written in
-        place; any other value is sent as `parallel.messages` has it.
+        `value` of the other stages is not looked at. A tensor must have the same shape and type on every
+        stage and is written in place; any other value is sent as `parallel.messages` has it.
         """
         if self.pp_size == 1:
             return value
@@ -155,12 +165,18 @@ class Groups:
         return decode(content.cpu().numpy().tobytes())
 
     def model_ranks(self, dp_rank: int) -> list[int]:
-        """Return the ranks of the world that train what data-parallel rank `dp_rank` trains, in member order."""
+        """Return the ranks of the world that train what data-parallel rank `dp_rank` trains, in member
+        order."""
         per_stage = self.world_size // self.pp_size
-        return [stage * per_stage + dp_rank * self.tp_size + place for stage in range(self.pp_size) for place in range(self.tp_size)]
+        return [
+            stage * per_stage + dp_rank * self.tp_size + place
+            for stage in range(self.pp_size)
+            for place in range(self.tp_size)
+        ]
 
     def gather_tables_over_engines(self, table: torch.Tensor) -> list[torch.Tensor]:
-        """Collect the host tables [rows, columns] of this rank's counterparts in all engines, in engine order.
+        """Collect the host tables [rows, columns] of this rank's counterparts in all engines, in engine
+        order.
 
         The number of rows may differ. Collective over those ranks, on the host.
         """
@@ -177,28 +193,38 @@ class Groups:
         return [gathered[engine * longest :][:count] for engine, count in enumerate(counts.tolist())]
 
     def exchange_objects_over_engines(self, parts: Sequence[Any]) -> list[Any]:
-        """Send `parts[i]` to this rank's counterpart in engine i and return what each of them sent, in engine order.
+        """Send `parts[i]` to this rank's counterpart in engine i and return what each of them sent, in engine
+        order.
 
         Collective over those ranks, on the host.
         """
         if self.num_engines == 1:
             return list(parts)
         blobs = [torch.frombuffer(bytearray(encode(part)), dtype=torch.uint8) for part in parts]
-        sizes, theirs = torch.tensor([len(blob) for blob in blobs]), torch.zeros(self.num_engines, dtype=torch.int64)
+        sizes, theirs = (
+            torch.tensor([len(blob) for blob in blobs]),
+            torch.zeros(self.num_engines, dtype=torch.int64),
+        )
         dist.all_to_all_single(theirs, sizes, group=self.engines_group)
         received = torch.empty(int(theirs.sum()), dtype=torch.uint8)
-        dist.all_to_all_single(received, torch.cat(blobs), theirs.tolist(), sizes.tolist(), group=self.engines_group)
+        dist.all_to_all_single(
+            received, torch.cat(blobs), theirs.tolist(), sizes.tolist(), group=self.engines_group
+        )
         return [decode(part.numpy().tobytes()) for part in received.split(theirs.tolist())]
 
     def exchange_over_world(self, parts: Sequence[torch.Tensor], sizes: Sequence[int]) -> list[torch.Tensor]:
-        """Send host tensor `parts[r]` (int32) to rank r and return the `sizes[r]` elements that it sent; collective over the world."""
+        """Send host tensor `parts[r]` (int32) to rank r and return the `sizes[r]` elements that it sent;
+        collective over the world."""
         device = self._device()
         received = torch.empty(sum(sizes), dtype=torch.int32, device=device)
-        dist.all_to_all_single(received, torch.cat(list(parts)).to(device), list(sizes), [len(part) for part in parts])
+        dist.all_to_all_single(
+            received, torch.cat(list(parts)).to(device), list(sizes), [len(part) for part in parts]
+        )
         return list(received.cpu().split(list(sizes)))
 
     def gather_objects_over_engines(self, value: Any) -> list[Any]:
-        """Collect `value` of this rank's counterpart in every engine, in engine order; collective over those ranks."""
+        """Collect `value` of this rank's counterpart in every engine, in engine order; collective over those
+        ranks."""
         return _gather_objects(value, self.engines_group, self.num_engines)
 
     @staticmethod
@@ -213,18 +239,26 @@ class Groups:
 
     @staticmethod
     def _device() -> torch.device:
-        return torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
+        return (
+            torch.device("cuda", torch.cuda.current_device())
+            if dist.get_backend() == "nccl"
+            else torch.device("cpu")
+        )
 
 
 def initialize_groups(backend: Backend, tp: int, engine_tp: int | None = None, *, pp: int = 1) -> Groups:
-    """Join the process group that torchrun (or nobody: one rank) set up, and split it into tp x dp x pp; collective over the world.
+    """Join the process group that torchrun (or nobody: one rank) set up, and split it into tp x dp x pp;
+    collective over the world.
 
-    `engine_tp` is the engines' tensor-parallel size, by default `tp`. Without a launcher's environment the process is a world
-    of one. On one node every socket is on the loopback interface (`rendezvous.use_loopback`). Raises `ConfigError` when the
-    world size is no multiple of tp x pp and of `engine_tp`, and `RunError` when ranks are missing.
+    `engine_tp` is the engines' tensor-parallel size, by default `tp`. Without a launcher's environment the
+    process is a world of one. On one node every socket is on the loopback interface
+    (`rendezvous.use_loopback`). Raises `ConfigError` when the world size is no multiple of tp x pp and of
+    `engine_tp`, and `RunError` when ranks are missing.
     """
     engine_tp = engine_tp or tp
-    assert max(tp, engine_tp) % min(tp, engine_tp) == 0, f"trainer groups of {tp} ranks and engines of {engine_tp} do not nest"
+    assert max(tp, engine_tp) % min(tp, engine_tp) == 0, (
+        f"trainer groups of {tp} ranks and engines of {engine_tp} do not nest"
+    )
     world_size = dist.get_world_size() if dist.is_initialized() else world_size_of_launcher()
     sizes = [("parallel.tp", tp, f"{tp} does"), ("rollout.tp", engine_tp, f"{engine_tp} does")]
     if pp > 1:
@@ -234,10 +268,16 @@ def initialize_groups(backend: Backend, tp: int, engine_tp: int | None = None, *
             raise ConfigError(f"{option}: {subject} not divide the {world_size} processes that were started")
     if not dist.is_initialized():
         timeout = timedelta(seconds=_timeout_s())
-        store, rank, world = meet(seconds_from_environment(RENDEZVOUS_VARIABLE, DEFAULT_RENDEZVOUS_S), needs_address=backend.is_cuda)
-        store.set_timeout(timeout)  # of what groups exchange through it later: ranks come to that at very different times
+        store, rank, world = meet(
+            seconds_from_environment(RENDEZVOUS_VARIABLE, DEFAULT_RENDEZVOUS_S), needs_address=backend.is_cuda
+        )
+        store.set_timeout(
+            timeout
+        )  # of what groups exchange through it later: ranks come to that at very different times
         device = backend.device if backend.is_cuda else None
-        dist.init_process_group(backend.collectives, store=store, rank=rank, world_size=world, timeout=timeout, device_id=device)
+        dist.init_process_group(
+            backend.collectives, store=store, rank=rank, world_size=world, timeout=timeout, device_id=device
+        )
     # Before Megatron's groups: see `_host_group`.
     model_host_group, engine_host_group, engines_group = _make_host_groups(world_size, tp, pp, engine_tp)
     if not parallel_state.model_parallel_is_initialized():
@@ -247,7 +287,10 @@ def initialize_groups(backend: Backend, tp: int, engine_tp: int | None = None, *
             distributed_timeout_minutes=_timeout_s() / 60,
             create_gloo_process_groups=False,  # nothing gathers over the data-parallel ranks' hosts
         )
-    dp_group, model_group = parallel_state.get_data_parallel_group(), parallel_state.get_model_parallel_group()
+    dp_group, model_group = (
+        parallel_state.get_data_parallel_group(),
+        parallel_state.get_model_parallel_group(),
+    )
     return Groups(
         rank=dist.get_rank(),
         world_size=dist.get_world_size(),
@@ -288,14 +331,18 @@ def _gather_objects(value: Any, group: dist.ProcessGroup | None, size: int) -> l
     padded[: content.numel()] = content
     parts = [torch.empty_like(padded) for _ in range(size)]
     dist.all_gather(parts, padded, group=group)
-    return [decode(part[: int(each)].cpu().numpy().tobytes()) for part, each in zip(parts, lengths, strict=True)]
+    return [
+        decode(part[: int(each)].cpu().numpy().tobytes()) for part, each in zip(parts, lengths, strict=True)
+    ]
 
 
 def world_size_of_launcher() -> int:
     """Return the number of ranks that a launcher says it started; 1 without one."""
     text = os.environ.get("WORLD_SIZE", "") if is_launched() else "1"
     if not (text.isascii() and text.isdecimal() and int(text)):
-        raise ConfigError(f"WORLD_SIZE: expected a number of processes, at least 1, got {text!r}; torchrun sets it")
+        raise ConfigError(
+            f"WORLD_SIZE: expected a number of processes, at least 1, got {text!r}; torchrun sets it"
+        )
     return int(text)
 
 
@@ -306,7 +353,8 @@ def _timeout_s() -> float:
 def _make_host_groups(world_size: int, tp: int, pp: int, engine_tp: int) -> list[dist.ProcessGroup | None]:
     """Make this rank's gloo groups: its model group, its engine, its counterparts in all engines.
 
-    None where a group of Megatron's will do: over gloo its own of the same ranks, and the model group where it is one rank.
+    None where a group of Megatron's will do: over gloo its own of the same ranks, and the model group where
+    it is one rank.
     """
     rank, per_stage = dist.get_rank(), world_size // pp
     first = rank % per_stage // tp * tp
@@ -323,10 +371,12 @@ def _make_host_groups(world_size: int, tp: int, pp: int, engine_tp: int) -> list
 
 
 def _host_group(ranks: list[int]) -> dist.ProcessGroup:
-    """Return the gloo group of `ranks`, of which this rank is one; collective over those ranks only, the first time.
+    """Return the gloo group of `ranks`, of which this rank is one; collective over those ranks only, the
+    first time.
 
-    torch names such a group after its ranks and the number of groups that this rank is in: that must be equal on all of
-    them. It is before Megatron's groups are made; afterwards the stages of a pipeline are in different numbers of groups.
+    torch names such a group after its ranks and the number of groups that this rank is in: that must be equal
+    on all of them. It is before Megatron's groups are made; afterwards the stages of a pipeline are in
+    different numbers of groups.
     """
     key = (id(dist.group.WORLD), tuple(ranks))
     if key not in _host_groups:

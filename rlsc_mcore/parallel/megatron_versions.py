@@ -1,4 +1,5 @@
-"""Hold what differs between the supported versions of Megatron-Core: 0.16.1 and, on Python 3.12 and newer, 0.19.2."""
+"""Hold what differs between the supported versions of Megatron-Core: 0.16.1 and, on Python 3.12 and newer,
+0.19.2."""
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -11,7 +12,8 @@ from megatron.core.dist_checkpointing import serialization
 _IS_0_19 = int(__version__.split(".")[1]) >= 19
 
 SAVE_OPTIONS: dict[str, Any] = {"async_strategy": "mcore"} if _IS_0_19 else {}
-"""Options of `dist_checkpointing.save`: the default writer of 0.19 is that of a package which is not needed here."""
+"""Options of `dist_checkpointing.save`: the default writer of 0.19 is that of a package which is not needed
+here."""
 
 
 class _CommonState:
@@ -36,9 +38,11 @@ COMMON_STATE_WRITER = _common_writer()
 
 @contextlib.contextmanager
 def common_state_as(save: Callable[[Any, Any], None], load: Callable[[Any], Any]) -> Iterator[None]:
-    """Save and load the unsharded state of checkpoints with these functions inside the block, instead of by pickle.
+    """Save and load the unsharded state of checkpoints with these functions inside the block, instead of by
+    pickle.
 
-    `save` gets (values, folder) on every rank, `load` gets (folder). Mutates Megatron-Core until the end of the block.
+    `save` gets (values, folder) on every rank, `load` gets (folder). Mutates Megatron-Core until the end of
+    the block.
     """
     patches = _patches_0_19(save, load) if _IS_0_19 else _patches_0_16(save, load)
     originals = [(owner, name, vars(owner)[name]) for owner, name, _ in patches]
@@ -52,7 +56,10 @@ def common_state_as(save: Callable[[Any, Any], None], load: Callable[[Any], Any]
 
 
 def _patches_0_16(save: Callable[[Any, Any], None], load: Callable[[Any], Any]) -> list[tuple[Any, str, Any]]:
-    from megatron.core.dist_checkpointing.strategies.common import TorchCommonLoadStrategy, TorchCommonSaveStrategy
+    from megatron.core.dist_checkpointing.strategies.common import (
+        TorchCommonLoadStrategy,
+        TorchCommonSaveStrategy,
+    )
 
     return [
         (TorchCommonSaveStrategy, "save_common", lambda strategy, values, folder: save(values, folder)),
@@ -66,7 +73,9 @@ def _patches_0_19(save: Callable[[Any, Any], None], load: Callable[[Any], Any]) 
 
     write_shards = TorchDistSaveShardedStrategy.async_save
 
-    def async_save(strategy: Any, sharded_state_dict: dict[str, Any], checkpoint_dir: Any, *options: Any) -> Any:
+    def async_save(
+        strategy: Any, sharded_state_dict: dict[str, Any], checkpoint_dir: Any, *options: Any
+    ) -> Any:
         common_state = sharded_state_dict.pop("common_state")
         _CommonState.save_common(common_state.data, checkpoint_dir)
         return write_shards(strategy, sharded_state_dict, checkpoint_dir, *options)
@@ -79,7 +88,8 @@ def _patches_0_19(save: Callable[[Any, Any], None], load: Callable[[Any], Any]) 
 
 
 def use_cpu_streams() -> None:
-    """Make `torch.cuda.current_stream` return the CPU's stream, for a process without a GPU; nothing for Megatron-Core 0.16.
+    """Make `torch.cuda.current_stream` return the CPU's stream, for a process without a GPU; nothing for
+    Megatron-Core 0.16.
 
     The gradient reduction of 0.19 asks for the current stream even where it then waits for no event.
     """

@@ -1,7 +1,9 @@
-"""Send values between ranks without pickle: containers, numbers, text, tensors and this package's dataclasses, as msgpack.
+"""Send values between ranks without pickle: containers, numbers, text, tensors and this package's
+dataclasses, as msgpack.
 
-Whoever reaches a rank's port could otherwise send a pickle that runs code. Libraries pickle too (Megatron-Core exchanges the
-layout of a checkpoint that way): `restrict_unpickling` limits what torch's object collectives may build to data.
+Whoever reaches a rank's port could otherwise send a pickle that runs code. Libraries pickle too
+(Megatron-Core exchanges the layout of a checkpoint that way): `restrict_unpickling` limits what torch's
+object collectives may build to data.
 """
 
 import base64
@@ -20,13 +22,40 @@ import torch
 
 _OWN = "rlsc_mcore."
 _ATOMS = {int, float, bool, str, bytes, type(None)}
-_TUPLE, _LIST, _MAP, _DATACLASS, _TENSOR, _PATH, _TEXT = "tuple", "list", "map", "dataclass", "tensor", "path", "text"
+_TUPLE, _LIST, _MAP, _DATACLASS, _TENSOR, _PATH, _TEXT = (
+    "tuple",
+    "list",
+    "map",
+    "dataclass",
+    "tensor",
+    "path",
+    "text",
+)
 # Modules whose classes describe data: those of Megatron-Core's and torch's checkpoint formats,
 # and the handles of vLLM's shared memory.
-_DATA_MODULES = ("megatron.core.dist_checkpointing.", "torch.distributed.checkpoint.", "torch.distributed._shard.", "vllm.distributed.")
+_DATA_MODULES = (
+    "megatron.core.dist_checkpointing.",
+    "torch.distributed.checkpoint.",
+    "torch.distributed._shard.",
+    "vllm.distributed.",
+)
 _DATA_GLOBALS = {
     ("builtins", name)
-    for name in ("set", "frozenset", "slice", "range", "complex", "bytearray", "object", "tuple", "list", "dict", "str", "int", "float")
+    for name in (
+        "set",
+        "frozenset",
+        "slice",
+        "range",
+        "complex",
+        "bytearray",
+        "object",
+        "tuple",
+        "list",
+        "dict",
+        "str",
+        "int",
+        "float",
+    )
 } | {
     ("collections", "OrderedDict"),
     ("collections", "defaultdict"),
@@ -51,13 +80,16 @@ def encode(value: Any) -> bytes:
 
 
 def decode(content: bytes) -> Any:
-    """Return what `encode` was given; builds nothing but containers, numbers, text, tensors and dataclasses of this package."""
+    """Return what `encode` was given; builds nothing but containers, numbers, text, tensors and dataclasses
+    of this package."""
     return _restored(msgspec.msgpack.decode(content))
 
 
 def to_json(value: Any) -> str:
     """Encode `value` as JSON text; raises TypeError for a type that is not data."""
-    return json.dumps(_plain(value), default=lambda content: base64.b64encode(content).decode("ascii"), indent=1)
+    return json.dumps(
+        _plain(value), default=lambda content: base64.b64encode(content).decode("ascii"), indent=1
+    )
 
 
 def from_json(text: str) -> Any:
@@ -77,11 +109,18 @@ def _plain(value: Any, *, escapes: bool = False) -> Any:
         return value
     if kind in (list, tuple):
         tag = _TUPLE if kind is tuple else _LIST
-        if set(map(type, value)) <= {int, float}:  # long lists of tokens and log-probs, without a call for each
+        if set(map(type, value)) <= {
+            int,
+            float,
+        }:  # long lists of tokens and log-probs, without a call for each
             return {tag: list(value)}
         return {tag: [_plain(item, escapes=escapes) for item in value]}
     if kind is dict:
-        return {_MAP: [[_plain(key, escapes=escapes), _plain(item, escapes=escapes)] for key, item in value.items()]}
+        return {
+            _MAP: [
+                [_plain(key, escapes=escapes), _plain(item, escapes=escapes)] for key, item in value.items()
+            ]
+        }
     if isinstance(value, torch.Tensor):
         if value.is_meta:  # a shape without content
             return {_TENSOR: [str(value.dtype).removeprefix("torch."), list(value.shape), None]}
@@ -91,11 +130,17 @@ def _plain(value: Any, *, escapes: bool = False) -> Any:
     if isinstance(value, PurePath):
         return {_PATH: str(value)}
     if dataclasses.is_dataclass(value) and kind.__module__.startswith(_OWN):
-        fields = {entry.name: _plain(getattr(value, entry.name), escapes=escapes) for entry in dataclasses.fields(value)}
+        fields = {
+            entry.name: _plain(getattr(value, entry.name), escapes=escapes)
+            for entry in dataclasses.fields(value)
+        }
         return {_DATACLASS: [kind.__module__, kind.__qualname__, fields]}
     if kind.__module__ == "numpy" and hasattr(value, "item"):
         return value.item()
-    raise TypeError(f"{kind.__module__}.{kind.__qualname__} is not sent between ranks: convert it to numbers, text or a dataclass")
+    raise TypeError(
+        f"{kind.__module__}.{kind.__qualname__} is not sent between ranks: convert it to numbers, text or a "
+        "dataclass"
+    )
 
 
 def _restored(value: Any) -> Any:
@@ -103,7 +148,11 @@ def _restored(value: Any) -> Any:
         return value
     ((kind, content),) = value.items()
     if kind in (_TUPLE, _LIST):
-        items = content if not any(isinstance(item, dict) for item in content) else [_restored(item) for item in content]
+        items = (
+            content
+            if not any(isinstance(item, dict) for item in content)
+            else [_restored(item) for item in content]
+        )
         return tuple(items) if kind == _TUPLE else list(items)
     if kind == _MAP:
         return {_restored(key): _restored(item) for key, item in content}
@@ -127,7 +176,11 @@ def _tensor(dtype: str, shape: list[int], content: bytes | str | None) -> torch.
     kind = getattr(torch, dtype)
     if not isinstance(kind, torch.dtype):
         raise ValueError(f"no such dtype: {dtype!r}")
-    return torch.frombuffer(bytearray(data), dtype=kind).reshape(shape) if data else torch.empty(shape, dtype=kind)
+    return (
+        torch.frombuffer(bytearray(data), dtype=kind).reshape(shape)
+        if data
+        else torch.empty(shape, dtype=kind)
+    )
 
 
 def _dataclass(module: str, name: str, fields: dict[str, Any]) -> Any:
@@ -140,7 +193,8 @@ def _dataclass(module: str, name: str, fields: dict[str, Any]) -> Any:
 
 
 class DataUnpickler(pickle.Unpickler):
-    """Unpickles data of checkpoint formats and nothing else; raises UnpicklingError naming what else was asked for."""
+    """Unpickles data of checkpoint formats and nothing else; raises UnpicklingError naming what else was
+    asked for."""
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) in _DATA_GLOBALS:
@@ -156,7 +210,11 @@ class DataUnpickler(pickle.Unpickler):
 
 
 def _describes_data(kind: type) -> bool:
-    return dataclasses.is_dataclass(kind) or issubclass(kind, (Enum, BaseException, tuple)) or kind.__module__.startswith(_DATA_MODULES[0])
+    return (
+        dataclasses.is_dataclass(kind)
+        or issubclass(kind, (Enum, BaseException, tuple))
+        or kind.__module__.startswith(_DATA_MODULES[0])
+    )
 
 
 def _load_tensor(content: bytes) -> Any:
@@ -164,7 +222,8 @@ def _load_tensor(content: bytes) -> Any:
 
 
 def restrict_unpickling() -> None:
-    """Let torch's object collectives build data only; to be called before ranks meet. Mutates `torch.distributed`."""
+    """Let torch's object collectives build data only; to be called before ranks meet. Mutates
+    `torch.distributed`."""
     from torch.distributed import distributed_c10d
 
     distributed_c10d._unpickler = DataUnpickler

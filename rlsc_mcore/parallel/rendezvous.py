@@ -1,6 +1,7 @@
 """Let the ranks meet within a time limit, and name who is missing where they do not.
 
-On one node every socket is on the loopback interface: gloo, the store and NCCL's bootstrap ask nobody for a password.
+On one node every socket is on the loopback interface: gloo, the store and NCCL's bootstrap ask nobody for a
+password.
 """
 
 import errno
@@ -27,20 +28,23 @@ def is_launched() -> bool:
 
 
 def is_one_node() -> bool:
-    """Tell whether all ranks are on this machine: what torchrun and the launch script say, else a world of one."""
+    """Tell whether all ranks are on this machine: what torchrun and the launch script say, else a world of
+    one."""
     world = os.environ.get("WORLD_SIZE", "1")
     return os.environ.get("LOCAL_WORLD_SIZE", "1" if world == "1" else "") == world
 
 
 def use_loopback() -> None:
-    """Keep the sockets of a single node on the loopback interface, unless the user names another; mutates the environment."""
+    """Keep the sockets of a single node on the loopback interface, unless the user names another; mutates the
+    environment."""
     if is_one_node():
         for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", "TP_SOCKET_IFNAME"):
             os.environ.setdefault(name, "lo")
 
 
 def share_one_listener() -> None:
-    """Let all gloo groups of one rank share one device: one loopback socket and its thread instead of one for each group.
+    """Let all gloo groups of one rank share one device: one loopback socket and its thread instead of one for
+    each group.
 
     Megatron-Core makes 33 groups for a world of one. Mutates `torch.distributed`.
     """
@@ -63,7 +67,9 @@ class _SharingType(type):
     def __new__(cls, name: str, bases: tuple[type, ...], body: dict[str, Any], **options: Any) -> Any:
         return super().__new__(cls, name, bases, body)
 
-    def __init__(cls, name: str, bases: tuple[type, ...], body: dict[str, Any], *, original: Any, devices: list[Any]) -> None:
+    def __init__(
+        cls, name: str, bases: tuple[type, ...], body: dict[str, Any], *, original: Any, devices: list[Any]
+    ) -> None:
         super().__init__(name, bases, body)
         cls._original, cls._devices = original, devices
 
@@ -86,18 +92,27 @@ class _SharingType(type):
 
 
 def meet(timeout_s: float, *, needs_address: bool = False) -> tuple[Any, int, int]:
-    """Return the store that all ranks have come to, this rank and the world's size; collective over the world.
+    """Return the store that all ranks have come to, this rank and the world's size; collective over the
+    world.
 
-    Without a launcher it is a world of one, whose store is in memory, or on a free loopback port for NCCL (`needs_address`).
-    Raises `ConfigError` for variables that no launcher sets so, and `RunError` naming the address and the missing ranks after
-    `timeout_s` seconds.
+    Without a launcher it is a world of one, whose store is in memory, or on a free loopback port for NCCL
+    (`needs_address`). Raises `ConfigError` for variables that no launcher sets so, and `RunError` naming the
+    address and the missing ranks after `timeout_s` seconds.
     """
     stores: Any = dist  # its types are not exported
     restrict_unpickling()
     use_loopback()
     share_one_listener()
     if not is_launched():
-        return (_open_store(LOOPBACK, 0, 0, 1, timeout_s, is_master=True) if needs_address else stores.HashStore()), 0, 1
+        return (
+            (
+                _open_store(LOOPBACK, 0, 0, 1, timeout_s, is_master=True)
+                if needs_address
+                else stores.HashStore()
+            ),
+            0,
+            1,
+        )
     rank, world = _number("RANK", low=0), _number("WORLD_SIZE", low=1)
     if rank >= world:
         raise ConfigError(f"RANK: {rank} is not below WORLD_SIZE = {world}")
@@ -124,16 +139,25 @@ def _open_store(address: str, port: int, rank: int, world: int, timeout_s: float
         options["use_libuv"] = True
     try:
         return stores.TCPStore(address, port, world, is_master, **options)
-    except (RuntimeError, OSError, ValueError) as error:  # torch's DistNetworkError and DistStoreError are RuntimeErrors
+    except (
+        RuntimeError,
+        OSError,
+        ValueError,
+    ) as error:  # torch's DistNetworkError and DistStoreError are RuntimeErrors
         reason = " ".join(str(error).split())
         if "EADDRINUSE" in reason or "already in use" in reason:
             raise _port_is_taken(address, port) from None
-        who = "cannot listen there" if is_master else f"rank {rank} found no rank 0 there within {timeout_s:.0f} s ({TIMEOUT_VARIABLE})"
+        who = (
+            "cannot listen there"
+            if is_master
+            else f"rank {rank} found no rank 0 there within {timeout_s:.0f} s ({TIMEOUT_VARIABLE})"
+        )
         raise RunError(f"rendezvous at {address}:{port}: {who}: {reason[:200]}") from None
 
 
 def _listen(port: int) -> tuple[int, int]:
-    """Open the store's socket on the loopback interface (port 0: a free one); torch's own would listen on every address.
+    """Open the store's socket on the loopback interface (port 0: a free one); torch's own would listen on
+    every address.
 
     Returns the file descriptor and the port.
     """
@@ -152,7 +176,10 @@ def _listen(port: int) -> tuple[int, int]:
 
 
 def _port_is_taken(address: str, port: int) -> RunError:
-    return RunError(f"rendezvous at {address}:{port}: the port is taken by another program; choose another (MASTER_PORT, --master-port)")
+    return RunError(
+        f"rendezvous at {address}:{port}: the port is taken by another program; choose another (MASTER_PORT, "
+        "--master-port)"
+    )
 
 
 def _wait_for_all(store: Any, place: str, rank: int, world: int, timeout_s: float, deadline: float) -> None:
@@ -168,7 +195,9 @@ def _wait_for_all(store: Any, place: str, rank: int, world: int, timeout_s: floa
             time.sleep(_POLL_S)
     except (RuntimeError, OSError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise RunError(f"rendezvous at {place}: the store of rank 0 does not answer rank {rank}: {reason}") from None
+        raise RunError(
+            f"rendezvous at {place}: the store of rank 0 does not answer rank {rank}: {reason}"
+        ) from None
     if rank == 0:  # it may hold the store that the others are still asking
         time.sleep(20 * _POLL_S)
     names = ", ".join(map(str, missing[:_SHOWN])) + (", ..." if len(missing) > _SHOWN else "")
@@ -180,7 +209,13 @@ def _wait_for_all(store: Any, place: str, rank: int, world: int, timeout_s: floa
 def _number(name: str, *, low: int, high: int | None = None) -> int:
     text = os.environ.get(name, "")
     expected = f"at least {low}" if high is None else f"{low} to {high}"
-    if not (text.isascii() and text.isdecimal()) or int(text) < low or (high is not None and int(text) > high):
+    if (
+        not (text.isascii() and text.isdecimal())
+        or int(text) < low
+        or (high is not None and int(text) > high)
+    ):
         got = f"got {text!r}" if text else "it is not set"
-        raise ConfigError(f"{name}: expected a number, {expected}, {got}; torchrun and the launch scripts set it")
+        raise ConfigError(
+            f"{name}: expected a number, {expected}, {got}; torchrun and the launch scripts set it"
+        )
     return int(text)

@@ -7,7 +7,8 @@ from torch.optim.adam import adam
 
 
 class TorchFusedAdam(torch.optim.Optimizer):
-    """AdamW with the state layout of TransformerEngine's FusedAdam (``step`` an int in the parameter group)."""
+    """AdamW with the state layout of TransformerEngine's FusedAdam (``step`` an int in the parameter
+    group)."""
 
     def __init__(
         self,
@@ -30,7 +31,9 @@ class TorchFusedAdam(torch.optim.Optimizer):
             params = [p for p in group["params"] if p.grad is not None and p.numel()]
             for param in params:
                 if not self.state[param]:
-                    self.state[param].update(exp_avg=torch.zeros_like(param), exp_avg_sq=torch.zeros_like(param))
+                    self.state[param].update(
+                        exp_avg=torch.zeros_like(param), exp_avg_sq=torch.zeros_like(param)
+                    )
             if not params:
                 continue
             adam(

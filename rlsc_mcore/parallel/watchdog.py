@@ -1,7 +1,9 @@
-"""A rank that dies or hangs ends the run: every rank beats, its neighbour listens, the first verdict is everybody's.
+"""A rank that dies or hangs ends the run: every rank beats, its neighbour listens, the first verdict is
+everybody's.
 
-Beats and the verdict live in the store that the ranks met at. A beat carries what its rank does (phase, step, the collective
-it waits in), so that the message can name who is waited for. torch's own time limits know none of it, and act much later.
+Beats and the verdict live in the store that the ranks met at. A beat carries what its rank does (phase, step,
+the collective it waits in), so that the message can name who is waited for. torch's own time limits know none
+of it, and act much later.
 """
 
 import contextlib
@@ -28,8 +30,11 @@ _OWN = ("rlsc_mcore", "megatron")
 class Watchdog:
     """What this rank does, and the thread that tells the others; without peers there is no thread."""
 
-    def __init__(self, rank: int, world_size: int, *, hang_after_s: float, end: Callable[[str], None]) -> None:
-        """`hang_after_s`: longest time without progress. `end` hears the message before the process exits with code 1."""
+    def __init__(
+        self, rank: int, world_size: int, *, hang_after_s: float, end: Callable[[str], None]
+    ) -> None:
+        """`hang_after_s`: longest time without progress. `end` hears the message before the process exits
+        with code 1."""
         self.phase_name, self.step = "start-up", 0
         self._rank, self._world_size, self._hang_after_s, self._end = rank, world_size, hang_after_s, end
         self._dead_after_s = seconds_from_environment(DEAD_VARIABLE, DEFAULT_DEAD_AFTER_S)
@@ -41,7 +46,9 @@ class Watchdog:
         if world_size > 1:
             address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
             stores: Any = dist
-            store = stores.TCPStore(address, port, is_master=False, timeout=timedelta(seconds=30), wait_for_workers=False)
+            store = stores.TCPStore(
+                address, port, is_master=False, timeout=timedelta(seconds=30), wait_for_workers=False
+            )
             attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
             self._store = stores.PrefixStore(f"rlsc_watchdog_{attempt}", store)
             threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
@@ -60,10 +67,13 @@ class Watchdog:
         if self._store is not None and not self._closed.is_set():
             self._closed.set()
             with contextlib.suppress(Exception):  # a store that is gone has no listeners
-                self._store.compare_set(_VERDICT, "", f"rank {self._rank} failed in phase {self._doing()}: {text}")
+                self._store.compare_set(
+                    _VERDICT, "", f"rank {self._rank} failed in phase {self._doing()}: {text}"
+                )
 
     def wait_for_verdict(self) -> None:
-        """Give the thread time to find the rank whose loss this one has just noticed; it ends the process when it does."""
+        """Give the thread time to find the rank whose loss this one has just noticed; it ends the process
+        when it does."""
         if self._store is not None:
             self._lost_a_peer = True
             time.sleep(self._dead_after_s + 3 * self._interval_s)
@@ -93,9 +103,15 @@ class Watchdog:
                         last, seen = current, time.monotonic()
                 silent = time.monotonic() - seen
                 if last and silent > self._dead_after_s:
-                    self._judge(f"rank {neighbour} is gone: silent for {silent:.0f} s, last in phase {_place(json.loads(last))}")
+                    self._judge(
+                        f"rank {neighbour} is gone: silent for {silent:.0f} s, last in phase "
+                        f"{_place(json.loads(last))}"
+                    )
                 if not last and silent > self._dead_after_s * SLOW_PHASES["start-up"]:
-                    self._judge(f"rank {neighbour} is gone: it has said nothing since rank {self._rank} started {silent:.0f} s ago")
+                    self._judge(
+                        f"rank {neighbour} is gone: it has said nothing since rank {self._rank} started "
+                        f"{silent:.0f} s ago"
+                    )
             except Exception as error:
                 # The end of the run takes the store with it: see whether this rank's own end follows.
                 if self._closed.wait(2 * self._interval_s):
@@ -113,7 +129,9 @@ class Watchdog:
             print(f"rlsc: {message}", file=sys.stderr, flush=True)
             self._end(message)
         if self._rank == 0:
-            time.sleep(3 * self._interval_s)  # its process may hold the store that the others read the verdict from
+            time.sleep(
+                3 * self._interval_s
+            )  # its process may hold the store that the others read the verdict from
         os._exit(1)
 
     # ------------------------------------------------------------------ what a rank does
@@ -122,7 +140,14 @@ class Watchdog:
         collective, place = _where(self._main)
         idle = round(time.monotonic() - self._progress, 1)
         counts = collective_counts()
-        return {"phase": self.phase_name, "step": self.step, "idle": idle, "collective": collective, "place": place, "counts": counts}
+        return {
+            "phase": self.phase_name,
+            "step": self.step,
+            "idle": idle,
+            "collective": collective,
+            "place": place,
+            "counts": counts,
+        }
 
     def _doing(self) -> str:
         return _place(self._beat())
@@ -141,7 +166,8 @@ class Watchdog:
         if not busy:
             return f"no rank advances, each waits for the others: {phases}"
         if not behind and not waiting and dist.get_backend() == "nccl":
-            # A collective returns at once there, and a host that waits for its result looks like one that computes.
+            # A collective returns at once there, and a host that waits for its result looks like one that
+            # computes.
             return f"no rank advances, and no rank is behind in a collective (see NCCL's flight recorder): {phases}"
         rank, beat = max(busy.items(), key=lambda item: item[1]["idle"])
         text = f"rank {rank} hangs: no progress for {beat['idle']:.0f} s in phase {_place(beat)}"
@@ -154,7 +180,8 @@ class Watchdog:
 
 
 def collective_counts() -> dict[str, int]:
-    """Return how many collectives this rank has begun in each of its process groups, by the group's name (equal on its ranks)."""
+    """Return how many collectives this rank has begun in each of its process groups, by the group's name
+    (equal on its ranks)."""
     counts: dict[str, int] = {}
     names: dict[Any, str] = dict(dist.distributed_c10d._world.pg_names)
     for group, name in names.items():
@@ -165,7 +192,8 @@ def collective_counts() -> dict[str, int]:
 
 
 def behind_and_ahead(counts: Mapping[int, Mapping[str, int]]) -> tuple[set[int], set[int]]:
-    """Compare the collectives that ranks (the keys) have begun; return the ranks that are waited for, and those that wait.
+    """Compare the collectives that ranks (the keys) have begun; return the ranks that are waited for, and
+    those that wait.
 
     A rank that waits in one group, and so is late in another, is not to blame for the latter.
     """
@@ -193,7 +221,9 @@ def seconds_from_environment(name: str, default: float) -> float:
 
 
 def _place(beat: dict[str, Any]) -> str:
-    where = f"collective {beat['collective']}, called by {beat['place']}" if beat["collective"] else beat["place"]
+    where = (
+        f"collective {beat['collective']}, called by {beat['place']}" if beat["collective"] else beat["place"]
+    )
     return f"{beat['phase']}, step {beat['step']}, {where}"
 
 

@@ -66,7 +66,8 @@ MODELS: dict[str, Architecture] = {
 
 
 def find_model(name: str) -> Architecture:
-    """Return the shape of a model folder, a config.json file, or a public model's name (any case, `owner/` and `-Instruct` ignored).
+    """Return the shape of a model folder, a config.json file, or a public model's name (any case, `owner/`
+    and `-Instruct` ignored).
 
     Raises ConfigError listing the known names.
     """
@@ -78,21 +79,33 @@ def find_model(name: str) -> Architecture:
     short = name.rpartition("/")[2].lower().removesuffix("-instruct").removeprefix("meta-")
     if short in MODELS:
         return MODELS[short]
-    raise ConfigError(f"--model {name}: no such folder, config.json or known name; known names: {', '.join(MODELS)}")
+    raise ConfigError(
+        f"--model {name}: no such folder, config.json or known name; known names: {', '.join(MODELS)}"
+    )
 
 
 def num_parameters(shape: Architecture, tp: int = 1, *, padded: bool = False) -> int:
-    """Count the parameters on one of `tp` ranks: matrices are split, norms are not; `padded` counts the filled-up vocabulary."""
-    split, whole = stage_parameters(shape, shape.padded_vocab_size(tp) if padded else shape.vocab_size, (shape.num_layers,), 0)
+    """Count the parameters on one of `tp` ranks: matrices are split, norms are not; `padded` counts the
+    filled-up vocabulary."""
+    split, whole = stage_parameters(
+        shape, shape.padded_vocab_size(tp) if padded else shape.vocab_size, (shape.num_layers,), 0
+    )
     return split // tp + whole
 
 
-def stage_parameters(shape: Architecture, vocabulary_rows: int, stage_layers: Sequence[int], stage: int) -> tuple[int, int]:
-    """Count one pipeline stage's parameters over all tensor-parallel ranks: those that are split over them, and those that are not.
+def stage_parameters(
+    shape: Architecture, vocabulary_rows: int, stage_layers: Sequence[int], stage: int
+) -> tuple[int, int]:
+    """Count one pipeline stage's parameters over all tensor-parallel ranks: those that are split over them,
+    and those that are not.
 
     The last of several stages has its own copy of tied embeddings.
     """
-    hidden, queries, keys = shape.hidden_size, shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
+    hidden, queries, keys = (
+        shape.hidden_size,
+        shape.num_heads * shape.head_dim,
+        shape.num_kv_heads * shape.head_dim,
+    )
     split = hidden * (2 * queries + 2 * keys) + 3 * hidden * shape.ffn_hidden_size
     split += queries + 2 * keys if shape.qkv_bias else 0
     whole = 2 * hidden + (2 * shape.head_dim if shape.qk_norm else 0)

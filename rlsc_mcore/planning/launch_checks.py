@@ -1,4 +1,5 @@
-"""What can be checked of a run on a login node, before any GPU is asked for: run by launch/lib.sh; imports no torch.
+"""What can be checked of a run on a login node, before any GPU is asked for: run by launch/lib.sh; imports no
+torch.
 
     python -m rlsc_mcore.planning.launch_checks --nodes N --ranks-per-node R [--gpu-memory-gib M] -- TRAINER ARGUMENTS
 
@@ -48,22 +49,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def check_launch(trainer: Sequence[str], nodes: int, ranks_per_node: int, gpu_memory_gib: float | None = None) -> Iterator[tuple[str, str]]:
+def check_launch(
+    trainer: Sequence[str], nodes: int, ranks_per_node: int, gpu_memory_gib: float | None = None
+) -> Iterator[tuple[str, str]]:
     """Check the trainer's arguments against `nodes` x `ranks_per_node` ranks, and yield the facts of the run.
 
-    With `gpu_memory_gib`, the memory of one GPU, the facts tell what does not fit; it is an estimate, so nothing is refused for it.
+    With `gpu_memory_gib`, the memory of one GPU, the facts tell what does not fit; it is an estimate, so
+    nothing is refused for it.
 
-    Raises `ConfigError` on the first thing that cannot work. Names of hub models and data sets are not looked up.
+    Raises `ConfigError` on the first thing that cannot work. Names of hub models and data sets are not looked
+    up.
     """
     options, flags = split_options(trainer, ("--config", "--resume"))
     config, checkpoint = resolve_training(options, flags)
     world, tp = nodes * ranks_per_node, config.parallel.tp
     if world % tp:
-        raise ConfigError(f"parallel.tp: {tp} does not divide the {world} ranks ({nodes} nodes x {ranks_per_node})")
+        raise ConfigError(
+            f"parallel.tp: {tp} does not divide the {world} ranks ({nodes} nodes x {ranks_per_node})"
+        )
     pp = config.parallel.pp
     if world % (tp * pp):
         ranks = f"{world} ranks ({nodes} nodes x {ranks_per_node})"
-        raise ConfigError(f"parallel.pp: parallel.tp {tp} x parallel.pp {pp} = {tp * pp} do not divide the {ranks}")
+        raise ConfigError(
+            f"parallel.pp: parallel.tp {tp} x parallel.pp {pp} = {tp * pp} do not divide the {ranks}"
+        )
     dp = world // (tp * pp)
     check_answers_per_step(config, dp)
     architecture = _check_model(config)
@@ -73,18 +82,28 @@ def check_launch(trainer: Sequence[str], nodes: int, ranks_per_node: int, gpu_me
     run_dir = Path(config.run_dir).absolute()
     needed = _checkpoint_bytes(config, architecture) if architecture else 0
     _check_run_dir(run_dir, needed)
-    if "SLURM_JOB_ID" in os.environ:  # before the launch script claims the folder; a dry run may look at a folder in use
+    if (
+        "SLURM_JOB_ID" in os.environ
+    ):  # before the launch script claims the folder; a dry run may look at a folder in use
         refuse_owned(run_dir)
     yield "run_dir", str(run_dir)
     yield "model", config.model.path
     yield "data", config.data.path
     stages = f" x pp {pp}" if pp > 1 else ""
-    yield "layout", f"tp {tp} x dp {dp}{stages}" + (f" (tp {tp} spans nodes of {ranks_per_node}: slow)" if tp > ranks_per_node else "")
+    yield (
+        "layout",
+        f"tp {tp} x dp {dp}{stages}"
+        + (f" (tp {tp} spans nodes of {ranks_per_node}: slow)" if tp > ranks_per_node else ""),
+    )
     yield "steps", str(config.training.num_steps)
     yield "start", f"resumes {checkpoint}" if checkpoint else "a new run"
     if architecture:
         yield from _memory(config, architecture, dp, gpu_memory_gib)
-        yield "checkpoint", f"about {needed / 1e9:.1f} GB each, {config.training.keep_last} kept, every {config.training.save_every} steps"
+        yield (
+            "checkpoint",
+            f"about {needed / 1e9:.1f} GB each, {config.training.keep_last} kept, every "
+            f"{config.training.save_every} steps",
+        )
 
 
 def _check_model(config: Config) -> Architecture | None:
@@ -128,7 +147,10 @@ def _check_data(path: str, field: str) -> None:
     if not file.is_file():
         if _is_hub_name(path) and not file.suffix:
             if importlib.util.find_spec("datasets") is None:
-                raise ConfigError(f"{field}: no file {path}; a hub data set needs the package datasets: pip install datasets")
+                raise ConfigError(
+                    f"{field}: no file {path}; a hub data set needs the package datasets: pip install "
+                    "datasets"
+                )
             return
         raise ConfigError(f"{field}: no file {path}")
     with file.open(encoding="utf-8", errors="replace") as lines:
@@ -146,23 +168,34 @@ def _check_data(path: str, field: str) -> None:
 def _check_run_dir(run_dir: Path, needed_bytes: int) -> None:
     existing = next(path for path in (run_dir, *run_dir.parents) if path.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
-        raise ConfigError(f"run_dir: {run_dir} cannot be written ({existing} is no folder that you may write to)")
+        raise ConfigError(
+            f"run_dir: {run_dir} cannot be written ({existing} is no folder that you may write to)"
+        )
     if run_dir.is_dir() and not (run_dir / CONFIG_FILE).is_file() and any(run_dir.glob("*.safetensors")):
         raise ConfigError(f"run_dir: {run_dir} is a model folder, not a run's; choose another")
     free = shutil.disk_usage(existing).free
     if free < needed_bytes:
-        raise ConfigError(f"run_dir: {free / 1e9:.1f} GB free in {existing}, one checkpoint takes about {needed_bytes / 1e9:.1f} GB")
+        raise ConfigError(
+            f"run_dir: {free / 1e9:.1f} GB free in {existing}, one checkpoint takes about "
+            f"{needed_bytes / 1e9:.1f} GB"
+        )
 
 
 def _checkpoint_bytes(config: Config, architecture: Architecture) -> int:
     return num_parameters(architecture) * (BYTES[config.model.dtype] + MASTER_AND_MOMENTS_BYTES)
 
 
-def _memory(config: Config, architecture: Architecture, dp: int, gpu_memory_gib: float | None) -> Iterator[tuple[str, str]]:
-    """The counts of `rlsc plan` for this very layout; the KV cache takes its share of what is left while sampling."""
+def _memory(
+    config: Config, architecture: Architecture, dp: int, gpu_memory_gib: float | None
+) -> Iterator[tuple[str, str]]:
+    """The counts of `rlsc plan` for this very layout; the KV cache takes its share of what is left while
+    sampling."""
     layout = config_layout(config, config.parallel.tp, dp)
     cache = int((config.rollout.kv_cache_gib or 0) * GIB)
-    needs = {"training": train_bytes(architecture, layout), "rollout": rollout_bytes(architecture, layout, cache)}
+    needs = {
+        "training": train_bytes(architecture, layout),
+        "rollout": rollout_bytes(architecture, layout, cache),
+    }
     for phase, parts in needs.items():
         if not parts.get("KV cache", 1):
             del parts["KV cache"]

@@ -41,10 +41,12 @@ def candidates(
     pp: int | None = None,
     searches_offload: bool = True,
 ) -> list[Candidate]:
-    """Return a layout for each tensor-parallel size and recomputation: the fastest that fits first, then what does not fit by its size.
+    """Return a layout for each tensor-parallel size and recomputation: the fastest that fits first, then what
+    does not fit by its size.
 
-    Each with the engine size (`base.engine_tp`, or any where that is None), the pipeline size (`pp`, or any) and, with
-    `searches_offload`, the choice of `optimizer.offload_during_rollout` that is fastest of what fits.
+    Each with the engine size (`base.engine_tp`, or any where that is None), the pipeline size (`pp`, or any)
+    and, with `searches_offload`, the choice of `optimizer.offload_during_rollout` that is fastest of what
+    fits.
     """
     usable = int(gpu_bytes * USABLE_SHARE)
     sizes = [tp for tp in (1, 2, 4, 8, 16) if tp <= min(num_gpus, gpus_per_node) and num_gpus % tp == 0]
@@ -55,7 +57,13 @@ def candidates(
         for recompute in ("none", "selective", "full"):
             layouts = [
                 replace(
-                    base, tp=tp, pp=size, dp=num_gpus // (tp * size), recompute=recompute, engine_tp=engine, offload_during_rollout=offload
+                    base,
+                    tp=tp,
+                    pp=size,
+                    dp=num_gpus // (tp * size),
+                    recompute=recompute,
+                    engine_tp=engine,
+                    offload_during_rollout=offload,
                 )
                 for size in stages
                 if num_gpus % (tp * size) == 0
@@ -70,18 +78,30 @@ def candidates(
 
 
 def _preference(candidate: Candidate) -> tuple[bool, float, float, bool]:
-    """What fits first, then what is fast; of equals the trainer's own size, which needs no second copy of the weights.
+    """What fits first, then what is fast; of equals the trainer's own size, which needs no second copy of the
+    weights.
 
     Of what does not fit the smallest first.
     """
     layout, fails = candidate.layout, bool(candidate.why_not)
-    return fails, candidate.peak_bytes if fails else 0, candidate.step_seconds, layout.engine_ranks != layout.tp
+    return (
+        fails,
+        candidate.peak_bytes if fails else 0,
+        candidate.step_seconds,
+        layout.engine_ranks != layout.tp,
+    )
 
 
-def _consider(shape: Architecture, layout: Layout, work: Work, gpu: Gpu, usable: int, gpus_per_node: int) -> Candidate:
+def _consider(
+    shape: Architecture, layout: Layout, work: Work, gpu: Gpu, usable: int, gpus_per_node: int
+) -> Candidate:
     indivisible = [
         f"{field} {size}"
-        for field, size in (("heads", shape.num_heads), ("KV heads", shape.num_kv_heads), ("MLP width", shape.ffn_hidden_size))
+        for field, size in (
+            ("heads", shape.num_heads),
+            ("KV heads", shape.num_kv_heads),
+            ("MLP width", shape.ffn_hidden_size),
+        )
         if size % max(layout.tp, layout.engine_ranks)
     ]
     training = train_bytes(shape, layout)

@@ -1,8 +1,9 @@
 """Bytes on one GPU by part and phase, from shapes alone.
 
-The counts are those of the tensors that this trainer keeps: parameters and gradients in Megatron's contiguous buffers,
-optimizer states sharded over data-parallel ranks, and what autograd saves per token and layer. On a CPU the sum for a step
-is within 10 % of the measured peak (tests/distributed/test_plan_memory.py); on a GPU it has not been compared yet.
+The counts are those of the tensors that this trainer keeps: parameters and gradients in Megatron's contiguous
+buffers, optimizer states sharded over data-parallel ranks, and what autograd saves per token and layer. On a
+CPU the sum for a step is within 10 % of the measured peak (tests/distributed/test_plan_memory.py); on a GPU
+it has not been compared yet.
 """
 
 from collections.abc import Mapping
@@ -20,7 +21,9 @@ ENGINE_RESIDENT_BYTES = 1 << 30  # CUDA graphs and workspaces that a sleeping en
 EXCHANGE_BUCKET_BYTES = 32 << 20  # weight_sync/exchange.py
 MASTER_BYTES = {"bfloat16": 12, "float32": 8}  # fp32 master (for bfloat16) and two fp32 moments
 PRECISION_AWARE_BYTES = 8  # fp32 master and two bfloat16 moments
-UPDATE_PART_ELEMENTS = 64 << 20  # parameters that TransformerEngine's FusedAdam updates at once, see training/optimizer.py
+UPDATE_PART_ELEMENTS = (
+    64 << 20
+)  # parameters that TransformerEngine's FusedAdam updates at once, see training/optimizer.py
 WIDTH = {"bfloat16": 2, "float32": 4}
 
 
@@ -71,7 +74,8 @@ def rank_parameters(shape: Architecture, layout: Layout, stage: int = 0) -> int:
 
 
 def static_bytes(shape: Architecture, layout: Layout, stage: int = 0) -> dict[str, int]:
-    """Return weights, gradients and optimizer states of one rank of a stage: what it holds all the time that it trains."""
+    """Return weights, gradients and optimizer states of one rank of a stage: what it holds all the time that
+    it trains."""
     numel = rank_parameters(shape, layout, stage)
     shards = layout.dp if layout.distributed else 1
     states = PRECISION_AWARE_BYTES if layout.precision_aware else MASTER_BYTES[layout.dtype]
@@ -87,10 +91,10 @@ def activation_bytes(shape: Architecture, layout: Layout, stage: int = 0) -> int
 
     In the 1F1B schedule stage s of P holds P - s micro-batches: 1 without a pipeline.
 
-    Per token and layer, in elements: 7.5 hidden states (norms in and out, residuals, dropout of rate 0), queries four times and
-    keys and values three times (projected, rotated, attended), and 3 MLP widths (gate and up, product), 5 where SwiGLU is not fused.
-    `selective` recomputes the MLP: its widths are alive in one layer at a time. Sequence parallelism splits all of it; each token's
-    rotary factors are made once.
+    Per token and layer, in elements: 7.5 hidden states (norms in and out, residuals, dropout of rate 0),
+    queries four times and keys and values three times (projected, rotated, attended), and 3 MLP widths (gate
+    and up, product), 5 where SwiGLU is not fused. `selective` recomputes the MLP: its widths are alive in one
+    layer at a time. Sequence parallelism splits all of it; each token's rotary factors are made once.
     """
     hidden, queries = shape.hidden_size, shape.num_heads * shape.head_dim
     keys = shape.num_kv_heads * shape.head_dim
@@ -109,26 +113,37 @@ def activation_bytes(shape: Architecture, layout: Layout, stage: int = 0) -> int
 
 
 def update_bytes(shape: Architecture, layout: Layout, stage: int = 0) -> int:
-    """Return what an update allocates for its time, after the activations are freed: float32 copies of its bfloat16 inputs.
+    """Return what an update allocates for its time, after the activations are freed: float32 copies of its
+    bfloat16 inputs.
 
-    TransformerEngine's FusedAdam (2.12 and earlier) copies both moments of the parameters that it updates at once, and frees the
-    copies of one part after it made those of the next. Megatron's optimizer copies the gradients of this rank's shard, unless
-    `precision_aware` or `cpu_offload` reads them as they are.
+    TransformerEngine's FusedAdam (2.12 and earlier) copies both moments of the parameters that it updates at
+    once, and frees the copies of one part after it made those of the next. Megatron's optimizer copies the
+    gradients of this rank's shard, unless `precision_aware` or `cpu_offload` reads them as they are.
     """
     shard = rank_parameters(shape, layout, stage) // (layout.dp if layout.distributed else 1)
     if layout.precision_aware:
-        largest = max(shape.padded_vocab_size(layout.tp), 2 * shape.ffn_hidden_size) * shape.hidden_size // layout.tp
+        largest = (
+            max(shape.padded_vocab_size(layout.tp), 2 * shape.ffn_hidden_size)
+            * shape.hidden_size
+            // layout.tp
+        )
         return 8 * min(shard, max(largest, UPDATE_PART_ELEMENTS) + UPDATE_PART_ELEMENTS)
     return 4 * shard if layout.grad_dtype == "bfloat16" and not layout.cpu_offload else 0
 
 
 def train_bytes(shape: Architecture, layout: Layout) -> dict[str, int]:
-    """Return what one GPU of the fullest pipeline stage holds while training, by part; the engine sleeps (level 2)."""
-    return max((_stage_train_bytes(shape, layout, stage) for stage in range(layout.pp)), key=lambda parts: sum(parts.values()))
+    """Return what one GPU of the fullest pipeline stage holds while training, by part; the engine sleeps
+    (level 2)."""
+    return max(
+        (_stage_train_bytes(shape, layout, stage) for stage in range(layout.pp)),
+        key=lambda parts: sum(parts.values()),
+    )
 
 
 def _stage_train_bytes(shape: Architecture, layout: Layout, stage: int) -> dict[str, int]:
-    gathered = layout.tokens_per_micro_batch * shape.hidden_size * WIDTH[layout.dtype] * 2 if layout.tp > 1 else 0
+    gathered = (
+        layout.tokens_per_micro_batch * shape.hidden_size * WIDTH[layout.dtype] * 2 if layout.tp > 1 else 0
+    )
     activations = activation_bytes(shape, layout, stage)
     head = HEAD_WORKSPACE_BYTES + gathered if stage == layout.pp - 1 else 0
     return {
@@ -143,14 +158,21 @@ def _stage_train_bytes(shape: Architecture, layout: Layout, stage: int) -> dict[
 
 def kv_bytes_per_token(shape: Architecture, layout: Layout) -> int:
     """Return the bytes of keys and values of one token on one rank."""
-    return 2 * shape.num_layers * (shape.num_kv_heads // layout.engine_ranks) * shape.head_dim * WIDTH[layout.dtype]
+    return (
+        2
+        * shape.num_layers
+        * (shape.num_kv_heads // layout.engine_ranks)
+        * shape.head_dim
+        * WIDTH[layout.dtype]
+    )
 
 
 def engine_weight_bytes(shape: Architecture, layout: Layout, stage: int = 0) -> int:
-    """Return the bytes of the engine's own weights on one GPU, and of the two buffers that received ones pass through.
+    """Return the bytes of the engine's own weights on one GPU, and of the two buffers that received ones pass
+    through.
 
-    Where trainer and engine are of one tensor-parallel size, its own weights are the other stages' and of its own stage
-    `linear_qkv`, whose rows lie otherwise; else all of them.
+    Where trainer and engine are of one tensor-parallel size, its own weights are the other stages' and of its
+    own stage `linear_qkv`, whose rows lie otherwise; else all of them.
     """
     width, ranks = WIDTH[layout.dtype], layout.engine_ranks
     numel = num_parameters(shape, ranks, padded=True)
@@ -162,7 +184,8 @@ def engine_weight_bytes(shape: Architecture, layout: Layout, stage: int = 0) -> 
 
 
 def exchange_buffer_bytes(layout: Layout) -> int:
-    """Return the bytes of the exchange's buffers: two of a bucket for each stream that is sent and each rank that sends."""
+    """Return the bytes of the exchange's buffers: two of a bucket for each stream that is sent and each rank
+    that sends."""
     if layout.tp * layout.pp == 1 or (layout.pp == 1 and layout.engine_ranks == layout.tp):
         return 0
     streams = max(1, layout.engine_ranks // layout.tp) + (layout.pp > 1 and layout.engine_ranks < layout.tp)
@@ -178,7 +201,9 @@ def rollout_bytes(shape: Architecture, layout: Layout, kv_cache: int) -> dict[st
 
 def _stage_rollout_bytes(shape: Architecture, layout: Layout, kv_cache: int, stage: int) -> dict[str, int]:
     prefill = (
-        layout.max_num_batched_tokens * WIDTH[layout.dtype] * (4 * shape.hidden_size + 3 * shape.ffn_hidden_size // layout.engine_ranks)
+        layout.max_num_batched_tokens
+        * WIDTH[layout.dtype]
+        * (4 * shape.hidden_size + 3 * shape.ffn_hidden_size // layout.engine_ranks)
     )
     resident = static_bytes(shape, layout, stage)
     resident["gradients"] = 0  # `Trainer.release_memory` frees the buffers before the engine wakes
@@ -195,8 +220,9 @@ def _stage_rollout_bytes(shape: Architecture, layout: Layout, kv_cache: int, sta
 def host_bytes(shape: Architecture, layout: Layout) -> dict[str, int]:
     """Return what one GPU's process holds in host memory, by reason; those of a node add up.
 
-    A save copies this rank's part of weights and optimizer state, equal parts of both where the optimizer is distributed
-    (`training/optimizer_state.py`), else all of them on one data-parallel rank; a load copies nothing.
+    A save copies this rank's part of weights and optimizer state, equal parts of both where the optimizer is
+    distributed (`training/optimizer_state.py`), else all of them on one data-parallel rank; a load copies
+    nothing.
     """
     numel = max(rank_parameters(shape, layout, stage) for stage in range(layout.pp))
     shard = numel // (layout.dp if layout.distributed else 1)

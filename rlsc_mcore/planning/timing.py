@@ -1,4 +1,5 @@
-"""Estimated seconds of a step's phases on given GPUs; rough, stated as such, good for choosing between layouts."""
+"""Estimated seconds of a step's phases on given GPUs; rough, stated as such, good for choosing between
+layouts."""
 
 from dataclasses import dataclass
 
@@ -35,7 +36,9 @@ GPUS = {
 }
 TRAIN_EFFICIENCY = 0.45  # of the peak: the goal of benchmarks/bench_train_step.py
 DECODE_EFFICIENCY = 0.6  # of the memory's bandwidth
-ALL_REDUCE_S = 15e-6  # of a few rows of hidden states over the GPUs of a node: two per layer and decoded token
+ALL_REDUCE_S = (
+    15e-6  # of a few rows of hidden states over the GPUs of a node: two per layer and decoded token
+)
 
 
 @dataclass(frozen=True)
@@ -49,21 +52,31 @@ class Work:
     max_num_seqs: int = 256
 
 
-def seconds(shape: Architecture, layout: Layout, work: Work, gpu: Gpu, gpus_per_node: int) -> dict[str, float]:
-    """Estimate the seconds of rollout, training, data-parallel communication, hot swap and offloading of one step."""
+def seconds(
+    shape: Architecture, layout: Layout, work: Work, gpu: Gpu, gpus_per_node: int
+) -> dict[str, float]:
+    """Estimate the seconds of rollout, training, data-parallel communication, hot swap and offloading of one
+    step."""
     cost = shape.cost_model()
     length = work.prompt_tokens + work.response_tokens
     passes = 4 / 3 if layout.recompute == "full" else 1.0
     flops = work.num_rollouts * cost.flops(length, work.response_tokens) * passes
-    if layout.recompute == "selective":  # the MLP's forward once more: three products of 2 operations per weight and token
+    if (
+        layout.recompute == "selective"
+    ):  # the MLP's forward once more: three products of 2 operations per weight and token
         flops += work.num_rollouts * length * shape.num_layers * 6 * shape.hidden_size * shape.ffn_hidden_size
     train = flops / (layout.num_gpus * gpu.bf16_tflops * 1e12 * TRAIN_EFFICIENCY)
     waits = pipeline_waits(shape, layout, work)
-    numel, width = max(rank_parameters(shape, layout, stage) for stage in range(layout.pp)), WIDTH[layout.dtype]
+    numel, width = (
+        max(rank_parameters(shape, layout, stage) for stage in range(layout.pp)),
+        WIDTH[layout.dtype],
+    )
     per_engine = work.num_rollouts / layout.num_engines
     decoding = min(per_engine, work.max_num_seqs)
     engine_bytes = num_parameters(shape, layout.engine_ranks, padded=True) * width
-    read = engine_bytes + decoding * kv_bytes_per_token(shape, layout) * (work.prompt_tokens + work.response_tokens / 2)
+    read = engine_bytes + decoding * kv_bytes_per_token(shape, layout) * (
+        work.prompt_tokens + work.response_tokens / 2
+    )
     token_s = read / (gpu.memory_tb_per_s * 1e12 * DECODE_EFFICIENCY)
     if layout.engine_ranks > 1:
         token_s += 2 * shape.num_layers * ALL_REDUCE_S
@@ -74,11 +87,14 @@ def seconds(shape: Architecture, layout: Layout, work: Work, gpu: Gpu, gpus_per_
     reduce = numel * (4 + width) * share / (reduce_link * 1e9)
     tensor_parallel = 0.0
     if layout.tp > 1:
-        # Forward and backward: a gather and a scatter of the hidden states around attention and MLP of every layer.
+        # Forward and backward: a gather and a scatter of the hidden states around attention and MLP of every
+        # layer.
         moved = 8 * max(layout.layers_of(shape)) * shape.hidden_size * width * (layout.tp - 1) / layout.tp
         tensor_parallel = moved * work.num_rollouts / layout.dp * length / (gpu.link_gb_per_s * 1e9) * passes
     # Stages lie far apart in the order of ranks: on other nodes where there are several.
-    swap_link = gpu.network_gb_per_s if layout.pp > 1 and layout.num_gpus > gpus_per_node else gpu.link_gb_per_s
+    swap_link = (
+        gpu.network_gb_per_s if layout.pp > 1 and layout.num_gpus > gpus_per_node else gpu.link_gb_per_s
+    )
     return {
         "rollout": rollout,
         "training": (train + tensor_parallel) * waits,
@@ -91,7 +107,8 @@ def seconds(shape: Architecture, layout: Layout, work: Work, gpu: Gpu, gpus_per_
 
 
 def pipeline_waits(shape: Architecture, layout: Layout, work: Work) -> float:
-    """Return by what factor a pipeline lengthens training: its filling and emptying, and a stage slower than the mean; 1 without."""
+    """Return by what factor a pipeline lengthens training: its filling and emptying, and a stage slower than
+    the mean; 1 without."""
     if layout.pp == 1:
         return 1.0
     tokens = work.num_rollouts / layout.dp * (work.prompt_tokens + work.response_tokens)
@@ -105,9 +122,12 @@ def pipeline_waits(shape: Architecture, layout: Layout, work: Work) -> float:
 def offload_seconds(shape: Architecture, layout: Layout, gpu: Gpu) -> float:
     """Estimate what optimizer state in host memory costs per step: two copies of it, or its update there.
 
-    An update there moves gradients down and weights up, and reads and writes masters, moments and gradients in host memory.
+    An update there moves gradients down and weights up, and reads and writes masters, moments and gradients
+    in host memory.
     """
-    shard = max(rank_parameters(shape, layout, stage) for stage in range(layout.pp)) / (layout.dp if layout.distributed else 1)
+    shard = max(rank_parameters(shape, layout, stage) for stage in range(layout.pp)) / (
+        layout.dp if layout.distributed else 1
+    )
     states = PRECISION_AWARE_BYTES if layout.precision_aware else MASTER_BYTES[layout.dtype]
     if layout.offload_during_rollout:
         return 2 * states * shard / (gpu.host_gb_per_s * 1e9)
@@ -118,12 +138,20 @@ def offload_seconds(shape: Architecture, layout: Layout, gpu: Gpu) -> float:
 def swapped_bytes(shape: Architecture, layout: Layout) -> int:
     """Return the most that one GPU receives in a hot swap.
 
-    Rank r of E engine ranks needs the r-th E-th of every split weight (`weight_sync/plan.py`). Of its own stage it holds its
-    trainer's T-th; it receives what of its part lies elsewhere, and its part of all other stages with their norms.
+    Rank r of E engine ranks needs the r-th E-th of every split weight (`weight_sync/plan.py`). Of its own
+    stage it holds its trainer's T-th; it receives what of its part lies elsewhere, and its part of all other
+    stages with their norms.
     """
     engine, per_stage = layout.engine_ranks, layout.tp * layout.dp
-    stages = [stage_parameters(shape, shape.padded_vocab_size(layout.tp), layout.layers_of(shape), s) for s in range(layout.pp)]
-    tied_copy = shape.padded_vocab_size(layout.tp) * shape.hidden_size if shape.tied_embeddings and layout.pp > 1 else 0
+    stages = [
+        stage_parameters(shape, shape.padded_vocab_size(layout.tp), layout.layers_of(shape), s)
+        for s in range(layout.pp)
+    ]
+    tied_copy = (
+        shape.padded_vocab_size(layout.tp) * shape.hidden_size
+        if shape.tied_embeddings and layout.pp > 1
+        else 0
+    )
     most = 0.0
     for stage, (split, _) in enumerate(stages):
         others_split = sum(other for number, (other, _) in enumerate(stages) if number != stage)
@@ -138,10 +166,16 @@ def swapped_bytes(shape: Architecture, layout: Layout) -> int:
 
 
 def communication_bytes(shape: Architecture, layout: Layout, work: Work) -> dict[str, int]:
-    """Return the bytes that one GPU sends in a step over its tensor-, data- and pipeline-parallel group, and receives in a swap."""
-    numel, width = max(rank_parameters(shape, layout, stage) for stage in range(layout.pp)), WIDTH[layout.dtype]
+    """Return the bytes that one GPU sends in a step over its tensor-, data- and pipeline-parallel group, and
+    receives in a swap."""
+    numel, width = (
+        max(rank_parameters(shape, layout, stage) for stage in range(layout.pp)),
+        WIDTH[layout.dtype],
+    )
     tokens = work.num_rollouts / layout.dp * (work.prompt_tokens + work.response_tokens)
-    tensor = 8 * max(layout.layers_of(shape)) * shape.hidden_size * width * tokens * (layout.tp - 1) / layout.tp
+    tensor = (
+        8 * max(layout.layers_of(shape)) * shape.hidden_size * width * tokens * (layout.tp - 1) / layout.tp
+    )
     data = numel * (4 + width) * (layout.dp - 1) / layout.dp
     sent = {"tensor parallel": int(tensor), "data parallel": int(data)}
     if layout.pp > 1:  # hidden states forward, their gradients back

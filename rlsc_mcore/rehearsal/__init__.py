@@ -1,1 +1,2 @@
-"""Rehearsal of training steps with fake CUDA tensors: shapes, memory, copies and collectives without a GPU or weights."""
+"""Rehearsal of training steps with fake CUDA tensors: shapes, memory, copies and collectives without a GPU or
+weights."""

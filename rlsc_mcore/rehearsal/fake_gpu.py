@@ -1,7 +1,9 @@
-"""A GPU that is not there: torch.cuda answered, fake tensors, a fake process group, and a record of what a step does.
+"""A GPU that is not there: torch.cuda answered, fake tensors, a fake process group, and a record of what a
+step does.
 
-Only in a process of its own (`rlsc_mcore.rehearsal.worker`), which loads fake_cuda.cpp's library before torch. Fake tensors have
-shapes, data types and devices and no values: whatever reads a value gets 1, and is recorded.
+Only in a process of its own (`rlsc_mcore.rehearsal.worker`), which loads fake_cuda.cpp's library before
+torch. Fake tensors have shapes, data types and devices and no values: whatever reads a value gets 1, and is
+recorded.
 """
 
 import collections
@@ -45,7 +47,8 @@ class _Stream:
 
 
 class Recorder(TorchDispatchMode):
-    """Records live bytes by device with their peak, reads of values, copies to the host, and collectives by group and size."""
+    """Records live bytes by device with their peak, reads of values, copies to the host, and collectives by
+    group and size."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -72,14 +75,21 @@ class Recorder(TorchDispatchMode):
         if func is torch.ops.aten.index.Tensor:
             args = (args[0], [_everything(index) for index in args[1]])
         if func is torch.ops.aten.nonzero.default and args[0].dtype is torch.bool:
-            return torch.stack(torch.meshgrid(*(torch.arange(n, device=args[0].device) for n in args[0].shape), indexing="ij"), -1).view(
-                -1, args[0].dim()
-            )
+            return torch.stack(
+                torch.meshgrid(
+                    *(torch.arange(n, device=args[0].device) for n in args[0].shape), indexing="ij"
+                ),
+                -1,
+            ).view(-1, args[0].dim())
         source = args[0] if args and isinstance(args[0], torch.Tensor) else None
         is_from_gpu = source is not None and source.device.type == "cuda"
         if func is torch.ops.aten._to_copy.default and is_from_gpu and str(kwargs.get("device")) == "cpu":
             self.copies_to_host[_caller()] += args[0].nbytes
-        if func is torch.ops.aten.copy_.default and args[0].device.type == "cpu" and args[1].device.type == "cuda":
+        if (
+            func is torch.ops.aten.copy_.default
+            and args[0].device.type == "cpu"
+            and args[1].device.type == "cuda"
+        ):
             self.copies_to_host[_caller()] += args[1].nbytes
         if func.namespace == "c10d":
             self.collectives[func._opname] += 1
@@ -145,7 +155,15 @@ def pretend(rank: int, world_size: int, memory_bytes: int) -> None:
         "memory_reserved": 0,
         "memory_snapshot": [],
     }
-    for name in ("set_device", "synchronize", "empty_cache", "manual_seed", "manual_seed_all", "set_rng_state", "_lazy_init"):
+    for name in (
+        "set_device",
+        "synchronize",
+        "empty_cache",
+        "manual_seed",
+        "manual_seed_all",
+        "set_rng_state",
+        "_lazy_init",
+    ):
         answers[name] = None
     for name, answer in answers.items():
         setattr(torch.cuda, name, lambda *arguments, answer=answer, **keywords: answer)
@@ -172,7 +190,8 @@ def pretend(rank: int, world_size: int, memory_bytes: int) -> None:
 
 
 def accommodate_megatron() -> None:
-    """Replace what Megatron-Core takes from TransformerEngine on a GPU, and its CUDA random state; after `pretend`."""
+    """Replace what Megatron-Core takes from TransformerEngine on a GPU, and its CUDA random state; after
+    `pretend`."""
     import megatron.core.distributed.param_and_grad_buffer as buffers
     import megatron.core.optimizer.clip_grads as clip_grads
     import megatron.core.tensor_parallel.random as megatron_random
@@ -199,7 +218,9 @@ def fake_tensors() -> Iterator[Recorder]:
     storage: Any = torch.UntypedStorage
     to, address = module.to, storage.data_ptr
     module.to, storage.resize_ = _move_module, recorded
-    storage.data_ptr = lambda storage: storage._cdata  # fake storages lie nowhere: tell them apart by the object
+    storage.data_ptr = lambda storage: (
+        storage._cdata
+    )  # fake storages lie nowhere: tell them apart by the object
     try:
         with FakeTensorMode(allow_non_fake_inputs=True), recorder, _OnDevice():
             yield recorder
@@ -221,7 +242,9 @@ def _move_module(module: torch.nn.Module, *arguments: Any, **keywords: Any) -> t
             if parameter is not None and parameter.device.type != "cuda":
                 moved = torch.nn.Parameter(parameter.detach().to(DEVICE), parameter.requires_grad)
                 # Megatron's marks; a fake tensor's own attributes, its device among them, are there already.
-                moved.__dict__.update({key: value for key, value in vars(parameter).items() if key not in vars(moved)})
+                moved.__dict__.update(
+                    {key: value for key, value in vars(parameter).items() if key not in vars(moved)}
+                )
                 part._parameters[name] = moved
         for name, buffer in part._buffers.items():
             if buffer is not None:

@@ -1,4 +1,5 @@
-"""Start a rehearsal: build the fake device's library once, run one rank in a process of its own, return what it recorded."""
+"""Start a rehearsal: build the fake device's library once, run one rank in a process of its own, return what
+it recorded."""
 
 import hashlib
 import json
@@ -31,9 +32,10 @@ def run_rank(
 ) -> dict[str, Any]:
     """Rehearse `steps` training steps of one of `world_size` ranks on sequences of `lengths` tokens.
 
-    `flags` are those of `rlsc train`; `folder` holds the model's config.json. `setup` names functions (`module:function`) that the
-    process calls first. Returns the worker's object (see `rlsc_mcore.rehearsal.worker`). Raises `RunError` with the last line of
-    what failed, and `ConfigError` where no rehearsal can run here.
+    `flags` are those of `rlsc train`; `folder` holds the model's config.json. `setup` names functions
+    (`module:function`) that the process calls first. Returns the worker's object (see
+    `rlsc_mcore.rehearsal.worker`). Raises `RunError` with the last line of what failed, and `ConfigError`
+    where no rehearsal can run here.
     """
     library = fake_cuda_library()
     job = {
@@ -51,23 +53,31 @@ def run_rank(
         file.write_text(json.dumps(job), encoding="utf-8")
         command = [sys.executable, "-m", "rlsc_mcore.rehearsal.worker", str(library), str(file)]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=timeout_s)
+        done = subprocess.run(
+            command, env=environment, capture_output=True, text=True, check=False, timeout=timeout_s
+        )
     if done.returncode:
         lines = [line for line in done.stderr.splitlines() if line.strip()] or ["it left no message"]
-        raise RunError(f"rank {rank} of {world_size} fails in the rehearsal: {lines[-1].partition(']: ')[2] or lines[-1]}")
+        raise RunError(
+            f"rank {rank} of {world_size} fails in the rehearsal: "
+            f"{lines[-1].partition(']: ')[2] or lines[-1]}"
+        )
     result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return result
 
 
 def fake_cuda_library() -> Path:
-    """Return the compiled library of fake_cuda.cpp, built where there is none for this torch (about 15 seconds).
+    """Return the compiled library of fake_cuda.cpp, built where there is none for this torch (about 15
+    seconds).
 
     Raises `ConfigError` without a C++ compiler, or with a build of torch that has a CUDA device of its own.
     """
     import torch
 
     if torch.version.cuda is not None:
-        raise ConfigError("rehearsal: it needs the CPU build of torch; this one has CUDA, so run the recipe itself")
+        raise ConfigError(
+            "rehearsal: it needs the CPU build of torch; this one has CUDA, so run the recipe itself"
+        )
     cache = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "rlsc"
     key = hashlib.sha256(SOURCE.read_bytes() + torch.__version__.encode()).hexdigest()[:16]
     library = cache / f"fake_cuda_{key}.so"

@@ -1,6 +1,8 @@
-"""The process of a rehearsal: `python -m rlsc_mcore.rehearsal.worker LIBRARY JOB`, both paths; prints one JSON object.
+"""The process of a rehearsal: `python -m rlsc_mcore.rehearsal.worker LIBRARY JOB`, both paths; prints one
+JSON object.
 
-The library of fake_cuda.cpp is loaded before torch, which looks for a device's guard and hooks when it is imported.
+The library of fake_cuda.cpp is loaded before torch, which looks for a device's guard and hooks when it is
+imported.
 """
 
 import ctypes
@@ -12,7 +14,8 @@ from typing import Any
 
 
 def main() -> None:
-    """Rehearse the job of a JSON file: `flags`, `folder` (config.json), `rank`, `world_size`, `lengths`, `steps`, `gpu_bytes`."""
+    """Rehearse the job of a JSON file: `flags`, `folder` (config.json), `rank`, `world_size`, `lengths`,
+    `steps`, `gpu_bytes`."""
     os.environ["TORCHDYNAMO_DISABLE"] = "1"  # Megatron's fused functions run as written
     ctypes.CDLL(sys.argv[1])
     job = json.loads(Path(sys.argv[2]).read_text(encoding="utf-8"))
@@ -23,7 +26,8 @@ def main() -> None:
 
 
 def rehearse(job: dict[str, Any]) -> dict[str, Any]:
-    """Build the trainer of one rank and take its steps on fake tensors; returns bytes, reads, copies and collectives."""
+    """Build the trainer of one rank and take its steps on fake tensors; returns bytes, reads, copies and
+    collectives."""
     from rlsc_mcore.rehearsal import fake_gpu
 
     fake_gpu.pretend(job["rank"], job["world_size"], job["gpu_bytes"])
@@ -46,7 +50,9 @@ def rehearse(job: dict[str, Any]) -> dict[str, Any]:
             released = recorder.live["cuda"]
             recorder.restart()
             sequences = [_sequence(number, length) for number, length in enumerate(job["lengths"])]
-            batches = pack(sequences, config.training.tokens_per_micro_batch, multiple_of=trainer.token_multiple)
+            batches = pack(
+                sequences, config.training.tokens_per_micro_batch, multiple_of=trainer.token_multiple
+            )
             outcome = trainer.step(batches, step, len(sequences) * groups.dp_size)
             steps.append(
                 {
@@ -71,7 +77,11 @@ def _saved_bytes(trainer: Any) -> int:
 
     from rlsc_mcore.training.checkpoint import sharded_state
 
-    tensors = [value for value in nested_values(sharded_state(trainer, is_loading=False)) if isinstance(value, ShardedTensor)]
+    tensors = [
+        value
+        for value in nested_values(sharded_state(trainer, is_loading=False))
+        if isinstance(value, ShardedTensor)
+    ]
     return sum(tensor.data.nbytes for tensor in tensors if is_main_replica(tensor.replica_id))
 
 

@@ -19,7 +19,8 @@ class Scale:
 
 
 def round_ticks(low: float, high: float, most: int = 5) -> list[float]:
-    """Return at most `most` + 1 round numbers that span [low, high]; a single value gets room on both sides."""
+    """Return at most `most` + 1 round numbers that span [low, high]; a single value gets room on both
+    sides."""
     if not (math.isfinite(low) and math.isfinite(high)):
         raise ValueError(f"an axis needs finite bounds, got {low} and {high}")
     if high <= low:
@@ -33,7 +34,8 @@ def round_ticks(low: float, high: float, most: int = 5) -> list[float]:
 
 
 def short_number(value: float, step: float | None = None) -> str:
-    """Write a number for an axis or a tooltip: 0.25, 12.5, 3.1k, 2e-05; with `step` as many digits as tell ticks apart."""
+    """Write a number for an axis or a tooltip: 0.25, 12.5, 3.1k, 2e-05; with `step` as many digits as tell
+    ticks apart."""
     if value == 0:
         return "0"
     size = abs(value)

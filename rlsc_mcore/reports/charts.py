@@ -1,6 +1,8 @@
-"""Charts as inline SVG: they scale with the page, take its colours from CSS variables and carry their values as text.
+"""Charts as inline SVG: they scale with the page, take its colours from CSS variables and carry their values
+as text.
 
-Every chart has a name and a one-sentence summary for screen readers; single values show on hover and on keyboard focus.
+Every chart has a name and a one-sentence summary for screen readers; single values show on hover and on
+keyboard focus.
 """
 
 import math
@@ -37,15 +39,21 @@ class Dot:
     hollow: bool = False
 
 
-def line_chart(lines: Sequence[Line], *, name: str, x_label: str, unit: str = "", width: int = 340, height: int = 180) -> str:
+def line_chart(
+    lines: Sequence[Line], *, name: str, x_label: str, unit: str = "", width: int = 340, height: int = 180
+) -> str:
     """Draw curves over a common x axis; returns an <svg>, or a sentence where no line has a finite point."""
     finite = [(x, y) for line in lines for x, y in line.points if y is not None and math.isfinite(y)]
     if not finite:
         return '<p class="empty">nothing was recorded</p>'
-    bounds = [edge for line in lines for _, low, high in line.band for edge in (low, high) if math.isfinite(edge)]
+    bounds = [
+        edge for line in lines for _, low, high in line.band for edge in (low, high) if math.isfinite(edge)
+    ]
     y_ticks = round_ticks(min([y for _, y in finite] + bounds), max([y for _, y in finite] + bounds), 4)
     x_low, x_high = min(x for x, _ in finite), max(x for x, _ in finite)
-    x_ticks = [tick for tick in round_ticks(x_low, x_high, 6) if x_low - 1e-9 <= tick <= x_high + 1e-9] or [x_low]
+    x_ticks = [tick for tick in round_ticks(x_low, x_high, 6) if x_low - 1e-9 <= tick <= x_high + 1e-9] or [
+        x_low
+    ]
     if x_high == x_low:
         x_low, x_high = x_low - 0.5, x_high + 0.5
     left, right, top, bottom = 46, 12, 10, 34
@@ -56,7 +64,9 @@ def line_chart(lines: Sequence[Line], *, name: str, x_label: str, unit: str = ""
         if line.band:
             upper = [f"{x(px):.1f},{y(high):.1f}" for px, _, high in line.band]
             lower = [f"{x(px):.1f},{y(low):.1f}" for px, low, _ in reversed(line.band)]
-            parts.append(f'<polygon class="band c{line.colour % NUM_COLOURS}" points="{" ".join(upper + lower)}"/>')
+            parts.append(
+                f'<polygon class="band c{line.colour % NUM_COLOURS}" points="{" ".join(upper + lower)}"/>'
+            )
         for piece in _pieces(line.points):
             path = " ".join(f"{x(px):.1f},{y(py):.1f}" for px, py in piece)
             dash = f' stroke-dasharray="{DASHES[line.dash % len(DASHES)]}"' if line.dash % len(DASHES) else ""
@@ -69,16 +79,25 @@ def line_chart(lines: Sequence[Line], *, name: str, x_label: str, unit: str = ""
                 f'<circle class="point c{line.colour % NUM_COLOURS}" cx="{x(px):.1f}" cy="{y(py):.1f}" r="2.4"/>'
                 f'<circle class="hit" cx="{x(px):.1f}" cy="{y(py):.1f}" r="7"><title>{escape(text)}</title></circle>'
             )
-    summary = "; ".join(_trend(line, unit) for line in lines[:6] if any(value is not None for _, value in line.points))
+    summary = "; ".join(
+        _trend(line, unit) for line in lines[:6] if any(value is not None for _, value in line.points)
+    )
     return _svg(width, height, name, summary, "".join(parts))
 
 
 def dot_chart(
-    dots: Sequence[Dot], *, name: str, reference: float | None = None, unit: str = "", width: int = 420, labels_above: bool = False
+    dots: Sequence[Dot],
+    *,
+    name: str,
+    reference: float | None = None,
+    unit: str = "",
+    width: int = 420,
+    labels_above: bool = False,
 ) -> str:
     """Draw one row per estimate with its interval, and a line at `reference`; returns an <svg>.
 
-    `labels_above` puts labels over their rows instead of left of them, so that long ones stay readable on a phone.
+    `labels_above` puts labels over their rows instead of left of them, so that long ones stay readable on a
+    phone.
     """
     known = [v for dot in dots for v in (dot.value, dot.low, dot.high) if v is not None and math.isfinite(v)]
     if not known:
@@ -95,15 +114,28 @@ def dot_chart(
         for tick in ticks
     ]
     if reference is not None:
-        parts.append(f'<line class="reference" x1="{x(reference):.1f}" x2="{x(reference):.1f}" y1="{top}" y2="{height - bottom}"/>')
+        parts.append(
+            f'<line class="reference" x1="{x(reference):.1f}" x2="{x(reference):.1f}" y1="{top}" y2="{height - bottom}"/>'
+        )
     for index, dot in enumerate(dots):
         middle = top + row * (index + (0.75 if labels_above else 0.5))
-        place = f'x="{left}" y="{middle - 13:g}"' if labels_above else f'x="{left - 8}" y="{middle + 4:g}" text-anchor="end"'
+        place = (
+            f'x="{left}" y="{middle - 13:g}"'
+            if labels_above
+            else f'x="{left - 8}" y="{middle + 4:g}" text-anchor="end"'
+        )
         colour = f"c{dot.colour % NUM_COLOURS}"
         interval = ""
-        if dot.low is not None and dot.high is not None and math.isfinite(dot.low) and math.isfinite(dot.high):
+        if (
+            dot.low is not None
+            and dot.high is not None
+            and math.isfinite(dot.low)
+            and math.isfinite(dot.high)
+        ):
             interval = f" ({short_number(dot.low)} to {short_number(dot.high)})"
-            parts.append(f'<line class="whisker {colour}" x1="{x(dot.low):.1f}" x2="{x(dot.high):.1f}" y1="{middle:g}" y2="{middle:g}"/>')
+            parts.append(
+                f'<line class="whisker {colour}" x1="{x(dot.low):.1f}" x2="{x(dot.high):.1f}" y1="{middle:g}" y2="{middle:g}"/>'
+            )
         parts.append(
             f'<text class="label" {place}>{escape(dot.label)}</text>'
             f'<circle class="dot {colour}{" hollow" if dot.hollow else ""}" cx="{x(dot.value):.1f}" cy="{middle:g}" r="5">'
@@ -115,7 +147,13 @@ def dot_chart(
 
 
 def stacked_bars(
-    labels: Sequence[str], series: Sequence[tuple[str, Sequence[float]]], *, name: str, x_label: str, unit: str, width: int = 860
+    labels: Sequence[str],
+    series: Sequence[tuple[str, Sequence[float]]],
+    *,
+    name: str,
+    x_label: str,
+    unit: str,
+    width: int = 860,
 ) -> str:
     """Draw one bar per label, stacked by series in order; returns an <svg>."""
     totals = [sum(values[i] for _, values in series) for i in range(len(labels))]
@@ -134,15 +172,21 @@ def stacked_bars(
             parts.append(
                 f'<rect class="fill c{colour % NUM_COLOURS}" x="{x + 0.1 * slot:.1f}" width="{max(0.5, 0.8 * slot):.1f}" '
                 f'y="{y(low + size):.1f}" height="{max(0.0, y(low) - y(low + size)):.1f}">'
-                f"<title>{escape(x_label)} {escape(label)}, {escape(series_name)}: {short_number(size)}{unit}</title></rect>"
+                f"<title>{escape(x_label)} {escape(label)}, {escape(series_name)}: "
+                f"{short_number(size)}{unit}</title></rect>"
             )
             low += size
         if index % every == 0:
             parts.append(
                 f'<text class="tick" x="{x + slot / 2:.1f}" y="{height - bottom + 15}" text-anchor="middle">{escape(label)}</text>'
             )
-    parts.append(f'<text class="axis" x="{width - right}" y="{height - 4}" text-anchor="end">{escape(x_label)}</text>')
-    means = "; ".join(f"{series_name} {short_number(sum(values) / len(values))}{unit} on average" for series_name, values in series)
+    parts.append(
+        f'<text class="axis" x="{width - right}" y="{height - 4}" text-anchor="end">{escape(x_label)}</text>'
+    )
+    means = "; ".join(
+        f"{series_name} {short_number(sum(values) / len(values))}{unit} on average"
+        for series_name, values in series
+    )
     return _svg(width, height, name, means, "".join(parts))
 
 
@@ -157,7 +201,9 @@ def sparkline(values: Sequence[float], *, name: str, width: int = 120, height: i
     path = " ".join(f"{x(i):.1f},{y(value):.1f}" for i, value in enumerate(finite))
     end = f'<circle class="point c0" cx="{x(len(finite) - 1):.1f}" cy="{y(finite[-1]):.1f}" r="2.6"/>'
     summary = f"from {short_number(finite[0])} to {short_number(finite[-1])}"
-    return _svg(width, height, name, summary, f'<polyline class="line c0" points="{path}"/>{end}', kind="spark")
+    return _svg(
+        width, height, name, summary, f'<polyline class="line c0" points="{path}"/>{end}', kind="spark"
+    )
 
 
 def _svg(width: float, height: float, name: str, summary: str, content: str, kind: str = "chart") -> str:
@@ -177,9 +223,13 @@ def _y_axis(ticks: Sequence[float], y: Scale, left: float, right: float) -> str:
 def _x_axis(ticks: Sequence[float], x: Scale, bottom: float, label: str, width: float) -> str:
     step = ticks[1] - ticks[0] if len(ticks) > 1 else 1.0
     marks = "".join(
-        f'<text class="tick" x="{x(tick):.1f}" y="{bottom + 15}" text-anchor="middle">{short_number(tick, step)}</text>' for tick in ticks
+        f'<text class="tick" x="{x(tick):.1f}" y="{bottom + 15}" text-anchor="middle">{short_number(tick, step)}</text>'
+        for tick in ticks
     )
-    return marks + f'<text class="axis" x="{width - 12}" y="{bottom + 30}" text-anchor="end">{escape(label)}</text>'
+    return (
+        marks
+        + f'<text class="axis" x="{width - 12}" y="{bottom + 30}" text-anchor="end">{escape(label)}</text>'
+    )
 
 
 def _pieces(points: Sequence[tuple[float, float | None]]) -> list[list[tuple[float, float]]]:

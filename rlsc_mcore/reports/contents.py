@@ -79,7 +79,9 @@ class Calibration:
 
     side: str  # before, after
     temperature: float
-    curve: Sequence[tuple[float, float, float]]  # of answers of similar p: how many % of all have less, mean p(y|x), share of right ones
+    curve: Sequence[
+        tuple[float, float, float]
+    ]  # of answers of similar p: how many % of all have less, mean p(y|x), share of right ones
     auroc: float | None
     auroc_within: float | None  # over pairs of answers to the same question
 

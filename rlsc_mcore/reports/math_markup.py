@@ -1,7 +1,7 @@
 r"""Model output -> HTML: LaTeX as MathML, everything else escaped.
 
-The converter's tree is not trusted: only known MathML elements and attributes are written, every text is escaped here, and a
-formula that does not convert (or is very long) stays as it was typed.
+The converter's tree is not trusted: only known MathML elements and attributes are written, every text is
+escaped here, and a formula that does not convert (or is very long) stays as it was typed.
 """
 
 import re
@@ -12,7 +12,8 @@ LONGEST_FORMULA = 1500
 DEEPEST_FORMULA = 60
 
 _FORMULA = re.compile(
-    r"\$\$(?P<display>.+?)\$\$|(?<!\\)\$(?P<inline>[^$\n]{1,1500}?)(?<!\\)\$|\\\((?P<paren>.+?)\\\)|\\\[(?P<bracket>.+?)\\\]", re.DOTALL
+    r"\$\$(?P<display>.+?)\$\$|(?<!\\)\$(?P<inline>[^$\n]{1,1500}?)(?<!\\)\$|\\\((?P<paren>.+?)\\\)|\\\[(?P<bracket>.+?)\\\]",
+    re.DOTALL,
 )
 _BOX = re.compile(r"\\(?:boxed|fbox)\s*\{")
 _ELEMENTS = frozenset(
@@ -27,7 +28,8 @@ _SAFE_VALUE = re.compile(r"[A-Za-z0-9.%+ -]{0,40}")
 
 
 def render_text(text: str) -> str:
-    """Return safe HTML: formulas between $, $$, \\( \\) or \\[ \\] and every \\boxed{...} as MathML, the rest escaped."""
+    """Return safe HTML: formulas between $, $$, \\( \\) or \\[ \\] and every \\boxed{...} as MathML, the rest
+    escaped."""
     parts = []
     position = 0
     for match in _FORMULA.finditer(text):
@@ -51,7 +53,9 @@ def _render_plain(text: str) -> str:
         if stop is None:
             continue
         parts.append(escape(text[position : match.start()]))
-        parts.append(f'<span class="boxed">{_formula(text[match.end() : stop], text[match.start() : stop + 1], display=False)}</span>')
+        parts.append(
+            f'<span class="boxed">{_formula(text[match.end() : stop], text[match.start() : stop + 1], display=False)}</span>'
+        )
         position = stop + 1
     parts.append(escape(text[position:]))
     return "".join(parts)
@@ -84,7 +88,11 @@ def _safe(node: Any) -> str:
         return f'<mrow class="boxed">{content}</mrow>{tail}'
     if node.tag not in _ELEMENTS:
         return f"<mrow>{content}</mrow>{tail}"
-    kept = [(name, value) for name, value in node.attrib.items() if name in _ATTRIBUTES and _SAFE_VALUE.fullmatch(value)]
+    kept = [
+        (name, value)
+        for name, value in node.attrib.items()
+        if name in _ATTRIBUTES and _SAFE_VALUE.fullmatch(value)
+    ]
     return f"<{node.tag}{''.join(f' {name}={chr(34)}{escape(value)}{chr(34)}' for name, value in kept)}>{content}</{node.tag}>{tail}"
 
 

@@ -1,4 +1,5 @@
-"""Trainer and engine in one process, drawn: who held the memory at each border of a step, and how far their log-probs differ."""
+"""Trainer and engine in one process, drawn: who held the memory at each border of a step, and how far their
+log-probs differ."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,8 +26,16 @@ GAP_PANELS = {
     "log_prob_gap_mean": ("mean", "Mean |difference of log p| per sampled token.", "mean"),
     "log_prob_gap_p99": ("99th percentile", "One token in a hundred differs by more.", "p99"),
     "log_prob_gap_max": ("largest", "The token that differs most.", "largest"),
-    "log_prob_gap_sequence_mean": ("per answer, mean", "Mean |sum of differences| over an answer: rounding cancels, a bias adds up.", None),
-    "log_prob_gap_sequence_max": ("per answer, largest", "The answer whose probability differs most, in nats.", None),
+    "log_prob_gap_sequence_mean": (
+        "per answer, mean",
+        "Mean |sum of differences| over an answer: rounding cancels, a bias adds up.",
+        None,
+    ),
+    "log_prob_gap_sequence_max": (
+        "per answer, largest",
+        "The answer whose probability differs most, in nats.",
+        None,
+    ),
 }
 
 
@@ -44,12 +53,27 @@ def hand_over_panels(runs: Sequence[RunView]) -> list[Panel]:
     panels = []
     for run, step, table in _last_tables(runs):
         size, unit = _unit(table)
-        shown = {name: pools for name, pools in STACKED.items() if any(table[b].get(p) is not None for b in table for p in pools)}
-        series = [(name, [sum(table[b].get(p) or 0 for p in pools) / size for b in table]) for name, pools in shown.items()]
+        shown = {
+            name: pools
+            for name, pools in STACKED.items()
+            if any(table[b].get(p) is not None for b in table for p in pools)
+        }
+        series = [
+            (name, [sum(table[b].get(p) or 0 for p in pools) / size for b in table])
+            for name, pools in shown.items()
+        ]
         svg = stacked_bars(
-            list(table), series, name=f"memory at the borders of step {step} of {run.name}", x_label="after", unit=f" {unit}"
+            list(table),
+            series,
+            name=f"memory at the borders of step {step} of {run.name}",
+            x_label="after",
+            unit=f" {unit}",
         )
-        text = f"Step {step}, in {unit}: " + ", ".join(f"{border} ({BORDERS.get(border, border)})" for border in table) + "."
+        text = (
+            f"Step {step}, in {unit}: "
+            + ", ".join(f"{border} ({BORDERS.get(border, border)})" for border in table)
+            + "."
+        )
         panels.append(Panel(run.name, text, svg, tuple(shown)))
     return panels
 
@@ -59,37 +83,54 @@ def hand_over_tables(runs: Sequence[RunView]) -> list[MemoryTable]:
     tables = []
     for run, step, table in _last_tables(runs):
         size, unit = _unit(table)
-        rows = [(border, BORDERS.get(border, ""), [_cell(pools.get(pool), size) for pool in POOLS]) for border, pools in table.items()]
+        rows = [
+            (border, BORDERS.get(border, ""), [_cell(pools.get(pool), size) for pool in POOLS])
+            for border, pools in table.items()
+        ]
         caption = f"{run.name}, step {step}, in {unit} after each phase: the fullest data-parallel rank; n/a: no such pool on this device"
-        tables.append(MemoryTable(caption, [(name.replace("_", " "), text) for name, text in POOLS.items()], rows))
+        tables.append(
+            MemoryTable(caption, [(name.replace("_", " "), text) for name, text in POOLS.items()], rows)
+        )
     return tables
 
 
 def residue_panels(runs: Sequence[RunView]) -> list[Panel]:
-    """Draw what engine and trainer leave to each other, over the steps; a rising staircase is not handed back."""
+    """Draw what engine and trainer leave to each other, over the steps; a rising staircase is not handed
+    back."""
     panels = []
     for run in runs:
         for border in RESIDUE_BORDERS:
             rows = [(row["step"] + 1, row.get("memory", {}).get(border, {})) for row in run.metrics]
             names = [pool for pool in POOLS if pool != "free" and any(pools.get(pool) for _, pools in rows)]
             lines = [
-                Line(name.replace("_", " "), [(step, _gib(pools.get(name))) for step, pools in rows], i, i) for i, name in enumerate(names)
+                Line(name.replace("_", " "), [(step, _gib(pools.get(name))) for step, pools in rows], i, i)
+                for i, name in enumerate(names)
             ]
             svg = line_chart(lines, name=f"residue after {border} of {run.name}", x_label="step", unit=" GiB")
             title = f"after {border}" if len(runs) == 1 else f"{run.name}, after {border}"
-            panels.append(Panel(title, f"In GiB, when {BORDERS[border]}.", svg, tuple(line.name for line in lines)))
+            panels.append(
+                Panel(title, f"In GiB, when {BORDERS[border]}.", svg, tuple(line.name for line in lines))
+            )
     return [panel for panel in panels if panel.svg.startswith("<svg")]
 
 
 def mismatch_panels(runs: Sequence[RunView]) -> list[Panel]:
-    """Draw how far trainer and engine differ on the same tokens, with the limits of the runs' types in words."""
+    """Draw how far trainer and engine differ on the same tokens, with the limits of the runs' types in
+    words."""
     panels = []
     dtypes = sorted({run.dtype for run in runs})
     for key, (title, text, limit) in GAP_PANELS.items():
-        lines = [Line(run.name, [(row["step"] + 1, row.get(key)) for row in run.metrics], i, i) for i, run in enumerate(runs)]
+        lines = [
+            Line(run.name, [(row["step"] + 1, row.get(key)) for row in run.metrics], i, i)
+            for i, run in enumerate(runs)
+        ]
         svg = line_chart(lines, name=f"trainer against engine, {title}", x_label="step", unit=" nats")
         if limit is not None:
-            text += " Warning above " + ", ".join(f"{getattr(LIMITS[dtype], limit):g} in {dtype}" for dtype in dtypes) + "."
+            text += (
+                " Warning above "
+                + ", ".join(f"{getattr(LIMITS[dtype], limit):g} in {dtype}" for dtype in dtypes)
+                + "."
+            )
         panels.append(Panel(title, text, svg))
     return [panel for panel in panels if panel.svg.startswith("<svg")]
 
@@ -103,7 +144,9 @@ def _last_tables(runs: Sequence[RunView]) -> Iterator[tuple[RunView, int, Mappin
 
 
 def _unit(table: Mapping[str, Mapping[str, Any]]) -> tuple[int, str]:
-    largest = max((size or 0 for pools in table.values() for pool, size in pools.items() if pool != "free"), default=0)
+    largest = max(
+        (size or 0 for pools in table.values() for pool, size in pools.items() if pool != "free"), default=0
+    )
     return (1 << 30, "GiB") if largest >= 4 << 30 else (1 << 20, "MiB")
 
 

@@ -12,9 +12,20 @@ from markupsafe import Markup
 from rlsc_mcore.evaluation.scores import key_temperature
 from rlsc_mcore.reports.charts import Dot, dot_chart
 from rlsc_mcore.reports.contents import AnswerGroup, Change, QuestionView, RunView
-from rlsc_mcore.reports.curves import calibration_panels, gpu_panels, memory_panels, metric_panels, phase_panels
+from rlsc_mcore.reports.curves import (
+    calibration_panels,
+    gpu_panels,
+    memory_panels,
+    metric_panels,
+    phase_panels,
+)
 from rlsc_mcore.reports.math_markup import render_text
-from rlsc_mcore.reports.memory_and_agreement import hand_over_panels, hand_over_tables, mismatch_panels, residue_panels
+from rlsc_mcore.reports.memory_and_agreement import (
+    hand_over_panels,
+    hand_over_tables,
+    mismatch_panels,
+    residue_panels,
+)
 from rlsc_mcore.reports.standalone import chart_css
 
 MOST_PAGE_BYTES = 2_800_000  # the answers fill what charts, tables and style leave
@@ -22,21 +33,34 @@ FEWEST_ANSWER_BYTES = 200_000
 LONGEST_ANSWER = 6000  # characters shown of one answer, from both ends
 
 
-def render_page(runs: Sequence[RunView], *, title: str, version: str, figures: Sequence[tuple[str, str]] = ()) -> str:
-    """Render the report. Everything that a model or a file said is escaped; `figures` are (heading, our own SVG)."""
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters.update(percent=_percent, signed=_signed, score=_score, p_value=_p_value, number=_number)
+def render_page(
+    runs: Sequence[RunView], *, title: str, version: str, figures: Sequence[tuple[str, str]] = ()
+) -> str:
+    """Render the report. Everything that a model or a file said is escaped; `figures` are (heading, our own
+    SVG)."""
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters.update(
+        percent=_percent, signed=_signed, score=_score, p_value=_p_value, number=_number
+    )
     script = _asset("report.js")
     sections = [
         ("curves", "Curves, step by step", _markup(metric_panels(runs))),
-        ("calibration", "Calibration, is a confident answer right more often?", _markup(calibration_panels(runs))),
+        (
+            "calibration",
+            "Calibration, is a confident answer right more often?",
+            _markup(calibration_panels(runs)),
+        ),
         ("time", "Where the time went, in seconds", _markup(phase_panels(runs))),
         ("agreement", "Trainer against engine, in nats", _markup(mismatch_panels(runs))),
         ("memory", "Memory hand-over, at the borders of a step", _markup(hand_over_panels(runs))),
         ("residue", "Memory, step by step", _markup([*residue_panels(runs), *memory_panels(runs)])),
         ("gpu", "GPU", _markup(gpu_panels(runs))),
     ]
-    charts = sum(len(str(panel["svg"])) for _, _, panels in sections for panel in panels) + sum(len(svg) for _, svg in figures)
+    charts = sum(len(str(panel["svg"])) for _, _, panels in sections for panel in panels) + sum(
+        len(svg) for _, svg in figures
+    )
     tables = 1000 * sum(len(run.metrics) + 40 for run in runs)
     budget = max(FEWEST_ANSWER_BYTES, MOST_PAGE_BYTES - charts - tables)
     browsers = [(run, *_browser(run, budget // len(runs), environment)) for run in runs if run.questions]
@@ -61,7 +85,9 @@ def verdict(run: RunView) -> list[str]:
     """Say in plain sentences what the numbers show, and what they do not."""
     by_name = {change.name: change for change in run.changes if change.difference is not None}
     if not by_name:
-        return [f"Not evaluated after training yet: {len(run.metrics)} of {run.planned_steps} steps are recorded."]
+        return [
+            f"Not evaluated after training yet: {len(run.metrics)} of {run.planned_steps} steps are recorded."
+        ]
     sampled = [change for name, change in by_name.items() if name.startswith("accuracy_t")]
     sentences = [_say(change) for change in [*sampled, *([by_name["greedy"]] if "greedy" in by_name else [])]]
     boxed = max(sampled, key=lambda change: change.difference or 0.0, default=None)
@@ -70,12 +96,17 @@ def verdict(run: RunView) -> list[str]:
         share = 1 - (lenient.difference or 0.0) / (boxed.difference or 1.0)
         if share > 0.1:
             sentences.append(
-                f"About {_percent(min(1.0, share))} of the gain at T = {key_temperature(boxed.name):g} is formatting: "
-                f"where the last number of an unboxed answer counts too, the gain is {_signed(lenient.difference)}."
+                f"About {_percent(min(1.0, share))} of the gain at T = {key_temperature(boxed.name):g} is "
+                "formatting: "
+                "where the last number of an unboxed answer counts too, the gain is "
+                f"{_signed(lenient.difference)}."
             )
     spread = by_name.get("distinct_share")
     if spread is not None and spread.is_clear and (spread.difference or 0) < 0:
-        sentences.append(f"Diversity fell: {_percent(spread.before)} of the answers were distinct, now {_percent(spread.after)}.")
+        sentences.append(
+            f"Diversity fell: {_percent(spread.before)} of the answers were distinct, now "
+            f"{_percent(spread.after)}."
+        )
     return sentences
 
 
@@ -92,19 +123,39 @@ def _say(change: Change) -> str:
 def _change_chart(run: RunView) -> str:
     dots = []
     for change in run.changes:
-        if change.difference is not None and change.name.startswith(("accuracy", "greedy", "lenient", "boxed")):
+        if change.difference is not None and change.name.startswith(
+            ("accuracy", "greedy", "lenient", "boxed")
+        ):
             clear = 2 if (change.difference or 0) > 0 else 4
-            dots.append(Dot(change.label, change.difference, change.low, change.high, clear if change.is_clear else 5, not change.is_clear))
-    return dot_chart(dots, name=f"change after training, {run.name}", reference=0.0, width=400, labels_above=True) if dots else ""
+            dots.append(
+                Dot(
+                    change.label,
+                    change.difference,
+                    change.low,
+                    change.high,
+                    clear if change.is_clear else 5,
+                    not change.is_clear,
+                )
+            )
+    return (
+        dot_chart(
+            dots, name=f"change after training, {run.name}", reference=0.0, width=400, labels_above=True
+        )
+        if dots
+        else ""
+    )
 
 
 def _browser(run: RunView, budget: int, environment: jinja2.Environment) -> tuple[list[Markup], int]:
-    """Render questions, most changed first, until the budget is used; returns them and how many were left out."""
+    """Render questions, most changed first, until the budget is used; returns them and how many were left
+    out."""
     template = environment.from_string(_asset("question.html.jinja"))
     rendered: list[Markup] = []
     used = 0
     for question in run.questions:
-        text = template.render(question=question, render=_render_answer, confidence=_confidence, search=_search_text(question))
+        text = template.render(
+            question=question, render=_render_answer, confidence=_confidence, search=_search_text(question)
+        )
         used += len(text.encode("utf-8", "replace"))
         if used > budget and rendered:
             break
@@ -116,7 +167,13 @@ def _render_answer(text: str) -> Markup:
     if len(text) > LONGEST_ANSWER:
         half = LONGEST_ANSWER // 2
         cut = f"\n[{len(text) - LONGEST_ANSWER} characters left out]\n"
-        return Markup(render_text(text[:half])) + Markup("<em>") + cut + Markup("</em>") + Markup(render_text(text[-half:]))
+        return (
+            Markup(render_text(text[:half]))
+            + Markup("<em>")
+            + cut
+            + Markup("</em>")
+            + Markup(render_text(text[-half:]))
+        )
     return Markup(render_text(text))  # escaped there, formula by formula
 
 
@@ -157,4 +214,12 @@ def _number(value: float | None, digits: int = 3) -> str:
 
 
 def _p_value(value: float | None) -> str:
-    return "" if value is None else "p < 0.001" if value < 0.001 else f"p = {value:.3f}" if value < 0.1 else f"p = {value:.2f}"
+    return (
+        ""
+        if value is None
+        else "p < 0.001"
+        if value < 0.001
+        else f"p = {value:.3f}"
+        if value < 0.1
+        else f"p = {value:.2f}"
+    )

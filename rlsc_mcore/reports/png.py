@@ -13,11 +13,14 @@ _COLUMNS = 2
 
 
 def write_png(runs: Sequence[RunView], file: Path, title: str) -> None:
-    """Write accuracy, entropy and the first curves of metrics.jsonl; raises ConfigError where matplotlib is missing."""
+    """Write accuracy, entropy and the first curves of metrics.jsonl; raises ConfigError where matplotlib is
+    missing."""
     try:
         import matplotlib
     except ImportError:
-        raise ConfigError("--format png: needs matplotlib (pip install matplotlib); svg and html need nothing") from None
+        raise ConfigError(
+            "--format png: needs matplotlib (pip install matplotlib); svg and html need nothing"
+        ) from None
     matplotlib.use("Agg")
     from matplotlib import pyplot, ticker
 
@@ -28,11 +31,19 @@ def write_png(runs: Sequence[RunView], file: Path, title: str) -> None:
         for run in runs:
             points = [(step.step + 1, getattr(step, name)) for step in run.steps]
             axis.plot(*_columns(points), marker="o", markersize=3, label=run.name)
-        axis.set_title({"accuracy": "accuracy of the sampled answers", "entropy": "entropy, nats per token"}[name], fontsize=10)
+        axis.set_title(
+            {"accuracy": "accuracy of the sampled answers", "entropy": "entropy, nats per token"}[name],
+            fontsize=10,
+        )
     shown = list(CURVES.items())[:_SHOWN]
     for axis, (name, curve) in zip(panels[2:], shown, strict=True):
         for run in runs:
-            axis.plot(*_columns(curve_points(run.metrics, name, curve.path)), marker="o", markersize=3, label=run.name)
+            axis.plot(
+                *_columns(curve_points(run.metrics, name, curve.path)),
+                marker="o",
+                markersize=3,
+                label=run.name,
+            )
             band = curve_band(run.metrics, name, curve)
             if band:
                 x, low, high = zip(*band, strict=True)

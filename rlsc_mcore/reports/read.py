@@ -17,13 +17,22 @@ from rlsc_mcore.evaluation.statistics import paired_change
 from rlsc_mcore.grading.formats import grade_answers
 from rlsc_mcore.observability.metrics import read_metrics
 from rlsc_mcore.observability.mismatch import coarser
-from rlsc_mcore.reports.contents import AnswerGroup, Calibration, Change, QuestionView, RunView, Sampling, Step
+from rlsc_mcore.reports.contents import (
+    AnswerGroup,
+    Calibration,
+    Change,
+    QuestionView,
+    RunView,
+    Sampling,
+    Step,
+)
 
 MOST_GRADED_ROLLOUTS = 20_000  # of a run, spread over its steps: seconds, also where answers need algebra
 
 
 def read_run(folder: Path) -> RunView:
-    """Gather what a run left behind; an unfinished run gives what there is. Raises ConfigError naming a missing or damaged file."""
+    """Gather what a run left behind; an unfinished run gives what there is. Raises ConfigError naming a
+    missing or damaged file."""
     file = folder / "config.yaml"
     if not file.is_file():
         raise ConfigError(f"{folder}: no run there; expected {file}")
@@ -37,17 +46,27 @@ def read_run(folder: Path) -> RunView:
         metrics=read_metrics(folder),
         changes=changes(before, after, config.evaluation.temperatures),
         num_questions=len({answer.question for answer in before}),
-        questions=question_views(before, after, {i: q.text for i, q in read_question_records(folder / "evaluation", "before").items()}),
+        questions=question_views(
+            before,
+            after,
+            {i: q.text for i, q in read_question_records(folder / "evaluation", "before").items()},
+        ),
         steps=_steps(folder, config),
         versions=summary.get("versions", {}),
         seconds=summary.get("seconds", {}),
         planned_steps=config.training.num_steps,
-        calibrations=[found for side, part in (("before", before), ("after", after)) if (found := _calibration(side, part)) is not None],
+        calibrations=[
+            found
+            for side, part in (("before", before), ("after", after))
+            if (found := _calibration(side, part)) is not None
+        ],
         dtype=coarser(config.model.dtype, config.rollout.dtype or config.model.dtype),
     )
 
 
-def changes(before: Sequence[AnswerRecord], after: Sequence[AnswerRecord], temperatures: Sequence[float]) -> list[Change]:
+def changes(
+    before: Sequence[AnswerRecord], after: Sequence[AnswerRecord], temperatures: Sequence[float]
+) -> list[Change]:
     """Pair every score by question; without answers after training the values before stand alone."""
     hottest = max(temperatures, default=0.0)
     names = dict(metric_names(temperatures))
@@ -81,28 +100,40 @@ def changes(before: Sequence[AnswerRecord], after: Sequence[AnswerRecord], tempe
     return found
 
 
-def question_views(before: Sequence[AnswerRecord], after: Sequence[AnswerRecord], texts: Mapping[int, str]) -> list[QuestionView]:
+def question_views(
+    before: Sequence[AnswerRecord], after: Sequence[AnswerRecord], texts: Mapping[int, str]
+) -> list[QuestionView]:
     """Group every question's equal answers, and put the questions whose answers changed most first."""
     sides = [_by_question(before), _by_question(after)]
     views = []
     for index in sorted(sides[0].keys() | sides[1].keys()):
-        temperatures = sorted({temperature for side in sides for temperature in side.get(index, {})}, reverse=True)
+        temperatures = sorted(
+            {temperature for side in sides for temperature in side.get(index, {})}, reverse=True
+        )
         samplings, moved = [], []
         for temperature in temperatures:
             first, second = (side.get(index, {}).get(temperature, []) for side in sides)
             samplings.append(Sampling(temperature, _grouped(first, second), _grouped(second, first)))
             if first and second:
                 moved.append(_moved(first, second))
-        sampled = [[a for t, part in side.get(index, {}).items() if t > 0 or len(temperatures) == 1 for a in part] for side in sides]
+        sampled = [
+            [a for t, part in side.get(index, {}).items() if t > 0 or len(temperatures) == 1 for a in part]
+            for side in sides
+        ]
         shares = [sum(answer.strict for answer in part) / len(part) if part else 0.0 for part in sampled]
         gold = next(answer.gold for side in sides for part in side.get(index, {}).values() for answer in part)
         change = sum(moved) / len(moved) if moved else 0.0
-        views.append(QuestionView(index, texts.get(index, f"question {index}"), gold, shares[0], shares[1], change, samplings))
+        views.append(
+            QuestionView(
+                index, texts.get(index, f"question {index}"), gold, shares[0], shares[1], change, samplings
+            )
+        )
     return sorted(views, key=lambda view: (-view.moved, view.index))
 
 
 def _calibration(side: str, answers: Sequence[AnswerRecord]) -> Calibration | None:
-    """Reliability at the hottest temperature whose answers all have a probability; None where there is none."""
+    """Reliability at the hottest temperature whose answers all have a probability; None where there is
+    none."""
     sampled = {answer.temperature for answer in answers if answer.temperature > 0}
     scored = sampled - {answer.temperature for answer in answers if answer.log_prob is None}
     if not scored:
@@ -153,11 +184,14 @@ def _grouped(answers: Sequence[AnswerRecord], others: Sequence[AnswerRecord]) ->
         )
         for text, members in groups.items()
     ]
-    return sorted(made, key=lambda group: (-group.count, -(group.log_prob if group.log_prob is not None else -math.inf)))
+    return sorted(
+        made, key=lambda group: (-group.count, -(group.log_prob if group.log_prob is not None else -math.inf))
+    )
 
 
 def _moved(before: Sequence[AnswerRecord], after: Sequence[AnswerRecord]) -> float:
-    """Half the L1 distance between the two shares of final answers (total variation): 0 the same, 1 nothing shared."""
+    """Half the L1 distance between the two shares of final answers (total variation): 0 the same, 1 nothing
+    shared."""
     shares: dict[str | None, float] = {}
     for answers, sign in ((before, 1.0), (after, -1.0)):
         for answer in answers:
@@ -179,7 +213,12 @@ def _steps(folder: Path, config: Config) -> list[Step]:
     for step in steps:
         rows = [row for file in files if int(file.name[5:11]) == step for row in _read_rows(file)]
         graded = [row for row in rows[:: max(1, len(rows) // most)] if row["question"] in golds]
-        right = [result.strict for result in grade_answers([row["text"] for row in graded], [golds[row["question"]] for row in graded])]
+        right = [
+            result.strict
+            for result in grade_answers(
+                [row["text"] for row in graded], [golds[row["question"]] for row in graded]
+            )
+        ]
         tokens = sum(len(row["response_ids"]) for row in rows)
         entropy = -sum(row["engine_log_prob"] for row in rows) / tokens if tokens else None
         found.append(Step(step, sum(right) / len(right) if right else None, entropy))

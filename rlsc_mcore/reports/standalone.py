@@ -16,7 +16,8 @@ def chart_css() -> str:
 
 
 def standalone_svg(panels: Sequence[tuple[str, str]], caption: str) -> str:
-    """Lay (title, <svg>) panels out in rows of two; returns the text of an .svg file that needs nothing else."""
+    """Lay (title, <svg>) panels out in rows of two; returns the text of an .svg file that needs nothing
+    else."""
     placed: list[str] = []
     sizes = [_size(svg) for _, svg in panels]
     column_width = max((width for width, _ in sizes), default=0.0)
@@ -27,7 +28,11 @@ def standalone_svg(panels: Sequence[tuple[str, str]], caption: str) -> str:
         for column, (title, svg) in enumerate(row):
             left = 8 + column * (column_width + _GAP)
             width, height = sizes[start + column]
-            inner = svg.replace("<svg ", f'<svg x="{left:g}" y="{top + _TITLE_HEIGHT}" width="{width:g}" height="{height:g}" ', 1)
+            inner = svg.replace(
+                "<svg ",
+                f'<svg x="{left:g}" y="{top + _TITLE_HEIGHT}" width="{width:g}" height="{height:g}" ',
+                1,
+            )
             placed.append(f'<text class="panel" x="{left:g}" y="{top + 16}">{escape(title)}</text>{inner}')
             tallest = max(tallest, height)
         top += tallest + _TITLE_HEIGHT + 10

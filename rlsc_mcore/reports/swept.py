@@ -1,4 +1,5 @@
-"""A number against a swept setting: one line per setting of the other swept ones, with error bars and every seed's value."""
+"""A number against a swept setting: one line per setting of the other swept ones, with error bars and every
+seed's value."""
 
 import math
 from collections.abc import Sequence
@@ -33,7 +34,8 @@ class SweptLine:
 
 
 def axis_places(values: Sequence[str]) -> list[float]:
-    """Return where each value stands on the axis: evenly where one is no number, else by its logarithm from a 20-fold span on.
+    """Return where each value stands on the axis: evenly where one is no number, else by its logarithm from a
+    20-fold span on.
 
     On a logarithmic axis 0 stands one smallest step, at least a decade, left of the smallest positive value.
     """
@@ -66,7 +68,13 @@ def swept_chart(
 ) -> str:
     """Draw the lines over `values`, and a dashed line at `reference`; returns an <svg>."""
     place = dict(zip(values, axis_places(values), strict=True))
-    known = [number for line in lines for p in line.points for number in (p.mean, p.low, p.high, *p.per_seed) if math.isfinite(number)]
+    known = [
+        number
+        for line in lines
+        for p in line.points
+        for number in (p.mean, p.low, p.high, *p.per_seed)
+        if math.isfinite(number)
+    ]
     if not known:
         return '<p class="empty">nothing was recorded</p>'
     y_ticks = round_ticks(*_bounds([*known, *([] if reference is None else [reference])]), 4)
@@ -78,7 +86,9 @@ def swept_chart(
     x = Scale(low, high if high > low else low + 1.0, _LEFT + margin, width - _RIGHT - margin)
     parts = [legend, _axes(y_ticks, y, {value: x(at) for value, at in place.items()}, bottom, x_label, width)]
     if reference is not None:
-        parts.append(f'<line class="reference" x1="{_LEFT}" x2="{width - _RIGHT}" y1="{y(reference):.1f}" y2="{y(reference):.1f}"/>')
+        parts.append(
+            f'<line class="reference" x1="{_LEFT}" x2="{width - _RIGHT}" y1="{y(reference):.1f}" y2="{y(reference):.1f}"/>'
+        )
     for index, line in enumerate(lines):
         shift = _DODGE_PX * (index - (len(lines) - 1) / 2)
         if _numbers(values) is not None:  # between names there is nothing to draw a line through
@@ -91,7 +101,9 @@ def swept_chart(
 def _curve(line: SweptLine, index: int, x: dict[str, float], y: Scale) -> str:
     dash = DASHES[index % len(DASHES)]
     dashes = f' stroke-dasharray="{dash}"' if dash else ""
-    path = " ".join(f"{x[point.value]:.1f},{y(point.mean):.1f}" for point in line.points if math.isfinite(point.mean))
+    path = " ".join(
+        f"{x[point.value]:.1f},{y(point.mean):.1f}" for point in line.points if math.isfinite(point.mean)
+    )
     return f'<polyline class="line c{index % NUM_COLOURS}"{dashes} points="{path}"/>'
 
 
@@ -104,7 +116,10 @@ def _marks(line: SweptLine, index: int, x: dict[str, float], y: Scale, x_label: 
             low, high = y(point.low), y(point.high)
             caps = "".join(f"M{at - _CAP_PX:.1f},{edge:.1f}H{at + _CAP_PX:.1f}" for edge in (low, high))
             parts.append(f'<path class="errorbar {colour}" d="M{at:.1f},{low:.1f}V{high:.1f}{caps}"/>')
-        parts += [f'<circle class="seed {colour}" cx="{at + _SEED_PX:.1f}" cy="{y(seed):.1f}" r="2"/>' for seed in point.per_seed]
+        parts += [
+            f'<circle class="seed {colour}" cx="{at + _SEED_PX:.1f}" cy="{y(seed):.1f}" r="2"/>'
+            for seed in point.per_seed
+        ]
         text = f"{line.name + ', ' if line.name else ''}{x_label} {point.value}: {short_number(point.mean)}"
         text += f" ({short_number(point.low)} to {short_number(point.high)})"
         parts.append(
@@ -114,7 +129,9 @@ def _marks(line: SweptLine, index: int, x: dict[str, float], y: Scale, x_label: 
     return "".join(parts)
 
 
-def _axes(y_ticks: Sequence[float], y: Scale, x_ticks: dict[str, float], bottom: float, x_label: str, width: int) -> str:
+def _axes(
+    y_ticks: Sequence[float], y: Scale, x_ticks: dict[str, float], bottom: float, x_label: str, width: int
+) -> str:
     step = y_ticks[1] - y_ticks[0]
     grid = "".join(
         f'<line class="grid" x1="{_LEFT}" x2="{width - _RIGHT}" y1="{y(tick):.1f}" y2="{y(tick):.1f}"/>'
@@ -130,8 +147,13 @@ def _axes(y_ticks: Sequence[float], y: Scale, x_ticks: dict[str, float], bottom:
 
 
 def _legend(lines: Sequence[SweptLine], reference_name: str | None, width: int) -> tuple[str, float]:
-    """Name the lines over the chart, as many in a row as fit; returns the marks and where the chart begins."""
-    entries = [(line.name, f'class="line c{i % NUM_COLOURS}"', DASHES[i % len(DASHES)]) for i, line in enumerate(lines) if len(lines) > 1]
+    """Name the lines over the chart, as many in a row as fit; returns the marks and where the chart
+    begins."""
+    entries = [
+        (line.name, f'class="line c{i % NUM_COLOURS}"', DASHES[i % len(DASHES)])
+        for i, line in enumerate(lines)
+        if len(lines) > 1
+    ]
     entries += [(reference_name, 'class="reference"', "")] if reference_name is not None else []
     parts, x, row = [], float(_LEFT), 0
     for text, style, dash in entries:
@@ -154,7 +176,8 @@ def _bounds(values: Sequence[float]) -> tuple[float, float]:
 
 def _summary(lines: Sequence[SweptLine], reference: float | None, reference_name: str) -> str:
     said = [
-        f"{line.name + ': ' if line.name else ''}" + ", ".join(f"{short_number(p.mean)} at {p.value}" for p in line.points)
+        f"{line.name + ': ' if line.name else ''}"
+        + ", ".join(f"{short_number(p.mean)} at {p.value}" for p in line.points)
         for line in lines
     ]
     return "; ".join(said + ([] if reference is None else [f"{reference_name} {short_number(reference)}"]))

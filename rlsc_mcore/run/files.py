@@ -41,7 +41,8 @@ def to_json(value: Any, *, indent: int | None = None, ensure_ascii: bool = True)
 
 
 def row_to_json(row: Mapping[str, Any]) -> str:
-    """Write a row so that `row_from_json` returns it: numbers that are not finite are null, and named under `not_finite`."""
+    """Write a row so that `row_from_json` returns it: numbers that are not finite are null, and named under
+    `not_finite`."""
     lost = {"/".join(map(str, path)): repr(value) for path, value in _not_finite(row)}
     return to_json({**row, **({NOT_FINITE: lost} if lost else {})})
 
@@ -58,7 +59,9 @@ def row_from_json(line: str | bytes) -> Any:
     return row
 
 
-def _not_finite(value: Any, path: tuple[str | int, ...] = ()) -> Iterator[tuple[tuple[str | int, ...], float]]:
+def _not_finite(
+    value: Any, path: tuple[str | int, ...] = ()
+) -> Iterator[tuple[tuple[str | int, ...], float]]:
     if isinstance(value, float) and not math.isfinite(value):
         yield path, value
     elif isinstance(value, Mapping):

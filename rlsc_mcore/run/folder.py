@@ -24,10 +24,24 @@ CHECKPOINT_HELP = "latest, best (by training.keep_best), or the number of a step
 _CHECKPOINT_NAME = re.compile(r"step_(\d{6,})")
 # What a run writes into its folder, as patterns below it.
 _WRITTEN = (
-    *(CONFIG_FILE, METRICS_FILE, INPUTS_FILE, "summary.json", "status.json*", "ending.json", "launch.json", "*.partial"),
+    *(
+        CONFIG_FILE,
+        METRICS_FILE,
+        INPUTS_FILE,
+        "summary.json",
+        "status.json*",
+        "ending.json",
+        "launch.json",
+        "*.partial",
+    ),
     *("report.html", "report.svg", "report.png", "metrics.partial"),
     *(f"{FOLDER}/step_*", f"{FOLDER}/{LATEST}*", f"{FOLDER}/{BEST}*"),
-    *("rollouts/step_*.jsonl*", f"{SKIPPED_FOLDER}/step_*.jsonl", "evaluation/before*.json*", "evaluation/after*.json*"),
+    *(
+        "rollouts/step_*.jsonl*",
+        f"{SKIPPED_FOLDER}/step_*.jsonl",
+        "evaluation/before*.json*",
+        "evaluation/after*.json*",
+    ),
     *("tensorboard/events.out.tfevents.*", "wandb/run-*", "wandb/latest-run", "wandb/debug*"),
 )
 
@@ -39,16 +53,22 @@ def checkpoint_step(path: Path) -> int | None:
 
 
 def all_checkpoints(folder: Path) -> list[Path]:
-    """Return the checkpoints in `folder` by rising step; half-written ones and those set aside have other names."""
+    """Return the checkpoints in `folder` by rising step; half-written ones and those set aside have other
+    names."""
     try:
-        steps = [(step, path) for path in folder.iterdir() if (step := checkpoint_step(path)) is not None and path.is_dir()]
+        steps = [
+            (step, path)
+            for path in folder.iterdir()
+            if (step := checkpoint_step(path)) is not None and path.is_dir()
+        ]
     except (FileNotFoundError, NotADirectoryError):
         return []
     return [path for _, path in sorted(steps)]
 
 
 def newest_checkpoint(run_dir: Path) -> Path | None:
-    """Return the newest checkpoint, damaged or not, or None before the first: a resume tries it, and then the ones before it.
+    """Return the newest checkpoint, damaged or not, or None before the first: a resume tries it, and then the
+    ones before it.
 
     The file `checkpoints/latest` is a hint for people and scripts; it is not read.
     """
@@ -69,7 +89,8 @@ def find_resumable(run_dir: Path) -> Path:
 
 
 def find_checkpoint(run_dir: Path, name: str = LATEST) -> Path:
-    """Return a run's checkpoint by name: `latest`, `best` (by `training.keep_best`) or the number of its step.
+    """Return a run's checkpoint by name: `latest`, `best` (by `training.keep_best`) or the number of its
+    step.
 
     Raises `ConfigError` naming `--checkpoint` and the checkpoints that there are.
     """
@@ -84,7 +105,11 @@ def find_checkpoint(run_dir: Path, name: str = LATEST) -> Path:
     if found is not None and found.is_dir():
         return found
     steps = [str(checkpoint_step(path)) for path in all_checkpoints(folder)]
-    kept = f"; there is {', '.join([LATEST, *([BEST] if _pointed_at(folder, BEST) else []), *steps])}" if steps else ""
+    kept = (
+        f"; there is {', '.join([LATEST, *([BEST] if _pointed_at(folder, BEST) else []), *steps])}"
+        if steps
+        else ""
+    )
     hint = " (training.keep_best names none)" if name == BEST and steps else ""
     raise ConfigError(f"--checkpoint {name}: no such checkpoint in {folder}{hint}{kept}")
 
@@ -113,11 +138,16 @@ def _delete(path: Path) -> None:
 
 
 def _pointed_at(folder: Path, pointer: str) -> Path | None:
-    """Return the checkpoint that a pointer file names; None where it is absent, unreadable or names no checkpoint here."""
+    """Return the checkpoint that a pointer file names; None where it is absent, unreadable or names no
+    checkpoint here."""
     try:
         name = (folder / pointer).read_text(encoding="utf-8").strip()
         target = folder / name
-        return target if target.parent == folder and checkpoint_step(target) is not None and target.is_dir() else None
+        return (
+            target
+            if target.parent == folder and checkpoint_step(target) is not None and target.is_dir()
+            else None
+        )
     except (OSError, ValueError):
         return None
 

@@ -10,7 +10,8 @@ OPEN_FILES_WANTED = 65536
 
 
 def raise_file_limit() -> None:
-    """Raise the soft limit of open files to what the hard limit allows; raises `ConfigError` where that is too little for a run."""
+    """Raise the soft limit of open files to what the hard limit allows; raises `ConfigError` where that is
+    too little for a run."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = OPEN_FILES_WANTED if hard == resource.RLIM_INFINITY else min(hard, OPEN_FILES_WANTED)
     if soft != resource.RLIM_INFINITY and soft < wanted:
@@ -18,4 +19,7 @@ def raise_file_limit() -> None:
             resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
     soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     if soft != resource.RLIM_INFINITY and soft < OPEN_FILES_NEEDED:
-        raise ConfigError(f"ulimit -n: {soft} open files are too few, expected at least {OPEN_FILES_NEEDED}: raise the hard limit")
+        raise ConfigError(
+            f"ulimit -n: {soft} open files are too few, expected at least {OPEN_FILES_NEEDED}: raise the "
+            "hard limit"
+        )

@@ -10,7 +10,8 @@ _PROC = Path("/proc")
 
 
 def describe_process() -> dict[str, Any]:
-    """Identify this process beyond its id, which the system gives out again: machine, process namespace and start time."""
+    """Identify this process beyond its id, which the system gives out again: machine, process namespace and
+    start time."""
     return {
         "host": socket.gethostname(),
         "machine": _machine(),
@@ -20,7 +21,8 @@ def describe_process() -> dict[str, Any]:
 
 
 def is_alive(process: dict[str, Any]) -> bool | None:
-    """Tell whether a process of `describe_process` lives; None where this machine cannot know, as it ran on another one.
+    """Tell whether a process of `describe_process` lives; None where this machine cannot know, as it ran on
+    another one.
 
     A process that has ended and was not collected by its parent counts as dead.
     """
@@ -37,7 +39,8 @@ def is_alive(process: dict[str, Any]) -> bool | None:
 
 
 def _machine() -> str:
-    """Name the running kernel and the namespace of process ids: the same id means another process in another container."""
+    """Name the running kernel and the namespace of process ids: the same id means another process in another
+    container."""
     names = []
     with contextlib.suppress(OSError):
         names.append((_PROC / "sys/kernel/random/boot_id").read_text(encoding="ascii").strip())
@@ -47,7 +50,8 @@ def _machine() -> str:
 
 
 def _start_ticks(pid: int) -> int | None:
-    """Return when a process started, in clock ticks since boot; None when it has ended (a zombie too) or there is no /proc."""
+    """Return when a process started, in clock ticks since boot; None when it has ended (a zombie too) or
+    there is no /proc."""
     try:
         text = (_PROC / str(pid) / "stat").read_text(encoding="ascii", errors="replace")
     except OSError:

@@ -1,4 +1,5 @@
-"""Explain in one line what the machine refused: space, permission, open files, shared memory. Imports no torch."""
+"""Explain in one line what the machine refused: space, permission, open files, shared memory. Imports no
+torch."""
 
 import errno
 import os
@@ -46,7 +47,12 @@ _BY_TEXT = {
     "can't start new thread": errno.EAGAIN,
 }
 # What torch's zip writer says of any write that did not go through.
-_FAILED_WRITES = ("unexpected pos", "PytorchStreamWriter failed", "file write failed", "failed finding central directory")
+_FAILED_WRITES = (
+    "unexpected pos",
+    "PytorchStreamWriter failed",
+    "file write failed",
+    "failed finding central directory",
+)
 
 
 def explain(error: BaseException, place: Path | None = None) -> str | None:

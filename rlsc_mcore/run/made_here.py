@@ -1,7 +1,8 @@
-"""Replace only what this program made: a marker in each folder lists the files that were written. Imports no torch.
+"""Replace only what this program made: a marker in each folder lists the files that were written. Imports no
+torch.
 
-A folder without the marker is never replaced. In one that has it, only the listed files are: what a person has put beside
-them stays.
+A folder without the marker is never replaced. In one that has it, only the listed files are: what a person
+has put beside them stays.
 """
 
 import contextlib
@@ -30,14 +31,17 @@ def check_replaceable(folder: Path, *, field: str, keep: tuple[Path, ...] = ()) 
     for other in keep:
         kept = Path(os.path.realpath(other))
         if target == kept or target in kept.parents:
-            raise ConfigError(f"{field} {folder}: it is or holds {other}, which is read; choose another folder")
+            raise ConfigError(
+                f"{field} {folder}: it is or holds {other}, which is read; choose another folder"
+            )
     if not target.exists():
         return
     if not target.is_dir():
         raise ConfigError(f"{field} {folder}: a file is there; choose another folder")
     if any(target.iterdir()) and files_made(target) is None:
         raise ConfigError(
-            f"{field} {folder}: exists and was not made by this program (no {MARKER} in it); it is left alone: "
+            f"{field} {folder}: exists and was not made by this program (no {MARKER} in it); it is left "
+            "alone: "
             "choose another folder, or remove it yourself"
         )
 
@@ -48,18 +52,26 @@ def files_made(folder: Path) -> list[str] | None:
         names = json.loads((folder / MARKER).read_text(encoding="utf-8"))["files"]
     except (OSError, ValueError, TypeError, KeyError):
         return None
-    return [name for name in names if isinstance(name, str) and Path(name).name == name] if isinstance(names, list) else None
+    return (
+        [name for name in names if isinstance(name, str) and Path(name).name == name]
+        if isinstance(names, list)
+        else None
+    )
 
 
 def mark(folder: Path, made_by: str) -> None:
     """Write the marker with the names of everything that `folder` holds now."""
-    facts = {"made_by": made_by, "files": sorted(path.name for path in folder.iterdir() if path.name != MARKER)}
+    facts = {
+        "made_by": made_by,
+        "files": sorted(path.name for path in folder.iterdir() if path.name != MARKER),
+    }
     (folder / MARKER).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
 
 
 @contextmanager
 def replacing(folder: Path, made_by: str) -> Iterator[Path]:
-    """Yield an empty folder beside `folder` that takes its place after the block; `folder` stays as it is when the block fails.
+    """Yield an empty folder beside `folder` that takes its place after the block; `folder` stays as it is
+    when the block fails.
 
     Files of an earlier such folder are replaced, others in it are kept. Modes follow the umask.
     """

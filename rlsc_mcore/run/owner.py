@@ -1,15 +1,17 @@
-"""Own a folder: one process at a time writes a run's folder, and every other one is told who does. Imports no torch.
+"""Own a folder: one process at a time writes a run's folder, and every other one is told who does. Imports no
+torch.
 
-The owner keeps `.owner.json` in the folder: host, process id and start time, SLURM job and attempt, and a token. Its modification
-time is the heartbeat. A lock is stale, and is taken over with a line that says so, when
+The owner keeps `.owner.json` in the folder: host, process id and start time, SLURM job and attempt, and a
+token. Its modification time is the heartbeat. A lock is stale, and is taken over with a line that says so,
+when
 
 - its process ran on this machine and has ended, or
 - it belongs to an earlier attempt of this process's own SLURM job, which SLURM ends before it starts the next one, or
 - SLURM answers that its job has ended, or
 - nobody can be asked (no job, or a machine without SLURM) and the heartbeat is older than `STALE_AFTER_S`.
 
-A scheduler that does not answer never makes a lock stale. Ages are differences of times that the file system gave, so that the
-clocks of two machines may differ.
+A scheduler that does not answer never makes a lock stale. Ages are differences of times that the file system
+gave, so that the clocks of two machines may differ.
 """
 
 import contextlib
@@ -36,8 +38,12 @@ OWNER_FILE = ".owner.json"
 STALE_AFTER_S = 600.0  # a heartbeat may be late while a file system or a library blocks the process
 HEARTBEAT_S = 15.0
 SCHEDULER_TIMEOUT_S = 30.0
-_SETTLE_S = 0.2  # after which a rival on a file system without locks would have written over this owner's file
-_LIVE_STATES = "PENDING,RUNNING,SUSPENDED,COMPLETING,CONFIGURING,STOPPED,RESIZING,REQUEUED,SIGNALING,STAGE_OUT"
+_SETTLE_S = (
+    0.2  # after which a rival on a file system without locks would have written over this owner's file
+)
+_LIVE_STATES = (
+    "PENDING,RUNNING,SUSPENDED,COMPLETING,CONFIGURING,STOPPED,RESIZING,REQUEUED,SIGNALING,STAGE_OUT"
+)
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 
 
@@ -55,7 +61,9 @@ class _Held:
     times: int = 1
 
 
-_held: dict[str, _Held] = {}  # by resolved path of the lock file: this process may own a folder in nested blocks
+_held: dict[
+    str, _Held
+] = {}  # by resolved path of the lock file: this process may own a folder in nested blocks
 
 
 class Owner:
@@ -69,7 +77,8 @@ class Owner:
         threading.Thread(target=self._beat, name="folder owner", daemon=True).start()
 
     def check(self) -> None:
-        """Raise `FolderLost` once the folder is gone or belongs to another process: nothing may be written into it then."""
+        """Raise `FolderLost` once the folder is gone or belongs to another process: nothing may be written
+        into it then."""
         if not self._lost:
             self._look()
         if self._lost:
@@ -110,8 +119,8 @@ class Owner:
 def own(folder: Path, *, file_name: str = OWNER_FILE) -> Owner:
     """Become the owner of `folder`, which must exist; give it back by `disown`.
 
-    Raises `FolderInUse` naming the present owner, and OSError when the folder cannot be written. A folder that this process
-    owns already is owned once more.
+    Raises `FolderInUse` naming the present owner, and OSError when the folder cannot be written. A folder
+    that this process owns already is owned once more.
     """
     file = Path(os.path.realpath(folder)) / file_name
     held = _held.get(str(file))
@@ -123,7 +132,12 @@ def own(folder: Path, *, file_name: str = OWNER_FILE) -> Owner:
     with _exclusive(file) as descriptor:
         facts = _facts(file)
         _refuse_living(folder, facts, _age(file) if facts else 0.0)
-        mine = {**_describe_me(), "token": token, "folder": str(file.parent), "inode": os.fstat(descriptor).st_ino}
+        mine = {
+            **_describe_me(),
+            "token": token,
+            "folder": str(file.parent),
+            "inode": os.fstat(descriptor).st_ino,
+        }
         content = json.dumps(mine, indent=1).encode() + b"\n"
         os.pwrite(descriptor, content, 0)
         os.ftruncate(descriptor, len(content))
@@ -192,7 +206,8 @@ def refuse_owned(folder: Path, *, file_name: str = OWNER_FILE) -> None:
 
 
 def owner_state(folder: Path) -> tuple[bool | None, str]:
-    """Tell whether the owner of `folder` lives (None: nobody can tell, or there is none) and who it is; asks no scheduler."""
+    """Tell whether the owner of `folder` lives (None: nobody can tell, or there is none) and who it is; asks
+    no scheduler."""
     file = Path(os.path.realpath(folder)) / OWNER_FILE
     facts = _facts(file)
     if facts is None:
@@ -213,11 +228,15 @@ def _refuse_living(folder: Path, facts: dict[str, Any] | None, age: float) -> No
         if over:
             return
         if over is None:
-            raise FolderInUse(f"{folder} belongs to {who}, and SLURM does not answer whether that job has ended; try again later")
+            raise FolderInUse(
+                f"{folder} belongs to {who}, and SLURM does not answer whether that job has ended; try again "
+                "later"
+            )
     elif alive is None and age > STALE_AFTER_S:
         return
     raise FolderInUse(
-        f"{folder} is in use by {who}, heartbeat {max(0.0, age):.0f} s ago; wait for it to end, stop it, or choose another folder"
+        f"{folder} is in use by {who}, heartbeat {max(0.0, age):.0f} s ago; wait for it to end, stop it, or "
+        "choose another folder"
     )
 
 
@@ -229,7 +248,8 @@ def _is_earlier_attempt(facts: dict[str, Any]) -> bool:
 
 
 def job_is_over(facts: dict[str, Any]) -> bool | None:
-    """Tell whether SLURM says that the lock's job has ended; None where there is no job or SLURM does not answer."""
+    """Tell whether SLURM says that the lock's job has ended; None where there is no job or SLURM does not
+    answer."""
     job, squeue = facts.get("job"), shutil.which("squeue")
     if not job or squeue is None:
         return None
@@ -237,7 +257,9 @@ def job_is_over(facts: dict[str, Any]) -> bool | None:
     if facts.get("cluster") and facts["cluster"] != os.environ.get("SLURM_CLUSTER_NAME", facts["cluster"]):
         command.append(f"--clusters={facts['cluster']}")
     try:
-        answer = subprocess.run(command, capture_output=True, text=True, timeout=SCHEDULER_TIMEOUT_S, check=False)
+        answer = subprocess.run(
+            command, capture_output=True, text=True, timeout=SCHEDULER_TIMEOUT_S, check=False
+        )
     except (OSError, subprocess.TimeoutExpired):
         return None
     if answer.returncode == 0:
@@ -264,7 +286,8 @@ def _describe(facts: dict[str, Any]) -> str:
 
 @contextmanager
 def _exclusive(file: Path) -> Iterator[int]:
-    """Open the lock file, alone in deciding about it; a file system without locks decides by who writes last."""
+    """Open the lock file, alone in deciding about it; a file system without locks decides by who writes
+    last."""
     while True:
         descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
@@ -274,7 +297,9 @@ def _exclusive(file: Path) -> Iterator[int]:
                 if error.errno not in _NO_LOCKS:
                     raise
             with contextlib.suppress(FileNotFoundError):
-                if os.stat(file).st_ino == os.fstat(descriptor).st_ino:  # else its owner removed it between the two lines above
+                if (
+                    os.stat(file).st_ino == os.fstat(descriptor).st_ino
+                ):  # else its owner removed it between the two lines above
                     yield descriptor
                     return
         finally:
@@ -282,14 +307,17 @@ def _exclusive(file: Path) -> Iterator[int]:
 
 
 def _facts(file: Path) -> dict[str, Any] | None:
-    """Return the owner that the lock file names; None without one, for an unfinished file and for a copy of another folder's."""
+    """Return the owner that the lock file names; None without one, for an unfinished file and for a copy of
+    another folder's."""
     try:
         facts = _read(file)
         inode = os.stat(file).st_ino
     except (FileNotFoundError, ValueError):
         return None
     except OSError as error:
-        raise ConfigError(f"{file}: cannot be read: {error.strerror}; it names the owner of the folder") from None
+        raise ConfigError(
+            f"{file}: cannot be read: {error.strerror}; it names the owner of the folder"
+        ) from None
     is_copy = facts.get("inode") != inode and facts.get("folder") != str(file.parent)
     return None if is_copy or "token" not in facts else facts
 
@@ -303,7 +331,8 @@ def _read(file: Path) -> dict[str, Any]:
 
 
 def _age(file: Path, *, writable: bool = True) -> float:
-    """Return the seconds since the last heartbeat, by the clock of the file system where a file can be made there."""
+    """Return the seconds since the last heartbeat, by the clock of the file system where a file can be made
+    there."""
     beat = os.stat(file).st_mtime
     if writable:
         with contextlib.suppress(OSError), tempfile.TemporaryFile(dir=file.parent) as probe:

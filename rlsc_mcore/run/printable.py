@@ -3,16 +3,20 @@
 import re
 import unicodedata
 
-# Key names whose values are secret, in NAME=value, "name": "value" and --name value; and passwords in addresses.
+# Key names whose values are secret, in NAME=value, "name": "value" and --name value; and passwords in
+# addresses.
 _SECRET_NAME = r"(?:[A-Za-z0-9_.\-]*[_.\-](?:JWT|KEY|SECRET|TOKEN|PASS|PASSWORD|PASSWD|CREDENTIALS?)|API_?KEY|SECRET|PASSWORD|PASSWD)"
 _ASSIGNMENT = re.compile(rf"(?i)\b({_SECRET_NAME})((?:\"|')?\s*[=:]\s*(?:\"|')?)([^\s\"',;]+)")
 _ADDRESS = re.compile(r"(?i)\b([a-z][a-z0-9+.\-]*://)([^/\s@:]+):([^/\s@]+)@")
-_WELL_KNOWN = re.compile(r"\b(?:hf_[A-Za-z0-9]{20,}|sk-[A-Za-z0-9_\-]{20,}|gh[pousr]_[A-Za-z0-9]{20,}|eyJ[\w\-]+\.[\w\-]+\.[\w\-]+)")
+_WELL_KNOWN = re.compile(
+    r"\b(?:hf_[A-Za-z0-9]{20,}|sk-[A-Za-z0-9_\-]{20,}|gh[pousr]_[A-Za-z0-9]{20,}|eyJ[\w\-]+\.[\w\-]+\.[\w\-]+)"
+)
 HIDDEN = "***"
 
 
 def printable(text: object) -> str:
-    r"""Return `text` on one line with control and direction characters as escapes (`\x1b`); other text stays as it is.
+    r"""Return `text` on one line with control and direction characters as escapes (`\x1b`); other text stays
+    as it is.
 
     Covers C0 and C1 controls, DEL, characters that turn the writing direction, and lone surrogates.
     """
@@ -28,6 +32,12 @@ def without_secrets(text: str) -> str:
 
 def _escape(character: str) -> str:
     category = unicodedata.category(character)
-    if category in ("Cc", "Cs", "Zl", "Zp") or (category == "Cf" and unicodedata.bidirectional(character) != "BN"):
-        return character.encode("unicode_escape").decode("ascii") if category != "Cs" else f"\\u{ord(character):04x}"
+    if category in ("Cc", "Cs", "Zl", "Zp") or (
+        category == "Cf" and unicodedata.bidirectional(character) != "BN"
+    ):
+        return (
+            character.encode("unicode_escape").decode("ascii")
+            if category != "Cs"
+            else f"\\u{ord(character):04x}"
+        )
     return character

@@ -40,6 +40,7 @@ def last_metrics(run_dir: Path) -> list[dict[str, Any]]:
 
 
 def seconds_left(rows: Sequence[Mapping[str, Any]], num_steps: int) -> float | None:
-    """Estimate the seconds of the steps that are left from the mean of the last five; None before the first."""
+    """Estimate the seconds of the steps that are left from the mean of the last five; None before the
+    first."""
     recent = [sum(row["seconds"].values()) for row in rows[-RECENT_STEPS:]]
     return sum(recent) / len(recent) * max(0, num_steps - len(rows)) if recent else None

@@ -1,4 +1,5 @@
-"""Resolve what a command line asks for: the configuration of a run, and the checkpoint that it resumes from. Imports no torch."""
+"""Resolve what a command line asks for: the configuration of a run, and the checkpoint that it resumes from.
+Imports no torch."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,7 +16,8 @@ TRAIN_HELP = """Train a language model by RLSC.
 
 A flag wins over the file. The same command works under torchrun and srun."""
 
-# Fields that `--resume` may change: run length, checkpoint frequency, logging, parallel layout. Any other change raises ConfigError.
+# Fields that `--resume` may change: run length, checkpoint frequency, logging, parallel layout. Any other
+# change raises ConfigError.
 RESUMABLE_FIELDS = (
     "run_dir",
     "training.num_steps",
@@ -45,7 +47,9 @@ def resolve_training(options: Mapping[str, str], flags: Sequence[str]) -> tuple[
             raise ConfigError(f"--resume {run_dir}: no run there; expected {file}")
         old = load_config(file)
         config = load_config(file, ["--run-dir", str(run_dir), *flags])
-        foreign = [change for change in changed_fields(old, config) if not change.startswith(RESUMABLE_FIELDS)]
+        foreign = [
+            change for change in changed_fields(old, config) if not change.startswith(RESUMABLE_FIELDS)
+        ]
         if foreign:
             raise ConfigError(f"--resume {run_dir}: cannot change {'; '.join(foreign)}; start another run")
         return config, find_resumable(run_dir)
@@ -62,7 +66,10 @@ def _same_run(config: Config) -> Path | None:
         return None
     changes = changed_fields(load_config(file), config)
     if changes:
-        raise ConfigError(f"run_dir: {run_dir} holds a run with another configuration ({'; '.join(changes)}); choose another folder")
+        raise ConfigError(
+            f"run_dir: {run_dir} holds a run with another configuration ({'; '.join(changes)}); choose "
+            "another folder"
+        )
     return newest_checkpoint(run_dir)
 
 

@@ -1,4 +1,5 @@
-"""Temporary folders that do not outlive their process: what a killed one left goes at the next start. Imports no torch."""
+"""Temporary folders that do not outlive their process: what a killed one left goes at the next start. Imports
+no torch."""
 
 import atexit
 import contextlib
@@ -31,7 +32,8 @@ def scratch_folder(purpose: str) -> Iterator[Path]:
 
 
 def make_scratch(purpose: str) -> Path:
-    """Make a private temporary folder (mode 700) that is deleted when this process ends, or by the next one after a kill."""
+    """Make a private temporary folder (mode 700) that is deleted when this process ends, or by the next one
+    after a kill."""
     remove_leftovers()
     folder = Path(tempfile.mkdtemp(prefix=f"{PREFIX}{purpose}-"))
     (folder / MARKER).write_text(json.dumps(describe_process()), encoding="utf-8")
@@ -42,9 +44,11 @@ def make_scratch(purpose: str) -> Path:
 
 
 def private_cache(name: str) -> Path:
-    """Return this user's cache folder `name`, of mode 700 and nobody else's; a temporary one where there is no such folder.
+    """Return this user's cache folder `name`, of mode 700 and nobody else's; a temporary one where there is
+    no such folder.
 
-    What is compiled there is loaded into the process: a folder that another user owns or may write is refused.
+    What is compiled there is loaded into the process: a folder that another user owns or may write is
+    refused.
     """
     base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     folder = Path(base) / "rlsc" / name
@@ -72,7 +76,12 @@ def remove_leftovers() -> None:
     with contextlib.suppress(OSError):
         for folder in Path(tempfile.gettempdir()).glob(f"{PREFIX}*"):
             with contextlib.suppress(OSError):
-                if folder.lstat().st_uid == os.getuid() and folder.is_dir() and not folder.is_symlink() and _is_left(folder):
+                if (
+                    folder.lstat().st_uid == os.getuid()
+                    and folder.is_dir()
+                    and not folder.is_symlink()
+                    and _is_left(folder)
+                ):
                     shutil.rmtree(folder, ignore_errors=True)
 
 

@@ -1,8 +1,10 @@
-"""What a run is doing and how it ended: `status.json` in its folder, replaced whole at each change. Imports no torch.
+"""What a run is doing and how it ended: `status.json` in its folder, replaced whole at each change. Imports
+no torch.
 
-The launch script decides by `state` whether a job is done, goes on or stays down; `rlsc status` shows the rest. Two ranks may
-write at once, the main one what it does and another one that it failed: the failure also goes into `ending.json`, which only the
-first can make, and whoever writes `status.json` looks for it afterwards. So a failure is never lost to a later "running".
+The launch script decides by `state` whether a job is done, goes on or stays down; `rlsc status` shows the
+rest. Two ranks may write at once, the main one what it does and another one that it failed: the failure also
+goes into `ending.json`, which only the first can make, and whoever writes `status.json` looks for it
+afterwards. So a failure is never lost to a later "running".
 """
 
 import contextlib
@@ -33,8 +35,8 @@ ENDED: tuple[State, ...] = ("stopped", "done", *FAILED)
 class RunStatus:
     """Writes the run's status from its main rank; silent on others.
 
-    states: `launching` (the launch script checks), `running`, `stopped` (on request, saved), `done`, `config` (bad input),
-    `crash`. Times are seconds since the epoch. A status that cannot be written never ends a run.
+    states: `launching` (the launch script checks), `running`, `stopped` (on request, saved), `done`, `config`
+    (bad input), `crash`. Times are seconds since the epoch. A status that cannot be written never ends a run.
     """
 
     def __init__(
@@ -59,7 +61,9 @@ class RunStatus:
             "phase_since": round(time.time(), 1),
         }
         self._counted = 0.0
-        if enabled and not is_launched():  # the launch script has removed it before any rank began, so that none is lost here
+        if (
+            enabled and not is_launched()
+        ):  # the launch script has removed it before any rank began, so that none is lost here
             with contextlib.suppress(OSError):
                 (run_dir / ENDING_FILE).unlink()
         self._write()
@@ -79,7 +83,8 @@ class RunStatus:
         self._write()
 
     def counting(self, advance: Callable[[int], None]) -> Callable[[int], None]:
-        """Return a function that counts tokens of this phase and passes them on to `advance`; written every few seconds."""
+        """Return a function that counts tokens of this phase and passes them on to `advance`; written every
+        few seconds."""
 
         def count(tokens: int) -> None:
             self._facts["tokens"] += tokens
@@ -96,7 +101,8 @@ class RunStatus:
 
 
 def write_end(run_dir: Path, state: State, **facts: Any) -> None:
-    """Say how the run ended, keeping phase and step; the first rank that reports a crash or bad input is believed.
+    """Say how the run ended, keeping phase and step; the first rank that reports a crash or bad input is
+    believed.
 
     Nothing is written into a folder that this run has not claimed.
     """
@@ -126,7 +132,9 @@ def recorded_end(run_dir: Path) -> Iterator[None]:
         write_end(run_dir, "crash", message=str(error) or "interrupted")
         raise
     except BaseException as error:
-        kind = "" if isinstance(error, RunError) else f"{type(error).__name__}: "  # a RunError's line says it all
+        kind = (
+            "" if isinstance(error, RunError) else f"{type(error).__name__}: "
+        )  # a RunError's line says it all
         text = explain(error) or kind + str(error)
         write_end(run_dir, "crash", message=" ".join(text.split())[:500])
         raise
@@ -138,7 +146,8 @@ def read_status(run_dir: Path) -> dict[str, Any] | None:
 
 
 def is_launched() -> bool:
-    """Tell whether the launch script started this process: it has checked that the run folder is this run's own."""
+    """Tell whether the launch script started this process: it has checked that the run folder is this run's
+    own."""
     return ATTEMPT_VARIABLE in os.environ
 
 
@@ -173,7 +182,9 @@ def _is_first(file: Path, ending: dict[str, Any]) -> bool:
 
 def _publish(run_dir: Path, facts: dict[str, Any]) -> None:
     _replace(run_dir / FILE, facts)
-    ending = _read(run_dir / ENDING_FILE)  # None too while its writer is at it: that one replaces the status after this
+    ending = _read(
+        run_dir / ENDING_FILE
+    )  # None too while its writer is at it: that one replaces the status after this
     if ending is not None and ending.get("state") != facts["state"]:
         _replace(run_dir / FILE, ending)
 

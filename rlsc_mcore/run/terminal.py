@@ -1,4 +1,5 @@
-"""Keep a run alive when what it prints cannot be written: a closed terminal, a full disk behind a redirection. Imports no torch."""
+"""Keep a run alive when what it prints cannot be written: a closed terminal, a full disk behind a
+redirection. Imports no torch."""
 
 import os
 import sys
@@ -6,7 +7,8 @@ from typing import Any
 
 
 def survive_a_lost_terminal() -> None:
-    """Let the process's prints fail silently from the first failed write on; mutates `sys.stdout` and `sys.stderr`.
+    """Let the process's prints fail silently from the first failed write on; mutates `sys.stdout` and
+    `sys.stderr`.
 
     The file descriptor then points to /dev/null, so that what libraries print does not fail either.
     """

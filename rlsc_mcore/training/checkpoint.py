@@ -61,24 +61,31 @@ from rlsc_mcore.training.step import Trainer
 _EXTRA_STATE = "_extra_state"
 # Without this, Megatron-Core 0.16.1 prefixes the keys of an optimizer that is not distributed.
 _WHOLE_STATE = {"chained_optim_avoid_prefix": True}
-logging.getLogger(filesystem_async.__name__).setLevel(logging.CRITICAL)  # a failed write is reported once, as a CheckpointError
+logging.getLogger(filesystem_async.__name__).setLevel(
+    logging.CRITICAL
+)  # a failed write is reported once, as a CheckpointError
 
 
 @dataclass
 class _Save:
-    """A checkpoint on its way to disk: what this rank still writes, and what all ranks do once everyone has written."""
+    """A checkpoint on its way to disk: what this rank still writes, and what all ranks do once everyone has
+    written."""
 
     state: RunState
     request: Any  # Megatron's: metadata and result exchange come with its finalize functions
     scores: Mapping[int, float]
-    buckets: list[Any] = field(default_factory=list)  # (file, key, (bytes, tensors)) with tensors in host memory
+    buckets: list[Any] = field(
+        default_factory=list
+    )  # (file, key, (bytes, tensors)) with tensors in host memory
     digests: dict[str, dict[str, Any]] = field(default_factory=dict)
     thread: threading.Thread | None = None
 
     def write(self) -> None:
-        """Write this rank's files and take their digests; runs in a thread of its own, touches nothing of the trainer.
+        """Write this rank's files and take their digests; runs in a thread of its own, touches nothing of the
+        trainer.
 
-        Megatron's writer forks a process per file, in a process that holds CUDA and an engine; its inner function does not.
+        Megatron's writer forks a process per file, in a process that holds CUDA and an engine; its inner
+        function does not.
         """
         if self.request.async_fn is None:  # nothing to write on this rank
             return
@@ -88,7 +95,9 @@ class _Save:
             results: queue.Queue[Any] = queue.Queue()
             count: queue.Queue[int] = queue.Queue()
             count.put(index)
-            filesystem_async.FileSystemWriterAsync.write_preloaded_data(transforms, index, bucket, results, count, use_fsync=True)
+            filesystem_async.FileSystemWriterAsync.write_preloaded_data(
+                transforms, index, bucket, results, count, use_fsync=True
+            )
             _, outcome = results.get()
             if isinstance(outcome, Exception):
                 written = outcome
@@ -99,15 +108,25 @@ class _Save:
             except OSError as error:
                 written = error
                 break
-        self.request.async_fn_args[-1].put(written)  # Megatron's finalize function reads it, and tells all ranks of a failure
+        self.request.async_fn_args[-1].put(
+            written
+        )  # Megatron's finalize function reads it, and tells all ranks of a failure
         self.buckets = []
 
 
 class CheckpointSaver:
-    """Saves a run's checkpoints, one at a time; with `asynchronous` the writing happens beside the training."""
+    """Saves a run's checkpoints, one at a time; with `asynchronous` the writing happens beside the
+    training."""
 
     def __init__(
-        self, run_dir: Path, trainer: Trainer, questions: str, *, keep_last: int, asynchronous: bool = False, keep_best: bool = False
+        self,
+        run_dir: Path,
+        trainer: Trainer,
+        questions: str,
+        *,
+        keep_last: int,
+        asynchronous: bool = False,
+        keep_best: bool = False,
     ) -> None:
         self.folder = run_dir / FOLDER
         self._run_dir, self._trainer, self._questions = run_dir, trainer, questions
@@ -119,9 +138,10 @@ class CheckpointSaver:
     def save(self, step: int, policy_version: int, scores: Mapping[int, float] | None = None) -> Path:
         """Save the checkpoint of `step`; collective over the world.
 
-        Returns where it will be: the folder appears by one rename, and `latest` names it, when every rank has written its
-        part; before that the trainer may go on. `scores` (by step) decide which is the best. Raises `CheckpointError` when
-        this or the save before it cannot be written (the disk is full): the last complete checkpoint stays as it is.
+        Returns where it will be: the folder appears by one rename, and `latest` names it, when every rank has
+        written its part; before that the trainer may go on. `scores` (by step) decide which is the best.
+        Raises `CheckpointError` when this or the save before it cannot be written (the disk is full): the
+        last complete checkpoint stays as it is.
         """
         self.finish()
         final = self._final(step)
@@ -162,12 +182,14 @@ class CheckpointSaver:
 
     def _begin(self, state: RunState, scores: Mapping[int, float]) -> None:
         trainer = self._trainer
-        # The results never leave this process; Megatron would start a multiprocessing manager by spawn for them, which imports
-        # the entry script again.
+        # The results never leave this process; Megatron would start a multiprocessing manager by spawn for
+        # them, which imports the entry script again.
         filesystem_async._results_queue = queue.Queue()
         with trainer.backend.megatron(), no_pickles(), _failing_late():
             sharded = sharded_state(trainer, is_loading=False)
-            request = dist_checkpointing.save(sharded, str(self._partial(state.step)), async_sharded_save=True, **SAVE_OPTIONS)
+            request = dist_checkpointing.save(
+                sharded, str(self._partial(state.step)), async_sharded_save=True, **SAVE_OPTIONS
+            )
         self._save = _Save(state, request, scores)
         if request.preload_fn is not None:
             self._save.buckets = request.preload_fn()
@@ -180,8 +202,13 @@ class CheckpointSaver:
             return
         # Tensors that lie on the host already are the trainer's own, which its next step overwrites.
         if not trainer.backend.is_cuda or trainer.offload is not None:
-            save.buckets = [(file, key, (data, [(i, t.clone()) for i, t in tensors])) for file, key, (data, tensors) in save.buckets]
-        save.thread = threading.Thread(target=save.write, name=f"checkpoint of step {save.state.step}", daemon=True)
+            save.buckets = [
+                (file, key, (data, [(i, t.clone()) for i, t in tensors]))
+                for file, key, (data, tensors) in save.buckets
+            ]
+        save.thread = threading.Thread(
+            target=save.write, name=f"checkpoint of step {save.state.step}", daemon=True
+        )
         save.thread.start()
 
     def _finalize(self, save: _Save) -> None:
@@ -206,7 +233,8 @@ class CheckpointSaver:
         delete_older(self.folder, keep=self._keep_last, newest=final, best=best)
 
     def _together(self, step: int, act: Callable[[], None]) -> None:
-        """Run one part of a save; where it fails on a rank, all give up with its reason and the half-written folder goes."""
+        """Run one part of a save; where it fails on a rank, all give up with its reason and the half-written
+        folder goes."""
         failure: BaseException | None = None
         try:
             act()
@@ -222,10 +250,16 @@ class CheckpointSaver:
             shutil.rmtree(self._partial(step), ignore_errors=True)
         rank, text = next((each for each in reasons if each[1] != ELSEWHERE), reasons[0])
         where = f"rank {rank}: " if groups.world_size > 1 else ""
-        whole = "the previous checkpoint is whole" if latest_checkpoint(self._run_dir) else "there is no earlier checkpoint"
+        whole = (
+            "the previous checkpoint is whole"
+            if latest_checkpoint(self._run_dir)
+            else "there is no earlier checkpoint"
+        )
         if not self._run_dir.is_dir():
             whole = "the folder of the run is gone: it was moved or deleted; the checkpoints of before went with it"
-        raise CheckpointError(f"checkpoint of step {step} not saved to {self.folder}: {where}{text}; {whole}") from failure
+        raise CheckpointError(
+            f"checkpoint of step {step} not saved to {self.folder}: {where}{text}; {whole}"
+        ) from failure
 
     def _final(self, step: int) -> Path:
         return self.folder / f"step_{step:06d}"
@@ -234,16 +268,19 @@ class CheckpointSaver:
         return self.folder / f"step_{step:06d}.partial"
 
 
-def save_checkpoint(run_dir: Path, trainer: Trainer, step: int, policy_version: int, questions: str, keep_last: int) -> Path:
+def save_checkpoint(
+    run_dir: Path, trainer: Trainer, step: int, policy_version: int, questions: str, keep_last: int
+) -> Path:
     """Write one checkpoint and wait for it; collective over the world. See `CheckpointSaver`."""
     return CheckpointSaver(run_dir, trainer, questions, keep_last=keep_last).save(step, policy_version)
 
 
 def load_checkpoint(checkpoint: Path, trainer: Trainer) -> RunState:
-    """Fill the trainer's weights and optimizer from `checkpoint`, whatever layout wrote it; collective over the world.
+    """Fill the trainer's weights and optimizer from `checkpoint`, whatever layout wrote it; collective over
+    the world.
 
-    Mutates parameters, optimizer state and torch's random state. Raises `CheckpointError` on every rank, before anything is
-    changed, when a file is damaged; the ranks share the reading.
+    Mutates parameters, optimizer state and torch's random state. Raises `CheckpointError` on every rank,
+    before anything is changed, when a file is damaged; the ranks share the reading.
     """
     groups = trainer.groups
     problem: tuple[str, str] | None = None
@@ -263,26 +300,40 @@ def load_checkpoint(checkpoint: Path, trainer: Trainer) -> RunState:
         except CheckpointError:
             raise
         except (Exception, CheckpointException) as error:
-            is_agreed = groups.world_size == 1 or isinstance(error, CheckpointException)  # which torch raises on every rank
-            if not is_agreed or explain(error) is not None or isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+            is_agreed = groups.world_size == 1 or isinstance(
+                error, CheckpointException
+            )  # which torch raises on every rank
+            if (
+                not is_agreed
+                or explain(error) is not None
+                or isinstance(error, (MemoryError, torch.OutOfMemoryError))
+            ):
                 raise
             text = " ".join(str(error).split())[:300]
-            raise CheckpointError(f"{checkpoint}: its files are as they were saved, but do not load: {text}") from error
+            raise CheckpointError(
+                f"{checkpoint}: its files are as they were saved, but do not load: {text}"
+            ) from error
         with torch.no_grad():  # Megatron-Core 0.16.1 writes into views of fp32 leaves
             missing, unexpected = trainer.ddp.module.load_state_dict(loaded["model"], strict=False)
-            assert not unexpected and all(name.endswith(_EXTRA_STATE) for name in missing), (missing, unexpected)
+            assert not unexpected and all(name.endswith(_EXTRA_STATE) for name in missing), (
+                missing,
+                unexpected,
+            )
             if trainer.config.optimizer.distributed:
                 load_groups(trainer.optimizer, loaded["optimizer"])
             else:
                 trainer.optimizer.load_state_dict(loaded["optimizer"])
-    torch.random.set_rng_state(torch.frombuffer(bytearray(base64.b64decode(state.torch_rng)), dtype=torch.uint8))
+    torch.random.set_rng_state(
+        torch.frombuffer(bytearray(base64.b64decode(state.torch_rng)), dtype=torch.uint8)
+    )
     return state
 
 
 def resume(checkpoint: Path, trainer: Trainer, warn: Callable[[str], None]) -> RunState:
     """Load `checkpoint` or, where it is damaged, the one before it, saying so; collective over the world.
 
-    A damaged folder is renamed to `*.damaged` and `latest` moves back. Raises `CheckpointError` when none is whole.
+    A damaged folder is renamed to `*.damaged` and `latest` moves back. Raises `CheckpointError` when none is
+    whole.
     """
     groups = trainer.groups
     while True:
@@ -297,7 +348,8 @@ def resume(checkpoint: Path, trainer: Trainer, warn: Callable[[str], None]) -> R
 
 
 def _raise_together(groups: Groups, problem: tuple[str, str] | None) -> None:
-    """Raise on every rank what one of them has found, a newer or an unreadable checkpoint before a damaged one."""
+    """Raise on every rank what one of them has found, a newer or an unreadable checkpoint before a damaged
+    one."""
     problems = dict(each for each in groups.gather_objects(problem) if each is not None)
     for kind in (NewerCheckpoint, UnreadableCheckpoint, CheckpointError):
         if kind.__name__ in problems:
@@ -308,7 +360,8 @@ def _raise_together(groups: Groups, problem: tuple[str, str] | None) -> None:
 def _failing_late() -> Iterator[None]:
     """Hold back what Megatron's writing of small files raises on this rank until the end of the block.
 
-    Between those writes all ranks meet in collectives: a rank that left at once would keep the others waiting.
+    Between those writes all ranks meet in collectives: a rank that left at once would keep the others
+    waiting.
     """
     failures: list[Exception] = []
     writers = [
@@ -343,9 +396,18 @@ def _failing_late() -> Iterator[None]:
 def sharded_state(trainer: Trainer, *, is_loading: bool) -> dict[str, Any]:
     group = parallel_state.get_data_parallel_group(with_context_parallel=True)
     model = trainer.ddp.module.sharded_state_dict(metadata={"dp_cp_group": group})
-    # Layers' extra state (fp8 scales) is stored as pickles, which a load would have to execute: it is left out.
+    # Layers' extra state (fp8 scales) is stored as pickles, which a load would have to execute: it is left
+    # out.
     model = {name: value for name, value in model.items() if not name.endswith(_EXTRA_STATE)}
     if trainer.config.optimizer.distributed:
         optimizer = sharded_optimizer(trainer.optimizer, model)
-        return {"model": model if is_loading else sharded_weights(trainer.optimizer, model), "optimizer": optimizer}
-    return {"model": model, "optimizer": trainer.optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=_WHOLE_STATE)}
+        return {
+            "model": model if is_loading else sharded_weights(trainer.optimizer, model),
+            "optimizer": optimizer,
+        }
+    return {
+        "model": model,
+        "optimizer": trainer.optimizer.sharded_state_dict(
+            model, is_loading=is_loading, metadata=_WHOLE_STATE
+        ),
+    }

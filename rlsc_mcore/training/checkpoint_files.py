@@ -1,4 +1,5 @@
-"""The files of a checkpoint: their manifest, the pointers to them, which are kept, and what may be unpickled."""
+"""The files of a checkpoint: their manifest, the pointers to them, which are kept, and what may be
+unpickled."""
 
 import base64
 import contextlib
@@ -28,7 +29,11 @@ from rlsc_mcore.run.machine_errors import explain
 STATE = "state.json"
 METADATA = ".metadata"
 COMMON = "common.json"  # the optimizer's numbers that are no tensors
-FORMAT_FIELD, FIRST_FORMAT, FORMAT = "format", 1, 2  # 1: numbers of the optimizer in common.pt, without the field
+FORMAT_FIELD, FIRST_FORMAT, FORMAT = (
+    "format",
+    1,
+    2,
+)  # 1: numbers of the optimizer in common.pt, without the field
 DAMAGED = ".damaged"
 ELSEWHERE = "another rank failed"
 # The only globals that a checkpoint's .metadata may name; anything else is refused before it is unpickled.
@@ -37,7 +42,11 @@ _METADATA_MODULES = (
     "torch.distributed.checkpoint.metadata",
     "torch.distributed.checkpoint.planner",
 )
-_METADATA_GLOBALS = {("torch", "Size"), ("torch.serialization", "_get_layout"), ("collections", "OrderedDict")}
+_METADATA_GLOBALS = {
+    ("torch", "Size"),
+    ("torch.serialization", "_get_layout"),
+    ("collections", "OrderedDict"),
+}
 
 
 class CheckpointError(CollectiveRunError):
@@ -54,7 +63,8 @@ class NewerCheckpoint(ConfigError):
 
 @dataclass(frozen=True)
 class RunState:
-    """What a checkpoint knows beside tensors; a field that is added needs a default, one that older versions miss a new FORMAT."""
+    """What a checkpoint knows beside tensors; a field that is added needs a default, one that older versions
+    miss a new FORMAT."""
 
     step: int  # optimizer steps done
     policy_version: int
@@ -65,7 +75,8 @@ class RunState:
 def read_state(checkpoint: Path) -> RunState:
     """Read a checkpoint's facts.
 
-    Raises `CheckpointError` when the file is missing or damaged, and `NewerCheckpoint` when a newer version wrote it.
+    Raises `CheckpointError` when the file is missing or damaged, and `NewerCheckpoint` when a newer version
+    wrote it.
     """
     file = checkpoint / STATE
     facts = _read_object(file)
@@ -77,15 +88,20 @@ def read_state(checkpoint: Path) -> RunState:
     if version > FORMAT or unknown:
         what = f"format {version}" if version > FORMAT else f"with {', '.join(unknown)}"
         raise NewerCheckpoint(
-            f"{checkpoint} was written by a newer version of rlsc_mcore ({what}; this one reads up to format {FORMAT}); it is whole "
+            f"{checkpoint} was written by a newer version of rlsc_mcore ({what}; this one reads up to format "
+            f"{FORMAT}); it is whole "
             "and left as it is: go on with that version"
         )
-    required = {name for name, entry in known.items() if entry.default is MISSING and entry.default_factory is MISSING}
+    required = {
+        name for name, entry in known.items() if entry.default is MISSING and entry.default_factory is MISSING
+    }
     if required - facts.keys():
         raise CheckpointError(f"{file}: not readable: lacks {', '.join(sorted(required - facts.keys()))}")
     for name in ("step", "policy_version"):
         if type(facts[name]) is not int or facts[name] < 0:
-            raise CheckpointError(f"{file}: not readable: {name} is {facts[name]!r}, expected a number from 0")
+            raise CheckpointError(
+                f"{file}: not readable: {name} is {facts[name]!r}, expected a number from 0"
+            )
     _decode_rng(file, facts["torch_rng"])
     return RunState(**facts)
 
@@ -97,7 +113,9 @@ def _decode_rng(file: Path, text: Any) -> None:
         content = b""
     expected = torch.random.get_rng_state().numel()
     if len(content) != expected:
-        raise CheckpointError(f"{file}: not readable: torch_rng has {len(content)} bytes, expected {expected}")
+        raise CheckpointError(
+            f"{file}: not readable: torch_rng has {len(content)} bytes, expected {expected}"
+        )
 
 
 def write_state(file: Path, state: RunState) -> None:
@@ -106,9 +124,11 @@ def write_state(file: Path, state: RunState) -> None:
 
 
 def verify_files(checkpoint: Path, rank: int = 0, world_size: int = 1) -> None:
-    """Compare files with the manifest, every `world_size`-th from `rank` on; files that it does not name are not read.
+    """Compare files with the manifest, every `world_size`-th from `rank` on; files that it does not name are
+    not read.
 
-    Raises `CheckpointError` naming the first file that differs, and `UnreadableCheckpoint` where this user may not read one.
+    Raises `CheckpointError` naming the first file that differs, and `UnreadableCheckpoint` where this user
+    may not read one.
     """
     wanted = _read_object(checkpoint / MANIFEST)
     if not wanted.keys() >= {METADATA, STATE}:
@@ -124,7 +144,8 @@ def verify_files(checkpoint: Path, rank: int = 0, world_size: int = 1) -> None:
 
 
 def _raise_unless_damage(error: OSError, file: Path) -> None:
-    """Raise `UnreadableCheckpoint` where `error` tells of a permission or a mount; a missing file is damage."""
+    """Raise `UnreadableCheckpoint` where `error` tells of a permission or a mount; a missing file is
+    damage."""
     if not isinstance(error, (FileNotFoundError, NotADirectoryError, IsADirectoryError)):
         raise UnreadableCheckpoint(explain(error) or f"{file}: {error}") from None
 
@@ -151,7 +172,9 @@ def digest(file: Path) -> dict[str, Any]:
 def write_manifest(folder: Path, known: Mapping[str, dict[str, Any]]) -> None:
     """Write the manifest of `folder`; only files whose digest is not `known` yet are read."""
     names = sorted(file.name for file in folder.iterdir() if file.name != MANIFEST)
-    write_json(folder / MANIFEST, {name: known[name] if name in known else digest(folder / name) for name in names})
+    write_json(
+        folder / MANIFEST, {name: known[name] if name in known else digest(folder / name) for name in names}
+    )
 
 
 def write_json(file: Path, value: Any) -> None:
@@ -173,14 +196,16 @@ def point(folder: Path, pointer: str, name: str) -> None:
 
 
 def best_checkpoint(folder: Path, scores: Mapping[int, float]) -> Path | None:
-    """Return the complete checkpoint with the highest score, the later one of equals; None where none has a score."""
+    """Return the complete checkpoint with the highest score, the later one of equals; None where none has a
+    score."""
     steps = {path: checkpoint_step(path) or 0 for path in all_checkpoints(folder)}
     scored = [path for path, step in steps.items() if step in scores]
     return max(scored, key=lambda path: (scores[steps[path]], steps[path]), default=None)
 
 
 def delete_older(folder: Path, *, keep: int, newest: Path, best: Path | None = None) -> None:
-    """Delete what is neither among the last `keep` (the newest included) nor the best, and what was left half-written."""
+    """Delete what is neither among the last `keep` (the newest included) nor the best, and what was left
+    half-written."""
     others = [path for path in all_checkpoints(folder) if path != newest]
     for path in others[: max(0, len(others) - (keep - 1))]:
         if path != best:
@@ -191,7 +216,8 @@ def delete_older(folder: Path, *, keep: int, newest: Path, best: Path | None = N
 
 
 def set_aside(checkpoint: Path) -> Path | None:
-    """Rename a damaged checkpoint and let `latest` name the one before it, which is returned; None where there is none.
+    """Rename a damaged checkpoint and let `latest` name the one before it, which is returned; None where
+    there is none.
 
     A file system that refuses the renaming keeps the damaged folder: the next save of that step replaces it.
     """
@@ -209,7 +235,8 @@ def set_aside(checkpoint: Path) -> Path | None:
 
 
 def write_failure(error: BaseException, folder: Path, rank: int) -> tuple[int, str]:
-    """Say in one line why a checkpoint could not be written, and on which rank (`rank` unless the error knows better).
+    """Say in one line why a checkpoint could not be written, and on which rank (`rank` unless the error knows
+    better).
 
     torch's writer reports a full disk in its own words.
     """
@@ -220,19 +247,28 @@ def write_failure(error: BaseException, folder: Path, rank: int) -> tuple[int, s
     cause = explain(error, folder)
     if cause is not None:
         return rank, cause
-    free_mib = shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.exists())).free / 2**20
-    return rank, f"{type(error).__name__}: {' '.join(str(error).split())} (free on that disk: {free_mib:.0f} MiB)"
+    free_mib = (
+        shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.exists())).free / 2**20
+    )
+    return (
+        rank,
+        f"{type(error).__name__}: {' '.join(str(error).split())} (free on that disk: {free_mib:.0f} MiB)",
+    )
 
 
 class _MetadataUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
-        if "." in name and (module, name) not in _METADATA_GLOBALS:  # an attribute of a global, such as a module that it imports
+        if (
+            "." in name and (module, name) not in _METADATA_GLOBALS
+        ):  # an attribute of a global, such as a module that it imports
             raise pickle.UnpicklingError(f"names {module}.{name}")
         is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
         if module not in _METADATA_MODULES and (module, name) not in _METADATA_GLOBALS and not is_dtype:
             raise pickle.UnpicklingError(f"names {module}.{name}")
         found = super().find_class(module, name)
-        if module in _METADATA_MODULES and not (isinstance(found, type) and (is_dataclass(found) or issubclass(found, Enum))):
+        if module in _METADATA_MODULES and not (
+            isinstance(found, type) and (is_dataclass(found) or issubclass(found, Enum))
+        ):
             raise pickle.UnpicklingError(f"names {module}.{name}")
         return found
 
@@ -245,8 +281,16 @@ def read_metadata(file: Path) -> Any:
     try:
         with file.open("rb") as content:
             metadata = _MetadataUnpickler(content).load()
-        pickled = [name for name, entry in metadata.state_dict_metadata.items() if isinstance(entry, BytesStorageMetadata)]
-        foreign = [info.relative_path for info in metadata.storage_data.values() if Path(info.relative_path).name != info.relative_path]
+        pickled = [
+            name
+            for name, entry in metadata.state_dict_metadata.items()
+            if isinstance(entry, BytesStorageMetadata)
+        ]
+        foreign = [
+            info.relative_path
+            for info in metadata.storage_data.values()
+            if Path(info.relative_path).name != info.relative_path
+        ]
     except Exception as error:  # a damaged pickle may raise anything
         raise CheckpointError(f"{file}: not a checkpoint's metadata: {error}") from None
     if pickled:
@@ -257,7 +301,8 @@ def read_metadata(file: Path) -> Any:
 
 
 class _MetadataReader:
-    """Stands for the module `pickle` where torch reads a checkpoint's metadata: it never unpickles anything else."""
+    """Stands for the module `pickle` where torch reads a checkpoint's metadata: it never unpickles anything
+    else."""
 
     @staticmethod
     def load(content: Any) -> Any:
@@ -270,10 +315,11 @@ class _MetadataReader:
 
 @contextlib.contextmanager
 def no_pickles() -> Iterator[None]:
-    """Read and write checkpoints inside the block without unpickling: metadata by an allow-list, small values as JSON.
+    """Read and write checkpoints inside the block without unpickling: metadata by an allow-list, small values
+    as JSON.
 
-    Tensors are read by torch's restricted reader whatever its environment variables say. Mutates torch and Megatron-Core until
-    the end of the block.
+    Tensors are read by torch's restricted reader whatever its environment variables say. Mutates torch and
+    Megatron-Core until the end of the block.
     """
     patched: Any = filesystem
     originals: tuple[Any, ...] = (patched.pickle, torch.load)
@@ -300,11 +346,14 @@ def _save_common(values: Any, folder: Any) -> None:
 
 
 def check_backend(checkpoint: Path) -> None:
-    """Raise `CheckpointError` unless Megatron-Core's description of the files is the one that is written here."""
+    """Raise `CheckpointError` unless Megatron-Core's description of the files is the one that is written
+    here."""
     file = checkpoint / "metadata.json"
     facts = _read_object(file)
     if (facts.get("sharded_backend"), facts.get("sharded_backend_version")) != ("torch_dist", 1):
-        raise CheckpointError(f"{file}: names {facts.get('sharded_backend')!r}, expected torch_dist, version 1")
+        raise CheckpointError(
+            f"{file}: names {facts.get('sharded_backend')!r}, expected torch_dist, version 1"
+        )
 
 
 def read_common(checkpoint: Path) -> Any:
@@ -322,7 +371,9 @@ def read_common(checkpoint: Path) -> Any:
         _raise_unless_damage(error, file)
         raise CheckpointError(f"{file}: not readable: {error.strerror}") from None
     except (ValueError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        raise CheckpointError(f"{file if file.exists() else old}: not readable: {' '.join(str(error).split())[:200]}") from None
+        raise CheckpointError(
+            f"{file if file.exists() else old}: not readable: {' '.join(str(error).split())[:200]}"
+        ) from None
     if not isinstance(values, dict):
         raise CheckpointError(f"{file}: not readable: expected an object, got {type(values).__name__}")
     return values

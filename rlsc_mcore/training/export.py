@@ -16,10 +16,11 @@ from rlsc_mcore.training.step import Trainer
 
 
 def export_run(run_dir: Path, output: Path, checkpoint: str = LATEST) -> Path:
-    """Write the weights of a run's checkpoint to `output` and return the checkpoint; needs no engine. Collective over the world.
+    """Write the weights of a run's checkpoint to `output` and return the checkpoint; needs no engine.
+    Collective over the world.
 
-    `checkpoint` as in `find_checkpoint`. Raises `ConfigError` where `output` exists and no earlier export made it, and where it
-    is, or holds, the run or the model that is read.
+    `checkpoint` as in `find_checkpoint`. Raises `ConfigError` where `output` exists and no earlier export
+    made it, and where it is, or holds, the run or the model that is read.
     """
     file = run_dir / "config.yaml"
     if not file.is_file():
@@ -37,6 +38,9 @@ def export_run(run_dir: Path, output: Path, checkpoint: str = LATEST) -> Path:
 
 
 def write_policy(policy: Policy, model_folder: Path, output: Path, dtype: str, groups: Groups) -> None:
-    """Write a policy as a Hugging Face folder with the tokenizer of `model_folder`; collective over the ranks of a model group."""
-    tensors = export_weights(policy.model_weights, policy.architecture, groups.tp_group, groups.tp_size, groups.pp_group)
+    """Write a policy as a Hugging Face folder with the tokenizer of `model_folder`; collective over the ranks
+    of a model group."""
+    tensors = export_weights(
+        policy.model_weights, policy.architecture, groups.tp_group, groups.tp_size, groups.pp_group
+    )
     write_hf_folder(tensors, model_folder, output, dtype=dtype, write=groups.is_main)

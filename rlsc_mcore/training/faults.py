@@ -1,4 +1,5 @@
-"""Failures in one line: which phase ran out of memory and what to lower, which rank is gone, which batch is not finite."""
+"""Failures in one line: which phase ran out of memory and what to lower, which rank is gone, which batch is
+not finite."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,7 +24,16 @@ REMEDIES = {
     "saving": "set training.async_save to False",
 }
 _OTHERWISE = "lower rollout.kv_cache_gib or raise parallel.tp"
-_PEER_IS_GONE = ("Connection closed by peer", "Connection reset", "Broken pipe", "NCCL", "Socket", "Gloo", "gloo", "recvValue failed")
+_PEER_IS_GONE = (
+    "Connection closed by peer",
+    "Connection reset",
+    "Broken pipe",
+    "NCCL",
+    "Socket",
+    "Gloo",
+    "gloo",
+    "recvValue failed",
+)
 _current: list[Watchdog] = []  # this process's, once a session has begun
 
 
@@ -38,7 +48,9 @@ def start_watchdog(config: Config, groups: Groups) -> Watchdog:
     def end(message: str) -> None:
         write_end(Path(config.run_dir), "crash", message=message)
 
-    _current[:] = [Watchdog(groups.rank, groups.world_size, hang_after_s=config.parallel.hang_timeout_s, end=end)]
+    _current[:] = [
+        Watchdog(groups.rank, groups.world_size, hang_after_s=config.parallel.hang_timeout_s, end=end)
+    ]
     return _current[0]
 
 
@@ -46,8 +58,8 @@ def start_watchdog(config: Config, groups: Groups) -> Watchdog:
 def reported() -> Iterator[None]:
     """Tell the other ranks of a failure inside the block.
 
-    Turns a failed allocation into a `RunError` that names the phase and what to lower. Where a peer's loss is what failed, the
-    watchdog's verdict, which names that peer, ends the process.
+    Turns a failed allocation into a `RunError` that names the phase and what to lower. Where a peer's loss is
+    what failed, the watchdog's verdict, which names that peer, ends the process.
     """
     try:
         yield
@@ -64,7 +76,10 @@ def reported() -> Iterator[None]:
         phase = watchdog.phase_name
         if is_out_of_memory(error):
             place = f"step {watchdog.step + 1}, " if phase not in ("start-up", "export") else ""
-            failure = RunError(f"out of memory in phase {phase} ({place}{_first_line(error)}); {REMEDIES.get(phase, _OTHERWISE)}")
+            failure = RunError(
+                f"out of memory in phase {phase} ({place}{_first_line(error)}); "
+                f"{REMEDIES.get(phase, _OTHERWISE)}"
+            )
             watchdog.fail(str(failure))
             raise failure from error
         cause = None if isinstance(error, RunError) else explain(error)

@@ -1,8 +1,8 @@
 """Record what a run reads, and compare it when the run is continued.
 
-RUN/inputs.json holds the date that prompts may show and one digest per kind of input. A run continues only with the inputs
-that it began with: other questions, prompts, stop tokens or model files would train and evaluate something else under the
-same name. The digests depend on contents alone, not on where the files lie.
+RUN/inputs.json holds the date that prompts may show and one digest per kind of input. A run continues only
+with the inputs that it began with: other questions, prompts, stop tokens or model files would train and
+evaluate something else under the same name. The digests depend on contents alone, not on where the files lie.
 """
 
 import hashlib
@@ -90,10 +90,15 @@ def check_unchanged(run_dir: Path, digests: Mapping[str, str]) -> None:
     record = read_record(run_dir)
     if record is None:
         return
-    changed = [meaning for name, meaning in MEANINGS.items() if record.digests.get(name, digests[name]) != digests[name]]
+    changed = [
+        meaning
+        for name, meaning in MEANINGS.items()
+        if record.digests.get(name, digests[name]) != digests[name]
+    ]
     if changed:
         raise ConfigError(
-            f"{', '.join(changed)} has changed since the run was started: {run_dir} continues only with the inputs that it "
+            f"{', '.join(changed)} has changed since the run was started: {run_dir} continues only with the "
+            "inputs that it "
             "began with; bring them back, or choose another run_dir"
         )
 
@@ -101,14 +106,18 @@ def check_unchanged(run_dir: Path, digests: Mapping[str, str]) -> None:
 def claim_inputs(run_dir: Path, record: InputRecord, groups: Groups) -> None:
     """Write the record of a new run; collective over the world.
 
-    Raises `ConfigError` on every rank where the ranks read different inputs, as they do when a file differs between nodes.
+    Raises `ConfigError` on every rank where the ranks read different inputs, as they do when a file differs
+    between nodes.
     """
     first, *others = groups.gather_objects(record)
     differ = next(((rank, other) for rank, other in enumerate(others, start=1) if other != first), None)
     if differ is not None:
         rank, other = differ
         names = [meaning for name, meaning in MEANINGS.items() if other.digests[name] != first.digests[name]]
-        raise ConfigError(f"{', '.join(names) or 'the date'}: ranks 0 and {rank} read different ones; give every node the same files")
+        raise ConfigError(
+            f"{', '.join(names) or 'the date'}: ranks 0 and {rank} read different ones; give every node the "
+            "same files"
+        )
     if groups.is_main and read_record(run_dir) is None:
         write_atomically(run_dir / INPUTS_FILE, json.dumps(asdict(record), indent=1) + "\n")
 
@@ -123,7 +132,9 @@ def read_record(run_dir: Path) -> InputRecord | None:
         datetime.fromisoformat(record.date)
         return InputRecord(record.date, dict(record.digests))
     except (OSError, ValueError, TypeError) as error:
-        raise ConfigError(f"{file}: not the record of a run's inputs ({error}); restore it or choose another run_dir") from None
+        raise ConfigError(
+            f"{file}: not the record of a run's inputs ({error}); restore it or choose another run_dir"
+        ) from None
 
 
 def _hash_json(value: Any) -> str:

@@ -1,4 +1,5 @@
-"""What a run reads before anything is built or written: model folder, tokenizer, questions; every bad input ends here."""
+"""What a run reads before anything is built or written: model folder, tokenizer, questions; every bad input
+ends here."""
 
 import itertools
 import json
@@ -9,7 +10,13 @@ from typing import Any
 
 from rlsc_mcore.config import Config, ConfigError, DataConfig
 from rlsc_mcore.data.questions import QuestionSampler, questions_fingerprint, read_questions, read_records
-from rlsc_mcore.data.templates import check_prompt_ends, check_prompt_lengths, find_control_tokens, render_prompt, turn_end_ids
+from rlsc_mcore.data.templates import (
+    check_prompt_ends,
+    check_prompt_lengths,
+    find_control_tokens,
+    render_prompt,
+    turn_end_ids,
+)
 from rlsc_mcore.grading.rewards import check_labels
 from rlsc_mcore.model.architecture import check_fp8, check_head_dim, uses_transformer_engine
 from rlsc_mcore.model.hf_checkpoint import (
@@ -51,11 +58,15 @@ class RunInputs:
         return questions_fingerprint(self.questions)
 
 
-def read_inputs(config: Config, backend: Backend, asked_prompts: Sequence[list[int]] | None = None) -> RunInputs:
-    """Read and check everything; no collective, nothing is written. Raises `ConfigError` naming field or file.
+def read_inputs(
+    config: Config, backend: Backend, asked_prompts: Sequence[list[int]] | None = None
+) -> RunInputs:
+    """Read and check everything; no collective, nothing is written. Raises `ConfigError` naming field or
+    file.
 
-    `asked_prompts` are all prompts of an evaluation without training, in token ids: the questions of the configuration are
-    then not read. Where `config.run_dir` holds the run already, its inputs must be those that it began with.
+    `asked_prompts` are all prompts of an evaluation without training, in token ids: the questions of the
+    configuration are then not read. Where `config.run_dir` holds the run already, its inputs must be those
+    that it began with.
     """
     folder = resolve_model_folder(config.model.path)
     architecture = read_architecture(folder)
@@ -78,7 +89,9 @@ def read_inputs(config: Config, backend: Backend, asked_prompts: Sequence[list[i
     context = architecture.max_position_embeddings
     limit = rollout.max_model_len or context
     if limit > context:
-        raise ConfigError(f"rollout.max_model_len: {limit} is more than the model's context of {context} tokens")
+        raise ConfigError(
+            f"rollout.max_model_len: {limit} is more than the model's context of {context} tokens"
+        )
     questions: list[Question] = []
     evaluation_questions: list[Question] = []
     prompts, evaluation_prompts = list(asked_prompts or []), list[list[int]]()
@@ -96,10 +109,14 @@ def read_inputs(config: Config, backend: Backend, asked_prompts: Sequence[list[i
         check_labels(config.algorithm.objective, questions, data.path)
         evaluation_questions = _evaluation_questions(config)
         warnings += _control_warnings(questions, tokenizer, data, "data.path", data.path)
-        warnings += _control_warnings(evaluation_questions, tokenizer, data, "evaluation.path", str(evaluation.path))
+        warnings += _control_warnings(
+            evaluation_questions, tokenizer, data, "evaluation.path", str(evaluation.path)
+        )
         prompts = render(questions, data.path)
         evaluation_prompts = render(evaluation_questions, str(evaluation.path))
-        digests = digest_inputs(folder, questions, prompts, evaluation_questions, evaluation_prompts, stop_token_ids)
+        digests = digest_inputs(
+            folder, questions, prompts, evaluation_questions, evaluation_prompts, stop_token_ids
+        )
         check_unchanged(Path(config.run_dir), digests)
         record = InputRecord(date.isoformat(), digests)
     longest = max(len(prompt) for prompt in [*prompts, *evaluation_prompts])
@@ -125,7 +142,10 @@ def _model_warnings(folder: Path) -> list[str]:
     if not left_over:
         return []
     read = ", ".join(file.name for file in weight_files(folder)[:3])
-    return [f"model.path: {folder}: {', '.join(left_over[:5])} not read; the weights are those of {read}, as transformers reads them"]
+    return [
+        f"model.path: {folder}: {', '.join(left_over[:5])} not read; the weights are those of {read}, as "
+        "transformers reads them"
+    ]
 
 
 def _end_warnings(stop_token_ids: Sequence[int], folder: Path) -> list[str]:
@@ -143,39 +163,55 @@ def _room_warnings(prompts: Sequence[Sequence[int]], limit: int, max_new_tokens:
     if not short:
         return []
     return [
-        f"{len(short)} of {len(prompts)} prompts leave fewer than rollout.max_new_tokens = {max_new_tokens} tokens of the "
+        f"{len(short)} of {len(prompts)} prompts leave fewer than rollout.max_new_tokens = {max_new_tokens} "
+        "tokens of the "
         f"context of {limit}: their answers are cut earlier, the earliest after {limit - max(short)}"
     ]
 
 
-def _control_warnings(questions: Sequence[Question], tokenizer: Any, data: DataConfig, field: str, path: str) -> list[str]:
-    """Refuse control tokens in the questions' text, naming file and line; warn where the template passes text as it is."""
+def _control_warnings(
+    questions: Sequence[Question], tokenizer: Any, data: DataConfig, field: str, path: str
+) -> list[str]:
+    """Refuse control tokens in the questions' text, naming file and line; warn where the template passes text
+    as it is."""
     found = find_control_tokens(questions, tokenizer)
     if not found:
         return []
     position, token = found[0]
-    records = itertools.islice(read_records(path, split=data.split, field=field), questions[position].index, None)
+    records = itertools.islice(
+        read_records(path, split=data.split, field=field), questions[position].index, None
+    )
     place = next(records)[0]
     more = f" ({len(found) - 1} more questions hold some)" if len(found) > 1 else ""
-    message = f"{place}: the text holds the control token {token!r}{more}, which the model does not read as text"
+    message = (
+        f"{place}: the text holds the control token {token!r}{more}, which the model does not read as text"
+    )
     if data.template == "none":
         return [message]
-    raise ConfigError(f"{message}: it would end or forge a turn of the prompt; remove it, or use data.template none if it is meant")
+    raise ConfigError(
+        f"{message}: it would end or forge a turn of the prompt; remove it, or use data.template none if it "
+        "is meant"
+    )
 
 
 def _evaluation_questions(config: Config) -> list[Question]:
     evaluation = config.evaluation
     if evaluation.path is None:
         return []
-    questions = read_questions(evaluation.path, split=config.data.split, field="evaluation.path")[: evaluation.max_questions]
+    questions = read_questions(evaluation.path, split=config.data.split, field="evaluation.path")[
+        : evaluation.max_questions
+    ]
     ungraded = next((question for question in questions if question.answer is None), None)
     if ungraded is not None:
-        raise ConfigError(f"evaluation.path: {evaluation.path}: question {ungraded.index} has no answer to grade against")
+        raise ConfigError(
+            f"evaluation.path: {evaluation.path}: question {ungraded.index} has no answer to grade against"
+        )
     return questions
 
 
 def _stop_token_ids(folder: Path, tokenizer: Any) -> list[int]:
-    """Return the ids that end an answer: the tokenizer's, those of generation_config.json and those of config.json.
+    """Return the ids that end an answer: the tokenizer's, those of generation_config.json and those of
+    config.json.
 
     Raises `ConfigError` naming the file where `eos_token_id` is neither an id nor a list of ids.
     """

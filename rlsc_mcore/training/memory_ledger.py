@@ -8,7 +8,8 @@ from rlsc_mcore.training.step import Trainer
 
 
 class MemoryLedger:
-    """This step's table (see `observability.memory`), and those of the steps before that a growth is judged by."""
+    """This step's table (see `observability.memory`), and those of the steps before that a growth is judged
+    by."""
 
     def __init__(self, trainer: Trainer, engine: RolloutEngine, backend: Backend) -> None:
         self._trainer, self._engine, self._backend = trainer, engine, backend
@@ -23,7 +24,8 @@ class MemoryLedger:
         self._table[border] = self._backend.account_memory({**trainer, **engine}, self._graph_pool)
 
     def close_step(self, groups: Groups) -> tuple[Table, list[str]]:
-        """Return the step's table of the fullest rank, pool by pool, and what grows; collective over the world."""
+        """Return the step's table of the fullest rank, pool by pool, and what grows; collective over the
+        world."""
         table = worst_of(groups.gather_objects(self._table))
         self._table = {}
         self._history = [*self._history[-STEPS_OF_GROWTH:], table]

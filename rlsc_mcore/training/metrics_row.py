@@ -31,8 +31,8 @@ def step_row(
 ) -> dict[str, Any]:
     """Summarise one step over all ranks, as fields of `StepMetrics`; collective over the world.
 
-    `rollouts` are those of this rank's engine. Only sums, counts and extremes travel. F, the quantiles, alpha's share and the effective
-    samples are over the rollouts that have a token to train.
+    `rollouts` are those of this rank's engine. Only sums, counts and extremes travel. F, the quantiles,
+    alpha's share and the effective samples are over the rollouts that have a token to train.
     """
     num_samples, response_tokens, truncated, boxed = groups.sums_over_engines(
         [
@@ -73,7 +73,9 @@ def step_row(
         "grad_norm": outcome.grad_norm,
         "lr": outcome.lr,
         "skipped": not outcome.updated,
-        "updates": [vars(update) for update in outcome.updates] if config.training.updates_per_rollout > 1 else None,
+        "updates": [vars(update) for update in outcome.updates]
+        if config.training.updates_per_rollout > 1
+        else None,
         "seconds": {name: round(value, 4) for name, value in seconds.items()},
         "rollout_tokens_per_s": round(response_tokens / max(1e-9, seconds["rollout"]), 1),
         "train_tokens_per_s": round(num_tokens / max(1e-9, seconds["train"]), 1),
@@ -95,7 +97,10 @@ def step_row(
 def _gaps(scores: SequenceScores, groups: Groups) -> dict[str, float]:
     """|trainer - engine| log-prob: mean, 99th percentile (nearest rank) and largest over tokens; of answers' signed sums likewise."""
     tokens, sequences = scores.token_gaps, scores.gap_sums.abs()
-    sums = torch.tensor([len(tokens), float(tokens.double().sum()), len(sequences), float(sequences.sum())], dtype=torch.float64)
+    sums = torch.tensor(
+        [len(tokens), float(tokens.double().sum()), len(sequences), float(sequences.sum())],
+        dtype=torch.float64,
+    )
     num_tokens, token_sum, num_sequences, sequence_sum = groups.reduce_over_dp(sums).tolist()
     if not num_tokens:
         return dict.fromkeys(GAPS, 0.0)
@@ -109,7 +114,8 @@ def _gaps(scores: SequenceScores, groups: Groups) -> dict[str, float]:
 
 
 def _quantiles(values: torch.Tensor, multiplicity: torch.Tensor, groups: Groups) -> dict[str, float]:
-    """Smallest, largest and linearly interpolated quantiles over samples: a sequence sampled k times counts k times."""
+    """Smallest, largest and linearly interpolated quantiles over samples: a sequence sampled k times counts k
+    times."""
     counts = multiplicity.long()
     count = int(groups.reduce_over_dp(counts.sum()))
     if not count:
@@ -118,21 +124,28 @@ def _quantiles(values: torch.Tensor, multiplicity: torch.Tensor, groups: Groups)
     below = [math.floor(position) for position in positions]
     above = [math.ceil(position) for position in positions]
     found = order_statistics(values, counts, [0, *below, *above, count - 1], groups)
-    low, high = (torch.tensor(found[1 + start :][: len(QUANTILES)], dtype=torch.float64) for start in (0, len(QUANTILES)))
+    low, high = (
+        torch.tensor(found[1 + start :][: len(QUANTILES)], dtype=torch.float64)
+        for start in (0, len(QUANTILES))
+    )
     fractions = torch.tensor(positions, dtype=torch.float64) - torch.tensor(below, dtype=torch.float64)
     points = torch.lerp(low, high, fractions).tolist()
     named = {f"q{int(100 * q)}": value for q, value in zip(QUANTILES, points, strict=True)}
     return {"min": found[0], **named, "max": found[-1]}
 
 
-def order_statistics(values: torch.Tensor, counts: torch.Tensor, ranks: Sequence[int], groups: Groups) -> list[float]:
+def order_statistics(
+    values: torch.Tensor, counts: torch.Tensor, ranks: Sequence[int], groups: Groups
+) -> list[float]:
     """Return the values of the given ranks, from 0, in the sorted values of all data-parallel ranks; exact.
 
-    `values` float64 [N] on the host, of which each counts `counts` (int64 [N]) times. Collective over the data-parallel group: eight
-    sums of 256 counts per rank asked for, whatever N is. A radix selection: each pass fixes 8 more bits of every answer.
+    `values` float64 [N] on the host, of which each counts `counts` (int64 [N]) times. Collective over the
+    data-parallel group: eight sums of 256 counts per rank asked for, whatever N is. A radix selection: each
+    pass fixes 8 more bits of every answer.
     """
     bits = values.contiguous().view(torch.int64)
-    # Integers in the order of the floats, from 0 on: the sign flips negative ones, and the top bit moves them below the others.
+    # Integers in the order of the floats, from 0 on: the sign flips negative ones, and the top bit moves them
+    # below the others.
     keys = torch.where(bits < 0, ~bits, bits ^ torch.iinfo(torch.int64).min)
     prefixes, left = [0] * len(ranks), list(ranks)
     for shift in range(56, -1, -8):
@@ -145,6 +158,8 @@ def order_statistics(values: torch.Tensor, counts: torch.Tensor, ranks: Sequence
             digit = int(torch.searchsorted(row, left[number], right=True))
             left[number] -= int(row[digit - 1]) if digit else 0
             prefixes[number] = prefixes[number] << 8 | digit
-    found = torch.tensor([prefix - (1 << 64) if prefix >= 1 << 63 else prefix for prefix in prefixes], dtype=torch.int64)
+    found = torch.tensor(
+        [prefix - (1 << 64) if prefix >= 1 << 63 else prefix for prefix in prefixes], dtype=torch.int64
+    )
     bits = torch.where(found < 0, found ^ torch.iinfo(torch.int64).min, ~found)
     return bits.view(torch.float64).tolist()

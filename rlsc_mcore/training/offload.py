@@ -1,7 +1,8 @@
 """Optimizer state on the host while the engine samples: moments and fp32 masters out, and back, bit for bit.
 
-Megatron-Core 0.16.1 has `offload_to_cpu` for it, which also moves the parameters of a float32 model: they are views of the
-buffer that the engine aliases, and come back as tensors of their own, so that no later update reaches the model.
+Megatron-Core 0.16.1 has `offload_to_cpu` for it, which also moves the parameters of a float32 model: they are
+views of the buffer that the engine aliases, and come back as tensors of their own, so that no later update
+reaches the model.
 """
 
 from collections.abc import Collection, Iterator
@@ -11,7 +12,8 @@ import torch
 
 
 def state_tensors(optimizer: Any, kept: Collection[int]) -> list[torch.Tensor]:
-    """List the tensors of Megatron's (chained) optimizer in a fixed order: masters, then moments, none in a storage of `kept`.
+    """List the tensors of Megatron's (chained) optimizer in a fixed order: masters, then moments, none in a
+    storage of `kept`.
 
     `kept` are addresses of the parameter buffers' storages.
     """
@@ -23,13 +25,15 @@ def state_tensors(optimizer: Any, kept: Collection[int]) -> list[torch.Tensor]:
 
 
 class StateOffload:
-    """Moves the state between its device and the host. The tensors stay the same objects: what holds them sees them move.
+    """Moves the state between its device and the host. The tensors stay the same objects: what holds them
+    sees them move.
 
     On the host they can be read (a checkpoint is written from there), not stepped.
     """
 
     def __init__(self, optimizer: Any, kept: Collection[int], *, pin: bool) -> None:
-        """`pin` page-locks the host's copy, which is allocated once: several times the speed to and from a GPU."""
+        """`pin` page-locks the host's copy, which is allocated once: several times the speed to and from a
+        GPU."""
         self._optimizer, self._kept, self._pin = optimizer, kept, pin
         self._host: list[torch.Tensor] = []
         self._moved: list[tuple[torch.Tensor, torch.device]] = []

@@ -22,9 +22,11 @@ from rlsc_mcore.planning.memory import UPDATE_PART_ELEMENTS
 
 
 def wrap_data_parallel(policy: Policy, config: Config, backend: Backend) -> DistributedDataParallel:
-    """Wrap the policy so that gradients are accumulated and summed over data-parallel ranks in `optimizer.grad_dtype`.
+    """Wrap the policy so that gradients are accumulated and summed over data-parallel ranks in
+    `optimizer.grad_dtype`.
 
-    Mutates the policy's parameters: their storage moves into one contiguous buffer (before an engine aliases them).
+    Mutates the policy's parameters: their storage moves into one contiguous buffer (before an engine aliases
+    them).
     """
     with backend.megatron():
         return DistributedDataParallel(
@@ -35,7 +37,8 @@ def wrap_data_parallel(policy: Policy, config: Config, backend: Backend) -> Dist
                 overlap_grad_reduce=config.parallel.overlap_grad_reduce,
                 overlap_param_gather=config.parallel.overlap_param_gather,
                 bucket_size=config.parallel.bucket_size,
-                # A NaN is found in the gradient norm, where the step can still be skipped; this check would only crash.
+                # A NaN is found in the gradient norm, where the step can still be skipped; this check would
+                # only crash.
                 check_for_nan_in_grad=False,
             ),
             policy.model,
@@ -48,28 +51,39 @@ def check_optimizer(config: Config, backend: Backend) -> None:
     if options.cpu_offload and not backend.is_cuda:
         raise ConfigError("optimizer.cpu_offload: there is no GPU whose memory it would spare; set it to 0")
     if options.offload_during_rollout and not backend.is_cuda:
-        raise ConfigError("optimizer.offload_during_rollout: there is no GPU whose memory it would spare; turn it off")
+        raise ConfigError(
+            "optimizer.offload_during_rollout: there is no GPU whose memory it would spare; turn it off"
+        )
     if options.offload_during_rollout and options.cpu_offload:
         raise ConfigError("optimizer.offload_during_rollout, optimizer.cpu_offload: choose one of the two")
     if options.cpu_offload and not has_transformer_engine():
-        raise ConfigError("optimizer.cpu_offload: Megatron-Core's optimizer on the host needs TransformerEngine, which does not import")
+        raise ConfigError(
+            "optimizer.cpu_offload: Megatron-Core's optimizer on the host needs TransformerEngine, which "
+            "does not import"
+        )
     if options.precision_aware and not (backend.is_cuda and has_transformer_engine()):
         reason = "TransformerEngine does not import" if backend.is_cuda else "there is no GPU"
-        raise ConfigError(f"optimizer.precision_aware: it needs TransformerEngine's FusedAdam, and {reason}; turn it off")
+        raise ConfigError(
+            f"optimizer.precision_aware: it needs TransformerEngine's FusedAdam, and {reason}; turn it off"
+        )
     if options.precision_aware and options.cpu_offload:
         raise ConfigError("optimizer.precision_aware, optimizer.cpu_offload: choose one of the two")
 
 
 def build_optimizer(config: Config, ddp: DistributedDataParallel, backend: Backend) -> Any:
-    """Build AdamW on Megatron's mixed-precision, optionally distributed optimizer (fp32 master weights for bfloat16).
+    """Build AdamW on Megatron's mixed-precision, optionally distributed optimizer (fp32 master weights for
+    bfloat16).
 
     Its moments exist from the start, so that a run that is stopped before its first step can be saved.
     """
     check_optimizer(config, backend)
     with backend.megatron():
-        optimizer = get_megatron_optimizer(megatron_optimizer_config(config), [ddp], use_gloo_process_groups=False)
+        optimizer = get_megatron_optimizer(
+            megatron_optimizer_config(config), [ddp], use_gloo_process_groups=False
+        )
         if config.optimizer.cpu_offload:
-            gc.collect()  # Megatron builds it twice; the first holds fp32 copies of whole parameters, and itself by cycles
+            # Megatron builds it twice; the first holds fp32 copies of whole parameters, and itself by cycles
+            gc.collect()
         for member in members(optimizer):
             initialize_state(member)
     return optimizer
@@ -89,7 +103,8 @@ def megatron_optimizer_config(config: Config) -> MegatronOptimizerConfig:
             store_param_remainders=False,
         )
     if options.cpu_offload:
-        # Without the precision-aware layout the fp32 masters would stay on the GPU beside their copies on the host.
+        # Without the precision-aware layout the fp32 masters would stay on the GPU beside their copies on the
+        # host.
         extra.update(
             use_precision_aware_optimizer=True,
             main_grads_dtype=DTYPES[options.grad_dtype],
@@ -121,10 +136,11 @@ def members(optimizer: Any) -> list[Any]:
 
 
 def initialize_state(member: Any) -> None:
-    """Allocate the moments (zero), and the master weights that Adam itself keeps, of one of Megatron's optimizers.
+    """Allocate the moments (zero), and the master weights that Adam itself keeps, of one of Megatron's
+    optimizers.
 
-    Mutates its state. Megatron's own `init_state_fn` is None for an optimizer on the host, and misses an argument of
-    TransformerEngine's `FusedAdam.initialize_state`.
+    Mutates its state. Megatron's own `init_state_fn` is None for an optimizer on the host, and misses an
+    argument of TransformerEngine's `FusedAdam.initialize_state`.
     """
     inner = member.optimizer
     if isinstance(inner, HybridDeviceOptimizer):
@@ -140,7 +156,9 @@ def initialize_state(member: Any) -> None:
     if member.config.use_precision_aware_optimizer:
         for parameter in parameters_of(inner):
             inner.initialize_state(parameter, store_param_remainders=False)
-        if not hasattr(inner, "fuse_unscale"):  # TransformerEngine 2.13 reads bfloat16 moments without float32 copies
+        if not hasattr(
+            inner, "fuse_unscale"
+        ):  # TransformerEngine 2.13 reads bfloat16 moments without float32 copies
             inner.step = functools.partial(step_in_parts, inner, inner.step)
     else:
         member.init_state_fn(inner, member.config)
@@ -155,10 +173,12 @@ def parameters_of(optimizer: Any) -> Iterator[torch.Tensor]:
 
 
 def step_in_parts(optimizer: Any, step: Callable[[], Any], largest: int = UPDATE_PART_ELEMENTS) -> None:
-    """Update `largest` elements, or one parameter, at a time: `step` sees the parameters of one part after the other.
+    """Update `largest` elements, or one parameter, at a time: `step` sees the parameters of one part after
+    the other.
 
-    TransformerEngine's FusedAdam (2.12 and earlier) copies both bfloat16 moments of a whole parameter group to float32, 8 bytes
-    per element, before it updates the group. Mutates parameters, state and the groups' step counts like one call of `step`.
+    TransformerEngine's FusedAdam (2.12 and earlier) copies both bfloat16 moments of a whole parameter group
+    to float32, 8 bytes per element, before it updates the group. Mutates parameters, state and the groups'
+    step counts like one call of `step`.
     """
     groups = optimizer.param_groups
     try:
@@ -186,18 +206,22 @@ def _parts(parameters: Sequence[torch.Tensor], largest: int) -> Iterator[list[to
 
 
 def clip_gradients(optimizer: Any, largest_norm: float, norm: float) -> None:
-    """Scale the gradients in place so that their global norm, `norm` before, is at most `largest_norm`; no collective."""
+    """Scale the gradients in place so that their global norm, `norm` before, is at most `largest_norm`; no
+    collective."""
     for member in members(optimizer):
         parameters = member.get_parameters()
         decoupled = bool(member.config.use_precision_aware_optimizer_no_fp8_or_ds_fp8)
         attribute = "decoupled_grad" if decoupled else "grad"
         has_gradients = any(getattr(parameter, attribute, None) is not None for parameter in parameters)
-        assert has_gradients or not parameters, f"no parameter has a gradient in its {attribute}: nothing would be clipped"
+        assert has_gradients or not parameters, (
+            f"no parameter has a gradient in its {attribute}: nothing would be clipped"
+        )
         clip_grad_by_total_norm_fp32(parameters, largest_norm, norm, use_decoupled_grad=decoupled)
 
 
 def learning_rate(options: OptimizerConfig, step: int, num_steps: int) -> float:
-    """Return the learning rate of `step` (from 0): linear warm-up, then constant or decayed to `min_lr` at `num_steps`."""
+    """Return the learning rate of `step` (from 0): linear warm-up, then constant or decayed to `min_lr` at
+    `num_steps`."""
     if step < options.warmup_steps:
         return options.lr * (step + 1) / (options.warmup_steps + 1)
     if options.schedule == "constant":

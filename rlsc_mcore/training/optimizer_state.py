@@ -1,9 +1,10 @@
 """Checkpoint layout of the distributed optimizer: every rank writes and reads its own slices, in place.
 
-A data-parallel rank holds a contiguous range of each flattened parameter shard. That range is described as at most
-2 N - 1 boxes of the whole N-dimensional tensor, so the checkpoint does not depend on the layout that wrote it, and no rank
-gathers another rank's state. Megatron-Core 0.16.1's `fully_reshardable` format writes the same keys and shapes, so this module
-reads its checkpoints too; it gathers whole shards on the host of every rank, and corrupts several padded buckets.
+A data-parallel rank holds a contiguous range of each flattened parameter shard. That range is described as at
+most 2 N - 1 boxes of the whole N-dimensional tensor, so the checkpoint does not depend on the layout that
+wrote it, and no rank gathers another rank's state. Megatron-Core 0.16.1's `fully_reshardable` format writes
+the same keys and shapes, so this module reads its checkpoints too; it gathers whole shards on the host of
+every rank, and corrupts several padded buckets.
 """
 
 import math
@@ -45,33 +46,41 @@ def boxes(shape: tuple[int, ...], start: int, stop: int) -> Iterator[Box]:
         row, column = divmod(start, inner)
         whole_rows = (stop - start) // inner
         if column == 0 and whole_rows:
-            yield Box(start, start + whole_rows * inner, (row, *(0 for _ in shape[1:])), (whole_rows, *shape[1:]))
+            yield Box(
+                start, start + whole_rows * inner, (row, *(0 for _ in shape[1:])), (whole_rows, *shape[1:])
+            )
             start += whole_rows * inner
             continue
         end = min(stop, (row + 1) * inner)
         for part in boxes(shape[1:], column, column + end - start):
-            yield Box(row * inner + part.start, row * inner + part.stop, (row, *part.offsets), (1, *part.sizes))
+            yield Box(
+                row * inner + part.start, row * inner + part.stop, (row, *part.offsets), (1, *part.sizes)
+            )
         start = end
 
 
 def sharded_optimizer(optimizer: Any, model: dict[str, Any]) -> dict[str, Any]:
-    """Describe the state that this rank holds of a distributed optimizer, for saving or for loading in place; no collective.
+    """Describe the state that this rank holds of a distributed optimizer, for saving or for loading in place;
+    no collective.
 
-    `model` is the sharded state of the model, whose tensors are the parameters. The tensors of the result are views of the
-    optimizer's own.
+    `model` is the sharded state of the model, whose tensors are the parameters. The tensors of the result are
+    views of the optimizer's own.
     """
     places = _places(model)
     return {str(index): _sharded_member(member, places) for index, member in enumerate(members(optimizer))}
 
 
 def sharded_weights(optimizer: Any, model: dict[str, Any]) -> dict[str, Any]:
-    """Describe the part of the weights that this data-parallel rank saves: the range that its optimizer updates; no collective.
+    """Describe the part of the weights that this data-parallel rank saves: the range that its optimizer
+    updates; no collective.
 
     So all ranks write equal parts. What is no parameter of the optimizer stays as it is in `model`.
     """
     places = _places(model)
     trained = _all_parameters(members(optimizer))
-    parameters = {parameter: span for member in members(optimizer) for parameter, span in _local_ranges(member)}
+    parameters = {
+        parameter: span for member in members(optimizer) for parameter, span in _local_ranges(member)
+    }
     shares: dict[str, Any] = {}
     for name, entry in model.items():
         if entry.data not in trained:
@@ -84,7 +93,8 @@ def sharded_weights(optimizer: Any, model: dict[str, Any]) -> dict[str, Any]:
 
 
 def load_groups(optimizer: Any, loaded: dict[str, Any]) -> None:
-    """Take the hyperparameters and step counts of `loaded`, whose tensors were read in place; mutates the optimizer's groups.
+    """Take the hyperparameters and step counts of `loaded`, whose tensors were read in place; mutates the
+    optimizer's groups.
 
     Raises ValueError where the checkpoint has no such parameter group.
     """
@@ -95,7 +105,9 @@ def load_groups(optimizer: Any, loaded: dict[str, Any]) -> None:
         by_identity = {_identity(group): group for group in saved["optimizer"]["param_groups"]}
         for group in member.optimizer.param_groups:
             if _identity(group) not in by_identity:
-                raise ValueError(f"the checkpoint has no parameter group {_identity(group)}; it has {sorted(by_identity)}")
+                raise ValueError(
+                    f"the checkpoint has no parameter group {_identity(group)}; it has {sorted(by_identity)}"
+                )
             values = dict(by_identity[_identity(group)])
             step = int(values.pop("step", 0))
             group.update({key: value for key, value in values.items() if key != "params"})
@@ -115,10 +127,13 @@ class _Place:
 
 
 def _places(model: dict[str, Any]) -> dict[torch.Tensor, list[_Place]]:
-    """Map every parameter to its places: one, or several where one parameter is saved as several tensors (gate and up)."""
+    """Map every parameter to its places: one, or several where one parameter is saved as several tensors
+    (gate and up)."""
     places: dict[torch.Tensor, list[_Place]] = {}
     for entry in nested_values(model):
-        if not isinstance(entry, (ShardedTensor, ShardedTensorFactory)) or not isinstance(entry.data, torch.nn.Parameter):
+        if not isinstance(entry, (ShardedTensor, ShardedTensorFactory)) or not isinstance(
+            entry.data, torch.nn.Parameter
+        ):
             continue
         tensors = [entry] if isinstance(entry, ShardedTensor) else list(nested_values(entry.build()))
         found = []
@@ -128,13 +143,16 @@ def _places(model: dict[str, Any]) -> dict[torch.Tensor, list[_Place]]:
         found.sort(key=lambda place: place.start)
         covered = sum(place.stop - place.start for place in found)
         contiguous = all(place.tensor.data.is_contiguous() for place in found)
-        assert contiguous and covered == entry.data.numel(), f"{entry.key}: its checkpoint tensors are no contiguous parts of it"
+        assert contiguous and covered == entry.data.numel(), (
+            f"{entry.key}: its checkpoint tensors are no contiguous parts of it"
+        )
         places[entry.data] = found
     return places
 
 
 def _pieces(flat: torch.Tensor, start: int, places: list[_Place], prefix: str) -> dict[str, ShardedTensor]:
-    """Describe `flat`, elements [start, start + len(flat)) of a flattened parameter, as boxes of its checkpoint tensors."""
+    """Describe `flat`, elements [start, start + len(flat)) of a flattened parameter, as boxes of its
+    checkpoint tensors."""
     described: dict[str, ShardedTensor] = {}
     for place in places:
         first, last = max(start, place.start), min(start + flat.numel(), place.stop)
@@ -149,7 +167,9 @@ def _pieces(flat: torch.Tensor, start: int, places: list[_Place], prefix: str) -
                 dtype=flat.dtype,
                 local_shape=sizes,
                 global_shape=tensor.global_shape,
-                global_offset=tuple(base + offset for base, offset in zip(tensor.global_offset, offsets, strict=True)),
+                global_offset=tuple(
+                    base + offset for base, offset in zip(tensor.global_offset, offsets, strict=True)
+                ),
                 axis_fragmentations=None,  # boxes are no regular grid
                 replica_id=_own_replica(tensor.replica_id),
                 allow_shape_mismatch=tensor.allow_shape_mismatch,
@@ -179,14 +199,20 @@ def _sharded_member(member: Any, places: dict[torch.Tensor, list[_Place]]) -> di
     tensors: dict[str, Any] = {}
     for number, (parameter, (start, _)) in enumerate(_local_ranges(member)):
         for name, flat in _local_state(member, parameter).items():
-            tensors[f"{number}.{name}"] = _pieces(flat.detach().view(-1), start, places[parameter], f"{PREFIX}.{name}.")
+            tensors[f"{number}.{name}"] = _pieces(
+                flat.detach().view(-1), start, places[parameter], f"{PREFIX}.{name}."
+            )
     step = _step(member.optimizer)
-    groups = [{key: value for key, value in group.items() if key != "params"} | {"step": step} for group in member.optimizer.param_groups]
+    groups = [
+        {key: value for key, value in group.items() if key != "params"} | {"step": step}
+        for group in member.optimizer.param_groups
+    ]
     return {"optimizer": {"param_groups": groups}, "param_state": tensors}
 
 
 def _local_state(member: Any, parameter: torch.nn.Parameter) -> dict[str, torch.Tensor]:
-    """Return this rank's flat master weights and moments of a parameter, the optimizer's own tensors in their own data types."""
+    """Return this rank's flat master weights and moments of a parameter, the optimizer's own tensors in their
+    own data types."""
     group, order = member.model_param_group_index_map[parameter]
     key = member.optimizer.param_groups[group]["params"][order]
     state = member.optimizer.state[key]
@@ -200,7 +226,12 @@ def _identity(group: dict[str, Any]) -> tuple[Any, ...]:
 def _step(inner: Any) -> int:
     """Return the number of updates that Adam's bias correction counts."""
     if isinstance(inner, HybridDeviceOptimizer):
-        counts = [int(state["step"]) for sub in inner.cpu_optimizers for state in sub.state.values() if "step" in state]
+        counts = [
+            int(state["step"])
+            for sub in inner.cpu_optimizers
+            for state in sub.state.values()
+            if "step" in state
+        ]
         counts += [int(group.get("step", 0)) for group in getattr(inner.gpu_optimizer, "param_groups", [])]
     else:
         # A rank without elements of a group may leave that group's count behind.
@@ -212,7 +243,8 @@ def _set_step(inner: Any, group: dict[str, Any], step: int) -> None:
     if not isinstance(inner, HybridDeviceOptimizer):
         group["step"] = step
         return
-    # The hybrid optimizer copies its own group's values over the GPU optimizer's before every update: it must have no "step".
+    # The hybrid optimizer copies its own group's values over the GPU optimizer's before every update: it must
+    # have no "step".
     group.pop("step", None)
     for sub in inner.cpu_optimizers:
         for state in sub.state.values():

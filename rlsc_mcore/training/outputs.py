@@ -20,17 +20,22 @@ if TYPE_CHECKING:
 
 
 def claim_run_folder(run_dir: Path, config: Config, groups: "Groups", *, resuming: bool) -> Owner | None:
-    """Refuse a folder of another run, own ours and write the resolved configuration; collective over the world.
+    """Refuse a folder of another run, own ours and write the resolved configuration; collective over the
+    world.
 
-    Returns the ownership on the main rank, None on the others. Raises `ConfigError` on every rank: before anything is written
-    where the folder holds another configuration (unless `resuming`) or an `export` that this program did not make, where
-    another process owns the folder (`FolderInUse`), and where it cannot be written.
+    Returns the ownership on the main rank, None on the others. Raises `ConfigError` on every rank: before
+    anything is written where the folder holds another configuration (unless `resuming`) or an `export` that
+    this program did not make, where another process owns the folder (`FolderInUse`), and where it cannot be
+    written.
     """
     file = run_dir / CONFIG_FILE
     if file.is_file() and not resuming:
         changes = changed_fields(load_config(file), config)
         if changes:
-            raise ConfigError(f"run_dir: {run_dir} holds a run with another configuration ({'; '.join(changes)}); choose another folder")
+            raise ConfigError(
+                f"run_dir: {run_dir} holds a run with another configuration ({'; '.join(changes)}); choose "
+                "another folder"
+            )
     owner: Owner | None = None
     failure = in_use = ""
     if groups.is_main:
@@ -80,7 +85,8 @@ ROLLOUTS = "rollouts"
 
 
 def dump_batch(run_dir: Path, step: int, sequences: Sequence[UniqueSequence], groups: Groups) -> Path:
-    """Write this data-parallel rank's sequences of a step that was skipped, token by token; returns the folder."""
+    """Write this data-parallel rank's sequences of a step that was skipped, token by token; returns the
+    folder."""
     folder = run_dir / SKIPPED_FOLDER
     if groups.member == 0:
         folder.mkdir(exist_ok=True)

@@ -1,4 +1,5 @@
-"""Run a step's micro-batches in Megatron's schedule: 1F1B over pipeline stages, one after another without a pipeline."""
+"""Run a step's micro-batches in Megatron's schedule: 1F1B over pipeline stages, one after another without a
+pipeline."""
 
 from collections.abc import Callable
 from typing import Any
@@ -17,12 +18,14 @@ def run_schedule(
     forward_only: bool = False,
     on_batch: Callable[[], None] = lambda: None,
 ) -> list[Any]:
-    """Run forward and (unless `forward_only`) backward over the micro-batches; collective over the pipeline group.
+    """Run forward and (unless `forward_only`) backward over the micro-batches; collective over the pipeline
+    group.
 
-    `forward(i)` runs the model on micro-batch i. On the last stage it returns (a tensor, what to keep): the tensor is the loss,
-    whose gradient begins as 1. On other stages it returns the hidden states that travel on. Returns what the last stage kept, in
-    order, and nothing on other stages. All stages must pass the same number of micro-batches of the same lengths. Gradients are
-    summed over micro-batches into the buffers of `ddp`; where reduction is overlapped, it begins in the last backward pass.
+    `forward(i)` runs the model on micro-batch i. On the last stage it returns (a tensor, what to keep): the
+    tensor is the loss, whose gradient begins as 1. On other stages it returns the hidden states that travel
+    on. Returns what the last stage kept, in order, and nothing on other stages. All stages must pass the same
+    number of micro-batches of the same lengths. Gradients are summed over micro-batches into the buffers of
+    `ddp`; where reduction is overlapped, it begins in the last backward pass.
     """
     if num_micro_batches == 0:
         return []
@@ -30,7 +33,8 @@ def run_schedule(
 
     def keep(output: tuple[torch.Tensor, Any]) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
         kept.append(output[1])
-        # Of a triple, under `calculate_per_token_loss`, Megatron divides the loss neither by tokens nor by micro-batches.
+        # Of a triple, under `calculate_per_token_loss`, Megatron divides the loss neither by tokens nor by
+        # micro-batches.
         return output[0], torch.ones((), dtype=torch.int), {}
 
     def forward_step(micro_batches: Any, model: Any) -> tuple[Any, Callable[..., Any]]:

@@ -1,8 +1,10 @@
-"""Move rollouts from the engines that sampled them to the ranks that train them: equal FLOPs for every data-parallel rank.
+"""Move rollouts from the engines that sampled them to the ranks that train them: equal FLOPs for every
+data-parallel rank.
 
-Headers of 72 bytes per answer go to all ranks, so that all of them compute the same plan. Tokens and log-probs travel once, as
-int32 and float32, from a rank of the engine that sampled them to each rank that trains them. Prompts are known everywhere. Text
-travels only for objectives with a reward, to the one engine that rewards all answers of a question.
+Headers of 72 bytes per answer go to all ranks, so that all of them compute the same plan. Tokens and
+log-probs travel once, as int32 and float32, from a rank of the engine that sampled them to each rank that
+trains them. Prompts are known everywhere. Text travels only for objectives with a reward, to the one engine
+that rewards all answers of a question.
 """
 
 import hashlib
@@ -70,18 +72,22 @@ def redistribute(
     groups: Groups,
     rewards: Mapping[tuple[int, int], float] | None = None,
 ) -> Exchange:
-    """Merge identical answers of the step and spread the distinct ones by estimated FLOPs; collective over the world.
+    """Merge identical answers of the step and spread the distinct ones by estimated FLOPs; collective over
+    the world.
 
-    `rollouts` are those of this rank's engine, equal on all its ranks. `places` gives the place in the step of every (question, how
-    often it was asked before within the step), `options` how many samples of a question are trained, `prompts` the prompt of every
-    question index, `rewards` the advantage of every trained (place, sample); see `gather_advantages`. Sequences are ordered by place
-    and sample, and their questions numbered over all ranks.
+    `rollouts` are those of this rank's engine, equal on all its ranks. `places` gives the place in the step
+    of every (question, how often it was asked before within the step), `options` how many samples of a
+    question are trained, `prompts` the prompt of every question index, `rewards` the advantage of every
+    trained (place, sample); see `gather_advantages`. Sequences are ordered by place and sample, and their
+    questions numbered over all ranks.
     """
     own = _headers(rollouts, places, options.num_samples, mark_trained)
     tables = [table.tolist() for table in groups.gather_tables_over_engines(torch.from_numpy(own))]
     sequences = _merge(tables, options, rewards)
     lengths = [len(prompts[each.header[QUESTION]]) + each.header[LENGTH] for each in sequences]
-    costs = [cost.flops(length, each.header[TRAINED]) for length, each in zip(lengths, sequences, strict=True)]
+    costs = [
+        cost.flops(length, each.header[TRAINED]) for length, each in zip(lengths, sequences, strict=True)
+    ]
     owners = [_owner(each.engine, number, groups) for number, each in enumerate(sequences)]
     targets = assign(costs, owners, groups.dp_size)
     received = _send_tokens(rollouts, sequences, targets, prompts, groups)
@@ -93,13 +99,17 @@ def redistribute(
         if targets[number] == groups.dp_rank:
             rollout = received[number] if number in received else rollouts[each.position]
             group = question_numbers[each.header[QUESTION]]
-            trained.append(UniqueSequence(rollout, group, each.multiplicity, mark_trained(rollout), each.advantage))
+            trained.append(
+                UniqueSequence(rollout, group, each.multiplicity, mark_trained(rollout), each.advantage)
+            )
     return Exchange(
         sequences=trained,
         num_sequences=len(sequences),
         num_distinct=len({(row[QUESTION], row[DIGEST], row[DIGEST_2]) for table in tables for row in table}),
         num_tokens=sum(lengths),
-        num_tokens_unmerged=sum(length * each.multiplicity for length, each in zip(lengths, sequences, strict=True)),
+        num_tokens_unmerged=sum(
+            length * each.multiplicity for length, each in zip(lengths, sequences, strict=True)
+        ),
         moved_share=sum(a != b for a, b in zip(owners, targets, strict=True)) / max(1, len(sequences)),
         imbalance_sampled=imbalance(loads(costs, owners, groups.dp_size)),
         imbalance=imbalance(loads(costs, targets, groups.dp_size)),
@@ -115,10 +125,11 @@ def gather_advantages(
     questions: Sequence[Question],
     groups: Groups,
 ) -> dict[tuple[int, int], float] | None:
-    """Reward the step's answers; collective over the ranks of one place per engine. None where the objective has no reward.
+    """Reward the step's answers; collective over the ranks of one place per engine. None where the objective
+    has no reward.
 
-    All answers of a question are rewarded together, by engine `question % engines`: the others send it their text. Returns the
-    advantage of every answer that is trained, by (place, sample).
+    All answers of a question are rewarded together, by engine `question % engines`: the others send it their
+    text. Returns the advantage of every answer that is trained, by (place, sample).
     """
     if OBJECTIVES[algorithm.objective].reward is None:
         return None
@@ -129,12 +140,17 @@ def gather_advantages(
             (place, replace(rollout, prompt_ids=(), response_ids=(), engine_log_probs=()))
         )
     mine = sorted(
-        (item for part in groups.exchange_objects_over_engines(parts) for item in part), key=lambda item: (item[0], item[1].sample_index)
+        (item for part in groups.exchange_objects_over_engines(parts) for item in part),
+        key=lambda item: (item[0], item[1].sample_index),
     )
     graded = trained_rollouts(algorithm, options, [rollout for _, rollout in mine], questions)
     table = torch.tensor(
         [
-            [float(places[rollout.question_index, rollout.sample_index // options.num_samples]), float(rollout.sample_index), value]
+            [
+                float(places[rollout.question_index, rollout.sample_index // options.num_samples]),
+                float(rollout.sample_index),
+                value,
+            ]
             for rollout, value in graded
         ],
         dtype=torch.float64,
@@ -159,9 +175,12 @@ def _headers(
 
 
 def _merge(
-    tables: Sequence[Sequence[Sequence[int]]], options: RolloutConfig, rewards: Mapping[tuple[int, int], float] | None
+    tables: Sequence[Sequence[Sequence[int]]],
+    options: RolloutConfig,
+    rewards: Mapping[tuple[int, int], float] | None,
 ) -> list[_Sequence]:
-    """Merge equal answers to one question that are trained; the first by place and sample stands for all of them."""
+    """Merge equal answers to one question that are trained; the first by place and sample stands for all of
+    them."""
     num_trained = options.num_trained or options.num_samples
     answers = [
         (row, engine, position)
@@ -184,7 +203,8 @@ def _merge(
 
 
 def _owner(engine: int, number: int, groups: Groups) -> int:
-    """Return a data-parallel rank whose trainer ranks include ranks of the engine; an engine over several takes turns."""
+    """Return a data-parallel rank whose trainer ranks include ranks of the engine; an engine over several
+    takes turns."""
     first = engine * groups.engine_tp_size % (groups.world_size // groups.pp_size) // groups.tp_size
     return (first + number % max(1, groups.engine_tp_size // groups.tp_size)) % groups.dp_size
 
@@ -192,7 +212,8 @@ def _owner(engine: int, number: int, groups: Groups) -> int:
 def _transfers(sequences: Sequence[_Sequence], targets: Sequence[int], groups: Groups) -> list[_Transfer]:
     """List what leaves or reaches this rank, by source and target.
 
-    A rank of the sampling engine keeps what it trains; every other target has one source, the engine's ranks in turn.
+    A rank of the sampling engine keeps what it trains; every other target has one source, the engine's ranks
+    in turn.
     """
     size = groups.engine_tp_size
     numbers: dict[tuple[int, int], list[int]] = {}
@@ -213,7 +234,8 @@ def _send_tokens(
     prompts: Sequence[Sequence[int]],
     groups: Groups,
 ) -> dict[int, Rollout]:
-    """Send tokens and log-probs to the ranks that train them; returns what arrived, without text, by number in the step."""
+    """Send tokens and log-probs to the ranks that train them; returns what arrived, without text, by number
+    in the step."""
     if groups.world_size == groups.engine_tp_size:  # one engine: every rank has all answers
         return {}
     outgoing: list[list[np.ndarray]] = [[] for _ in range(groups.world_size)]
@@ -225,7 +247,9 @@ def _send_tokens(
         for number in transfer.numbers:
             rollout = rollouts[sequences[number].position]
             outgoing[transfer.target].append(np.asarray(rollout.response_ids, dtype=np.int32))
-            outgoing[transfer.target].append(np.asarray(rollout.engine_log_probs, dtype=np.float32).view(np.int32))
+            outgoing[transfer.target].append(
+                np.asarray(rollout.engine_log_probs, dtype=np.float32).view(np.int32)
+            )
     empty = np.zeros(0, dtype=np.int32)
     parts = [torch.from_numpy(np.concatenate([empty, *arrays])) for arrays in outgoing]
     sizes = [sum(2 * sequences[number].header[LENGTH] for number in numbers) for numbers in incoming]

@@ -34,7 +34,12 @@ from rlsc_mcore.training.outputs import claim_run_folder, dump_batch, write_roll
 from rlsc_mcore.training.redistribute import Asked, gather_advantages, redistribute
 from rlsc_mcore.training.signals import AbortPoll, StopRequest
 from rlsc_mcore.training.step import Trainer
-from rlsc_mcore.training.stop_rules import compared_dtype, count_mismatched_steps, stop_when_mismatched, stop_when_skipping
+from rlsc_mcore.training.stop_rules import (
+    compared_dtype,
+    count_mismatched_steps,
+    stop_when_mismatched,
+    stop_when_skipping,
+)
 from rlsc_mcore.types import Rollout, StepOutcome
 from rlsc_mcore.weight_sync.swap import HotSwap
 from rlsc_mcore.weight_sync.verify import compare_with_export
@@ -51,11 +56,13 @@ class Session:
         resume_from: Path | None = None,
         asked_prompts: Sequence[list[int]] | None = None,
     ) -> None:
-        """Check all input, then build trainer and engine and, with `resume_from`, load that checkpoint; collective over the world.
+        """Check all input, then build trainer and engine and, with `resume_from`, load that checkpoint;
+        collective over the world.
 
-        `asked_prompts` are the prompts of an evaluation without training, which reads no questions of the configuration.
-        Raises `ConfigError` before anything is built or written when an input is bad, and `GenerationInterrupted` on a stop
-        signal while it builds: nothing was trained, what was saved before is as it was.
+        `asked_prompts` are the prompts of an evaluation without training, which reads no questions of the
+        configuration. Raises `ConfigError` before anything is built or written when an input is bad, and
+        `GenerationInterrupted` on a stop signal while it builds: nothing was trained, what was saved before
+        is as it was.
         """
         self.config, self.stop = config, stop
         self.run_dir = Path(config.run_dir)
@@ -70,7 +77,9 @@ class Session:
             check_answers_per_step(config, self.groups.dp_size)
         owner = claim_run_folder(self.run_dir, config, self.groups, resuming=resume_from is not None)
         if owner is not None and owner.took_over:
-            self.report.warn(f"took over {self.run_dir} from {owner.took_over}, which has ended without giving it up")
+            self.report.warn(
+                f"took over {self.run_dir} from {owner.took_over}, which has ended without giving it up"
+            )
         if self.inputs.record is not None:
             claim_inputs(self.run_dir, self.inputs.record, self.groups)
         for warning in self.inputs.warnings:
@@ -78,10 +87,16 @@ class Session:
         wandb_project = config.observability.wandb_project if self.groups.is_main else None
         wandb_run = open_wandb(wandb_project, self.run_dir, dataclasses.asdict(config))
         self.status = RunStatus(
-            self.run_dir, config.training.num_steps, enabled=self.groups.is_main, on_phase=self.watchdog.phase, owner=owner
+            self.run_dir,
+            config.training.num_steps,
+            enabled=self.groups.is_main,
+            on_phase=self.watchdog.phase,
+            owner=owner,
         )
         self.check_stop()
-        self.trainer = Trainer(config, self.inputs.model_folder, self.backend, self.groups, load=resume_from is None)
+        self.trainer = Trainer(
+            config, self.inputs.model_folder, self.backend, self.groups, load=resume_from is None
+        )
         self.start_step = 0
         if resume_from is not None:
             self._load(resume_from)
@@ -104,7 +119,9 @@ class Session:
             self.groups,
             self.swap.bind,
             max_model_len=self.inputs.max_model_len,
-            kv_bytes_per_token=architecture.kv_bytes_per_token(DTYPES[config.rollout.dtype or config.model.dtype], engine_tp),
+            kv_bytes_per_token=architecture.kv_bytes_per_token(
+                DTYPES[config.rollout.dtype or config.model.dtype], engine_tp
+            ),
             stop_token_ids=self.inputs.stop_token_ids,
             tempered=config.algorithm.log_prob_temperature == "sampling",
         )
@@ -139,7 +156,10 @@ class Session:
         shares = spread_samples(len(asked), num_samples, self.groups.num_engines, self.groups.engine_index)
         positions, samples = [position for position, _ in shares], [share for _, share in shares]
         total = sum(map(len, samples)) * self.config.rollout.max_new_tokens
-        with self.timer.phase("rollout"), self.report.progress(f"step {step + 1}: sampling, tokens", total) as bar:
+        with (
+            self.timer.phase("rollout"),
+            self.report.progress(f"step {step + 1}: sampling, tokens", total) as bar,
+        ):
             try:
                 rollouts = sample_rollouts(
                     self.engine,
@@ -163,14 +183,17 @@ class Session:
         return rollouts
 
     def train(self, step: int, rollouts: Sequence[Rollout]) -> StepOutcome:
-        """Spread the rollouts over the ranks, pack them and train; refuses rollouts of other weights than the current ones."""
+        """Spread the rollouts over the ranks, pack them and train; refuses rollouts of other weights than the
+        current ones."""
         stale = {rollout.policy_version for rollout in rollouts} - {self.swap.policy_version}
         assert not stale, f"rollouts of policy version {sorted(stale)} at version {self.swap.policy_version}"
         self.status.phase("training", step)
         with self.timer.phase("pack"):
             algorithm, rollout_options = self.config.algorithm, self.config.rollout
             places = self._places
-            rewards = gather_advantages(algorithm, rollout_options, rollouts, places, self.inputs.questions, self.groups)
+            rewards = gather_advantages(
+                algorithm, rollout_options, rollouts, places, self.inputs.questions, self.groups
+            )
             mark_trained = partial(
                 trained_tokens,
                 train_end_token=algorithm.train_end_token,
@@ -178,14 +201,30 @@ class Session:
                 stop_token_ids=frozenset(self.inputs.stop_token_ids),
             )
             cost = self.inputs.architecture.cost_model()
-            self.exchange = redistribute(rollouts, places, rollout_options, self.inputs.prompts, mark_trained, cost, self.groups, rewards)
-            batches = pack(self.exchange.sequences, self.config.training.tokens_per_micro_batch, multiple_of=self.trainer.token_multiple)
+            self.exchange = redistribute(
+                rollouts,
+                places,
+                rollout_options,
+                self.inputs.prompts,
+                mark_trained,
+                cost,
+                self.groups,
+                rewards,
+            )
+            batches = pack(
+                self.exchange.sequences,
+                self.config.training.tokens_per_micro_batch,
+                multiple_of=self.trainer.token_multiple,
+            )
         self.engine.sleep()
         self.memory.measure("sleep")
         per_question = self.config.rollout.num_trained or self.config.rollout.num_samples
         num_samples = self.config.data.questions_per_step * per_question
         passes = len(batches) * self.config.training.updates_per_rollout
-        with self.timer.phase("train"), self.report.progress(f"step {step + 1}: training, micro-batches", passes) as bar:
+        with (
+            self.timer.phase("train"),
+            self.report.progress(f"step {step + 1}: training, micro-batches", passes) as bar,
+        ):
             advance = self._progress(bar)
             outcome = self.trainer.step(batches, step, num_samples, on_batch=lambda: advance(1))
         self.memory.measure("train")
@@ -225,18 +264,27 @@ class Session:
         row["engine_imbalance"] = self.exchange.engine_imbalance
         row["memory"], grown = self.memory.close_step(self.groups)
         row["warnings"] = (
-            alarms(row, first, ends=bool(self.inputs.stop_token_ids)) + mismatch_warnings(row, compared_dtype(self.config)) + grown
+            alarms(row, first, ends=bool(self.inputs.stop_token_ids))
+            + mismatch_warnings(row, compared_dtype(self.config))
+            + grown
         )
         # A rank stands for the ranks of its engine, whose rollouts are the same.
-        row["gpu"] = self.gpu.take(sum(len(rollout.response_ids) for rollout in rollouts) // self.groups.engine_tp_size)
+        row["gpu"] = self.gpu.take(
+            sum(len(rollout.response_ids) for rollout in rollouts) // self.groups.engine_tp_size
+        )
         if row["skipped"]:
             dumped = dump_batch(self.run_dir, step, self.exchange.sequences, self.groups)
-            row["warnings"].append(f"loss {row['loss']} or gradient norm {row['grad_norm']} is not finite: step skipped, batch in {dumped}")
+            row["warnings"].append(
+                f"loss {row['loss']} or gradient norm {row['grad_norm']} is not finite: step skipped, batch "
+                f"in {dumped}"
+            )
         self.metrics.write(StepMetrics(**row).row())
         if self.config.observability.save_rollouts:
             write_rollouts(self.run_dir, step, rollouts, self.groups)
         seconds = sum(self.timer.seconds.values())
-        self.report.line(f"step {step + 1}/{self.config.training.num_steps}  {console_line(row)}  {seconds:.1f} s")
+        self.report.line(
+            f"step {step + 1}/{self.config.training.num_steps}  {console_line(row)}  {seconds:.1f} s"
+        )
         for warning in row["warnings"]:
             if warning.split(":")[0] not in self._warned:  # told once; metrics.jsonl has it at every step
                 self.report.warn(warning)
@@ -252,10 +300,13 @@ class Session:
     def save(self, step: int) -> None:
         """Checkpoint after `step` optimizer steps, unless that is saved already; collective over the world.
 
-        Mismatched steps are not: the checkpoint before them stays the last, until agreement returns or the run's last step is done.
+        Mismatched steps are not: the checkpoint before them stays the last, until agreement returns or the
+        run's last step is done.
         """
         if count_mismatched_steps(self.metrics.rows, self.config) and step < self.config.training.num_steps:
-            self.report.warn(f"step {step} is not saved: its answers were sampled by other weights than the trainer's")
+            self.report.warn(
+                f"step {step} is not saved: its answers were sampled by other weights than the trainer's"
+            )
             return
         self.status.phase("saving", step)
         best = self.config.training.keep_best
@@ -263,7 +314,8 @@ class Session:
         self.saver.save(step, self.swap.policy_version, scores)
 
     def evaluate(self, name: str) -> dict[str, Any] | None:
-        """Evaluate the engine's current weights, once per run and `name` ("before", "after"); None without evaluation.path.
+        """Evaluate the engine's current weights, once per run and `name` ("before", "after"); None without
+        evaluation.path.
 
         Raises `GenerationInterrupted` on a stop signal.
         """
@@ -289,17 +341,23 @@ class Session:
         return result["scores"]
 
     def export(self, output: Path) -> int:
-        """Write the policy as a Hugging Face folder and compare every engine parameter with it; collective over the world.
+        """Write the policy as a Hugging Face folder and compare every engine parameter with it; collective
+        over the world.
 
         Returns the number of engine parameters compared; raises `SwapMismatch` on the first difference.
         """
         self.status.phase("export")
-        write_policy(self.trainer.policy, self.inputs.model_folder, output, self.config.model.dtype, self.groups)
+        write_policy(
+            self.trainer.policy, self.inputs.model_folder, output, self.config.model.dtype, self.groups
+        )
         self.groups.barrier()
-        return compare_with_export(self.engine.module, self.trainer.policy.model_weights, output, self.swap.place, self.groups.rank)
+        return compare_with_export(
+            self.engine.module, self.trainer.policy.model_weights, output, self.swap.place, self.groups.rank
+        )
 
     def check_stop(self) -> None:
-        """Raise `GenerationInterrupted` on every rank once any rank got a stop signal; collective over the world."""
+        """Raise `GenerationInterrupted` on every rank once any rank got a stop signal; collective over the
+        world."""
         if self.groups.any(bool(self.stop)):
             raise GenerationInterrupted
 
@@ -314,11 +372,15 @@ class Session:
     # ------------------------------------------------------------------ setting up
 
     def _load(self, resume_from: Path) -> None:
-        # A run goes on from an earlier checkpoint where the last is damaged; elsewhere that would be other weights than asked for.
+        # A run goes on from an earlier checkpoint where the last is damaged; elsewhere that would be other
+        # weights than asked for.
         if resume_from.is_relative_to(self.run_dir):
             state = checkpoint.resume(resume_from, self.trainer, self.report.warn)
         else:
             state = checkpoint.load_checkpoint(resume_from, self.trainer)
         if self.inputs.record is not None and state.questions != self.inputs.fingerprint:
-            raise ConfigError(f"data.path: {self.config.data.path} has changed since the run was started; resume needs the same questions")
+            raise ConfigError(
+                f"data.path: {self.config.data.path} has changed since the run was started; resume needs the "
+                "same questions"
+            )
         self.start_step = state.step

@@ -1,7 +1,8 @@
 """Stop signals: remembered, and acted upon where the run can be saved.
 
-Python runs signal handlers between two instructions of the main thread only. A thread that reads the signals' wake-up pipe acts
-where the main thread cannot: a second SIGINT while a library computes, and a stop while the ranks still wait for each other.
+Python runs signal handlers between two instructions of the main thread only. A thread that reads the signals'
+wake-up pipe acts where the main thread cannot: a second SIGINT while a library computes, and a stop while the
+ranks still wait for each other.
 """
 
 import _thread
@@ -22,7 +23,8 @@ if TYPE_CHECKING:
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 ENGINE_STEPS_BETWEEN_AGREEMENTS = 8  # a fraction of a second of decoding
 SECONDS_BETWEEN_LOOKS = 0.5  # one request to the store takes about 0.1 ms
-# A launcher passes a terminal's SIGINT on to ranks that got it from the terminal already: the pair counts as one.
+# A launcher passes a terminal's SIGINT on to ranks that got it from the terminal already: the pair counts as
+# one.
 SAME_REQUEST_S = 0.02
 SAME_REQUEST_OF_LAUNCHER_S = 3.0
 # How long the main thread may take to leave by itself before the process is ended from beside it.
@@ -62,11 +64,13 @@ def interruptible() -> Iterator[None]:
 class StopRequest:
     """Set by SIGINT, SIGTERM, SIGHUP, SIGUSR1 or SIGUSR2; a second SIGINT interrupts at once.
 
-    Until `begin`, nothing has been trained: a stop that the main thread does not act upon within seconds ends the process.
+    Until `begin`, nothing has been trained: a stop that the main thread does not act upon within seconds ends
+    the process.
     """
 
     def __init__(self, on_end: Callable[[str | None], None] = lambda signal_name: None) -> None:
-        """`on_end` records the end before the thread ends the process: the signal's name, or None when it was interrupted."""
+        """`on_end` records the end before the thread ends the process: the signal's name, or None when it was
+        interrupted."""
         self.signal_name: str | None = None
         self.on_end = on_end
         self._first: float | None = None  # when the first signal came
@@ -87,7 +91,8 @@ class StopRequest:
 
     @contextmanager
     def listening(self) -> Iterator["StopRequest"]:
-        """Catch the stop signals inside the block; the previous handlers come back after it. SIGHUP stays ignored under nohup."""
+        """Catch the stop signals inside the block; the previous handlers come back after it. SIGHUP stays
+        ignored under nohup."""
         reader, writer = os.pipe()
         os.set_blocking(writer, False)
         self._left.clear()
@@ -123,7 +128,9 @@ class StopRequest:
         if self._first is None:
             self._first = now
             if not self._has_begun:
-                threading.Thread(target=self._end_start, args=(number,), name="stop before the start", daemon=True).start()
+                threading.Thread(
+                    target=self._end_start, args=(number,), name="stop before the start", daemon=True
+                ).start()
             return
         same = SAME_REQUEST_OF_LAUNCHER_S if "RANK" in os.environ else SAME_REQUEST_S
         if number == signal.SIGINT and now - self._first > same:
@@ -148,11 +155,15 @@ class StopRequest:
 
 
 @contextmanager
-def _handlers(handler: Callable[[int, FrameType | None], None], numbers: tuple[signal.Signals, ...]) -> Iterator[None]:
+def _handlers(
+    handler: Callable[[int, FrameType | None], None], numbers: tuple[signal.Signals, ...]
+) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    heard = [number for number in numbers if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN]
+    heard = [
+        number for number in numbers if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN
+    ]
     previous = {number: signal.signal(number, handler) for number in heard}
     try:
         yield
@@ -168,11 +179,12 @@ def _say(text: str) -> None:
 
 
 class AbortPoll:
-    """Asked before every engine step of one phase: shall this rank leave the engine? Made on every rank when the phase begins.
+    """Asked before every engine step of one phase: shall this rank leave the engine? Made on every rank when
+    the phase begins.
 
-    One rank's signal takes all ranks out, within a second or two: it is left in the store that the ranks met at, where the others
-    look for it. The ranks of one engine run in lockstep and must leave at the same step: they agree every few calls. Collective
-    over the engine's ranks.
+    One rank's signal takes all ranks out, within a second or two: it is left in the store that the ranks met
+    at, where the others look for it. The ranks of one engine run in lockstep and must leave at the same step:
+    they agree every few calls. Collective over the engine's ranks.
     """
 
     def __init__(self, stop: StopRequest, groups: "Groups") -> None:
@@ -194,11 +206,17 @@ class AbortPoll:
         """Whether this rank was signalled, or another that has said so."""
         if self._groups.world_size == 1:
             return bool(self._stop)
-        with contextlib.suppress(Exception):  # a store that is gone has no news; the watchdog tells whose end that is
+        with contextlib.suppress(
+            Exception
+        ):  # a store that is gone has no news; the watchdog tells whose end that is
             if self._stop and not self._is_told:
                 self._groups.store().set(self._key, "1")
                 self._is_told = True
-            if not self._stop and not self._is_heard and time.monotonic() - self._looked > SECONDS_BETWEEN_LOOKS:
+            if (
+                not self._stop
+                and not self._is_heard
+                and time.monotonic() - self._looked > SECONDS_BETWEEN_LOOKS
+            ):
                 self._looked = time.monotonic()
                 self._is_heard = bool(self._groups.store().check([self._key]))
         return bool(self._stop) or self._is_heard

@@ -20,7 +20,13 @@ from rlsc_mcore.ops.chunks import live_tokens
 from rlsc_mcore.parallel.backend import Backend
 from rlsc_mcore.parallel.groups import Groups
 from rlsc_mcore.training.offload import StateOffload, state_tensors
-from rlsc_mcore.training.optimizer import build_optimizer, clip_gradients, learning_rate, set_learning_rate, wrap_data_parallel
+from rlsc_mcore.training.optimizer import (
+    build_optimizer,
+    clip_gradients,
+    learning_rate,
+    set_learning_rate,
+    wrap_data_parallel,
+)
 from rlsc_mcore.training.pipeline import run_schedule
 from rlsc_mcore.types import PackedBatch, SequenceScores, StepOutcome, Update
 
@@ -29,7 +35,8 @@ FP8_ROWS = 16  # TransformerEngine's fp8 products want so many rows at a time
 
 @dataclass(frozen=True)
 class _FirstPass:
-    """What the first pass over a step's rollouts fixes for the later ones, per batch: p_old and the questions' normalisers.
+    """What the first pass over a step's rollouts fixes for the later ones, per batch: p_old and the
+    questions' normalisers.
 
     Both lie on the last pipeline stage; the lists are empty on the others.
     """
@@ -41,7 +48,9 @@ class _FirstPass:
 class Trainer:
     """The policy with its data-parallel wrapper and optimizer."""
 
-    def __init__(self, config: Config, folder: Any, backend: Backend, groups: Groups, *, load: bool = True) -> None:
+    def __init__(
+        self, config: Config, folder: Any, backend: Backend, groups: Groups, *, load: bool = True
+    ) -> None:
         """Build everything on this rank; collective over the world."""
         self.config, self.backend, self.groups = config, backend, groups
         self.policy: Policy = build_policy(config, folder, backend, groups, load=load)
@@ -50,30 +59,41 @@ class Trainer:
         self.offload: StateOffload | None = None
         if config.optimizer.offload_during_rollout:
             self.offload = StateOffload(self.optimizer, self.memory()["weights"].keys(), pin=backend.is_cuda)
-        # Every batch has a multiple of so many tokens: equal shares for sequence parallelism, of 16 rows for fp8 products.
+        # Every batch has a multiple of so many tokens: equal shares for sequence parallelism, of 16 rows for
+        # fp8 products.
         self.token_multiple = groups.tp_size * (1 if config.model.fp8 == "none" else FP8_ROWS)
         trained = config.algorithm.log_prob_temperature
         self.log_prob_temperature = config.rollout.temperature if trained == "sampling" else 1.0
 
-    def step(self, batches: Sequence[PackedBatch], step: int, num_samples: int, on_batch: Callable[[], None] = lambda: None) -> StepOutcome:
+    def step(
+        self,
+        batches: Sequence[PackedBatch],
+        step: int,
+        num_samples: int,
+        on_batch: Callable[[], None] = lambda: None,
+    ) -> StepOutcome:
         """Take `training.updates_per_rollout` optimizer updates on this rank's micro-batches.
 
-        Every update sees all of them; its weights are those of the policy that sampled, from the first pass. `num_samples` counts
-        the step's rollouts over all ranks. Gradients are summed over the data-parallel group, so they depend neither on how
-        rollouts are spread over ranks nor on the micro-batch size. Stops at an update that is skipped. Mutates parameters and
-        optimizer; collective over the world.
+        Every update sees all of them; its weights are those of the policy that sampled, from the first pass.
+        `num_samples` counts the step's rollouts over all ranks. Gradients are summed over the data-parallel
+        group, so they depend neither on how rollouts are spread over ranks nor on the micro-batch size. Stops
+        at an update that is skipped. Mutates parameters and optimizer; collective over the world.
         """
         if self.offload is not None:
             self.offload.back()
         objective = WeightedObjective(self.config.algorithm, num_samples)
         if not batches and self.config.parallel.overlap_grad_reduce:
-            batches = [padding_batch(self.token_multiple)]  # the peers' reductions begin in the backward pass: have one
+            batches = [
+                padding_batch(self.token_multiple)
+            ]  # the peers' reductions begin in the backward pass: have one
         batches = [batch.to(self.backend.device) for batch in batches]
         lr = learning_rate(self.config.optimizer, step, self.config.training.num_steps)
         set_learning_rate(self.optimizer, lr)
         updates: list[Update] = []
         first: _FirstPass | None = None
-        while len(updates) < self.config.training.updates_per_rollout and all(update.updated for update in updates):
+        while len(updates) < self.config.training.updates_per_rollout and all(
+            update.updated for update in updates
+        ):
             loss, passed = self._accumulate(batches, objective, first, on_batch)
             first = first or passed
             total = float(self.groups.sum_over_dp(loss))
@@ -81,7 +101,8 @@ class Trainer:
                 updated, grad_norm = self._update(total)
             updates.append(Update(total, grad_norm, updated))
         if self.config.parallel.overlap_param_gather:
-            # Other ranks' parameters are stale until gathered, and the engine reads them without a forward pass of ours.
+            # Other ranks' parameters are stale until gathered, and the engine reads them without a forward
+            # pass of ours.
             self.ddp.start_param_sync(force_sync=True)
         assert first is not None
         return StepOutcome(
@@ -94,11 +115,12 @@ class Trainer:
     def release_memory(self) -> None:
         """Free what only training needs, before the engine wakes.
 
-        Frees gradients, fp8 copies of the weights, cached workspaces and, if configured, the optimizer's state. The gradient
-        buffers keep their views and lose their storage; the next pass allocates it again. cuBLAS keeps its own workspaces: the
-        engine's captured graphs use them.
+        Frees gradients, fp8 copies of the weights, cached workspaces and, if configured, the optimizer's
+        state. The gradient buffers keep their views and lose their storage; the next pass allocates it again.
+        cuBLAS keeps its own workspaces: the engine's captured graphs use them.
         """
-        self.optimizer.zero_grad()  # drops the optimizer's views of the buffers, and its float32 copies of bfloat16 gradients
+        # drops the optimizer's views of the buffers, and its float32 copies of bfloat16 gradients
+        self.optimizer.zero_grad()
         self.ddp.offload_grad_buffers(synchronize=False, empty_cache=False)
         if self.offload is not None:
             self.offload.out()
@@ -107,7 +129,8 @@ class Trainer:
         self.backend.release_cached_memory()
 
     def memory(self) -> dict[str, dict[int, int]]:
-        """Return the storages of weights, gradients and optimizer on this rank's device, address -> bytes; each has one owner."""
+        """Return the storages of weights, gradients and optimizer on this rank's device, address -> bytes;
+        each has one owner."""
         model, device = self.policy.model, self.backend.device
         weights = storages([*model.parameters(), *model.buffers()])
         buffers = [*self.ddp.buffers, *self.ddp.expert_parallel_buffers]
@@ -115,34 +138,49 @@ class Trainer:
         return {
             "weights": weights,
             "gradients": gradients,
-            "optimizer": storages(tensor for tensor in state_tensors(self.optimizer, weights.keys()) if tensor.device == device),
+            "optimizer": storages(
+                tensor for tensor in state_tensors(self.optimizer, weights.keys()) if tensor.device == device
+            ),
         }
 
     def accumulate_gradients(
-        self, batches: Sequence[PackedBatch], objective: WeightedObjective, on_batch: Callable[[], None] = lambda: None
+        self,
+        batches: Sequence[PackedBatch],
+        objective: WeightedObjective,
+        on_batch: Callable[[], None] = lambda: None,
     ) -> tuple[torch.Tensor, SequenceScores]:
-        """Run forward and backward over this rank's micro-batches, on the device, and sum the gradients over all ranks.
+        """Run forward and backward over this rank's micro-batches, on the device, and sum the gradients over
+        all ranks.
 
-        Returns this rank's loss (float64 []) and its sequences' scores. Mutates the gradient buffers; collective over the world.
+        Returns this rank's loss (float64 []) and its sequences' scores. Mutates the gradient buffers;
+        collective over the world.
         """
         loss, first = self._accumulate(batches, objective, None, on_batch)
         return loss, self._scores(batches, first, objective)
 
     def _accumulate(
-        self, batches: Sequence[PackedBatch], objective: WeightedObjective, first: _FirstPass | None, on_batch: Callable[[], None]
+        self,
+        batches: Sequence[PackedBatch],
+        objective: WeightedObjective,
+        first: _FirstPass | None,
+        on_batch: Callable[[], None],
     ) -> tuple[torch.Tensor, _FirstPass]:
-        """One pass; with `first` given, the weights are those of that pass. The loss is the same on all pipeline stages."""
+        """One pass; with `first` given, the weights are those of that pass. The loss is the same on all
+        pipeline stages."""
         with self.backend.megatron():
             self.ddp.restore_grad_buffers(synchronize=False)  # where `release_memory` freed them
             self.ddp.zero_grad_buffer()
             self.optimizer.zero_grad()
-            normalizers: list[torch.Tensor | None] = [None] * len(batches) if self.groups.is_last_stage else []
+            normalizers: list[torch.Tensor | None] = (
+                [None] * len(batches) if self.groups.is_last_stage else []
+            )
             if first is not None:
                 normalizers = first.normalizers
             elif objective.needs_group:
                 self.policy.model.set_is_first_microbatch()
                 normalizers = [*self._group_normalizers(batches, objective)]
-            # TransformerEngine's layers keep fp8 copies of the weights until they are told that a pass is the first on new ones.
+            # TransformerEngine's layers keep fp8 copies of the weights until they are told that a pass is the
+            # first on new ones.
             self.policy.model.set_is_first_microbatch()
 
             def forward(index: int) -> Any:
@@ -159,15 +197,20 @@ class Trainer:
         total = self.groups.from_last_stage(torch.stack([zero, *(loss for loss, _ in passed)]).sum())
         return total, _FirstPass([log_probs for _, log_probs in passed], normalizers)
 
-    def _scores(self, batches: Sequence[PackedBatch], first: _FirstPass, objective: WeightedObjective) -> SequenceScores:
+    def _scores(
+        self, batches: Sequence[PackedBatch], first: _FirstPass, objective: WeightedObjective
+    ) -> SequenceScores:
         """Return the sequences' scores on every pipeline stage; collective over the pipeline group."""
-        return self.groups.from_last_stage(_collect(batches, first, objective) if self.groups.is_last_stage else None)
+        return self.groups.from_last_stage(
+            _collect(batches, first, objective) if self.groups.is_last_stage else None
+        )
 
     @torch.no_grad()
     def token_log_probs(self, batches: Sequence[PackedBatch]) -> list[torch.Tensor]:
         """Score batches at the trained temperature; collective over the ranks of a model group.
 
-        Returns float32 [T] per batch, 0 outside the response mask; an empty list on pipeline stages before the last.
+        Returns float32 [T] per batch, 0 outside the response mask; an empty list on pipeline stages before
+        the last.
         """
         batches = [batch.to(self.backend.device) for batch in batches]
 
@@ -191,19 +234,32 @@ class Trainer:
             return run_schedule(self.ddp, forward, len(batches), forward_only=True)
 
     def _weighted_loss(
-        self, batch: PackedBatch, objective: WeightedObjective, normalizer: torch.Tensor | None, old_log_probs: torch.Tensor | None
+        self,
+        batch: PackedBatch,
+        objective: WeightedObjective,
+        normalizer: torch.Tensor | None,
+        old_log_probs: torch.Tensor | None,
     ) -> Any:
-        """Run forward: (loss, float32 [T] log-probs) on the last pipeline stage, hidden states on the others."""
-        old_live = None if old_log_probs is None else old_log_probs[live_tokens(batch.response_mask, None, batch.trained_lengths).positions]
+        """Run forward: (loss, float32 [T] log-probs) on the last pipeline stage, hidden states on the
+        others."""
+        old_live = (
+            None
+            if old_log_probs is None
+            else old_log_probs[live_tokens(batch.response_mask, None, batch.trained_lengths).positions]
+        )
 
-        def coefficients(log_probs: torch.Tensor, mask: torch.Tensor, cu_seqlens: torch.Tensor, sequences: slice) -> torch.Tensor:
+        def coefficients(
+            log_probs: torch.Tensor, mask: torch.Tensor, cu_seqlens: torch.Tensor, sequences: slice
+        ) -> torch.Tensor:
             current = None
             if old_live is not None:
                 start = sum(batch.trained_lengths[: sequences.start])
                 current, log_probs = log_probs, old_live[start : start + len(log_probs)]
             normalizer_S = None if normalizer is None else normalizer[sequences]
             multiplicity_S, advantages_S = batch.multiplicity[sequences], batch.advantages[sequences]
-            return objective.token_coefficients(log_probs, mask, cu_seqlens, multiplicity_S, normalizer_S, advantages_S, current)
+            return objective.token_coefficients(
+                log_probs, mask, cu_seqlens, multiplicity_S, normalizer_S, advantages_S, current
+            )
 
         def entropy_head(hidden: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
             log_probs, entropy = linear_token_log_probs(
@@ -234,18 +290,25 @@ class Trainer:
 
         return self.ddp(batch, head=entropy_head if objective.trains_entropy else head)
 
-    def _group_normalizers(self, batches: Sequence[PackedBatch], objective: WeightedObjective) -> list[torch.Tensor]:
-        """Score all samples first (no gradient), because a weight needs its whole question; the policy is the same in both passes.
+    def _group_normalizers(
+        self, batches: Sequence[PackedBatch], objective: WeightedObjective
+    ) -> list[torch.Tensor]:
+        """Score all samples first (no gradient), because a weight needs its whole question; the policy is the
+        same in both passes.
 
-        A question's samples may lie on several ranks: their log-probs are gathered over the data-parallel group. Returns one tensor
-        per batch on the last pipeline stage, none on the others.
+        A question's samples may lie on several ranks: their log-probs are gathered over the data-parallel
+        group. Returns one tensor per batch on the last pipeline stage, none on the others.
         """
         scored = self.token_log_probs(batches)
         if not self.groups.is_last_stage:
             return []
         empty = torch.zeros(0, dtype=torch.float64, device=self.backend.device)
-        sums = [sequence_sums(log_probs, batch.response_mask, batch.cu_seqlens) for log_probs, batch in zip(scored, batches, strict=True)]
-        # An answer with nothing to train (cut, or an end token alone) competes with no other: log p = 0 would be all of the weight.
+        sums = [
+            sequence_sums(log_probs, batch.response_mask, batch.cu_seqlens)
+            for log_probs, batch in zip(scored, batches, strict=True)
+        ]
+        # An answer with nothing to train (cut, or an end token alone) competes with no other: log p = 0 would
+        # be all of the weight.
         groups = [batch.group_ids.masked_fill(_untrained(batch), -1) for batch in batches]
         mine = torch.stack(
             [
@@ -264,7 +327,8 @@ class Trainer:
         return list(joined[before : before + mine.shape[1]].split([len(part) for part in sums]))
 
     def _update(self, loss: float) -> tuple[bool, float]:
-        """Clip and step; leaves parameters and moments untouched when the loss or the gradient norm is not finite."""
+        """Clip and step; leaves parameters and moments untouched when the loss or the gradient norm is not
+        finite."""
         self.optimizer.prepare_grads()
         grad_norm = float(self.optimizer.get_grad_norm())
         if not (math.isfinite(grad_norm) and math.isfinite(loss)):  # both are the same on every rank
@@ -287,10 +351,14 @@ class Trainer:
 
 
 def _untrained(batch: PackedBatch) -> torch.Tensor:
-    return torch.tensor([length == 0 for length in batch.trained_lengths], dtype=torch.bool).to(batch.group_ids.device, non_blocking=True)
+    return torch.tensor([length == 0 for length in batch.trained_lengths], dtype=torch.bool).to(
+        batch.group_ids.device, non_blocking=True
+    )
 
 
-def _collect(batches: Sequence[PackedBatch], first: _FirstPass, objective: WeightedObjective) -> SequenceScores:
+def _collect(
+    batches: Sequence[PackedBatch], first: _FirstPass, objective: WeightedObjective
+) -> SequenceScores:
     """Reduce the step's token log-probs to per-sequence numbers and bring them to the host in one go."""
     rows: list[torch.Tensor] = []
     gaps = [torch.zeros(0)]

@@ -30,14 +30,17 @@ def count_mismatched_steps(rows: Rows, config: Config) -> int:
 
 
 def stop_when_skipping(rows: Rows, config: Config, run_dir: Path, save: Callable[[], None]) -> None:
-    """Call `save` and raise `CollectiveRunError` after too many steps in a row without an update; resuming continues the count."""
+    """Call `save` and raise `CollectiveRunError` after too many steps in a row without an update; resuming
+    continues the count."""
     limit = config.training.max_skipped_steps
     last = rows[-limit:]
     if len(last) == limit and all(row["skipped"] for row in last):
         save()
         raise CollectiveRunError(
-            f"{limit} steps in a row were not finite and were skipped (training.max_skipped_steps); the weights of before them are "
-            f"saved, the batches are in {run_dir / SKIPPED_FOLDER}: lower optimizer.lr, or look for the answers that break it"
+            f"{limit} steps in a row were not finite and were skipped (training.max_skipped_steps); the "
+            "weights of before them are "
+            f"saved, the batches are in {run_dir / SKIPPED_FOLDER}: lower optimizer.lr, or look for the "
+            "answers that break it"
         )
 
 
@@ -49,7 +52,9 @@ def stop_when_mismatched(rows: Rows, config: Config, finish_saving: Callable[[],
     finish_saving()
     gap = rows[-1]["log_prob_gap_mean"]
     raise CollectiveRunError(
-        f"trainer and engine disagreed on the sampled tokens in {count} steps in a row, by {gap:.2e} per token in the last "
-        f"(observability.max_log_prob_gap): the engine does not sample the policy that is trained; these steps are not saved, "
+        f"trainer and engine disagreed on the sampled tokens in {count} steps in a row, by {gap:.2e} per "
+        "token in the last "
+        "(observability.max_log_prob_gap): the engine does not sample the policy that is trained; these "
+        "steps are not saved, "
         f"the last checkpoint is whole: go on from it with --resume, which builds a new engine"
     )

@@ -1,4 +1,5 @@
-"""The part of a hot swap that crosses ranks: static buckets, gathered in one buffer while the other is unpacked."""
+"""The part of a hot swap that crosses ranks: static buckets, gathered in one buffer while the other is
+unpacked."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -41,34 +42,46 @@ class _Bucket:
 
 
 class WeightExchange:
-    """Moves what this rank's engine needs from the other ranks of its model group; built once, holds its two buffers.
+    """Moves what this rank's engine needs from the other ranks of its model group; built once, holds its two
+    buffers.
 
-    Without a pipeline and with engines of one rank each, every rank needs all of every other's shard: one all-gather per bucket.
-    Else ranks need different parts: one batch of sends and receives per bucket. No sizes or names travel.
+    Without a pipeline and with engines of one rank each, every rank needs all of every other's shard: one
+    all-gather per bucket. Else ranks need different parts: one batch of sends and receives per bucket. No
+    sizes or names travel.
     """
 
     def __init__(
-        self, plan: SwapPlan, parameters: Mapping[str, torch.Tensor], group: dist.ProcessGroup, bucket_bytes: int = BUCKET_BYTES
+        self,
+        plan: SwapPlan,
+        parameters: Mapping[str, torch.Tensor],
+        group: dist.ProcessGroup,
+        bucket_bytes: int = BUCKET_BYTES,
     ) -> None:
-        """Build buckets and buffers; `parameters` are the engine's own tensors. Allocates on their device, no collective."""
+        """Build buckets and buffers; `parameters` are the engine's own tensors. Allocates on their device, no
+        collective."""
         self._group, self._plan = group, plan
         self._tensors = parameters
         place = plan.place
         self._all_gather = place.engine_size == 1 and place.num_stages == 1
         self._others = [rank for rank in range(place.num_members) if rank != place.member]
         capacity = max(1, bucket_bytes // plan.dtype.itemsize)
-        # streams[s][d]: what rank s sends to rank d, cut into buckets; every rank of the group computes the same lists.
+        # streams[s][d]: what rank s sends to rank d, cut into buckets; every rank of the group computes the
+        # same lists.
         ranks = range(place.num_members)
         wanted = _blocks_by_pair(plan.moved, place.num_members)
         streams = [[list(_buckets(wanted[s][d], capacity)) for d in ranks] for s in ranks]
         count = max(len(buckets) for row in streams for buckets in row)
-        sizes = [max(_size(_at(buckets, number)) for row in streams for buckets in row) for number in range(count)]
+        sizes = [
+            max(_size(_at(buckets, number)) for row in streams for buckets in row) for number in range(count)
+        ]
         outgoing, incoming = streams[place.member], [streams[s][place.member] for s in ranks]
         # Ranks that want the same are sent the same part of the buffer.
         self._part_of: dict[int, int] = {}
         parts: dict[Any, int] = {}
         for rank in self._others:
-            content = tuple((piece.weight.engine_name, piece.block) for bucket in outgoing[rank] for piece in bucket)
+            content = tuple(
+                (piece.weight.engine_name, piece.block) for bucket in outgoing[rank] for piece in bucket
+            )
             self._part_of[rank] = parts.setdefault(content, len(parts)) if content else 0
         num_parts = max(1, len(parts))
         # An all-gather fills a part for every rank; else only those that send to this one have a part.
@@ -76,35 +89,54 @@ class WeightExchange:
         self._slot_of = {rank: slot for slot, rank in enumerate(sources)}
         device = next(iter(parameters.values())).device
         self._send = [torch.empty(num_parts * max(sizes), dtype=plan.dtype, device=device) for _ in range(2)]
-        self._receive = [torch.empty(max(1, len(sources)) * max(sizes), dtype=plan.dtype, device=device) for _ in range(2)]
+        self._receive = [
+            torch.empty(max(1, len(sources)) * max(sizes), dtype=plan.dtype, device=device) for _ in range(2)
+        ]
         self._buckets = [
             self._make(
-                number % 2, size, {d: _at(outgoing[d], number) for d in self._others}, {s: _at(incoming[s], number) for s in self._others}
+                number % 2,
+                size,
+                {d: _at(outgoing[d], number) for d in self._others},
+                {s: _at(incoming[s], number) for s in self._others},
             )
             for number, size in enumerate(sizes)
         ]
 
-    def _make(self, slot: int, size: int, outgoing: dict[int, list[_Piece]], incoming: dict[int, list[_Piece]]) -> _Bucket:
+    def _make(
+        self, slot: int, size: int, outgoing: dict[int, list[_Piece]], incoming: dict[int, list[_Piece]]
+    ) -> _Bucket:
         """Bind one bucket, whose largest part has `size` elements, to buffer `slot`."""
         unique = {self._part_of[rank]: pieces for rank, pieces in outgoing.items()}
         packed, shards, unpacked, received = [], [], [], []
         for part, pieces in unique.items():
             for piece in pieces:
                 packed.append(_view(self._send[slot][part * size :], piece))
-                shards.append(piece.weight.source.narrow(piece.weight.axis, piece.block.source_start, piece.block.length))
+                shards.append(
+                    piece.weight.source.narrow(
+                        piece.weight.axis, piece.block.source_start, piece.block.length
+                    )
+                )
         for rank, pieces in incoming.items():
             for piece in pieces:
                 tensor = self._tensors[piece.weight.engine_name]
-                unpacked.append(tensor.narrow(piece.weight.axis, piece.block.target_start, piece.block.length))
+                unpacked.append(
+                    tensor.narrow(piece.weight.axis, piece.block.target_start, piece.block.length)
+                )
                 received.append(_view(self._receive[slot][self._slot_of[rank] * size :], piece))
         world = dist.get_process_group_ranks(self._group)
         sends = [
-            (world[rank], self._send[slot][self._part_of[rank] * size :][: _size(pieces)]) for rank, pieces in outgoing.items() if pieces
+            (world[rank], self._send[slot][self._part_of[rank] * size :][: _size(pieces)])
+            for rank, pieces in outgoing.items()
+            if pieces
         ]
         receives = [
-            (world[rank], self._receive[slot][self._slot_of[rank] * size :][: _size(pieces)]) for rank, pieces in incoming.items() if pieces
+            (world[rank], self._receive[slot][self._slot_of[rank] * size :][: _size(pieces)])
+            for rank, pieces in incoming.items()
+            if pieces
         ]
-        return _Bucket(BlockCopy(packed, shards), BlockCopy(unpacked, received), size, tuple(sends), tuple(receives))
+        return _Bucket(
+            BlockCopy(packed, shards), BlockCopy(unpacked, received), size, tuple(sends), tuple(receives)
+        )
 
     @property
     def num_buckets(self) -> int:
@@ -133,9 +165,15 @@ class WeightExchange:
         if self._all_gather:
             size = bucket.num_elements
             output = self._receive[slot][: size * self._plan.place.num_members]
-            return [dist.all_gather_into_tensor(output, self._send[slot][:size], group=self._group, async_op=True)]
-        operations = [dist.P2POp(dist.isend, part, rank, group=self._group, tag=slot) for rank, part in bucket.sends]
-        operations += [dist.P2POp(dist.irecv, part, rank, group=self._group, tag=slot) for rank, part in bucket.receives]
+            return [
+                dist.all_gather_into_tensor(output, self._send[slot][:size], group=self._group, async_op=True)
+            ]
+        operations = [
+            dist.P2POp(dist.isend, part, rank, group=self._group, tag=slot) for rank, part in bucket.sends
+        ]
+        operations += [
+            dist.P2POp(dist.irecv, part, rank, group=self._group, tag=slot) for rank, part in bucket.receives
+        ]
         return dist.batch_isend_irecv(operations) if operations else []
 
 
@@ -145,9 +183,13 @@ def _finish(bucket: _Bucket, works: Sequence[Any]) -> None:
     bucket.unpack.run()
 
 
-def _blocks_by_pair(moved: Sequence[MovedWeight], num_ranks: int) -> list[list[list[tuple[MovedWeight, Block]]]]:
+def _blocks_by_pair(
+    moved: Sequence[MovedWeight], num_ranks: int
+) -> list[list[list[tuple[MovedWeight, Block]]]]:
     """Sort the blocks that cross ranks: [source][target], in the order of `moved`."""
-    pairs: list[list[list[tuple[MovedWeight, Block]]]] = [[[] for _ in range(num_ranks)] for _ in range(num_ranks)]
+    pairs: list[list[list[tuple[MovedWeight, Block]]]] = [
+        [[] for _ in range(num_ranks)] for _ in range(num_ranks)
+    ]
     for weight in moved:
         for target, blocks in enumerate(weight.wanted):
             for block in blocks:
@@ -157,7 +199,8 @@ def _blocks_by_pair(moved: Sequence[MovedWeight], num_ranks: int) -> list[list[l
 
 
 def _buckets(blocks: Sequence[tuple[MovedWeight, Block]], capacity: int) -> Iterator[list[_Piece]]:
-    """Cut what one rank sends to another into buckets of at most `capacity` elements (one index may be more)."""
+    """Cut what one rank sends to another into buckets of at most `capacity` elements (one index may be
+    more)."""
     pieces: list[_Piece] = []
     filled = 0
     for weight, block in blocks:
@@ -170,7 +213,12 @@ def _buckets(blocks: Sequence[tuple[MovedWeight, Block]], capacity: int) -> Iter
                 pieces, filled = [], 0
                 continue
             length = min(block.length - done, max(room, 1))
-            part = replace(block, source_start=block.source_start + done, target_start=block.target_start + done, length=length)
+            part = replace(
+                block,
+                source_start=block.source_start + done,
+                target_start=block.target_start + done,
+                length=length,
+            )
             pieces.append(_Piece(weight, part, filled))
             filled += _aligned(length * per_index)
             done += length

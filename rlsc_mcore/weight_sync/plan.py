@@ -1,7 +1,9 @@
-"""The static plan of a hot swap: for every parameter of this rank's engine, which bytes of which trainer rank it is made of.
+"""The static plan of a hot swap: for every parameter of this rank's engine, which bytes of which trainer rank
+it is made of.
 
-Both sides cut the same logical tensors: Megatron's rank t of T and vLLM's rank e of E each hold intervals of the query, key and
-value rows, of the gate and up rows, or of one tensor's rows or columns. Where two intervals meet, a block is copied.
+Both sides cut the same logical tensors: Megatron's rank t of T and vLLM's rank e of E each hold intervals of
+the query, key and value rows, of the gate and up rows, or of one tensor's rows or columns. Where two
+intervals meet, a block is copied.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -44,18 +46,21 @@ class Place:
 
     @property
     def holds_engine(self) -> bool:
-        """True where the trainer's shards on this rank are its engine's: no rank needs another one's bytes."""
+        """True where the trainer's shards on this rank are its engine's: no rank needs another one's
+        bytes."""
         return self.num_stages == 1 and self.tp_size == self.engine_size
 
     def source_stage(self, stages: Sequence[int], member: int) -> int:
-        """Return the stage that `member` takes a weight from, of the `stages` that hold it: its own where it is one of them."""
+        """Return the stage that `member` takes a weight from, of the `stages` that hold it: its own where it
+        is one of them."""
         own = member // self.tp_size
         return own if own in stages else stages[own % len(stages)]
 
 
 @dataclass(frozen=True)
 class Interval:
-    """Indices [start, stop) of a logical section (0, 1, 2: q, k, v or gate, up), found at `local` in a rank's shard."""
+    """Indices [start, stop) of a logical section (0, 1, 2: q, k, v or gate, up), found at `local` in a rank's
+    shard."""
 
     section: int
     start: int
@@ -65,7 +70,8 @@ class Interval:
 
 @dataclass(frozen=True)
 class Block:
-    """`length` indices of a shard's sharded dimension: from `source_start` on member `source_rank` to `target_start`."""
+    """`length` indices of a shard's sharded dimension: from `source_start` on member `source_rank` to
+    `target_start`."""
 
     source_rank: int  # place in the model group
     source_start: int
@@ -83,20 +89,26 @@ class AliasWeight:
 
 @dataclass(frozen=True)
 class CopiedWeight:
-    """The engine keeps its own tensor; each swap rewrites it from `blocks`, of this rank's shard and, if need be, of others'."""
+    """The engine keeps its own tensor; each swap rewrites it from `blocks`, of this rank's shard and, if need
+    be, of others'."""
 
     engine_name: str
-    source: torch.Tensor  # this rank's shard; on the meta device where another pipeline stage holds the weight
+    source: (
+        torch.Tensor
+    )  # this rank's shard; on the meta device where another pipeline stage holds the weight
     axis: int
     blocks: tuple[Block, ...]
 
 
 @dataclass(frozen=True)
 class MovedWeight:
-    """A parameter of which some rank of the model group needs another one's bytes, whatever becomes of it on this rank."""
+    """A parameter of which some rank of the model group needs another one's bytes, whatever becomes of it on
+    this rank."""
 
     engine_name: str
-    source: torch.Tensor  # this rank's shard; on the meta device where another pipeline stage holds the weight
+    source: (
+        torch.Tensor
+    )  # this rank's shard; on the meta device where another pipeline stage holds the weight
     axis: int
     wanted: tuple[tuple[Block, ...], ...]  # [P T]: what the engine of each member needs
 
@@ -120,10 +132,11 @@ def build_plan(
 ) -> SwapPlan:
     """Plan the swap for one rank; pure arithmetic, no collective.
 
-    `weights` are those of all pipeline stages in one order (`Policy.model_weights`).
-    `engine_shapes` gives shape and type of every parameter of the engine on this rank. A parameter whose bytes lie in one piece
-    of this rank's shard and in the same type is aliased, every other one copied. Raises `ValueError` naming the parameter
-    when one is missing on either side, has another shape than its rule says, or the engine mixes types.
+    `weights` are those of all pipeline stages in one order (`Policy.model_weights`). `engine_shapes` gives
+    shape and type of every parameter of the engine on this rank. A parameter whose bytes lie in one piece of
+    this rank's shard and in the same type is aliased, every other one copied. Raises `ValueError` naming the
+    parameter when one is missing on either side, has another shape than its rule says, or the engine mixes
+    types.
     """
     aliases: list[AliasWeight] = []
     copies: list[CopiedWeight] = []
@@ -131,11 +144,15 @@ def build_plan(
     remaining = dict(engine_shapes)
     dtypes = {dtype for _, dtype in engine_shapes.values()}
     if len(dtypes) > 1:
-        raise ValueError(f"hot swap: the engine's parameters are of several types: {', '.join(sorted(map(str, dtypes)))}")
+        raise ValueError(
+            f"hot swap: the engine's parameters are of several types: {', '.join(sorted(map(str, dtypes)))}"
+        )
     for weight in weights:
         source = weight.parameter.detach()
         if weight.engine not in remaining:
-            raise ValueError(f"hot swap: the engine has no parameter {weight.engine} for the trainer's {weight.name}")
+            raise ValueError(
+                f"hot swap: the engine has no parameter {weight.engine} for the trainer's {weight.name}"
+            )
         shape, dtype = remaining.pop(weight.engine)
         axis = weight.tp_dim or 0
         expected = list(source.shape)
@@ -143,7 +160,10 @@ def build_plan(
             total = source.shape[axis] * place.tp_size
             expected[axis] = total // place.engine_size
             if total % place.engine_size:
-                raise ValueError(f"hot swap: {weight.name}: {total} rows or columns do not split over {place.engine_size} engine ranks")
+                raise ValueError(
+                    f"hot swap: {weight.name}: {total} rows or columns do not split over {place.engine_size} "
+                    "engine ranks"
+                )
         if list(shape) != expected:
             raise ValueError(
                 f"hot swap: {weight.engine} is {tuple(shape)} in the engine, expected {tuple(expected)}: "
@@ -151,9 +171,15 @@ def build_plan(
             )
         wanted = tuple(_blocks(weight, architecture, place, member) for member in range(place.num_members))
         blocks = wanted[place.member]
-        in_one_piece = len(blocks) == 1 and blocks[0].source_rank == place.member and (axis == 0 or list(source.shape) == expected)
+        in_one_piece = (
+            len(blocks) == 1
+            and blocks[0].source_rank == place.member
+            and (axis == 0 or list(source.shape) == expected)
+        )
         if in_one_piece and dtype == source.dtype:
-            aliases.append(AliasWeight(weight.engine, source.narrow(axis, blocks[0].source_start, blocks[0].length)))
+            aliases.append(
+                AliasWeight(weight.engine, source.narrow(axis, blocks[0].source_start, blocks[0].length))
+            )
         else:
             copies.append(CopiedWeight(weight.engine, source, axis, blocks))
         if any(block.source_rank != rank for rank, needed in enumerate(wanted) for block in needed):
@@ -165,7 +191,9 @@ def build_plan(
 
 def _blocks(weight: BoundWeight, architecture: Architecture, place: Place, member: int) -> tuple[Block, ...]:
     """Return what the engine of `member` needs of one weight, by source and then by place in the source."""
-    first = place.source_stage(weight.stages, member) * place.tp_size  # member of tensor-parallel rank 0 of the source's stage
+    first = (
+        place.source_stage(weight.stages, member) * place.tp_size
+    )  # member of tensor-parallel rank 0 of the source's stage
     if weight.tp_dim is None:
         return (Block(first + member % place.tp_size, 0, 0, weight.parameter.shape[0]),)
     total = weight.parameter.shape[weight.tp_dim] * place.tp_size
@@ -176,7 +204,10 @@ def _blocks(weight: BoundWeight, architecture: Architecture, place: Place, membe
             for interval in needed:
                 start, stop = max(held.start, interval.start), min(held.stop, interval.stop)
                 if held.section == interval.section and start < stop:
-                    source_start, target_start = held.local + start - held.start, interval.local + start - interval.start
+                    source_start, target_start = (
+                        held.local + start - held.start,
+                        interval.local + start - interval.start,
+                    )
                     _append(blocks, Block(first + tp_rank, source_start, target_start, stop - start))
     return tuple(blocks)
 
@@ -203,7 +234,9 @@ def _sections(weight: BoundWeight, architecture: Architecture, total: int) -> tu
     return (total // 2, total // 2) if weight.layout == "gate_up" else (total,)
 
 
-def _engine_intervals(weight: BoundWeight, architecture: Architecture, total: int, size: int, rank: int) -> list[Interval]:
+def _engine_intervals(
+    weight: BoundWeight, architecture: Architecture, total: int, size: int, rank: int
+) -> list[Interval]:
     """vLLM's shard: its part of every section, one after another."""
     intervals, local = [], 0
     for section, rows in enumerate(_sections(weight, architecture, total)):
@@ -213,7 +246,9 @@ def _engine_intervals(weight: BoundWeight, architecture: Architecture, total: in
     return intervals
 
 
-def _trainer_intervals(weight: BoundWeight, architecture: Architecture, total: int, size: int, rank: int) -> Iterator[Interval]:
+def _trainer_intervals(
+    weight: BoundWeight, architecture: Architecture, total: int, size: int, rank: int
+) -> Iterator[Interval]:
     """Megatron's shard: per query group its queries, key and value; other layouts are vLLM's."""
     if weight.layout != "qkv":
         yield from _engine_intervals(weight, architecture, total, size, rank)

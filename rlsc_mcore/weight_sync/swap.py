@@ -1,4 +1,5 @@
-"""Execute the plan: bind the engine to the trainer once, rewrite what it copies at each swap, verify, bump the version."""
+"""Execute the plan: bind the engine to the trainer once, rewrite what it copies at each swap, verify, bump
+the version."""
 
 from collections.abc import Mapping
 from typing import Literal
@@ -26,8 +27,17 @@ class HotSwap:
         self.policy_version = 0
         self._policy = policy
         self._groups = groups
-        engine_ranks = tuple(rank % groups.engine_tp_size for rank in dist.get_process_group_ranks(groups.model_group))
-        self.place = Place(groups.tp_rank, groups.tp_size, groups.engine_tp_size, engine_ranks, groups.pp_rank, groups.pp_size)
+        engine_ranks = tuple(
+            rank % groups.engine_tp_size for rank in dist.get_process_group_ranks(groups.model_group)
+        )
+        self.place = Place(
+            groups.tp_rank,
+            groups.tp_size,
+            groups.engine_tp_size,
+            engine_ranks,
+            groups.pp_rank,
+            groups.pp_size,
+        )
         self._plan: SwapPlan | None = None
         self._engine_parameters: Mapping[str, nn.Parameter] = {}
         self._tensors: dict[str, torch.Tensor] = {}  # the engine's, as they were bound
@@ -38,15 +48,18 @@ class HotSwap:
 
     @torch.no_grad()
     def bind(self, module: nn.Module) -> None:
-        """Point the engine's parameters at the trainer's where both agree; called while vLLM loads, before `fill`.
+        """Point the engine's parameters at the trainer's where both agree; called while vLLM loads, before
+        `fill`.
 
-        Mutates `module`. Later re-pointing would be invisible to captured CUDA graphs, so this happens exactly once. What the
-        engine keeps for itself is zero until `fill`: buffers and index tables that were allocated here would lie in vLLM's sleep
-        pool and die with it.
+        Mutates `module`. Later re-pointing would be invisible to captured CUDA graphs, so this happens
+        exactly once. What the engine keeps for itself is zero until `fill`: buffers and index tables that
+        were allocated here would lie in vLLM's sleep pool and die with it.
         """
         assert self._plan is None, "an engine is bound once"
         self._engine_parameters = dict(module.named_parameters())
-        shapes = {name: (parameter.shape, parameter.dtype) for name, parameter in self._engine_parameters.items()}
+        shapes = {
+            name: (parameter.shape, parameter.dtype) for name, parameter in self._engine_parameters.items()
+        }
         self._plan = build_plan(self._policy.model_weights, self._policy.architecture, shapes, self.place)
         for alias in self._plan.aliases:
             self._engine_parameters[alias.engine_name].data = alias.source
@@ -57,7 +70,8 @@ class HotSwap:
 
     @torch.no_grad()
     def fill(self) -> None:
-        """Write the engine's own tensors for the first time, after it was built; collective over the model group.
+        """Write the engine's own tensors for the first time, after it was built; collective over the model
+        group.
 
         Allocates the exchange's buffers (none where no bytes cross ranks).
         """
@@ -66,7 +80,11 @@ class HotSwap:
         for copied in plan.copies:
             for block in copied.blocks:
                 if block.source_rank == self.place.member:
-                    targets.append(self._tensors[copied.engine_name].narrow(copied.axis, block.target_start, block.length))
+                    targets.append(
+                        self._tensors[copied.engine_name].narrow(
+                            copied.axis, block.target_start, block.length
+                        )
+                    )
                     sources.append(copied.source.narrow(copied.axis, block.source_start, block.length))
         self._local = BlockCopy(targets, sources)
         if plan.moved:
@@ -74,17 +92,22 @@ class HotSwap:
         # With unequal layouts the ranks of a group copy different tensors, but must sample the same ones.
         copied_names = {copied.engine_name for copied in plan.copies}
         holds_engine = self.place.holds_engine
-        weights = [weight for weight in self._policy.model_weights if weight.engine in copied_names or not holds_engine]
+        weights = [
+            weight
+            for weight in self._policy.model_weights
+            if weight.engine in copied_names or not holds_engine
+        ]
         self._sampler = RowSampler(weights, self._policy.architecture, self.place)
         self._refresh()
 
     @torch.no_grad()
     def swap(self, engine: RolloutEngine, *, verify: Verify = "checksum") -> None:
-        """Bring the engine to the trainer's weights and bump `policy_version`; collective over the model group.
+        """Bring the engine to the trainer's weights and bump `policy_version`; collective over the model
+        group.
 
-        Wakes a sleeping engine around it and resets its prefix cache. The trainer's parameters must be whole: an overlapped
-        parameter gather has been waited for. `verify`: see `rollout.verify_swap`; raises `SwapMismatch` on every rank of the
-        group once one of them sees a difference.
+        Wakes a sleeping engine around it and resets its prefix cache. The trainer's parameters must be whole:
+        an overlapped parameter gather has been waited for. `verify`: see `rollout.verify_swap`; raises
+        `SwapMismatch` on every rank of the group once one of them sees a difference.
         """
         with engine.waking():
             self._refresh()
@@ -110,23 +133,42 @@ class HotSwap:
 
     def describe(self) -> str:
         """Say in a few words how the engine gets its weights."""
-        how = "received or rewritten" if self.place.num_stages > 1 else "gathered" if self._bound_plan().moved else "rewritten"
-        return f"{self.num_aliased()} parameters shared with the trainer, {self.num_copied()} {how} at each swap"
+        how = (
+            "received or rewritten"
+            if self.place.num_stages > 1
+            else "gathered"
+            if self._bound_plan().moved
+            else "rewritten"
+        )
+        return (
+            f"{self.num_aliased()} parameters shared with the trainer, {self.num_copied()} {how} at each swap"
+        )
 
     @torch.no_grad()
     def verify_checksums(self) -> None:
-        """Check that shared parameters still are, and the checksums of sampled rows; collective over the model group."""
+        """Check that shared parameters still are, and the checksums of sampled rows; collective over the
+        model group."""
         plan = self._bound_plan()
-        lost = [alias.engine_name for alias in plan.aliases if not self._is_shared(alias.engine_name, alias.source)]
+        lost = [
+            alias.engine_name
+            for alias in plan.aliases
+            if not self._is_shared(alias.engine_name, alias.source)
+        ]
         assert self._sampler is not None, "fill() comes first"
         sampled = self._sampler.rows(self._num_swaps)
-        differing = compare_checksums(sampled, self._tensors, self.place, self._groups.model_group, plan.dtype) if sampled else []
+        differing = (
+            compare_checksums(sampled, self._tensors, self.place, self._groups.model_group, plan.dtype)
+            if sampled
+            else []
+        )
         if not self._groups.any_in_model(bool(lost or differing)):
             return
         world_ranks = dist.get_process_group_ranks(self._groups.model_group)
         for rank, names_lost in zip(world_ranks, self._groups.gather_objects_over_model(lost), strict=True):
             if names_lost:
-                raise SwapMismatch(f"hot swap: rank {rank}: {names_lost[0]} no longer shares the trainer's storage")
+                raise SwapMismatch(
+                    f"hot swap: rank {rank}: {names_lost[0]} no longer shares the trainer's storage"
+                )
         self.verify_full()
         which = f"{differing[0].name}, row {differing[0].row}" if differing else "a row of another rank"
         raise SwapMismatch(f"hot swap: rank {self._groups.rank}: the checksum of {which} differs")
@@ -136,7 +178,9 @@ class HotSwap:
         """Compare every engine parameter with what an export would write; collective over the model group."""
         policy, groups = self._policy, self._groups
         weights = policy.model_weights
-        exported = export_weights(weights, policy.architecture, groups.tp_group, groups.tp_size, groups.pp_group)
+        exported = export_weights(
+            weights, policy.architecture, groups.tp_group, groups.tp_size, groups.pp_group
+        )
         parameters = {name: parameter.data for name, parameter in self._engine_parameters.items()}
         compare_with_tensors(parameters, weights, exported, self.place, groups.rank)
 

@@ -1,6 +1,8 @@
-"""What a hot swap is checked against: storage addresses, checksums of sampled rows, and the export, element by element.
+"""What a hot swap is checked against: storage addresses, checksums of sampled rows, and the export, element
+by element.
 
-None of it reads the swap's plan: rows are found by the two layouts' own rules, so that a wrong plan cannot hide.
+None of it reads the swap's plan: rows are found by the two layouts' own rules, so that a wrong plan cannot
+hide.
 """
 
 import math
@@ -20,7 +22,9 @@ from rlsc_mcore.model.weight_map import BoundWeight, ReadSlice
 from rlsc_mcore.ops.row_checksums import row_checksums
 from rlsc_mcore.weight_sync.plan import Place
 
-_Slice = tuple[int, torch.Tensor, int]  # position in the list of checksums, row or part of it, its first column
+_Slice = tuple[
+    int, torch.Tensor, int
+]  # position in the list of checksums, row or part of it, its first column
 NUM_SAMPLED_ROWS = 32  # per swap; successive swaps take other rows, of all copied tensors in turn
 
 
@@ -40,14 +44,18 @@ class SampledRow:
 
 
 class RowSampler:
-    """Chooses the rows that each swap compares: the same, in the same order, on every rank of a model group."""
+    """Chooses the rows that each swap compares: the same, in the same order, on every rank of a model
+    group."""
 
     def __init__(self, weights: Sequence[BoundWeight], architecture: Architecture, place: Place) -> None:
         tensors = [(weight, section) for weight in weights for section in range(len(weight.hf))]
-        # Strided, so that every swap takes rows from all over the model: of each layer kind and of each pipeline stage.
+        # Strided, so that every swap takes rows from all over the model: of each layer kind and of each
+        # pipeline stage.
         stride = _coprime_stride(len(tensors))
         self._tensors = [tensors[number * stride % len(tensors)] for number in range(len(tensors))]
-        self._num_rows = [_num_rows(weight, section, architecture, place) for weight, section in self._tensors]
+        self._num_rows = [
+            _num_rows(weight, section, architecture, place) for weight, section in self._tensors
+        ]
         self._architecture, self._place = architecture, place
 
     def rows(self, swap_number: int) -> list[SampledRow]:
@@ -65,24 +73,32 @@ class RowSampler:
 
 
 def _coprime_stride(count: int) -> int:
-    """Return a step near `count` x 0.62 that visits all of `count` places: the golden ratio spreads any number of them."""
+    """Return a step near `count` x 0.62 that visits all of `count` places: the golden ratio spreads any
+    number of them."""
     return next((step for step in range(int(0.618 * count), 0, -1) if math.gcd(step, count) == 1), 1)
 
 
 @torch.no_grad()
 def compare_checksums(
-    sampled: Sequence[SampledRow], parameters: Mapping[str, torch.Tensor], place: Place, group: dist.ProcessGroup, dtype: torch.dtype
+    sampled: Sequence[SampledRow],
+    parameters: Mapping[str, torch.Tensor],
+    place: Place,
+    group: dist.ProcessGroup,
+    dtype: torch.dtype,
 ) -> list[SampledRow]:
     """Return the sampled rows that differ between engine and trainer on this rank.
 
-    With equal layouts a rank holds what its engine needs: no communication. Else one sum of int64 checksums over the model group;
-    a row whose columns are sharded is compared in as many parts as the larger of the two sizes.
+    With equal layouts a rank holds what its engine needs: no communication. Else one sum of int64 checksums
+    over the model group; a row whose columns are sharded is compared in as many parts as the larger of the
+    two sizes.
     """
     held, needed = _parts(sampled, parameters, place)
     parts = max(place.tp_size, place.engine_size)
     if place.holds_engine:
         first, second = _checksums_of(held, needed, dtype)
-        return [sampled[needed[number][0] // parts] for number in (first != second).nonzero().flatten().tolist()]
+        return [
+            sampled[needed[number][0] // parts] for number in (first != second).nonzero().flatten().tolist()
+        ]
     device = next(iter(parameters.values())).device
     trainer = torch.zeros(len(sampled) * parts, dtype=torch.int64, device=device)
     engine = torch.zeros_like(trainer)
@@ -106,17 +122,20 @@ def compare_with_tensors(
     place: Place,
     rank: int,
 ) -> int:
-    """Compare every engine parameter of this rank with exported whole tensors, one at a time; returns how many were compared.
+    """Compare every engine parameter of this rank with exported whole tensors, one at a time; returns how
+    many were compared.
 
-    `exported` must be consumed by every rank of the model group (it gathers). Raises `SwapMismatch` at the end, for the first
-    tensor that differs, so that no rank leaves a gather early.
+    `exported` must be consumed by every rank of the model group (it gathers). Raises `SwapMismatch` at the
+    end, for the first tensor that differs, so that no rank leaves a gather early.
     """
     stream = iter(exported)
     found: SwapMismatch | None = None
     for weight in weights:
         tensors = dict(next(stream) for _ in weight.hf)
 
-        def read(name: str, axis: int | None, start: int, stop: int, tensors: dict[str, torch.Tensor] = tensors) -> torch.Tensor:
+        def read(
+            name: str, axis: int | None, start: int, stop: int, tensors: dict[str, torch.Tensor] = tensors
+        ) -> torch.Tensor:
             return tensors[name] if axis is None else tensors[name].narrow(axis, start, stop - start)
 
         def shape(name: str, tensors: dict[str, torch.Tensor] = tensors) -> Sequence[int]:
@@ -132,7 +151,9 @@ def compare_with_tensors(
 
 
 @torch.no_grad()
-def compare_with_export(module: nn.Module, weights: Sequence[BoundWeight], folder: Path, place: Place, rank: int) -> int:
+def compare_with_export(
+    module: nn.Module, weights: Sequence[BoundWeight], folder: Path, place: Place, rank: int
+) -> int:
     """Compare every engine parameter of this rank with an exported folder; returns how many were compared.
 
     Raises `SwapMismatch` naming tensor, rank and first differing index, or a parameter that was not exported.
@@ -142,7 +163,9 @@ def compare_with_export(module: nn.Module, weights: Sequence[BoundWeight], folde
     for weight in weights:
         _compare(engine.pop(weight.engine), weight, source.read, source.shape, place, rank, str(folder))
     if engine:
-        raise SwapMismatch(f"hot swap: the engine has parameters that are not exported: {', '.join(sorted(engine))}")
+        raise SwapMismatch(
+            f"hot swap: the engine has parameters that are not exported: {', '.join(sorted(engine))}"
+        )
     return len(weights)
 
 
@@ -155,18 +178,26 @@ def _compare(
     rank: int,
     source: str,
 ) -> None:
-    """Compare one parameter, laid out by vLLM's own rule: the engine rank's share of each Hugging Face tensor, stacked."""
+    """Compare one parameter, laid out by vLLM's own rule: the engine rank's share of each Hugging Face
+    tensor, stacked."""
     shares = [_engine_share(weight, name, read, shape(name), actual, place) for name in weight.hf]
     expected = torch.cat(shares).to(actual)
-    compared = actual[: len(expected)] if weight.is_vocabulary else actual  # rows at or beyond the vocabulary are padding
+    compared = (
+        actual[: len(expected)] if weight.is_vocabulary else actual
+    )  # rows at or beyond the vocabulary are padding
     if compared.shape != expected.shape:
-        raise SwapMismatch(f"hot swap: {weight.engine} has shape {tuple(compared.shape)} in the engine, {tuple(expected.shape)} exported")
+        raise SwapMismatch(
+            f"hot swap: {weight.engine} has shape {tuple(compared.shape)} in the engine, "
+            f"{tuple(expected.shape)} exported"
+        )
     difference = (compared != expected).nonzero()
     if len(difference):
         index = tuple(difference[0].tolist())
         raise SwapMismatch(
-            f"hot swap: rank {rank}: {weight.engine}{list(index)} is {compared[index].item()!r} in the engine, "
-            f"{expected[index].item()!r} in {source} ({len(difference)} of {expected.numel()} elements differ)"
+            f"hot swap: rank {rank}: {weight.engine}{list(index)} is {compared[index].item()!r} in the "
+            "engine, "
+            f"{expected[index].item()!r} in {source} ({len(difference)} of {expected.numel()} elements "
+            "differ)"
         )
 
 
@@ -192,7 +223,9 @@ def _num_rows(weight: BoundWeight, section: int, architecture: Architecture, pla
     return rows // 2 if weight.layout == "gate_up" else rows
 
 
-def _trainer_row(weight: BoundWeight, section: int, row: int, architecture: Architecture, place: Place) -> int | None:
+def _trainer_row(
+    weight: BoundWeight, section: int, row: int, architecture: Architecture, place: Place
+) -> int | None:
     """Where Megatron's shard of this rank has a row of the Hugging Face tensor."""
     if weight.tp_dim != 0:
         return row
@@ -209,7 +242,9 @@ def _trainer_row(weight: BoundWeight, section: int, row: int, architecture: Arch
     return section * share + local if 0 <= local < share else None
 
 
-def _engine_row(weight: BoundWeight, section: int, row: int, architecture: Architecture, place: Place) -> int | None:
+def _engine_row(
+    weight: BoundWeight, section: int, row: int, architecture: Architecture, place: Place
+) -> int | None:
     """Where vLLM's shard of this rank has it: the shares of q, k and v (gate and up) one after another."""
     if weight.tp_dim != 0:
         return row
@@ -221,7 +256,9 @@ def _engine_row(weight: BoundWeight, section: int, row: int, architecture: Archi
     return sum(sizes[:section]) // place.engine_size + local if 0 <= local < share else None
 
 
-def _checksums_of(held: Sequence[_Slice], needed: Sequence[_Slice], dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+def _checksums_of(
+    held: Sequence[_Slice], needed: Sequence[_Slice], dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Checksums of both sides; one launch where they are of one type."""
 
     def checksums(slices: Sequence[_Slice]) -> torch.Tensor:
@@ -233,7 +270,9 @@ def _checksums_of(held: Sequence[_Slice], needed: Sequence[_Slice], dtype: torch
     return checksums(held), checksums(needed)
 
 
-def _parts(sampled: Sequence[SampledRow], parameters: Mapping[str, torch.Tensor], place: Place) -> tuple[list[_Slice], list[_Slice]]:
+def _parts(
+    sampled: Sequence[SampledRow], parameters: Mapping[str, torch.Tensor], place: Place
+) -> tuple[list[_Slice], list[_Slice]]:
     """What the trainer's and the engine's shard hold of the sampled rows."""
     parts = max(place.tp_size, place.engine_size)
     held: list[_Slice] = []
@@ -241,11 +280,19 @@ def _parts(sampled: Sequence[SampledRow], parameters: Mapping[str, torch.Tensor]
     for number, sample in enumerate(sampled):
         # In a sum over the group, a row that several ranks hold counts once.
         first_stage = sample.weight.stages[0]
-        replicated_elsewhere = place.stage != first_stage or (sample.weight.tp_dim is None and place.tp_rank > 0)
+        replicated_elsewhere = place.stage != first_stage or (
+            sample.weight.tp_dim is None and place.tp_rank > 0
+        )
         counted = place.holds_engine or not replicated_elsewhere
         sides = (
             (held, sample.trainer_row, sample.weight.parameter.detach(), place.tp_rank, place.tp_size),
-            (needed, sample.engine_row, parameters[sample.weight.engine], place.engine_rank, place.engine_size),
+            (
+                needed,
+                sample.engine_row,
+                parameters[sample.weight.engine],
+                place.engine_rank,
+                place.engine_size,
+            ),
         )
         for slices, row, tensor, rank, size in sides:
             if row is None or (slices is held and not counted):
@@ -257,5 +304,11 @@ def _parts(sampled: Sequence[SampledRow], parameters: Mapping[str, torch.Tensor]
             width, count = len(line) * size // parts, parts // size
             for part in range(count):
                 place_of_part = rank * count + part
-                slices.append((number * parts + place_of_part, line[part * width : (part + 1) * width], place_of_part * width))
+                slices.append(
+                    (
+                        number * parts + place_of_part,
+                        line[part * width : (part + 1) * width],
+                        place_of_part * width,
+                    )
+                )
     return held, needed

@@ -1,4 +1,5 @@
-"""Chaos: faults at random places and times; every run must end, after resuming, as the run that nothing disturbed ended.
+"""Chaos: faults at random places and times; every run must end, after resuming, as the run that nothing
+disturbed ended.
 
     bash launch/test.sh -m chaos tests/chaos                                        a few minutes, as in .ci/run
     bash launch/test.sh -m chaos tests/chaos --chaos-minutes 480 --chaos-seed 7     a night

@@ -1,8 +1,10 @@
-"""Measure how long a run is held up when a node dies: python -m tests.chaos.node_kill [--runs 3] [--output FILE]
+"""Measure how long a run is held up when a node dies: python -m tests.chaos.node_kill [--runs 3] [--output
+FILE]
 
-On a local SLURM of three nodes a run of two nodes is trained, one of them is powered off in a training step, and SLURM starts the
-job again on the node that was free. The time from then to the next finished step has two parts: SLURM's (it must miss the node,
-put the job back and start it), and the run's own (checks, imports, loading, sampling, the step). Prints one JSON object.
+On a local SLURM of three nodes a run of two nodes is trained, one of them is powered off in a training step,
+and SLURM starts the job again on the node that was free. The time from then to the next finished step has two
+parts: SLURM's (it must miss the node, put the job back and start it), and the run's own (checks, imports,
+loading, sampling, the step). Prints one JSON object.
 """
 
 import argparse
@@ -23,7 +25,8 @@ GOALS = {"seconds": 120.0, "own_seconds": 30.0, "lost_steps": 0}
 
 
 def measure(cluster: Cluster, folder: Path) -> dict[str, Any]:
-    """Kill the second node of a new run; returns the times in seconds and the finished steps that were lost."""
+    """Kill the second node of a new run; returns the times in seconds and the finished steps that were
+    lost."""
     hold = {"phase": "training", "step": KILLED_IN_STEP, "attempt": 0, "do": "hold", "value": "never"}
     job = cluster.submit(folder, options=("-N2", "-w", "n1"), faults=[hold])
     job.reaches("training", step=KILLED_IN_STEP)
@@ -32,7 +35,10 @@ def measure(cluster: Cluster, folder: Path) -> dict[str, Any]:
     killed = time.monotonic()
     job.attempt(1)
     started = time.monotonic()
-    job.wait(lambda: job.status().get("attempt") == 1 and job.status().get("step", 0) > KILLED_IN_STEP, "beyond the step it was killed in")
+    job.wait(
+        lambda: job.status().get("attempt") == 1 and job.status().get("step", 0) > KILLED_IN_STEP,
+        "beyond the step it was killed in",
+    )
     finished = time.monotonic()
     output = job.ends("COMPLETED", "0:0", restarts=1)
     resumed = output.rpartition("resuming ")[2].partition(" at step ")[2].split()[0].rstrip(",;:")

@@ -45,7 +45,14 @@ class Layout:
         ]
         if self.ranks == 1:
             return [sys.executable, *trainer]
-        return [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={self.ranks}", *trainer]
+        return [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            f"--nproc-per-node={self.ranks}",
+            *trainer,
+        ]
 
 
 LAYOUTS = (Layout("one rank", 1, 1), Layout("tp 2", 2, 2), Layout("dp 2", 2, 1))
@@ -65,7 +72,9 @@ class Attempt:
             return self.process.wait(seconds)
         except subprocess.TimeoutExpired:
             text = self.log.read_text(errors="replace")[-3000:]
-            raise AssertionError(f"the run did not end within {seconds:g} s\n{status(self.run_dir)}\n{text}") from None
+            raise AssertionError(
+                f"the run did not end within {seconds:g} s\n{status(self.run_dir)}\n{text}"
+            ) from None
         finally:
             self.kill()
 
@@ -95,9 +104,17 @@ def _command_line(pid: int) -> bytes:
         return b""
 
 
-def start(layout: Layout, run_dir: Path, log: Path, faults: Sequence[dict[str, Any]] = (), arguments: Sequence[str] = ()) -> Attempt:
+def start(
+    layout: Layout,
+    run_dir: Path,
+    log: Path,
+    faults: Sequence[dict[str, Any]] = (),
+    arguments: Sequence[str] = (),
+) -> Attempt:
     """Start the run in the background, with faults by phase as in tests/slurm/faults."""
-    inherited = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "RLSC_"))}
+    inherited = {
+        name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "RLSC_"))
+    }
     path = [str(FAULTS), str(Path(__file__).resolve().parents[2]), inherited.get("PYTHONPATH", "")]
     environment = {
         **inherited,
@@ -108,7 +125,12 @@ def start(layout: Layout, run_dir: Path, log: Path, faults: Sequence[dict[str, A
     }
     with log.open("ab") as out:
         process = subprocess.Popen(
-            layout.command(run_dir, arguments), env=environment, stdin=subprocess.DEVNULL, stdout=out, stderr=out, start_new_session=True
+            layout.command(run_dir, arguments),
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=out,
+            stderr=out,
+            start_new_session=True,
         )
     return Attempt(process, run_dir, log)
 
@@ -146,7 +168,13 @@ def disturb_outside(draw: random.Random, attempt: Attempt, longest_s: float) -> 
     kind = draw.choice([*SIGNALS, "pause", "twice"])
     everybody = draw.random() < 0.5
     targets = attempt.ranks() if everybody else [draw.choice(attempt.ranks())]
-    numbers = [signal.SIGSTOP] if kind == "pause" else [signal.SIGTERM] * 2 if kind == "twice" else [signal.Signals[kind]]
+    numbers = (
+        [signal.SIGSTOP]
+        if kind == "pause"
+        else [signal.SIGTERM] * 2
+        if kind == "twice"
+        else [signal.Signals[kind]]
+    )
     for number in numbers:
         _send(targets, number)
     if kind == "pause":

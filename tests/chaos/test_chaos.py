@@ -1,4 +1,5 @@
-"""Rounds of random faults: each run is disturbed several times, resumed after each, and ends bit-equal to the undisturbed run."""
+"""Rounds of random faults: each run is disturbed several times, resumed after each, and ends bit-equal to the
+undisturbed run."""
 
 import random
 import shutil
@@ -8,7 +9,16 @@ from typing import Any
 
 import pytest
 
-from tests.chaos.runs import LAYOUTS, Layout, comparable, damage, disturb_outside, fault_inside, is_done, start
+from tests.chaos.runs import (
+    LAYOUTS,
+    Layout,
+    comparable,
+    damage,
+    disturb_outside,
+    fault_inside,
+    is_done,
+    start,
+)
 
 pytestmark = [pytest.mark.chaos, pytest.mark.timeout(0)]
 MOST_FAULTS = 3  # of one round
@@ -16,7 +26,8 @@ MOST_FAULTS = 3  # of one round
 
 @pytest.fixture(scope="module")
 def references(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What the undisturbed run of each layout ends with, filled in when a round first needs it; and how long it takes."""
+    """What the undisturbed run of each layout ends with, filled in when a round first needs it; and how long
+    it takes."""
     return {"folder": tmp_path_factory.mktemp("references")}
 
 
@@ -64,7 +75,10 @@ def _round(seed: int, folder: Path, references: dict[str, Any]) -> None:
 
 
 def test_every_disturbed_run_ends_as_the_undisturbed_one(
-    request: pytest.FixtureRequest, tmp_path: Path, references: dict[str, Any], capsys: pytest.CaptureFixture[str]
+    request: pytest.FixtureRequest,
+    tmp_path: Path,
+    references: dict[str, Any],
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Rounds go on until the time is over, and there is at least one; the seed of each is printed."""
     seconds = 60.0 * request.config.getoption("--chaos-minutes")

@@ -1,4 +1,5 @@
-"""A long run, stopped and resumed every 25 steps under a limit of memory: no attempt needs more than the first ones."""
+"""A long run, stopped and resumed every 25 steps under a limit of memory: no attempt needs more than the
+first ones."""
 
 import json
 import resource
@@ -33,7 +34,14 @@ def _peak_bytes(pid: int, field: str) -> int:
 def test_memory_does_not_grow_over_stops_and_resumes(request: pytest.FixtureRequest, tmp_path: Path) -> None:
     """Resident memory is read at the same step of each attempt, just before the stop."""
     steps, run_dir, log = request.config.getoption("--soak-steps"), tmp_path / "run", tmp_path / "log"
-    arguments = ("--training.num-steps", str(steps), "--training.save-every", "5", "--observability.save-rollouts", "false")
+    arguments = (
+        "--training.num-steps",
+        str(steps),
+        "--training.save-every",
+        "5",
+        "--observability.save-rollouts",
+        "false",
+    )
     resident: list[int] = []
     limits = resource.getrlimit(resource.RLIMIT_AS)
     for stop_at in range(STEPS_BETWEEN_STOPS, steps + 1, STEPS_BETWEEN_STOPS):
@@ -41,7 +49,10 @@ def test_memory_does_not_grow_over_stops_and_resumes(request: pytest.FixtureRequ
         end, peak, address_space = time.monotonic() + PATIENCE_S, 0, 0
         while attempt.process.poll() is None and len(_rows(run_dir)) < stop_at:
             assert time.monotonic() < end, f"{status(run_dir)}\n{log.read_text()[-3000:]}"
-            peak, address_space = _peak_bytes(attempt.process.pid, "VmRSS"), _peak_bytes(attempt.process.pid, "VmPeak")
+            peak, address_space = (
+                _peak_bytes(attempt.process.pid, "VmRSS"),
+                _peak_bytes(attempt.process.pid, "VmPeak"),
+            )
             time.sleep(0.05)
         if stop_at < steps:
             attempt.process.send_signal(signal.SIGUSR1)

@@ -1,7 +1,9 @@
-"""Measure the peak memory of a training step on a CPU: `python -m tests.distributed.step_memory FOLDER SEQUENCES LENGTH FLAGS...`.
+"""Measure the peak memory of a training step on a CPU: `python -m tests.distributed.step_memory FOLDER
+SEQUENCES LENGTH FLAGS...`.
 
-Prints JSON: bytes beyond what the process held before the trainer was built. The resident set is meaningful only where malloc
-returns freed memory at once: the caller sets MALLOC_MMAP_THRESHOLD_, MALLOC_TRIM_THRESHOLD_ and MALLOC_ARENA_MAX.
+Prints JSON: bytes beyond what the process held before the trainer was built. The resident set is meaningful
+only where malloc returns freed memory at once: the caller sets MALLOC_MMAP_THRESHOLD_, MALLOC_TRIM_THRESHOLD_
+and MALLOC_ARENA_MAX.
 """
 
 import json
@@ -40,10 +42,21 @@ def main() -> None:
     vocabulary = trainer.policy.architecture.vocab_size
     answer = length - length // 4
     rollouts = [
-        Rollout(i, 0, (1,) * (length // 4), tuple((7 * j + i) % (vocabulary - 1) + 1 for j in range(answer)), (-1.0,) * answer, "stop", 0)
+        Rollout(
+            i,
+            0,
+            (1,) * (length // 4),
+            tuple((7 * j + i) % (vocabulary - 1) + 1 for j in range(answer)),
+            (-1.0,) * answer,
+            "stop",
+            0,
+        )
         for i in range(count)
     ]
-    batches = pack([UniqueSequence(rollout, i, 1, (True,) * answer) for i, rollout in enumerate(rollouts)], count * length)
+    batches = pack(
+        [UniqueSequence(rollout, i, 1, (True,) * answer) for i, rollout in enumerate(rollouts)],
+        count * length,
+    )
     trainer.step(batches, 0, count)
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the peak is that of the second step
     trainer.step(batches, 1, count)

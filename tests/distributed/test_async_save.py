@@ -1,4 +1,5 @@
-"""Saving beside the training: the state of the moment of the call, `latest` only when every rank has written, failures told."""
+"""Saving beside the training: the state of the moment of the call, `latest` only when every rank has written,
+failures told."""
 
 import multiprocessing
 import random
@@ -34,7 +35,9 @@ def train(trainer: Any, step: int) -> float:
 
     groups = trainer.groups
     rollouts = make_rollouts(num_questions=2, num_samples=3, seed=step)
-    sequences = merge_identical(rollouts, train_end_token=True, train_truncated=True, stop_token_ids=frozenset({0}))
+    sequences = merge_identical(
+        rollouts, train_end_token=True, train_truncated=True, stop_token_ids=frozenset({0})
+    )
     batches = pack(sequences[groups.dp_rank :: groups.dp_size], 64, multiple_of=groups.tp_size)
     return trainer.step(batches, step, len(rollouts)).loss
 
@@ -42,7 +45,9 @@ def train(trainer: Any, step: int) -> float:
 def make_saver(run_dir: str, trainer: Any, **options: Any) -> Any:
     from rlsc_mcore.training.checkpoint import CheckpointSaver
 
-    return CheckpointSaver(Path(run_dir), trainer, "questions", **{"keep_last": 2, "asynchronous": True, **options})
+    return CheckpointSaver(
+        Path(run_dir), trainer, "questions", **{"keep_last": 2, "asynchronous": True, **options}
+    )
 
 
 def save_while_training(folder: str, run_dir: str, tp: int, asynchronous: bool) -> dict[str, Any]:
@@ -72,12 +77,17 @@ def test_what_is_saved_is_the_state_of_the_call(tmp_path: Path, world: int, tp: 
     folder = str(make_model_folder(tmp_path / "model"))
     written = run_ranks(world, save_while_training, folder, str(tmp_path / "beside"), tp, True)
     verify_files(find_resumable(tmp_path / "beside"))
-    for before, after in zip(written, run_ranks(world, load, folder, str(tmp_path / "beside"), tp), strict=True):
+    for before, after in zip(
+        written, run_ranks(world, load, folder, str(tmp_path / "beside"), tp), strict=True
+    ):
         assert after["step"] == 2 and after["next"] == before["next"]
         for name, tensor in before["weights"].items():
             assert torch.equal(after["weights"][name], tensor), name
     run_ranks(world, save_while_training, folder, str(tmp_path / "waiting"), tp, False)
-    names = {run: sorted(file.name for file in find_resumable(tmp_path / run).iterdir()) for run in ("beside", "waiting")}
+    names = {
+        run: sorted(file.name for file in find_resumable(tmp_path / run).iterdir())
+        for run in ("beside", "waiting")
+    }
     assert names["beside"] == names["waiting"]
 
 
@@ -144,12 +154,16 @@ def disk_full_on_one_rank(folder: str, run_dir: str, asynchronous: bool) -> tupl
 
 
 @pytest.mark.parametrize("asynchronous", [True, False], ids=["beside", "waiting"])
-def test_a_rank_that_cannot_write_stops_all_and_the_old_checkpoint_stays(tmp_path: Path, asynchronous: bool) -> None:
+def test_a_rank_that_cannot_write_stops_all_and_the_old_checkpoint_stays(
+    tmp_path: Path, asynchronous: bool
+) -> None:
     folder = str(make_model_folder(tmp_path / "model"))
     ranks = run_ranks(2, disk_full_on_one_rank, folder, str(tmp_path), asynchronous)
     assert ranks[0][0] == ranks[1][0]
     for message, left in ranks:
-        assert message.startswith("checkpoint of step 2 not saved to") and message.endswith("the previous checkpoint is whole")
+        assert message.startswith("checkpoint of step 2 not saved to") and message.endswith(
+            "the previous checkpoint is whole"
+        )
         assert ": rank 1: " in message and "\n" not in message
         assert left == ["latest", "step_000001"]
     assert _latest(str(tmp_path)) == "step_000002"
@@ -157,7 +171,8 @@ def test_a_rank_that_cannot_write_stops_all_and_the_old_checkpoint_stays(tmp_pat
 
 
 def main_rank_cannot_write(folder: str, run_dir: str, where: str) -> tuple[str, float, list[str]]:
-    """What a rank hears, and after how many seconds, when rank 0 alone fails at one of the files that it alone writes."""
+    """What a rank hears, and after how many seconds, when rank 0 alone fails at one of the files that it
+    alone writes."""
     trainer = make_trainer(folder, tp=2)
     saver = make_saver(run_dir, trainer, asynchronous=where == "metadata")
     checkpoints, is_main = Path(run_dir) / "checkpoints", trainer.groups.is_main
@@ -201,7 +216,9 @@ def main_rank_cannot_write(folder: str, run_dir: str, where: str) -> tuple[str, 
 def test_what_only_the_main_rank_writes_fails_on_all_at_once(tmp_path: Path, where: str) -> None:
     folder = str(make_model_folder(tmp_path / "model"))
     (main, *_), (other, *_) = ranks = run_ranks(2, main_rank_cannot_write, folder, str(tmp_path), where)
-    assert main == other and main.startswith(f"checkpoint of step 2 not saved to {tmp_path}/checkpoints: rank 0: "), main
+    assert main == other and main.startswith(
+        f"checkpoint of step 2 not saved to {tmp_path}/checkpoints: rank 0: "
+    ), main
     assert "\n" not in main
     assert [left for _, _, left in ranks] == [[], []]
     assert max(seconds for _, seconds, _ in ranks) < 30
@@ -344,7 +361,9 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path: Path, way: s
             if expected is None:
                 assert (found, said) == (told, [])
             else:
-                assert found == expected and said == [f"{told}; going on from {checkpoints / f'step_{expected:06d}'} instead"], rank
+                assert found == expected and said == [
+                    f"{told}; going on from {checkpoints / f'step_{expected:06d}'} instead"
+                ], rank
                 assert (checkpoints / f"{damaged}.damaged").is_dir() and not (checkpoints / damaged).exists()
     assert read_state(checkpoints / "step_000001").step == 1
     shutil.rmtree(checkpoints)

@@ -1,4 +1,5 @@
-"""The training-step benchmark: its timers disturb nothing and lose nothing, its gate notices wrong weights."""
+"""The training-step benchmark: its timers disturb nothing and lose nothing, its gate notices wrong
+weights."""
 
 import argparse
 from pathlib import Path
@@ -17,7 +18,15 @@ PARTS = {"attention", "mlp", "head", "optimizer"}
 
 
 def options(folder: str, **changes: Any) -> argparse.Namespace:
-    found = {"shape": folder, "layers": None, "sequences": 4, "sequence_length": 24, "prompt_tokens": 4, "ragged": True, "repeats": 2}
+    found = {
+        "shape": folder,
+        "layers": None,
+        "sequences": 4,
+        "sequence_length": 24,
+        "prompt_tokens": 4,
+        "ragged": True,
+        "repeats": 2,
+    }
     return argparse.Namespace(**{**found, **changes})
 
 
@@ -29,7 +38,15 @@ def make_bench(folder: str, scratch: str, tp: int, *flags: str) -> Bench:
     groups = initialize_groups(backend, tp)
     mine = Path(scratch) / f"{groups.rank}"
     mine.mkdir()
-    flags = ("--model.dtype", "float32", "--parallel.tp", str(tp), "--training.tokens-per-micro-batch", "48", *flags)
+    flags = (
+        "--model.dtype",
+        "float32",
+        "--parallel.tp",
+        str(tp),
+        "--training.tokens-per-micro-batch",
+        "48",
+        *flags,
+    )
     return Bench(options(folder), flags, backend, groups, mine)
 
 
@@ -51,17 +68,29 @@ def steps(bench: Bench, *, timed: bool) -> dict[str, Any]:
         outcomes.append(step())
     outcomes.append(step())
     left = [name for name in ("_update",) if name in vars(trainer)]
-    left += [name for name, module in trainer.policy.model.named_modules() if {"forward", "_postprocess"} & vars(module).keys()]
+    left += [
+        name
+        for name, module in trainer.policy.model.named_modules()
+        if {"forward", "_postprocess"} & vars(module).keys()
+    ]
     return {"outcomes": [(o.loss, o.grad_norm) for o in outcomes], "parts": parts, "left": left}
 
 
 def timed_and_not(folder: str, scratch: str, tp: int, recompute: str) -> dict[str, Any]:
     bench = make_bench(folder, scratch, tp, "--training.recompute", recompute)
-    return {"plain": steps(bench, timed=False), "timed": steps(bench, timed=True), "batches": bench.check()["sequences"]}
+    return {
+        "plain": steps(bench, timed=False),
+        "timed": steps(bench, timed=True),
+        "batches": bench.check()["sequences"],
+    }
 
 
-@pytest.mark.parametrize(("world", "tp", "recompute"), [(1, 1, "none"), (1, 1, "selective"), (2, 2, "full"), (2, 1, "none")])
-def test_timing_the_parts_changes_nothing_and_is_complete(tmp_path: Path, world: int, tp: int, recompute: str) -> None:
+@pytest.mark.parametrize(
+    ("world", "tp", "recompute"), [(1, 1, "none"), (1, 1, "selective"), (2, 2, "full"), (2, 1, "none")]
+)
+def test_timing_the_parts_changes_nothing_and_is_complete(
+    tmp_path: Path, world: int, tp: int, recompute: str
+) -> None:
     folder = str(make_model_folder(tmp_path / "model"))
     for rank in run_ranks(world, timed_and_not, folder, str(tmp_path), tp, recompute):
         for timed, plain in zip(rank["timed"]["outcomes"], rank["plain"]["outcomes"], strict=True):
@@ -146,17 +175,24 @@ def collectives(folder: str, scratch: str, tp: int) -> tuple[float, float]:
     trainer = make_trainer(bench.folder, bench.flags, bench.backend, bench.groups)
     step = bench.our_step(trainer)
     step()
-    return seconds_in_collectives(bench.backend, step), seconds_in_collectives(bench.backend, lambda: torch.ones(8) @ torch.ones(8))
+    return seconds_in_collectives(bench.backend, step), seconds_in_collectives(
+        bench.backend, lambda: torch.ones(8) @ torch.ones(8)
+    )
 
 
 def test_collectives_are_timed(tmp_path: Path) -> None:
-    for seconds, without in run_ranks(2, collectives, str(make_model_folder(tmp_path / "model")), str(tmp_path), 2):
+    for seconds, without in run_ranks(
+        2, collectives, str(make_model_folder(tmp_path / "model")), str(tmp_path), 2
+    ):
         assert 0 < seconds < 60 and without == 0
 
 
 @pytest.mark.parametrize(
     ("shape", "mfu", "said"),
-    [("qwen2.5-1.5b", 0.46, "goal on one H200 45%: reached"), ("qwen2.5-7b", 0.46, "goal on one H200 50%: MISSED")],
+    [
+        ("qwen2.5-1.5b", 0.46, "goal on one H200 45%: reached"),
+        ("qwen2.5-7b", 0.46, "goal on one H200 50%: MISSED"),
+    ],
 )
 def test_the_verdict(shape: str, mfu: float, said: str) -> None:
     utilisation = {"mfu": mfu, "goal_on_one_h200": bench_train_step.GOALS[shape]}
@@ -170,5 +206,8 @@ def test_settings_that_fit_a_gpu_are_the_last_word_of_nobody() -> None:
     flags = [*default_flags(MODELS["qwen2.5-7b"], Gpu()), "--training.tokens-per-micro-batch=6144"]  # type: ignore[arg-type]
     assert flag_value(flags, "--training.tokens-per-micro-batch", "") == "6144"
     assert flag_value(flags, "--optimizer.cpu-offload", "") == "0.5" or "--optimizer.precision-aware" in flags
-    assert flag_value(default_flags(MODELS["qwen2.5-1.5b"], Gpu()), "--training.tokens-per-micro-batch", "") == "15360"  # type: ignore[arg-type]
+    assert (
+        flag_value(default_flags(MODELS["qwen2.5-1.5b"], Gpu()), "--training.tokens-per-micro-batch", "")
+        == "15360"
+    )  # type: ignore[arg-type]
     assert {short_name(name) for name in ("Qwen/Qwen2.5-7B", "qwen2.5-1.5b")} == set(bench_train_step.GOALS)

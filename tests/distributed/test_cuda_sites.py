@@ -1,4 +1,5 @@
-"""Where Megatron-Core names CUDA in what we run: recorded, and compared with a committed list, so that an upgrade adds none unseen."""
+"""Where Megatron-Core names CUDA in what we run: recorded, and compared with a committed list, so that an
+upgrade adds none unseen."""
 
 import sys
 import types
@@ -12,12 +13,25 @@ from tests.helpers.ranks import run_ranks
 from tests.helpers.tiny import make_model_folder, make_rollouts, tiny_config
 
 LIST = Path(__file__).with_name("cuda_sites.txt")
-OVERLAP = ["--parallel.overlap-grad-reduce", "True", "--parallel.overlap-param-gather", "True", "--parallel.bucket-size", "30000"]
-LAYOUTS = [(1, 1, []), (2, 2, ["--training.recompute", "full"]), (2, 1, OVERLAP), (1, 1, ["--model.dtype", "bfloat16"])]
+OVERLAP = [
+    "--parallel.overlap-grad-reduce",
+    "True",
+    "--parallel.overlap-param-gather",
+    "True",
+    "--parallel.bucket-size",
+    "30000",
+]
+LAYOUTS = [
+    (1, 1, []),
+    (2, 2, ["--training.recompute", "full"]),
+    (2, 1, OVERLAP),
+    (1, 1, ["--model.dtype", "bfloat16"]),
+]
 
 
 def record(folder: str, run_dir: str, tp: int, flags: list[str]) -> set[str]:
-    """Train, score, save and load on this rank; returns `kind file function` of every place that asked for CUDA."""
+    """Train, score, save and load on this rank; returns `kind file function` of every place that asked for
+    CUDA."""
     from rlsc_mcore.data.packing import merge_identical, pack
     from rlsc_mcore.parallel import backend as ours
     from rlsc_mcore.parallel.groups import initialize_groups
@@ -60,7 +74,9 @@ def record(folder: str, run_dir: str, tp: int, flags: list[str]) -> set[str]:
     groups = initialize_groups(backend, tp)
     trainer = Trainer(tiny_config(folder, ["--parallel.tp", str(tp), *flags]), Path(folder), backend, groups)
     rollouts = make_rollouts(num_questions=2, num_samples=3)
-    sequences = merge_identical(rollouts, train_end_token=True, train_truncated=True, stop_token_ids=frozenset({0}))
+    sequences = merge_identical(
+        rollouts, train_end_token=True, train_truncated=True, stop_token_ids=frozenset({0})
+    )
     batches = pack(sequences[groups.dp_rank :: groups.dp_size], 64, multiple_of=trainer.token_multiple)
     for step in range(2):
         trainer.step(batches, step, len(rollouts))

@@ -1,4 +1,5 @@
-"""The whole loop on several ranks: engines of the trainer's tensor-parallel size, of a smaller and of a larger one."""
+"""The whole loop on several ranks: engines of the trainer's tensor-parallel size, of a smaller and of a
+larger one."""
 
 import json
 import math
@@ -30,19 +31,24 @@ def tokens(answers: list[Any]) -> list[tuple[int, ...]]:
 
 
 def train_and_export(folder: str, run_dir: str, tp: int, *flags: str) -> dict[str, Any]:
-    """Three steps of the loop; rows of the metrics, greedy answers before and after, and the swap checked against the export."""
+    """Three steps of the loop; rows of the metrics, greedy answers before and after, and the swap checked
+    against the export."""
     from rlsc_mcore.config_file import parse_config
     from rlsc_mcore.training.session import Session
     from rlsc_mcore.training.signals import StopRequest
 
-    config = parse_config(["--run-dir", run_dir, "--model.path", folder, "--parallel.tp", str(tp), *FLAGS, *flags])
+    config = parse_config(
+        ["--run-dir", run_dir, "--model.path", folder, "--parallel.tp", str(tp), *FLAGS, *flags]
+    )
     session = Session(config, StopRequest())
     before = greedy(session)
     rollouts = []
     for step in range(config.training.num_steps):
         sampled = session.sample(step)
         assert {rollout.policy_version for rollout in sampled} == {step}
-        rollouts.append([(rollout.question_index, rollout.sample_index, rollout.response_ids) for rollout in sampled])
+        rollouts.append(
+            [(rollout.question_index, rollout.sample_index, rollout.response_ids) for rollout in sampled]
+        )
         outcome = session.train(step, sampled)
         session.hot_swap()
         session.record(step, sampled, outcome)
@@ -65,7 +71,9 @@ def greedy_answers(folder: str, run_dir: str, tp: int = 1, *flags: str) -> list[
     from rlsc_mcore.training.session import Session
     from rlsc_mcore.training.signals import StopRequest
 
-    config = parse_config(["--run-dir", run_dir, "--model.path", folder, "--parallel.tp", str(tp), *FLAGS, *flags])
+    config = parse_config(
+        ["--run-dir", run_dir, "--model.path", folder, "--parallel.tp", str(tp), *FLAGS, *flags]
+    )
     return greedy(Session(config, StopRequest()))
 
 
@@ -82,7 +90,9 @@ def test_tp2_engine_and_trainer_share_weights_and_agree(folder: str, tmp_path: P
         assert rank["rows"] and all(row["log_prob_gap_max"] < 1e-4 for row in rank["rows"])
         assert rank["rollouts"] == ranks[0]["rollouts"]  # the ranks of a group sample the same answers
         assert rank["after"] == ranks[0]["after"]
-    assert tokens(ranks[0]["before"]) == tokens(run_ranks(1, greedy_answers, folder, str(tmp_path / "tp1"))[0])
+    assert tokens(ranks[0]["before"]) == tokens(
+        run_ranks(1, greedy_answers, folder, str(tmp_path / "tp1"))[0]
+    )
     fresh = run_ranks(2, greedy_answers, str(tmp_path / "tp2" / "export"), str(tmp_path / "fresh"), 2)
     assert ranks[0]["after"] == fresh[0]  # bit for bit
     assert tokens(ranks[0]["after"]) != tokens(ranks[0]["before"])
@@ -97,10 +107,17 @@ LAYOUTS = [
 
 
 @pytest.mark.parametrize(("world", "tp", "engine_tp", "architecture", "tied"), LAYOUTS)
-def test_engines_of_another_size(world: int, tp: int, engine_tp: int, architecture: str, tied: bool, tmp_path: Path) -> None:
-    """After three optimizer steps the engines hold the export, and answer bit for bit like fresh engines on it."""
+def test_engines_of_another_size(
+    world: int, tp: int, engine_tp: int, architecture: str, tied: bool, tmp_path: Path
+) -> None:
+    """After three optimizer steps the engines hold the export, and answer bit for bit like fresh engines on
+    it."""
     # 520 is no multiple of 64: both sides pad the vocabulary.
-    model = str(make_runnable_folder(tmp_path / "model", architecture=architecture, tied=tied, num_kv_heads=4, vocab_size=520))
+    model = str(
+        make_runnable_folder(
+            tmp_path / "model", architecture=architecture, tied=tied, num_kv_heads=4, vocab_size=520
+        )
+    )
     engine = ("--rollout.tp", str(engine_tp))
     ranks = run_ranks(world, train_and_export, model, str(tmp_path / "run"), tp, *engine)
     for rank in ranks:
@@ -129,10 +146,22 @@ STAGES = [
 
 
 @pytest.mark.parametrize(("world", "tp", "engine_tp", "tied"), STAGES)
-def test_engines_of_a_trainer_in_stages(world: int, tp: int, engine_tp: int, tied: bool, tmp_path: Path) -> None:
-    """The whole loop with pipeline stages: engines hold all layers, their own stage's as the trainer's bytes."""
+def test_engines_of_a_trainer_in_stages(
+    world: int, tp: int, engine_tp: int, tied: bool, tmp_path: Path
+) -> None:
+    """The whole loop with pipeline stages: engines hold all layers, their own stage's as the trainer's
+    bytes."""
     model = str(make_runnable_folder(tmp_path / "model", tied=tied, num_kv_heads=4, vocab_size=520))
-    flags = ("--parallel.pp", "2", "--rollout.tp", str(engine_tp), "--rollout.verify-swap", "full", "--training.updates-per-rollout", "2")
+    flags = (
+        "--parallel.pp",
+        "2",
+        "--rollout.tp",
+        str(engine_tp),
+        "--rollout.verify-swap",
+        "full",
+        "--training.updates-per-rollout",
+        "2",
+    )
     ranks = run_ranks(world, train_and_export, model, str(tmp_path / "run"), tp, *flags)
     for rank in ranks:
         assert rank["compared"] == rank["parameters"] == rank["aliased"] + rank["copied"]
@@ -141,7 +170,9 @@ def test_engines_of_a_trainer_in_stages(world: int, tp: int, engine_tp: int, tie
         assert all(row["log_prob_gap_max"] < 1e-4 and not row["skipped"] for row in rank["rows"])
     if engine_tp == tp:  # what is not interleaved of a stage's one layer, norms and embedding is shared
         assert all(rank["aliased"] >= 5 for rank in ranks)
-    fresh = run_ranks(engine_tp, greedy_answers, str(tmp_path / "run" / "export"), str(tmp_path / "fresh"), engine_tp)
+    fresh = run_ranks(
+        engine_tp, greedy_answers, str(tmp_path / "run" / "export"), str(tmp_path / "fresh"), engine_tp
+    )
     assert ranks[0]["after"] == fresh[0]
     assert tokens(ranks[0]["after"]) != tokens(ranks[0]["before"])
 
@@ -181,12 +212,24 @@ def test_dp2_is_the_run_of_one_rank(folder: str, tmp_path: Path) -> None:
     first = sorted(rollout for rank in ranks for rollout in rank["rollouts"][0])
     assert first == sorted(alone["rollouts"][0])  # a question's answers do not depend on who samples them
     assert {r[:2] for r in ranks[0]["rollouts"][0]}.isdisjoint({r[:2] for r in ranks[1]["rollouts"][0]})
-    written = [json.loads(line) for line in (tmp_path / "dp2" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    written = [
+        json.loads(line)
+        for line in (tmp_path / "dp2" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
     for row, single in zip(written, alone["rows"], strict=True):
         assert row["num_samples"] == single["num_samples"] == 16
         assert row["log_prob_gap_max"] < 1e-4
         assert math.isfinite(row["loss"]) and row["grad_norm"] > 0
-    for name in ("loss", "f_estimate", "grad_norm", "mean_length", "distinct_share", "truncated_share", "alpha_share", "effective_samples"):
+    for name in (
+        "loss",
+        "f_estimate",
+        "grad_norm",
+        "mean_length",
+        "distinct_share",
+        "truncated_share",
+        "alpha_share",
+        "effective_samples",
+    ):
         assert written[0][name] == pytest.approx(alone["rows"][0][name], rel=1e-5), name
     assert all(rank["compared"] == rank["parameters"] for rank in ranks)
     assert sorted(path.name for path in (tmp_path / "dp2" / "rollouts").iterdir())[:2] == [

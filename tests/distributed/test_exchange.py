@@ -1,4 +1,5 @@
-"""Rollouts change ranks before training: nothing lost, FLOPs equal, few bytes, and the step is the one that a single rank takes."""
+"""Rollouts change ranks before training: nothing lost, FLOPs equal, few bytes, and the step is the one that a
+single rank takes."""
 
 from collections import Counter
 from functools import partial
@@ -27,11 +28,15 @@ def everything() -> list[Rollout]:
 
 
 def prompts() -> list[tuple[int, ...]]:
-    return [next(r.prompt_ids for r in everything() if r.question_index == question) for question in range(NUM_QUESTIONS)]
+    return [
+        next(r.prompt_ids for r in everything() if r.question_index == question)
+        for question in range(NUM_QUESTIONS)
+    ]
 
 
 def skewed(num_engines: int, engine: int) -> list[Rollout]:
-    """What one engine sampled: the first most; the others the odd samples of questions 0 and 3, and the last question 5.
+    """What one engine sampled: the first most; the others the odd samples of questions 0 and 3, and the last
+    question 5.
 
     Samples 0 and 1 of question 0 are identical, and lie on different engines.
     """
@@ -41,7 +46,9 @@ def skewed(num_engines: int, engine: int) -> list[Rollout]:
             owner[question, sample] = num_engines - 1
         elif question in (0, 3) and sample % 2:
             owner[question, sample] = (sample // 2 + 1) % num_engines
-    return [rollout for rollout in everything() if owner[rollout.question_index, rollout.sample_index] == engine]
+    return [
+        rollout for rollout in everything() if owner[rollout.question_index, rollout.sample_index] == engine
+    ]
 
 
 def redistributed(groups: Any, rewards: Any = None, cost: CostModel = COST) -> Any:
@@ -60,7 +67,9 @@ def trained_part(num_trained: int) -> tuple[Any, Any]:
     rollouts = skewed(groups.num_engines, groups.engine_index)
     options = RolloutConfig(num_samples=NUM_SAMPLES, num_trained=num_trained)
     found = redistribute(rollouts, PLACES, options, prompts(), MARK, COST, groups)
-    return [(s.rollout.question_index, s.rollout.sample_index, s.multiplicity) for s in found.sequences], found.num_distinct
+    return [
+        (s.rollout.question_index, s.rollout.sample_index, s.multiplicity) for s in found.sequences
+    ], found.num_distinct
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2])
@@ -68,8 +77,13 @@ def test_samples_that_only_vote_are_not_trained(num_ranks: int) -> None:
     results = run_ranks(num_ranks, trained_part, 2)
     kept = sorted(row for rows, _ in results for row in rows)
     # Samples 0 and 1 of every question; those of question 0 are identical.
-    assert kept == [(0, 0, 2), *((question, sample, 1) for question in range(1, NUM_QUESTIONS) for sample in (0, 1))]
-    assert {distinct for _, distinct in results} == {NUM_QUESTIONS * NUM_SAMPLES - 1}  # of all that were sampled
+    assert kept == [
+        (0, 0, 2),
+        *((question, sample, 1) for question in range(1, NUM_QUESTIONS) for sample in (0, 1)),
+    ]
+    assert {distinct for _, distinct in results} == {
+        NUM_QUESTIONS * NUM_SAMPLES - 1
+    }  # of all that were sampled
 
 
 def exchanged(tp: int, engine_tp: int, pp: int) -> tuple[Any, int]:
@@ -87,7 +101,9 @@ LAYOUTS = {
 
 
 @pytest.mark.parametrize(("world", "tp", "engine_tp", "pp"), LAYOUTS.values(), ids=LAYOUTS)
-def test_every_answer_is_on_one_rank_with_all_its_samples(world: int, tp: int, engine_tp: int, pp: int) -> None:
+def test_every_answer_is_on_one_rank_with_all_its_samples(
+    world: int, tp: int, engine_tp: int, pp: int
+) -> None:
     results = run_ranks(world, exchanged, tp, engine_tp, pp)
     rollouts = everything()
     by_rank: dict[int, Any] = {}
@@ -96,15 +112,28 @@ def test_every_answer_is_on_one_rank_with_all_its_samples(world: int, tp: int, e
     assert len(by_rank) == world // (tp * pp)
     sequences = [sequence for found in by_rank.values() for sequence in found.sequences]
     expected = Counter((r.question_index, r.prompt_ids, r.response_ids) for r in rollouts)
-    held = {(s.rollout.question_index, s.rollout.prompt_ids, s.rollout.response_ids): s.multiplicity for s in sequences}
+    held = {
+        (s.rollout.question_index, s.rollout.prompt_ids, s.rollout.response_ids): s.multiplicity
+        for s in sequences
+    }
     assert len(sequences) == len(expected) == results[0][0].num_sequences
     assert held == expected
     for sequence in sequences:  # the first of identical answers, with its own log-probs
-        first = next(r for r in rollouts if (r.question_index, r.response_ids) == (sequence.group, sequence.rollout.response_ids))
-        assert sequence.rollout.sample_index == first.sample_index and sequence.rollout.engine_log_probs == first.engine_log_probs
+        first = next(
+            r
+            for r in rollouts
+            if (r.question_index, r.response_ids) == (sequence.group, sequence.rollout.response_ids)
+        )
+        assert (
+            sequence.rollout.sample_index == first.sample_index
+            and sequence.rollout.engine_log_probs == first.engine_log_probs
+        )
         assert sequence.trained == MARK(first) and sequence.rollout.finish_reason == first.finish_reason
     work = [
-        sum(COST.flops(len(s.rollout.prompt_ids) + len(s.rollout.response_ids), sum(s.trained)) for s in by_rank[rank].sequences)
+        sum(
+            COST.flops(len(s.rollout.prompt_ids) + len(s.rollout.response_ids), sum(s.trained))
+            for s in by_rank[rank].sequences
+        )
         for rank in sorted(by_rank)
     ]
     heaviest = max(COST.flops(len(p) + len(r), len(r)) for _, p, r in expected)
@@ -115,7 +144,9 @@ def test_every_answer_is_on_one_rank_with_all_its_samples(world: int, tp: int, e
         assert found.num_tokens_unmerged == sum(len(r.prompt_ids) + len(r.response_ids) for r in rollouts)
         first = results[0][0]
         assert (found.moved_share, found.imbalance_sampled) == (first.moved_share, first.imbalance_sampled)
-        tokens = [sum(len(r.response_ids) for r in skewed(world // engine_tp, e)) for e in range(world // engine_tp)]
+        tokens = [
+            sum(len(r.response_ids) for r in skewed(world // engine_tp, e)) for e in range(world // engine_tp)
+        ]
         assert found.engine_imbalance == pytest.approx(max(tokens) * len(tokens) / sum(tokens) - 1)
     if (tp, engine_tp, pp) == (1, 1, 1) and world > 1:
         assert first.imbalance < 0.1 < first.imbalance_sampled and 0 < first.moved_share < 0.7
@@ -138,12 +169,19 @@ def train_skewed(folder: str, tp: int, pp: int, confidence: str) -> dict[str, An
     backend = get_backend()
     groups = initialize_groups(backend, tp, pp=pp)
     flags = ["--parallel.tp", str(tp), "--parallel.pp", str(pp), "--algorithm.confidence", confidence]
-    trainer = Trainer(tiny_config(folder, [*flags, "--optimizer.lr", "1e-3", "--optimizer.eps", "1e-2"]), Path(folder), backend, groups)
+    trainer = Trainer(
+        tiny_config(folder, [*flags, "--optimizer.lr", "1e-3", "--optimizer.eps", "1e-2"]),
+        Path(folder),
+        backend,
+        groups,
+    )
     policy = trainer.policy
     found = redistributed(groups, cost=policy.architecture.cost_model())
     batches = pack(found.sequences, 64, multiple_of=groups.tp_size)
     outcomes = [trainer.step(batches, step, NUM_QUESTIONS * NUM_SAMPLES) for step in range(3)]
-    weights = export_weights(policy.model_weights, policy.architecture, groups.tp_group, groups.tp_size, groups.pp_group)
+    weights = export_weights(
+        policy.model_weights, policy.architecture, groups.tp_group, groups.tp_size, groups.pp_group
+    )
     exported = {name: tensor.clone() for name, tensor in weights}
     return {
         "losses": [outcome.loss for outcome in outcomes],
@@ -157,7 +195,9 @@ def train_skewed(folder: str, tp: int, pp: int, confidence: str) -> dict[str, An
     [(2, 1, 1, "sequence"), (4, 2, 1, "group_softmax"), (4, 1, 2, "group_softmax")],
     ids=["dp2", "tp2_dp2", "pp2_dp2"],
 )
-def test_a_step_after_the_exchange_equals_one_rank_s(tmp_path: Path, world: int, tp: int, pp: int, confidence: str) -> None:
+def test_a_step_after_the_exchange_equals_one_rank_s(
+    tmp_path: Path, world: int, tp: int, pp: int, confidence: str
+) -> None:
     folder = str(make_model_folder(tmp_path / "model", head_dim=64))
     (alone,) = run_ranks(1, train_skewed, folder, 1, 1, confidence)
     ranks = run_ranks(world, train_skewed, folder, tp, pp, confidence)
@@ -165,14 +205,21 @@ def test_a_step_after_the_exchange_equals_one_rank_s(tmp_path: Path, world: int,
         assert rank["losses"] == pytest.approx(alone["losses"], rel=2e-6)
         assert rank["grad_norms"] == pytest.approx(alone["grad_norms"], rel=2e-5)
     for name, tensor in alone["exported"].items():
-        torch.testing.assert_close(ranks[0]["exported"][name], tensor, rtol=0, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(
+            ranks[0]["exported"][name],
+            tensor,
+            rtol=0,
+            atol=1e-6,
+            msg=lambda text, name=name: f"{name}: {text}",
+        )
 
 
 # ---------------------------------------------------------------- bytes
 
 
 def weak_scaling(answers_per_rank: int, length: int) -> dict[str, int]:
-    """Exchange as many answers per rank whatever the world; returns the bytes that this rank received, by kind."""
+    """Exchange as many answers per rank whatever the world; returns the bytes that this rank received, by
+    kind."""
     import torch.distributed as dist
 
     from rlsc_mcore.parallel.backend import get_backend
@@ -211,7 +258,9 @@ def weak_scaling(answers_per_rank: int, length: int) -> dict[str, int]:
         for number in range(answers_per_rank)
     ]
     places = {(question, 0): question for question in range(answers_per_rank * size)}
-    found = redistribute(mine, places, RolloutConfig(num_samples=1), [(7,) * 5] * len(places), MARK, COST, groups)
+    found = redistribute(
+        mine, places, RolloutConfig(num_samples=1), [(7,) * 5] * len(places), MARK, COST, groups
+    )
     sampled = {rollout.question_index for rollout in mine}
     foreign = [s.rollout for s in found.sequences if s.rollout.question_index not in sampled]
     return {
@@ -229,7 +278,9 @@ def test_bytes_grow_with_what_a_rank_trains_and_not_with_the_world() -> None:
         ranks = run_ranks(world, weak_scaling, answers, length)
         for rank in ranks:
             assert rank["tokens"] == 8 * rank["foreign_tokens"]  # four bytes of id, four of log-prob
-            assert rank["headers"] == world * (8 + 72 * answers)  # one count and its headers from every engine
+            assert rank["headers"] == world * (
+                8 + 72 * answers
+            )  # one count and its headers from every engine
         assert sum(rank["foreign_tokens"] for rank in ranks) > 0
         assert sum(rank["trained_tokens"] for rank in ranks) == sum(rank["own_tokens"] for rank in ranks)
         most[world] = max(rank["tokens"] for rank in ranks)
@@ -253,7 +304,9 @@ def rewarded(objective: str) -> dict[tuple[int, int], float] | None:
         replace(rollout, text=f"so \\boxed{{{(rollout.question_index + rollout.sample_index) % 3}}}")
         for rollout in skewed(groups.num_engines, groups.engine_index)
     ]
-    return gather_advantages(AlgorithmConfig(objective=objective), OPTIONS, rollouts, PLACES, questions, groups)
+    return gather_advantages(
+        AlgorithmConfig(objective=objective), OPTIONS, rollouts, PLACES, questions, groups
+    )
 
 
 @pytest.mark.parametrize("num_ranks", [1, 3])
@@ -266,7 +319,9 @@ def test_rewards_are_those_of_whole_questions(num_ranks: int) -> None:
             assert value == labels[question, sample] - mean
     # Of four answers numbered modulo 3 the first and the last agree.
     for rank in run_ranks(num_ranks, rewarded, "ttrl"):
-        assert rank == {(q, s): (0.5 if s in (0, 3) else -0.5) for q in range(NUM_QUESTIONS) for s in range(NUM_SAMPLES)}
+        assert rank == {
+            (q, s): (0.5 if s in (0, 3) else -0.5) for q in range(NUM_QUESTIONS) for s in range(NUM_SAMPLES)
+        }
     assert run_ranks(num_ranks, rewarded, "rlsc") == [None] * num_ranks
 
 
@@ -279,13 +334,17 @@ def order(extremes: bool) -> Any:
     values, counts = spread_values(extremes)
     mine = slice(groups.dp_rank, None, groups.dp_size)
     ranks = list(range(0, int(counts.sum()), 7))
-    return order_statistics(values[mine], counts[mine], ranks, groups), _quantiles(values[mine], counts[mine].double(), groups)
+    return order_statistics(values[mine], counts[mine], ranks, groups), _quantiles(
+        values[mine], counts[mine].double(), groups
+    )
 
 
 def spread_values(extremes: bool) -> tuple[torch.Tensor, torch.Tensor]:
     """Values of all sizes, some equal, with counts from 0 to 3."""
     generator = torch.Generator().manual_seed(3)
-    values = torch.randn(97, generator=generator, dtype=torch.float64) * 10.0 ** torch.randint(-30, 30, (97,), generator=generator)
+    values = torch.randn(97, generator=generator, dtype=torch.float64) * 10.0 ** torch.randint(
+        -30, 30, (97,), generator=generator
+    )
     if extremes:
         values[:6] = torch.tensor([0.0, -0.0, float("inf"), -float("inf"), 1e-310, -1e-310])
     values[10:20] = values[20]
@@ -301,4 +360,6 @@ def test_order_statistics_of_values_on_several_ranks(num_ranks: int, extremes: b
     for selected, quantiles in run_ranks(num_ranks, order, extremes):
         assert selected == whole[::7].tolist()
         assert (quantiles["min"], quantiles["max"]) == (float(whole[0]), float(whole[-1]))
-        assert [quantiles["q10"], quantiles["q50"], quantiles["q90"]] == torch.quantile(whole, points).tolist()  # bit for bit
+        assert [quantiles["q10"], quantiles["q50"], quantiles["q90"]] == torch.quantile(
+            whole, points
+        ).tolist()  # bit for bit

@@ -1,4 +1,5 @@
-"""A rank that dies, hangs or fails ends the run: within a set time, with one message that names it, exit code 1 everywhere."""
+"""A rank that dies, hangs or fails ends the run: within a set time, with one message that names it, exit code
+1 everywhere."""
 
 import json
 import multiprocessing
@@ -23,13 +24,23 @@ LONG_S = 60.0  # where silence must be noticed, not the wait of the ranks that i
 CULPRIT = 1
 
 
-def train_until_the_fault(rank: int, world: int, port: int, folder: str, scratch: str, fault: str, trained: Any) -> None:
-    """A rank that trains for ever; after two steps the culprit meets its fault. What it prints goes to a file."""
+def train_until_the_fault(
+    rank: int, world: int, port: int, folder: str, scratch: str, fault: str, trained: Any
+) -> None:
+    """A rank that trains for ever; after two steps the culprit meets its fault. What it prints goes to a
+    file."""
     import sys
 
-    environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    environment = {
+        "RANK": rank,
+        "LOCAL_RANK": rank,
+        "WORLD_SIZE": world,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+    }
     os.environ.update({name: str(value) for name, value in environment.items()})
-    # A busy machine may keep a healthy rank silent for seconds: only where silence is the fault is it judged soon.
+    # A busy machine may keep a healthy rank silent for seconds: only where silence is the fault is it judged
+    # soon.
     os.environ["RLSC_DEAD_AFTER_S"] = str(PATIENT_S if fault == "sleeps" else DEAD_AFTER_S)
     errors = os.open(f"{scratch}/rank{rank}.err", os.O_WRONLY | os.O_CREAT)
     os.dup2(errors, 2)
@@ -56,7 +67,9 @@ def train_until_the_fault(rank: int, world: int, port: int, folder: str, scratch
                     trained.set()
                     meet(fault)
                 rollouts = make_rollouts(num_questions=2, num_samples=2, seed=step)
-                sequences = merge_identical(rollouts, train_end_token=True, train_truncated=True, stop_token_ids=frozenset({0}))
+                sequences = merge_identical(
+                    rollouts, train_end_token=True, train_truncated=True, stop_token_ids=frozenset({0})
+                )
                 trainer.step(pack(sequences[rank::world], 64), step, len(rollouts))
     except (RunError, ConfigError) as error:
         print(error, file=sys.stderr, flush=True)
@@ -67,10 +80,17 @@ def train_until_the_fault(rank: int, world: int, port: int, folder: str, scratch
 
 
 def wait_as_under_nccl(rank: int, world: int, port: int, scratch: str) -> None:
-    """Begin collectives that return at once, all ranks but the culprit, and wait outside of torch.distributed."""
+    """Begin collectives that return at once, all ranks but the culprit, and wait outside of
+    torch.distributed."""
     import sys
 
-    environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    environment = {
+        "RANK": rank,
+        "LOCAL_RANK": rank,
+        "WORLD_SIZE": world,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+    }
     os.environ.update({name: str(value) for name, value in environment.items()})
     os.environ["RLSC_DEAD_AFTER_S"] = str(PATIENT_S)
     errors = os.open(f"{scratch}/rank{rank}.err", os.O_WRONLY | os.O_CREAT)
@@ -84,7 +104,9 @@ def wait_as_under_nccl(rank: int, world: int, port: int, scratch: str) -> None:
     from rlsc_mcore.training.faults import start_watchdog
 
     groups = initialize_groups(get_backend(), 1)
-    watchdog = start_watchdog(tiny_config("unused", ["--parallel.hang-timeout-s", str(HANG_AFTER_S)], run_dir=scratch), groups)
+    watchdog = start_watchdog(
+        tiny_config("unused", ["--parallel.hang-timeout-s", str(HANG_AFTER_S)], run_dir=scratch), groups
+    )
     dist.barrier()
     watchdog.phase("training", 2)
     if rank != CULPRIT:
@@ -98,7 +120,10 @@ def test_the_rank_that_is_waited_for_is_named_where_collectives_return_at_once(t
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    ranks = [context.Process(target=wait_as_under_nccl, args=(rank, 3, port, str(tmp_path)), daemon=True) for rank in range(3)]
+    ranks = [
+        context.Process(target=wait_as_under_nccl, args=(rank, 3, port, str(tmp_path)), daemon=True)
+        for rank in range(3)
+    ]
     try:
         for process in ranks:
             process.start()
@@ -192,7 +217,9 @@ def test_a_rank_that_hangs_is_named_with_who_waits_for_it(folder: str, tmp_path:
         ("memory", "out of memory in phase training (step 3, RuntimeError: "),
     ],
 )
-def test_a_rank_that_fails_says_why_and_the_others_end_silently(folder: str, tmp_path: Path, fault: str, said: str) -> None:
+def test_a_rank_that_fails_says_why_and_the_others_end_silently(
+    folder: str, tmp_path: Path, fault: str, said: str
+) -> None:
     codes, texts, _ = run_with(fault, folder, tmp_path)
     assert codes == [1, 1, 1]
     assert texts[CULPRIT].startswith(said), texts
@@ -225,15 +252,26 @@ def test_steps_that_are_not_finite_are_counted_dumped_and_end_the_run_saved(tmp_
     from rlsc_mcore.training.checkpoint_files import read_state, verify_files
 
     ((message, rows),) = run_ranks(1, skip_for_ever, str(tmp_path / "run"))
-    assert message.startswith("2 steps in a row were not finite and were skipped (training.max_skipped_steps)") and "\n" not in message
+    assert (
+        message.startswith("2 steps in a row were not finite and were skipped (training.max_skipped_steps)")
+        and "\n" not in message
+    )
     assert [row["skipped"] for row in rows] == [True, True]
     assert all("is not finite: step skipped, batch in" in row["warnings"][-1] for row in rows)
     checkpoint = find_resumable(tmp_path / "run")
     verify_files(checkpoint)
     assert read_state(checkpoint).step == 2
     for step in (0, 1):
-        rollouts = (tmp_path / "run" / "rollouts" / f"step_{step:06d}.jsonl").read_text(encoding="utf-8").splitlines()
+        rollouts = (
+            (tmp_path / "run" / "rollouts" / f"step_{step:06d}.jsonl")
+            .read_text(encoding="utf-8")
+            .splitlines()
+        )
         sampled = {tuple(json.loads(line)["response_ids"]) for line in rollouts}
-        dump = (tmp_path / "run" / "skipped" / f"step_{step:06d}.rank0.jsonl").read_text(encoding="utf-8").splitlines()
+        dump = (
+            (tmp_path / "run" / "skipped" / f"step_{step:06d}.rank0.jsonl")
+            .read_text(encoding="utf-8")
+            .splitlines()
+        )
         assert {tuple(json.loads(line)["response_ids"]) for line in dump} == sampled
         assert sum(json.loads(line)["multiplicity"] for line in dump) == len(rollouts) == 6

@@ -18,7 +18,8 @@ BF16_GRADIENTS = [*BF16, "--optimizer.grad-dtype", "bfloat16"]
 
 
 def train(folder: str, run_dir: str, tp: int, flags: list[str], release: bool) -> dict[str, Any]:
-    """Train two steps, save, load into a new trainer and train two more; with `release`, free the buffers where a run does."""
+    """Train two steps, save, load into a new trainer and train two more; with `release`, free the buffers
+    where a run does."""
     from rlsc_mcore.run.folder import find_resumable
     from rlsc_mcore.training.checkpoint import load_checkpoint, save_checkpoint
 
@@ -38,7 +39,10 @@ def train(folder: str, run_dir: str, tp: int, flags: list[str], release: bool) -
         losses += [update.loss for update in trainer.step(batches, step, count).updates]
         (buffer,) = trainer.ddp.buffers
         storage = buffer.grad_data.untyped_storage()
-        assert all(weight.parameter.main_grad.untyped_storage().data_ptr() == storage.data_ptr() for weight in trainer.policy.weights)
+        assert all(
+            weight.parameter.main_grad.untyped_storage().data_ptr() == storage.data_ptr()
+            for weight in trainer.policy.weights
+        )
     return {
         "losses": losses,
         "held": held,
@@ -75,11 +79,27 @@ def test_gradients_in_bfloat16(tmp_path: Path) -> None:
     fine = run_ranks(2, train, folder, str(tmp_path / "fine"), 1, BF16, False)
     coarse = run_ranks(2, train, folder, str(tmp_path / "coarse"), 1, BF16_GRADIENTS, False)
     for one, other in zip(fine, coarse, strict=True):
-        assert one["bytes"] == pytest.approx(4 * one["numel"], rel=0.01) and other["bytes"] == pytest.approx(one["bytes"] / 2, rel=0.01)
+        assert one["bytes"] == pytest.approx(4 * one["numel"], rel=0.01) and other["bytes"] == pytest.approx(
+            one["bytes"] / 2, rel=0.01
+        )
         assert other["losses"] == pytest.approx(one["losses"], rel=2e-2)
 
 
 def test_gradients_are_never_coarser_than_the_weights() -> None:
-    flags = ["--run-dir", "r", "--model.path", "m", "--data.path", "d", "--model.dtype", "float32", "--optimizer.grad-dtype", "bfloat16"]
-    with pytest.raises(ConfigError, match=r"optimizer\.grad_dtype: expected float32 with model\.dtype float32, got 'bfloat16'"):
+    flags = [
+        "--run-dir",
+        "r",
+        "--model.path",
+        "m",
+        "--data.path",
+        "d",
+        "--model.dtype",
+        "float32",
+        "--optimizer.grad-dtype",
+        "bfloat16",
+    ]
+    with pytest.raises(
+        ConfigError,
+        match=r"optimizer\.grad_dtype: expected float32 with model\.dtype float32, got 'bfloat16'",
+    ):
         parse_config(flags)

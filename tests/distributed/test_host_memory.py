@@ -21,7 +21,9 @@ def free_below_a_block_in_use() -> tuple[int, int, int]:
 
     backend = get_backend()
     backend.release_cached_memory()
-    tensors = [torch.ones(16 * 1024) for _ in range(2048)]  # 64 KiB: below malloc's threshold for a mapping of its own
+    tensors = [
+        torch.ones(16 * 1024) for _ in range(2048)
+    ]  # 64 KiB: below malloc's threshold for a mapping of its own
     held = resident()
     del tensors[:-1]
     freed = resident()
@@ -29,7 +31,9 @@ def free_below_a_block_in_use() -> tuple[int, int, int]:
     return held, freed, resident()
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU the caching allocator is meant, not the host's")
+@pytest.mark.skipif(
+    torch.cuda.is_available(), reason="on a GPU the caching allocator is meant, not the host's"
+)
 def test_freed_host_memory_goes_back() -> None:
     ((held, freed, released),) = run_ranks(1, free_below_a_block_in_use)
     assert held - freed < 16 * MIB, "malloc gives this back by itself: the test shows nothing"

@@ -13,21 +13,25 @@ pytestmark = pytest.mark.distributed
 
 
 def all_logits(trainer: Any, batch: Any) -> torch.Tensor:
-    """Logits of a packed batch over the whole vocabulary, from Megatron's own output layer: float32 [T, V]."""
+    """Logits of a packed batch over the whole vocabulary, from Megatron's own output layer: float32 [T,
+    V]."""
     import torch.distributed as dist
 
     from rlsc_mcore.model.build import packed_seq_params
 
     ids = batch.token_ids[None]
     with torch.no_grad(), trainer.backend.megatron():
-        mine = trainer.policy.model(ids, torch.zeros_like(ids), None, packed_seq_params=packed_seq_params(batch))[0].float()
+        mine = trainer.policy.model(
+            ids, torch.zeros_like(ids), None, packed_seq_params=packed_seq_params(batch)
+        )[0].float()
     shards = [torch.empty_like(mine) for _ in range(trainer.groups.tp_size)]
     dist.all_gather(shards, mine.contiguous(), group=trainer.groups.tp_group)
     return torch.cat(shards, dim=1)[:, : trainer.policy.architecture.vocab_size]
 
 
 def train_steps(folder: str, world_tp: int, steps: int, confidence: str, dtype: str) -> dict[str, Any]:
-    """Run `steps` optimizer steps on fixed rollouts, spread over the data-parallel ranks; returns what a rank saw."""
+    """Run `steps` optimizer steps on fixed rollouts, spread over the data-parallel ranks; returns what a rank
+    saw."""
     from rlsc_mcore.data.packing import merge_identical, pack
     from rlsc_mcore.model.weight_map import export_weights
     from rlsc_mcore.parallel.backend import get_backend
@@ -36,20 +40,36 @@ def train_steps(folder: str, world_tp: int, steps: int, confidence: str, dtype: 
 
     backend = get_backend()
     groups = initialize_groups(backend, world_tp)
-    flags = ["--parallel.tp", str(world_tp), "--algorithm.confidence", confidence, "--model.dtype", dtype, "--optimizer.lr", "1e-3"]
-    # A large epsilon keeps AdamW smooth: with the usual one its first step is the sign of the gradient, rounding noise included.
+    flags = [
+        "--parallel.tp",
+        str(world_tp),
+        "--algorithm.confidence",
+        confidence,
+        "--model.dtype",
+        dtype,
+        "--optimizer.lr",
+        "1e-3",
+    ]
+    # A large epsilon keeps AdamW smooth: with the usual one its first step is the sign of the gradient,
+    # rounding noise included.
     flags += ["--optimizer.eps", "1e-2"]
     config = tiny_config(folder, flags)
     trainer = Trainer(config, Path(folder), backend, groups)
-    rollouts = make_rollouts(num_questions=4, num_samples=3, vocab_size=trainer.policy.architecture.vocab_size)
-    sequences = merge_identical(rollouts, train_end_token=True, train_truncated=True, stop_token_ids=frozenset({0}))
+    rollouts = make_rollouts(
+        num_questions=4, num_samples=3, vocab_size=trainer.policy.architecture.vocab_size
+    )
+    sequences = merge_identical(
+        rollouts, train_end_token=True, train_truncated=True, stop_token_ids=frozenset({0})
+    )
     # Sequence by sequence, so that a question's answers lie on several ranks.
     batches = pack(sequences[groups.dp_rank :: groups.dp_size], 64, multiple_of=groups.tp_size)
     logits = all_logits(trainer, pack(sequences, 4096, multiple_of=groups.tp_size)[0])
     outcomes = [trainer.step(batches, step, len(rollouts)) for step in range(steps)]
     exported = {
         name: tensor.clone()
-        for name, tensor in export_weights(trainer.policy.weights, trainer.policy.architecture, groups.tp_group, groups.tp_size)
+        for name, tensor in export_weights(
+            trainer.policy.weights, trainer.policy.architecture, groups.tp_group, groups.tp_size
+        )
     }
     return {
         "logits": logits[: sum(len(s.rollout.prompt_ids) + len(s.rollout.response_ids) for s in sequences)],
@@ -62,7 +82,12 @@ def train_steps(folder: str, world_tp: int, steps: int, confidence: str, dtype: 
 @pytest.mark.parametrize(
     ("world", "tp", "tied", "confidence"),
     [
-        *((2, tp, tied, confidence) for tp in (2, 1) for tied in (True, False) for confidence in ("sequence", "group_softmax")),
+        *(
+            (2, tp, tied, confidence)
+            for tp in (2, 1)
+            for tied in (True, False)
+            for confidence in ("sequence", "group_softmax")
+        ),
         (4, 2, True, "sequence"),
         (4, 2, False, "group_softmax"),
     ],
@@ -76,7 +101,13 @@ def test_several_ranks_equal_one(tmp_path: Path, world: int, tp: int, tied: bool
         assert rank["losses"] == pytest.approx(alone["losses"], rel=2e-6)
         assert rank["grad_norms"] == pytest.approx(alone["grad_norms"], rel=2e-5)
     for name, tensor in alone["exported"].items():
-        torch.testing.assert_close(ranks[0]["exported"][name], tensor, rtol=0, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(
+            ranks[0]["exported"][name],
+            tensor,
+            rtol=0,
+            atol=1e-6,
+            msg=lambda text, name=name: f"{name}: {text}",
+        )
 
 
 def test_bfloat16_two_ranks_agree_with_one(tmp_path: Path) -> None:

@@ -1,4 +1,5 @@
-"""Loading streams: a rank reads its own slices and holds little beside them; export is bit-equal for TP 1, 2 and 4."""
+"""Loading streams: a rank reads its own slices and holds little beside them; export is bit-equal for TP 1, 2
+and 4."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,7 +13,8 @@ from tests.helpers.tiny import make_model_folder, tiny_config
 
 
 def anonymous_bytes() -> int:
-    """Memory of this process that is no file's: what mapped weights occupy is the page cache's and is given back."""
+    """Memory of this process that is no file's: what mapped weights occupy is the page cache's and is given
+    back."""
     lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon:"))
 
@@ -28,7 +30,9 @@ def load(folder: str, tp: int) -> dict[str, Any]:
 
     backend = get_backend()
     groups = initialize_groups(backend, tp)
-    policy = build_policy(tiny_config(folder, ["--parallel.tp", str(tp)]), Path(folder), backend, groups, load=False)
+    policy = build_policy(
+        tiny_config(folder, ["--parallel.tp", str(tp)]), Path(folder), backend, groups, load=False
+    )
     read, peak, plain = 0, 0, hf_checkpoint.SafetensorsFolder.read
     pieces = weight_map.shard_pieces
     weight_map.PIECE_BYTES = 1 << 20  # as small beside this model as the real size is beside a real one
@@ -49,11 +53,19 @@ def load(folder: str, tp: int) -> dict[str, Any]:
     hf_checkpoint.SafetensorsFolder.read = counted  # type: ignore[method-assign]
     hf_checkpoint.shard_pieces = measured  # type: ignore[attr-defined]
     resident = anonymous_bytes()
-    hf_checkpoint.load_weights(policy.weights, policy.architecture, Path(folder), groups.tp_rank, groups.tp_size)
+    hf_checkpoint.load_weights(
+        policy.weights, policy.architecture, Path(folder), groups.tp_rank, groups.tp_size
+    )
     source = load_file(Path(folder) / "model.safetensors")
     exported = dict(export_weights(policy.weights, policy.architecture, groups.tp_group, tp))
     different = [name for name, tensor in source.items() if not torch.equal(exported[name], tensor)]
-    return {"read": read, "share": share, "beside": peak - resident, "different": different, "complete": exported.keys() == source.keys()}
+    return {
+        "read": read,
+        "share": share,
+        "beside": peak - resident,
+        "different": different,
+        "complete": exported.keys() == source.keys(),
+    }
 
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])

@@ -1,4 +1,5 @@
-"""Optimizer state moved out while the engine would sample, and back: freed in between, bit for bit, weights where they were."""
+"""Optimizer state moved out while the engine would sample, and back: freed in between, bit for bit, weights
+where they were."""
 
 from pathlib import Path
 from typing import Any
@@ -44,7 +45,9 @@ def train(folder: str, tp: int, flags: list[str], offload: bool) -> dict[str, An
         storages = [StorageWeakRef(tensor.untyped_storage()) for tensor in tensors]
         trainer.release_memory()
         if offload:
-            assert trainer.offload.is_out and [id(tensor) for tensor in state_of(trainer)] == [id(tensor) for tensor in tensors]
+            assert trainer.offload.is_out and [id(tensor) for tensor in state_of(trainer)] == [
+                id(tensor) for tensor in tensors
+            ]
             trainer.release_memory()  # twice is once
             seen["freed"] += [storage.expired() for storage in storages]
             seen["equal"] += [torch.equal(tensor, copy) for tensor, copy in zip(tensors, before, strict=True)]
@@ -73,7 +76,12 @@ def both(folder: str, tp: int, flags: list[str]) -> tuple[dict[str, Any], dict[s
 def test_training_goes_on_bit_for_bit(tmp_path: Path, world: int, tp: int, flags: list[str]) -> None:
     folder = str(make_model_folder(tmp_path / "model"))
     for one, other in run_ranks(world, both, folder, tp, flags):
-        assert other["freed"] and all(other["freed"]) and all(other["equal"]) and other["poisoned"] == len(other["freed"])
+        assert (
+            other["freed"]
+            and all(other["freed"])
+            and all(other["equal"])
+            and other["poisoned"] == len(other["freed"])
+        )
         assert not other["moved"]  # the engine aliases the weights: their storage never moves
         assert one["bytes"] == other["bytes"] and one["weights"].keys() == other["weights"].keys()
         assert all(torch.equal(tensor, other["weights"][name]) for name, tensor in one["weights"].items())
@@ -81,7 +89,8 @@ def test_training_goes_on_bit_for_bit(tmp_path: Path, world: int, tp: int, flags
 
 
 def test_the_pools_are_what_the_shapes_say(tmp_path: Path) -> None:
-    """Per parameter: its own bytes, and 12 of master and moments (8 without a master), over the data-parallel ranks; no gradient."""
+    """Per parameter: its own bytes, and 12 of master and moments (8 without a master), over the data-parallel
+    ranks; no gradient."""
     folder = str(make_model_folder(tmp_path / "model"))
     for flags, dp, weight, state in (([], 1, 4, 8), ([*BF16, *WHOLE], 1, 2, 12), (BF16, 2, 2, 12)):
         for rank in run_ranks(dp, train, folder, 1, flags, False):
@@ -123,6 +132,10 @@ def load(folder: str, run_dir: str, flags: list[str]) -> list[torch.Tensor]:
 def test_a_checkpoint_is_written_from_the_host(tmp_path: Path, flags: list[str], asynchronous: bool) -> None:
     folder = str(make_model_folder(tmp_path / "model"))
     for expected, found in zip(
-        run_ranks(2, save, folder, str(tmp_path), flags, asynchronous), run_ranks(2, load, folder, str(tmp_path), flags), strict=True
+        run_ranks(2, save, folder, str(tmp_path), flags, asynchronous),
+        run_ranks(2, load, folder, str(tmp_path), flags),
+        strict=True,
     ):
-        assert len(expected) == len(found) and all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
+        assert len(expected) == len(found) and all(
+            torch.equal(a, b) for a, b in zip(expected, found, strict=True)
+        )

@@ -15,11 +15,14 @@ TEMPERATURE = 0.7
 
 def coefficients(log_p, mask, cu_seqlens, sequences):
     counts = cu_seqlens.diff().clamp_min(1)
-    return per_token((sequence_sums(log_p, mask, cu_seqlens) / counts).exp() + 0.1, cu_seqlens, log_p.shape[0])
+    return per_token(
+        (sequence_sums(log_p, mask, cu_seqlens) / counts).exp() + 0.1, cu_seqlens, log_p.shape[0]
+    )
 
 
 class Shard:
-    """A rank's rows of the weight and columns of the logits: VOCAB = 211 does not divide, the last rank has more padding."""
+    """A rank's rows of the weight and columns of the logits: VOCAB = 211 does not divide, the last rank has
+    more padding."""
 
     def __init__(self, batch, group):
         self.group, self.rank, self.size = group, group.rank(), group.size()
@@ -40,7 +43,14 @@ class Shard:
 class CountedCollectives:
     """The calls that the ops make of torch.distributed, and their bytes per rank."""
 
-    NAMES = ("all_gather_into_tensor", "reduce_scatter_tensor", "all_reduce", "broadcast", "all_gather", "all_to_all_single")
+    NAMES = (
+        "all_gather_into_tensor",
+        "reduce_scatter_tensor",
+        "all_reduce",
+        "broadcast",
+        "all_gather",
+        "all_to_all_single",
+    )
 
     def __enter__(self):
         self.calls, self.originals = [], {name: getattr(dist, name) for name in self.NAMES}
@@ -86,7 +96,9 @@ def rank_token_log_probs():
         ours = run(batch.hidden @ shard.weight.t(), **shard.arguments)
     assert_close(ours[0], whole[0], SHARDED, "log p")
     assert_close(ours[1], whole[1], SHARDED, "entropy")
-    assert_close(ours[2][:, : shard.num_columns], shard.columns_of(whole[2][:, :VOCAB].t()).t(), SHARDED, "gradient")
+    assert_close(
+        ours[2][:, : shard.num_columns], shard.columns_of(whole[2][:, :VOCAB].t()).t(), SHARDED, "gradient"
+    )
     assert not ours[2][:, shard.num_columns :].any()
     expected = [("all_gather_into_tensor", targets.shape[0] * 4 * 8)] if group.size() > 1 else []
     assert counted.calls == expected, counted.calls
@@ -98,23 +110,44 @@ def rank_head(dtype_name, sequence_parallel, chunk_tokens):
     dtype = getattr(torch, dtype_name)
     batch = make(dtype)
     shard = Shard(batch, group)
-    upstream, entropy_upstream = torch.randn(2, batch.targets.shape[0], generator=torch.Generator().manual_seed(5))
+    upstream, entropy_upstream = torch.randn(
+        2, batch.targets.shape[0], generator=torch.Generator().manual_seed(5)
+    )
 
     def log_probs(hidden, weight, **options):
-        log_p, entropy = linear_token_log_probs(hidden, weight, batch.targets, mask_T=batch.mask, with_entropy=True, **options)
+        log_p, entropy = linear_token_log_probs(
+            hidden, weight, batch.targets, mask_T=batch.mask, with_entropy=True, **options
+        )
         return (log_p * upstream + entropy * entropy_upstream).sum(), log_p
 
     def weighted(hidden, weight, **options):
         return linear_weighted_loss(
-            hidden, weight, batch.targets, mask_T=batch.mask, cu_seqlens=batch.cu_seqlens, coefficient_fn=coefficients, **options
+            hidden,
+            weight,
+            batch.targets,
+            mask_T=batch.mask,
+            cu_seqlens=batch.cu_seqlens,
+            coefficient_fn=coefficients,
+            **options,
         )
 
     for call in (log_probs, weighted):
         hidden, weight = (value.double().requires_grad_() for value in (batch.hidden, batch.weight))
         whole = [*call(hidden, weight, vocab_size=VOCAB, temperature=TEMPERATURE)]
         whole += torch.autograd.grad(whole[0], (hidden, weight))
-        hidden, weight = shard.rows_of(batch.hidden, sequence_parallel).clone().requires_grad_(), shard.weight.clone().requires_grad_()
-        ours = [*call(hidden, weight, **shard.arguments, sequence_parallel=sequence_parallel, chunk_tokens=chunk_tokens)]
+        hidden, weight = (
+            shard.rows_of(batch.hidden, sequence_parallel).clone().requires_grad_(),
+            shard.weight.clone().requires_grad_(),
+        )
+        ours = [
+            *call(
+                hidden,
+                weight,
+                **shard.arguments,
+                sequence_parallel=sequence_parallel,
+                chunk_tokens=chunk_tokens,
+            )
+        ]
         ours += torch.autograd.grad(ours[0], (hidden, weight))
         assert not ours[3][shard.num_columns :].any()
         pairs = {
@@ -125,12 +158,15 @@ def rank_head(dtype_name, sequence_parallel, chunk_tokens):
         }
         slack = SHARDED if dtype == torch.float64 else 4 * HEAD_SLACK[dtype]
         for name, (got, expected) in pairs.items():
-            assert_close(got, expected, slack * (1 + whole[2].abs().max() + expected.abs()), f"{call.__name__} {name}")
+            assert_close(
+                got, expected, slack * (1 + whole[2].abs().max() + expected.abs()), f"{call.__name__} {name}"
+            )
     return float(ours[0]), ours[1].tolist()
 
 
 def rank_count_collectives(sequence_parallel):
-    """One gather of 12 bytes per live token and chunk; nothing in backward but what the hidden states need."""
+    """One gather of 12 bytes per live token and chunk; nothing in backward but what the hidden states
+    need."""
     group = join_ranks()
     batch = make(torch.float32)
     shard = Shard(batch, group)
@@ -146,7 +182,8 @@ def rank_count_collectives(sequence_parallel):
 
 
 def rank_whole_vocabulary():
-    """Logits that were gathered before the call, and given with the group: the mass would count once per rank."""
+    """Logits that were gathered before the call, and given with the group: the mass would count once per
+    rank."""
     group = join_ranks()
     batch = make(torch.float32)
     arguments = dict(vocab_size=VOCAB, vocab_start=0, group=group)
@@ -170,7 +207,10 @@ def test_one_rank_s_whole_logits_are_refused_under_a_group():
     first, second = run_ranks(2, rank_whole_vocabulary)
     assert first == []
     assert len(second) == 3
-    assert all("vocab_start: expected this rank's first column, got 0 on rank 1 of 2" in message for message in second)
+    assert all(
+        "vocab_start: expected this rank's first column, got 0 on rank 1 of 2" in message
+        for message in second
+    )
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])
@@ -180,7 +220,13 @@ def test_token_log_probs_of_shards_are_those_of_the_whole(world_size):
 
 @pytest.mark.parametrize(
     ("world_size", "dtype", "sequence_parallel", "chunk_tokens"),
-    [(2, "float64", False, 13), (2, "float32", True, 13), (2, "bfloat16", True, 64), (4, "float64", True, 30), (4, "float32", False, 4)],
+    [
+        (2, "float64", False, 13),
+        (2, "float32", True, 13),
+        (2, "bfloat16", True, 64),
+        (4, "float64", True, 30),
+        (4, "float32", False, 4),
+    ],
 )
 def test_the_fused_head_of_shards_is_that_of_the_whole(world_size, dtype, sequence_parallel, chunk_tokens):
     results = run_ranks(world_size, rank_head, dtype, sequence_parallel, chunk_tokens)
@@ -195,7 +241,9 @@ def test_one_collective_of_twelve_bytes_per_token_and_chunk(sequence_parallel):
         assert sum(live_counts) == 14 + 24 + 8
         assert gathers == [12 * 14, 12 * 24, 12 * 8], "three chunks of whole sequences"
         hidden = (
-            [("all_gather_into_tensor", tokens // 2), ("reduce_scatter_tensor", tokens)] if sequence_parallel else [("all_reduce", tokens)]
+            [("all_gather_into_tensor", tokens // 2), ("reduce_scatter_tensor", tokens)]
+            if sequence_parallel
+            else [("all_reduce", tokens)]
         )
         assert [call for call in forward if call[1] not in gathers] == hidden
         assert backward == []

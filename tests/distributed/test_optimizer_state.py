@@ -1,4 +1,5 @@
-"""The checkpoint layout of the optimizer: boxes against numpy, nothing gathered or copied, Megatron's own layout read."""
+"""The checkpoint layout of the optimizer: boxes against numpy, nothing gathered or copied, Megatron's own
+layout read."""
 
 import math
 from pathlib import Path
@@ -29,7 +30,9 @@ def test_boxes_are_the_elements_in_order(shape: tuple[int, ...], data: st.DataOb
     seen: list[int] = []
     parts = list(boxes(shape, start, stop))
     for box in parts:
-        elements = whole[tuple(slice(offset, offset + size) for offset, size in zip(box.offsets, box.sizes, strict=True))]
+        elements = whole[
+            tuple(slice(offset, offset + size) for offset, size in zip(box.offsets, box.sizes, strict=True))
+        ]
         assert elements.ravel().tolist() == list(range(box.start, box.stop))
         seen += elements.ravel().tolist()
     assert seen == list(range(start, stop)) and len(parts) <= 2 * len(shape) - 1
@@ -47,7 +50,9 @@ def described(folder: str, tp: int, flags: list[str]) -> dict[str, Any]:
     batches, count = make_batches(trainer, 0, lonely=False)
     trainer.step(batches, 0, count)
     weights = trainer.memory()["weights"].keys()
-    own = {tensor.untyped_storage().data_ptr() for tensor in state_tensors(trainer.optimizer, weights)} | set(weights)
+    own = {tensor.untyped_storage().data_ptr() for tensor in state_tensors(trainer.optimizer, weights)} | set(
+        weights
+    )
     state = sharded_state(trainer, is_loading=False)
     tensors = [value for value in nested_values(state) if isinstance(value, ShardedTensor)]
     main = [tensor for tensor in tensors if not any(tensor.replica_id)]
@@ -59,9 +64,13 @@ def described(folder: str, tp: int, flags: list[str]) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    ("flags", "per_parameter"), [([], 16), (BF16, 14), ([*BF16, *GATHER], 14)], ids=["float32", "bfloat16", "overlapped"]
+    ("flags", "per_parameter"),
+    [([], 16), (BF16, 14), ([*BF16, *GATHER], 14)],
+    ids=["float32", "bfloat16", "overlapped"],
 )
-def test_every_rank_writes_its_share_from_where_it_lies(tmp_path: Path, flags: list[str], per_parameter: int) -> None:
+def test_every_rank_writes_its_share_from_where_it_lies(
+    tmp_path: Path, flags: list[str], per_parameter: int
+) -> None:
     """Weights and state, divided by the ranks: no rank writes, or brings together, the state of another."""
     folder = str(make_model_folder(tmp_path / "model"))
     ranks = run_ranks(4, described, folder, 1, flags)
@@ -83,7 +92,12 @@ def save_as_megatron_does(folder: str, run_dir: str, tp: int, flags: list[str]) 
         model = trainer.ddp.module.sharded_state_dict(metadata={"dp_cp_group": group})
         model = {name: value for name, value in model.items() if not name.endswith("_extra_state")}
         metadata = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
-        return {"model": model, "optimizer": trainer.optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=metadata)}
+        return {
+            "model": model,
+            "optimizer": trainer.optimizer.sharded_state_dict(
+                model, is_loading=is_loading, metadata=metadata
+            ),
+        }
 
     trainer = make_trainer(folder, tp, flags)
     for step in range(2):
@@ -92,7 +106,9 @@ def save_as_megatron_does(folder: str, run_dir: str, tp: int, flags: list[str]) 
     original, checkpoint.sharded_state = checkpoint.sharded_state, sharded_state
     checkpoint.save_checkpoint(Path(run_dir), trainer, 2, 2, "questions", 1)
     checkpoint.sharded_state = original
-    assert dist_checkpointing.check_is_distributed_checkpoint(str(Path(run_dir) / "checkpoints" / "step_000002"))
+    assert dist_checkpointing.check_is_distributed_checkpoint(
+        str(Path(run_dir) / "checkpoints" / "step_000002")
+    )
     return [tensor.clone() for tensor in state_tensors(trainer.optimizer, trainer.memory()["weights"].keys())]
 
 

@@ -1,4 +1,5 @@
-"""Overlapped reduction and gathering change nothing: several buckets, several micro-batches, ranks without a sequence."""
+"""Overlapped reduction and gathering change nothing: several buckets, several micro-batches, ranks without a
+sequence."""
 
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,17 @@ def make_trainer(folder: str, tp: int, flags: list[str]) -> Any:
     backend = get_backend()
     groups = initialize_groups(backend, tp)
     # Without clipping: the norm is summed shard by shard, in another order for other buckets.
-    options = ["--parallel.tp", str(tp), "--optimizer.lr", "1e-3", "--optimizer.eps", "1e-2", "--optimizer.clip-grad", "0", *flags]
+    options = [
+        "--parallel.tp",
+        str(tp),
+        "--optimizer.lr",
+        "1e-3",
+        "--optimizer.eps",
+        "1e-2",
+        "--optimizer.clip-grad",
+        "0",
+        *flags,
+    ]
     return Trainer(tiny_config(folder, options), Path(folder), backend, groups)
 
 
@@ -33,7 +44,9 @@ def make_batches(trainer: Any, step: int, lonely: bool) -> tuple[list[Any], int]
 
     groups = trainer.groups
     rollouts = make_rollouts(num_questions=4, num_samples=3, seed=step)
-    sequences = merge_identical(rollouts, train_end_token=True, train_truncated=True, stop_token_ids=frozenset({0}))
+    sequences = merge_identical(
+        rollouts, train_end_token=True, train_truncated=True, stop_token_ids=frozenset({0})
+    )
     mine = sequences[groups.dp_rank :: groups.dp_size]
     if lonely:
         mine = sequences if groups.dp_rank == 0 else []
@@ -56,14 +69,20 @@ def train(folder: str, tp: int, flags: list[str], lonely: bool, steps: int = 3) 
 
 
 @pytest.mark.parametrize("lonely", [False, True], ids=["all ranks", "one rank has all"])
-@pytest.mark.parametrize(("flags", "tied"), [(OVERLAP, True), (GATHER, True), (GATHER, False)], ids=["reduce", "gather", "gather untied"])
+@pytest.mark.parametrize(
+    ("flags", "tied"),
+    [(OVERLAP, True), (GATHER, True), (GATHER, False)],
+    ids=["reduce", "gather", "gather untied"],
+)
 def test_overlap_equals_none_bit_for_bit(tmp_path: Path, flags: list[str], tied: bool, lonely: bool) -> None:
     folder = str(make_model_folder(tmp_path / "model", tied=tied))
     plain = run_ranks(2, train, folder, 1, UPDATES, lonely)
     overlapped = run_ranks(2, train, folder, 1, [*UPDATES, *flags], lonely)
     assert plain[0]["num_buckets"] == 1 and overlapped[0]["num_buckets"] > 3
     for before, after in zip(plain, overlapped, strict=True):
-        assert after["losses"] == before["losses"] and after["grad_norms"] == pytest.approx(before["grad_norms"], rel=1e-6)
+        assert after["losses"] == before["losses"] and after["grad_norms"] == pytest.approx(
+            before["grad_norms"], rel=1e-6
+        )
         for name, tensor in before["weights"].items():
             # Right after the step, on every rank: no parameter may be stale when the engine reads it.
             assert torch.equal(after["weights"][name], tensor), name
@@ -120,9 +139,13 @@ def _arguments(trainer: Any, step: int) -> tuple[Any, int, int]:
 
 
 @pytest.mark.parametrize(
-    ("saved_with", "loaded_with"), [(GATHER, GATHER), (GATHER, []), ([], GATHER)], ids=["same", "to none", "from none"]
+    ("saved_with", "loaded_with"),
+    [(GATHER, GATHER), (GATHER, []), ([], GATHER)],
+    ids=["same", "to none", "from none"],
 )
-def test_a_checkpoint_of_several_whole_buckets_loads_in_any_layout(tmp_path: Path, saved_with: list[str], loaded_with: list[str]) -> None:
+def test_a_checkpoint_of_several_whole_buckets_loads_in_any_layout(
+    tmp_path: Path, saved_with: list[str], loaded_with: list[str]
+) -> None:
     folder = str(make_model_folder(tmp_path / "model"))
     written = run_ranks(2, save, folder, str(tmp_path), saved_with)
     loaded = run_ranks(2, load, folder, str(tmp_path), loaded_with)
@@ -144,10 +167,15 @@ def padding(folder: str, flags: list[str]) -> list[int]:
 
 
 @pytest.mark.parametrize(
-    ("saved_with", "loaded_with"), [(GATHER, GATHER), (GATHER, []), ([], GATHER)], ids=["same", "to none", "from none"]
+    ("saved_with", "loaded_with"),
+    [(GATHER, GATHER), (GATHER, []), ([], GATHER)],
+    ids=["same", "to none", "from none"],
 )
-def test_a_checkpoint_of_padded_buckets_loads_in_any_layout(tmp_path: Path, saved_with: list[str], loaded_with: list[str]) -> None:
-    """Trap 2: hidden size 96 makes several padded buckets, which Megatron-Core 0.16.1's own resharding format corrupts."""
+def test_a_checkpoint_of_padded_buckets_loads_in_any_layout(
+    tmp_path: Path, saved_with: list[str], loaded_with: list[str]
+) -> None:
+    """Trap 2: hidden size 96 makes several padded buckets, which Megatron-Core 0.16.1's own resharding format
+    corrupts."""
     folder = str(make_model_folder(tmp_path / "model", head_dim=24))
     assert sum(amount > 0 for amount in run_ranks(2, padding, folder, GATHER)[0]) > 1
     written = run_ranks(2, save, folder, str(tmp_path), saved_with)
@@ -160,7 +188,10 @@ def test_a_checkpoint_of_padded_buckets_loads_in_any_layout(tmp_path: Path, save
     ("flags", "said"),
     [
         (["--optimizer.cpu-offload", "0.5"], "optimizer.cpu_offload: there is no GPU"),
-        (["--optimizer.precision-aware", "True", "--model.dtype", "bfloat16"], "optimizer.precision_aware: it needs TransformerEngine's"),
+        (
+            ["--optimizer.precision-aware", "True", "--model.dtype", "bfloat16"],
+            "optimizer.precision_aware: it needs TransformerEngine's",
+        ),
         (["--model.fp8", "hybrid"], "model.fp8: hybrid needs an NVIDIA GPU"),
     ],
 )

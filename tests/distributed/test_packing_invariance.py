@@ -1,4 +1,5 @@
-"""A step depends on the rollouts alone: not on micro-batch size, their order, the merging of equal answers, nor on who trains which."""
+"""A step depends on the rollouts alone: not on micro-batch size, their order, the merging of equal answers,
+nor on who trains which."""
 
 import random
 from pathlib import Path
@@ -17,14 +18,23 @@ STOP = frozenset({0})
 
 def one_by_one(rollouts: list[Rollout]) -> list[UniqueSequence]:
     """Every rollout as a sequence of its own, equal answers included."""
-    groups = {index: number for number, index in enumerate(dict.fromkeys(rollout.question_index for rollout in rollouts))}
-    return [UniqueSequence(rollout, groups[rollout.question_index], 1, (True,) * len(rollout.response_ids)) for rollout in rollouts]
+    groups = {
+        index: number
+        for number, index in enumerate(dict.fromkeys(rollout.question_index for rollout in rollouts))
+    }
+    return [
+        UniqueSequence(rollout, groups[rollout.question_index], 1, (True,) * len(rollout.response_ids))
+        for rollout in rollouts
+    ]
 
 
 def with_repeats() -> list[Rollout]:
     """Five questions with four answers each, several of them equal."""
     rollouts = make_rollouts(num_questions=5, num_samples=4)
-    return [*rollouts, *(rollout for rollout in rollouts if rollout.question_index in (1, 3) and rollout.sample_index < 2)]
+    return [
+        *rollouts,
+        *(rollout for rollout in rollouts if rollout.question_index in (1, 3) and rollout.sample_index < 2),
+    ]
 
 
 def gradients_of_every_packing(folder: str, confidence: str, multiple_of: int) -> dict[str, Any]:
@@ -43,7 +53,10 @@ def gradients_of_every_packing(folder: str, confidence: str, multiple_of: int) -
     options: dict[str, Any] = {"train_end_token": True, "train_truncated": True, "stop_token_ids": STOP}
     merged = merge_identical(rollouts, **options)
     masked = merge_identical(
-        [Rollout(9, 0, (1, 2), (3, 4), (-1.0, -1.0), "length", 0)], train_end_token=True, train_truncated=False, stop_token_ids=STOP
+        [Rollout(9, 0, (1, 2), (3, 4), (-1.0, -1.0), "length", 0)],
+        train_end_token=True,
+        train_truncated=False,
+        stop_token_ids=STOP,
     )
     ways = {
         "one pass": pack(merged, 4096, multiple_of=multiple_of),
@@ -57,13 +70,24 @@ def gradients_of_every_packing(folder: str, confidence: str, multiple_of: int) -
     assert len(ways["one pass"]) == 1 < len(ways["several passes"]) < len(ways["a pass each"])
     found = {}
     for name, batches in ways.items():
-        loss, scores = trainer.accumulate_gradients(batches, WeightedObjective(config.algorithm, len(rollouts)))
+        loss, scores = trainer.accumulate_gradients(
+            batches, WeightedObjective(config.algorithm, len(rollouts))
+        )
         gradients = {weight.name: weight.parameter.main_grad.clone() for weight in trainer.policy.weights}
-        found[name] = (float(loss), gradients, float((scores.multiplicity * scores.weights).sum()), float(scores.multiplicity.sum()))
+        found[name] = (
+            float(loss),
+            gradients,
+            float((scores.multiplicity * scores.weights).sum()),
+            float(scores.multiplicity.sum()),
+        )
     empty, _ = trainer.accumulate_gradients([], WeightedObjective(config.algorithm, len(rollouts)))
-    assert float(empty) == 0 and not any(weight.parameter.main_grad.any() for weight in trainer.policy.weights)
+    assert float(empty) == 0 and not any(
+        weight.parameter.main_grad.any() for weight in trainer.policy.weights
+    )
     alone, scores = trainer.accumulate_gradients(pack(masked, 64), WeightedObjective(config.algorithm, 1))
-    assert float(alone) == 0 and not any(weight.parameter.main_grad.any() for weight in trainer.policy.weights)
+    assert float(alone) == 0 and not any(
+        weight.parameter.main_grad.any() for weight in trainer.policy.weights
+    )
     assert len(scores.weights) == 0
     return found
 
@@ -81,12 +105,19 @@ def test_gradients_do_not_depend_on_packing(tmp_path: Path, confidence: str) -> 
         assert other_count == count, name
         for parameter, gradient in gradients.items():
             torch.testing.assert_close(
-                other_gradients[parameter], gradient, rtol=0, atol=1e-6 * largest, msg=lambda text, n=name, p=parameter: f"{n}: {p}: {text}"
+                other_gradients[parameter],
+                gradient,
+                rtol=0,
+                atol=1e-6 * largest,
+                msg=lambda text, n=name, p=parameter: f"{n}: {p}: {text}",
             )
 
 
-def gradients_of_random_shares(folder: str, confidence: str, seeds: list[int]) -> list[tuple[float, dict[str, Any]]]:
-    """Loss and summed fp32 gradients of the same sequences, given to the data-parallel ranks at random; one may get none."""
+def gradients_of_random_shares(
+    folder: str, confidence: str, seeds: list[int]
+) -> list[tuple[float, dict[str, Any]]]:
+    """Loss and summed fp32 gradients of the same sequences, given to the data-parallel ranks at random; one
+    may get none."""
     from rlsc_mcore.algorithm.objective import WeightedObjective
     from rlsc_mcore.parallel.backend import get_backend
     from rlsc_mcore.parallel.groups import initialize_groups
@@ -120,5 +151,9 @@ def test_gradients_do_not_depend_on_who_trains_which(tmp_path: Path, confidence:
             assert other_loss == pytest.approx(loss, rel=1e-6)
             for name, gradient in gradients.items():
                 torch.testing.assert_close(
-                    other_gradients[name], gradient, rtol=0, atol=1e-6 * largest, msg=lambda text, n=name: f"{n}: {text}"
+                    other_gradients[name],
+                    gradient,
+                    rtol=0,
+                    atol=1e-6 * largest,
+                    msg=lambda text, n=name: f"{n}: {text}",
                 )

@@ -13,7 +13,12 @@ from rlsc_mcore.planning.memory import Layout, activation_bytes, static_bytes
 
 ALLOWED_ERROR = 0.10
 CPU_HEAD_WORKSPACE = 16 << 20
-MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1", "OMP_NUM_THREADS": "1"}
+MALLOC = {
+    "MALLOC_MMAP_THRESHOLD_": "65536",
+    "MALLOC_TRIM_THRESHOLD_": "65536",
+    "MALLOC_ARENA_MAX": "1",
+    "OMP_NUM_THREADS": "1",
+}
 
 
 def make_model(folder: Path, **sizes: int) -> Path:
@@ -27,8 +32,20 @@ def make_model(folder: Path, **sizes: int) -> Path:
     return folder
 
 
-WIDE = {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 8, "num_attention_heads": 8, "num_key_value_heads": 4}
-DEEP = {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 16, "num_attention_heads": 8, "num_key_value_heads": 2}
+WIDE = {
+    "hidden_size": 512,
+    "intermediate_size": 1408,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+}
+DEEP = {
+    "hidden_size": 256,
+    "intermediate_size": 1024,
+    "num_hidden_layers": 16,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+}
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak is read from /proc")
@@ -43,17 +60,23 @@ DEEP = {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 16, 
     ],
     ids=["wide none", "wide full", "wide selective", "deep none", "deep full"],
 )
-def test_the_peak_of_a_step_is_foretold(tmp_path: Path, sizes: dict[str, int], recompute: str, count: int, length: int) -> None:
+def test_the_peak_of_a_step_is_foretold(
+    tmp_path: Path, sizes: dict[str, int], recompute: str, count: int, length: int
+) -> None:
     folder = make_model(tmp_path / "model", vocab_size=4096, tie_word_embeddings=False, **sizes)
     command = [sys.executable, "-m", "tests.distributed.step_memory", str(folder), str(count), str(length)]
     environment = {**os.environ, **MALLOC}
     flags = ["--training.recompute", recompute]
-    run = subprocess.run([*command, *flags], env=environment, capture_output=True, text=True, check=False, timeout=280)
+    run = subprocess.run(
+        [*command, *flags], env=environment, capture_output=True, text=True, check=False, timeout=280
+    )
     assert run.returncode == 0, run.stderr
     measured = json.loads(run.stdout.splitlines()[-1])
     shape = read_architecture(folder)
     layout = Layout(1, 1, recompute, "float32", tokens_per_micro_batch=measured["tokens"], fused_swiglu=False)
     planned = sum(static_bytes(shape, layout).values()) + activation_bytes(shape, layout) + CPU_HEAD_WORKSPACE
     error = planned / measured["peak"] - 1
-    print(f"planned {planned / 2**20:.0f} MiB, measured {measured['peak'] / 2**20:.0f} MiB, error {error:+.1%}")
+    print(
+        f"planned {planned / 2**20:.0f} MiB, measured {measured['peak'] / 2**20:.0f} MiB, error {error:+.1%}"
+    )
     assert abs(error) < ALLOWED_ERROR

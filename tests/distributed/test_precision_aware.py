@@ -1,4 +1,5 @@
-"""optimizer.precision_aware on a CPU, with a stand-in that has the signatures of TransformerEngine's FusedAdam."""
+"""optimizer.precision_aware on a CPU, with a stand-in that has the signatures of TransformerEngine's
+FusedAdam."""
 
 from pathlib import Path
 from typing import Any
@@ -51,16 +52,27 @@ def reference_step(folder: str, flags: list[str]) -> dict[str, Any]:
         "gradients": gradients,
         "norm": outcome.grad_norm,
         "updated": outcome.updated,
-        "after": {weight.name: weight.parameter.detach().float().clone() for weight in trainer.policy.weights},
+        "after": {
+            weight.name: weight.parameter.detach().float().clone() for weight in trainer.policy.weights
+        },
     }
 
 
 @pytest.mark.parametrize("clip", [0.0, 1e-3], ids=["unclipped", "clipped"])
 @pytest.mark.parametrize("grad_dtype", ["float32", "bfloat16"])
 def test_an_update_is_adamw_of_the_clipped_gradient(tmp_path: Path, clip: float, grad_dtype: str) -> None:
-    """Clipping must reach the gradients where this optimizer keeps them: with a small limit the first update is far smaller."""
+    """Clipping must reach the gradients where this optimizer keeps them: with a small limit the first update
+    is far smaller."""
     folder = str(make_model_folder(tmp_path / "model"))
-    flags = [*PRECISION_AWARE, "--optimizer.clip-grad", str(clip), "--optimizer.grad-dtype", grad_dtype, "--optimizer.weight-decay", "0"]
+    flags = [
+        *PRECISION_AWARE,
+        "--optimizer.clip-grad",
+        str(clip),
+        "--optimizer.grad-dtype",
+        grad_dtype,
+        "--optimizer.weight-decay",
+        "0",
+    ]
     (run,) = run_ranks(1, reference_step, folder, flags)
     norm = torch.stack([gradient.norm() for gradient in run["gradients"].values()]).norm().item()
     assert run["updated"] and run["norm"] == pytest.approx(norm, rel=1e-2) and norm > 0.01
@@ -68,7 +80,9 @@ def test_an_update_is_adamw_of_the_clipped_gradient(tmp_path: Path, clip: float,
     for name, before in run["before"].items():
         gradient = run["gradients"][name] * scale
         expected = before - 1e-3 * gradient / (gradient.abs() + 1e-2)
-        torch.testing.assert_close(run["after"][name], expected, rtol=1e-2, atol=1e-7, msg=lambda text, n=name: f"{n}: {text}")
+        torch.testing.assert_close(
+            run["after"][name], expected, rtol=1e-2, atol=1e-7, msg=lambda text, n=name: f"{n}: {text}"
+        )
 
 
 def steps(folder: str, flags: list[str], part: int | None) -> dict[str, Any]:
@@ -80,7 +94,11 @@ def steps(folder: str, flags: list[str], part: int | None) -> dict[str, Any]:
     trainer = make_trainer(folder, 1, flags)
     for step in range(3):
         one_step(trainer, step)
-    state = [tensor for states in trainer.optimizer.chained_optimizers[0].optimizer.state.values() for tensor in states.values()]
+    state = [
+        tensor
+        for states in trainer.optimizer.chained_optimizers[0].optimizer.state.values()
+        for tensor in states.values()
+    ]
     return {
         "largest": FusedAdam.largest_part,
         "bytes": sum(trainer.memory()["optimizer"].values()),
@@ -102,7 +120,8 @@ def test_an_update_in_parts_is_the_same_update(tmp_path: Path) -> None:
 
 
 def test_the_state_is_8_bytes_per_parameter(tmp_path: Path) -> None:
-    """As `rlsc plan` counts: a float32 master weight and two bfloat16 moments, divided by the data-parallel ranks."""
+    """As `rlsc plan` counts: a float32 master weight and two bfloat16 moments, divided by the data-parallel
+    ranks."""
     folder = str(make_model_folder(tmp_path / "model"))
     for rank in run_ranks(2, steps, folder, PRECISION_AWARE, None):
         assert rank["bytes"] == pytest.approx(8 * rank["numel"] / 2, rel=0.02)
@@ -121,7 +140,10 @@ def train(folder: str, run_dir: str, tp: int, first: int, last: int, save: bool)
     if save:
         save_checkpoint(Path(run_dir), trainer, last, last, "questions", 1)
     policy, groups = trainer.policy, trainer.groups
-    weights = {name: t.clone() for name, t in export_weights(policy.weights, policy.architecture, groups.tp_group, groups.tp_size)}
+    weights = {
+        name: t.clone()
+        for name, t in export_weights(policy.weights, policy.architecture, groups.tp_group, groups.tp_size)
+    }
     return {"losses": losses, "weights": weights}
 
 

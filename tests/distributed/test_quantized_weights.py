@@ -12,10 +12,13 @@ from tests.helpers.tiny import make_model_folder
 
 
 def train(folder: str, flags: list[str], tells: bool) -> dict[str, Any]:
-    """Train with linear layers that keep a copy of their weight by TransformerEngine's rule, and compare it at every pass."""
+    """Train with linear layers that keep a copy of their weight by TransformerEngine's rule, and compare it
+    at every pass."""
     trainer = make_trainer(folder, 1, flags)
     model = trainer.policy.model
-    model.config.fp8 = "hybrid"  # what `set_is_first_microbatch` asks; nothing else reads it without TransformerEngine
+    model.config.fp8 = (
+        "hybrid"  # what `set_is_first_microbatch` asks; nothing else reads it without TransformerEngine
+    )
     stale, copies = [], []
 
     def use_cached(module: Any, _: Any) -> None:
@@ -45,13 +48,17 @@ def train(folder: str, flags: list[str], tells: bool) -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize("flags", [[], ["--algorithm.confidence", "group_softmax"]], ids=["one pass", "scored first"])
+@pytest.mark.parametrize(
+    "flags", [[], ["--algorithm.confidence", "group_softmax"]], ids=["one pass", "scored first"]
+)
 def test_no_pass_uses_the_weights_of_an_earlier_step(tmp_path: Path, flags: list[str]) -> None:
     folder = str(make_model_folder(tmp_path / "model"))
     options = [*flags, "--training.updates-per-rollout", "2"]
     (run,) = run_ranks(1, train, folder, options, True)
     assert run["stale"] == 0 and run["kept"] == 0
     scored = 3 if flags else 0
-    assert run["copies"] == (3 * 2 + scored) * run["layers"] < run["passes"]  # one per update and layer, not per micro-batch
+    assert (
+        run["copies"] == (3 * 2 + scored) * run["layers"] < run["passes"]
+    )  # one per update and layer, not per micro-batch
     (untold,) = run_ranks(1, train, folder, options, False)
     assert untold["stale"] > 0

@@ -1,4 +1,5 @@
-"""Ranks that cannot meet end within the time limit, in one line; those that can listen on the loopback interface only."""
+"""Ranks that cannot meet end within the time limit, in one line; those that can listen on the loopback
+interface only."""
 
 import os
 import re
@@ -25,11 +26,23 @@ except (ConfigError, RunError) as error:
 
 
 def meet(limit_s: float, **environment: object) -> "subprocess.Popen[str]":
-    settings = {"LIMIT": limit_s, "RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1"}
-    variables = {**os.environ, **{name: str(value) for name, value in {**settings, **environment}.items() if value is not None}}
+    settings = {
+        "LIMIT": limit_s,
+        "RANK": 0,
+        "LOCAL_RANK": 0,
+        "WORLD_SIZE": 2,
+        "LOCAL_WORLD_SIZE": 2,
+        "MASTER_ADDR": "127.0.0.1",
+    }
+    variables = {
+        **os.environ,
+        **{name: str(value) for name, value in {**settings, **environment}.items() if value is not None},
+    }
     for name in [name for name, value in environment.items() if value is None]:
         variables.pop(name, None)
-    return subprocess.Popen([sys.executable, "-W", "ignore", "-c", MEET], env=variables, stdout=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        [sys.executable, "-W", "ignore", "-c", MEET], env=variables, stdout=subprocess.PIPE, text=True
+    )
 
 
 def line(process: "subprocess.Popen[str]") -> str:
@@ -58,7 +71,9 @@ def test_a_rank_that_never_comes_is_named() -> None:
 def test_a_missing_rank_0_is_named() -> None:
     with free_port() as port:
         said = line(meet(3, MASTER_PORT=port, RANK=1))
-    assert said.startswith(f"RunError: rendezvous at 127.0.0.1:{port}: rank 1 found no rank 0 there within 3 s"), said
+    assert said.startswith(
+        f"RunError: rendezvous at 127.0.0.1:{port}: rank 1 found no rank 0 there within 3 s"
+    ), said
 
 
 def test_a_taken_port_is_named_at_once() -> None:
@@ -67,7 +82,9 @@ def test_a_taken_port_is_named_at_once() -> None:
         other.listen()
         port = other.getsockname()[1]
         said = line(meet(60, MASTER_PORT=port))
-    assert said.startswith(f"RunError: rendezvous at 127.0.0.1:{port}: the port is taken by another program"), said
+    assert said.startswith(
+        f"RunError: rendezvous at 127.0.0.1:{port}: the port is taken by another program"
+    ), said
 
 
 @pytest.mark.parametrize(
@@ -130,9 +147,26 @@ def run_groups(world: int, environment: dict[str, Any]) -> list[Any]:
     base = {name: value for name, value in os.environ.items() if name not in launcher}
     processes = []
     for rank in range(world):
-        own = {} if world == 1 else {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world, **environment}
+        own = (
+            {}
+            if world == 1
+            else {
+                "RANK": rank,
+                "LOCAL_RANK": rank,
+                "WORLD_SIZE": world,
+                "LOCAL_WORLD_SIZE": world,
+                **environment,
+            }
+        )
         variables = base | {name: str(value) for name, value in own.items()}
-        processes.append(subprocess.Popen([sys.executable, "-W", "ignore", "-c", GROUPS], env=variables, stdout=subprocess.PIPE, text=True))
+        processes.append(
+            subprocess.Popen(
+                [sys.executable, "-W", "ignore", "-c", GROUPS],
+                env=variables,
+                stdout=subprocess.PIPE,
+                text=True,
+            )
+        )
     return [json.loads(process.communicate(timeout=300)[0].splitlines()[-1]) for process in processes]
 
 

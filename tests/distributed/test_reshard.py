@@ -13,9 +13,17 @@ FLAGS = ["--optimizer.lr", "1e-3", "--optimizer.eps", "1e-2", "--optimizer.weigh
 
 
 def run_steps(
-    folder: str, run_dir: str, layout: tuple[int, int], first: int, steps: int, save: bool, dtype: str, distributed: bool
+    folder: str,
+    run_dir: str,
+    layout: tuple[int, int],
+    first: int,
+    steps: int,
+    save: bool,
+    dtype: str,
+    distributed: bool,
 ) -> dict[str, Any]:
-    """Start (or load, when `first` > 0), train `steps` steps, and save; returns losses and the exported weights around them.
+    """Start (or load, when `first` > 0), train `steps` steps, and save; returns losses and the exported
+    weights around them.
 
     `layout`: tensor- and pipeline-parallel size.
     """
@@ -47,7 +55,9 @@ def run_steps(
 
     def exported() -> dict[str, torch.Tensor]:
         policy = trainer.policy
-        tensors = export_weights(policy.model_weights, policy.architecture, groups.tp_group, tp, groups.pp_group)
+        tensors = export_weights(
+            policy.model_weights, policy.architecture, groups.tp_group, tp, groups.pp_group
+        )
         return {name: tensor.clone() for name, tensor in tensors}
 
     begin = exported()
@@ -55,7 +65,9 @@ def run_steps(
     for step in range(first, first + steps):
         rollouts = make_rollouts(num_questions=4, num_samples=3, seed=step)
         mine = [rollout for rollout in rollouts if rollout.question_index % groups.dp_size == groups.dp_rank]
-        sequences = merge_identical(mine, train_end_token=True, train_truncated=True, stop_token_ids=frozenset({0}))
+        sequences = merge_identical(
+            mine, train_end_token=True, train_truncated=True, stop_token_ids=frozenset({0})
+        )
         losses.append(trainer.step(pack(sequences, 64, multiple_of=tp), step, len(rollouts)).loss)
     if save:
         save_checkpoint(Path(run_dir), trainer, first + steps, first + steps, "questions", 1)
@@ -75,11 +87,18 @@ QUICK = {
 
 @pytest.mark.parametrize(
     ("wrote", "readers"),
-    list(QUICK.items()) + [pytest.param(wrote, [name for name in LAYOUTS if name != wrote], marks=pytest.mark.slow) for wrote in LAYOUTS],
+    list(QUICK.items())
+    + [
+        pytest.param(wrote, [name for name in LAYOUTS if name != wrote], marks=pytest.mark.slow)
+        for wrote in LAYOUTS
+    ],
     ids=[*QUICK, *(f"{wrote} to all" for wrote in LAYOUTS)],
 )
 def test_another_layout_goes_on(tmp_path: Path, wrote: str, readers: list[str]) -> None:
-    folder, run_dir = str(make_model_folder(tmp_path / "model", num_kv_heads=4, head_dim=64)), str(tmp_path / "run")
+    folder, run_dir = (
+        str(make_model_folder(tmp_path / "model", num_kv_heads=4, head_dim=64)),
+        str(tmp_path / "run"),
+    )
     ranks, layout = LAYOUTS[wrote]
     written = run_ranks(ranks, run_steps, folder, run_dir, layout, 0, 3, True, "float32", True)
     stayed = run_ranks(ranks, run_steps, folder, run_dir, layout, 3, 3, False, "float32", True)
@@ -94,14 +113,22 @@ def test_another_layout_goes_on(tmp_path: Path, wrote: str, readers: list[str]) 
             assert rank["losses"] == pytest.approx(stayed[0]["losses"], rel=1e-6), reader
             for name, tensor in stayed[0]["end"].items():
                 torch.testing.assert_close(
-                    rank["end"][name], tensor, rtol=0, atol=1e-6, msg=lambda text, n=name, to=reader: f"{to}: {n}: {text}"
+                    rank["end"][name],
+                    tensor,
+                    rtol=0,
+                    atol=1e-6,
+                    msg=lambda text, n=name, to=reader: f"{to}: {n}: {text}",
                 )
 
 
-@pytest.mark.parametrize(("dtype", "distributed"), [("bfloat16", True), ("float32", False), ("bfloat16", False)])
+@pytest.mark.parametrize(
+    ("dtype", "distributed"), [("bfloat16", True), ("float32", False), ("bfloat16", False)]
+)
 def test_every_kind_of_optimizer_goes_on_bit_for_bit(tmp_path: Path, dtype: str, distributed: bool) -> None:
     folder, run_dir = str(make_model_folder(tmp_path / "model")), str(tmp_path / "run")
-    (whole,) = run_ranks(1, run_steps, folder, str(tmp_path / "whole"), (1, 1), 0, 4, False, dtype, distributed)
+    (whole,) = run_ranks(
+        1, run_steps, folder, str(tmp_path / "whole"), (1, 1), 0, 4, False, dtype, distributed
+    )
     (first,) = run_ranks(1, run_steps, folder, run_dir, (1, 1), 0, 2, True, dtype, distributed)
     (rest,) = run_ranks(1, run_steps, folder, run_dir, (1, 1), 2, 2, False, dtype, distributed)
     assert first["losses"] + rest["losses"] == whole["losses"]

@@ -1,4 +1,5 @@
-"""A stop signal on one rank takes its whole tensor-parallel group out of the engine, and all ranks to the save."""
+"""A stop signal on one rank takes its whole tensor-parallel group out of the engine, and all ranks to the
+save."""
 
 import time
 from pathlib import Path
@@ -43,7 +44,8 @@ def test_nobody_leaves_without_a_signal() -> None:
 
 
 def seconds_until_abort(signalled_rank: int) -> tuple[float, int]:
-    """Two engines of one rank each, which never meet: one rank's signal after half a second, in the second phase of a run."""
+    """Two engines of one rank each, which never meet: one rank's signal after half a second, in the second
+    phase of a run."""
     import torch.distributed as dist
 
     groups = initialize_groups(get_backend(), 1)
@@ -61,7 +63,9 @@ def seconds_until_abort(signalled_rank: int) -> tuple[float, int]:
         time.sleep(0.01)
     took = time.monotonic() - start
     dist.barrier()
-    assert groups.rank == signalled_rank or not earlier()  # what was said in one phase is not heard in another
+    assert (
+        groups.rank == signalled_rank or not earlier()
+    )  # what was said in one phase is not heard in another
     dist.barrier()
     return took, calls
 

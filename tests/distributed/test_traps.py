@@ -24,7 +24,9 @@ def make(folder: str, tp: int, *flags: str) -> tuple[Any, list[Any], int]:
     trainer = Trainer(config, Path(folder), backend, groups)
     rollouts = make_rollouts(num_questions=4, num_samples=3)
     mine = [rollout for rollout in rollouts if rollout.question_index % groups.dp_size == groups.dp_rank]
-    sequences = merge_identical(mine, train_end_token=True, train_truncated=True, stop_token_ids=frozenset({0}))
+    sequences = merge_identical(
+        mine, train_end_token=True, train_truncated=True, stop_token_ids=frozenset({0})
+    )
     return trainer, pack(sequences, 64, multiple_of=tp), len(rollouts)
 
 
@@ -56,7 +58,8 @@ def norms(folder: str, tp: int) -> dict[str, Any]:
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 def test_the_gradient_norm_counts_every_shard_once(tmp_path: Path, tied: bool) -> None:
-    """Trap 1: parameters without `tensor_model_parallel` are taken for duplicates and left out; clipping is then wrong."""
+    """Trap 1: parameters without `tensor_model_parallel` are taken for duplicates and left out; clipping is
+    then wrong."""
     folder = str(make_model_folder(tmp_path / "model", tied=tied))
     ranks = run_ranks(2, norms, folder, 2)
     (alone,) = run_ranks(1, norms, folder, 1)
@@ -94,7 +97,9 @@ def test_one_bucket_per_buffer(tmp_path: Path, world: int) -> None:
     for rank in run_ranks(world, buckets_and_processes, folder, str(tmp_path / "run")):
         assert set(rank["buckets"]) == {1}
         assert rank["overlap"] == (False, False)
-        assert rank["queue"] == "queue"  # and not a proxy of a multiprocessing manager, which would import the entry script again
+        assert (
+            rank["queue"] == "queue"
+        )  # and not a proxy of a multiprocessing manager, which would import the entry script again
         assert not [name for name in rank["children"] if "Manager" in name]
 
 
@@ -107,7 +112,9 @@ def parameters_after_a_step(folder: str) -> dict[str, Any]:
         "weights": {weight.name: weight.parameter.detach().clone() for weight in trainer.policy.weights},
         "moved": pointers != [weight.parameter.data_ptr() for weight in trainer.policy.weights],
         "changed": [
-            weight.name for weight, old in zip(trainer.policy.weights, before, strict=True) if not torch.equal(weight.parameter, old)
+            weight.name
+            for weight, old in zip(trainer.policy.weights, before, strict=True)
+            if not torch.equal(weight.parameter, old)
         ],
         "names": [weight.name for weight in trainer.policy.weights],
     }
@@ -133,7 +140,8 @@ def step_after_scoring(folder: str, tp: int, score_first: bool) -> dict[str, Any
 
 
 def test_scoring_without_gradient_does_not_disturb_training(tmp_path: Path) -> None:
-    """Trap 4: a pass under torch.inference_mode poisons Megatron's gather buffer under sequence parallelism."""
+    """Trap 4: a pass under torch.inference_mode poisons Megatron's gather buffer under sequence
+    parallelism."""
     folder = str(make_model_folder(tmp_path / "model"))
     plain = run_ranks(2, step_after_scoring, folder, 2, False)
     scored = run_ranks(2, step_after_scoring, folder, 2, True)
@@ -144,7 +152,9 @@ def test_scoring_without_gradient_does_not_disturb_training(tmp_path: Path) -> N
             assert torch.equal(left, right)
         for left, right in zip(scored[rank]["scored"], alone["scored"], strict=True):
             torch.testing.assert_close(left[: len(right)], right[: len(left)], rtol=0, atol=2e-5)
-        assert not all(torch.equal(a, b) for a, b in zip(scored[rank]["scored"], scored[rank]["again"], strict=True))
+        assert not all(
+            torch.equal(a, b) for a, b in zip(scored[rank]["scored"], scored[rank]["again"], strict=True)
+        )
 
 
 def step_with(folder: str, tp: int, *flags: str) -> dict[str, Any]:
@@ -165,9 +175,13 @@ def test_recomputation_changes_nothing(tmp_path: Path, tp: int, recompute: str) 
     kept = run_ranks(tp, step_with, folder, tp)
     again = run_ranks(tp, step_with, folder, tp, "--training.recompute", recompute)
     for left, right in zip(kept, again, strict=True):
-        assert right["loss"] == pytest.approx(left["loss"], rel=1e-6) and right["norm"] == pytest.approx(left["norm"], rel=1e-5)
+        assert right["loss"] == pytest.approx(left["loss"], rel=1e-6) and right["norm"] == pytest.approx(
+            left["norm"], rel=1e-5
+        )
         for name, tensor in left["weights"].items():
-            torch.testing.assert_close(right["weights"][name], tensor, rtol=0, atol=1e-6, msg=lambda text, n=name: f"{n}: {text}")
+            torch.testing.assert_close(
+                right["weights"][name], tensor, rtol=0, atol=1e-6, msg=lambda text, n=name: f"{n}: {text}"
+            )
 
 
 def clipped_steps(folder: str, clip: str) -> list[torch.Tensor]:
@@ -188,18 +202,24 @@ def clipped_steps(folder: str, clip: str) -> list[torch.Tensor]:
     before = [weight.parameter.detach().clone() for weight in trainer.policy.weights]
     outcome = trainer.step(batches, 0, count)
     assert outcome.updated
-    moved = [(weight.parameter.detach() - old).flatten() for weight, old in zip(trainer.policy.weights, before, strict=True)]
+    moved = [
+        (weight.parameter.detach() - old).flatten()
+        for weight, old in zip(trainer.policy.weights, before, strict=True)
+    ]
     return [torch.cat(moved).double().norm(), torch.tensor(outcome.grad_norm)]
 
 
 def test_clipping_limits_the_global_norm(tmp_path: Path) -> None:
-    """With a huge epsilon AdamW moves by gradient / epsilon, so that the norm of the move is the clipped norm over epsilon."""
+    """With a huge epsilon AdamW moves by gradient / epsilon, so that the norm of the move is the clipped norm
+    over epsilon."""
     folder = str(make_model_folder(tmp_path / "model"))
     ((free, norm),) = run_ranks(1, clipped_steps, folder, "0")
     assert float(free) == pytest.approx(float(norm) / 1e3, rel=1e-2)
     limit = float(norm) / 4
     ((clipped, reported),) = run_ranks(1, clipped_steps, folder, str(limit))
-    assert float(reported) == pytest.approx(float(norm), rel=1e-6)  # the norm before clipping is what is reported
+    assert float(reported) == pytest.approx(
+        float(norm), rel=1e-6
+    )  # the norm before clipping is what is reported
     assert float(clipped) == pytest.approx(limit / 1e3, rel=1e-2)
 
 
@@ -215,7 +235,12 @@ def skipped_step(folder: str, poison: bool) -> dict[str, Any]:
         outcome = trainer.step(batches, 0, count)
     same = all(torch.equal(w.parameter, before[w.name]) for w in trainer.policy.weights)
     after = trainer.step(batches, 1, count)
-    return {"updated": outcome.updated, "same": same, "norm": outcome.grad_norm, "next": (after.updated, after.loss)}
+    return {
+        "updated": outcome.updated,
+        "same": same,
+        "norm": outcome.grad_norm,
+        "next": (after.updated, after.loss),
+    }
 
 
 def test_a_gradient_that_is_not_finite_skips_the_step_on_every_rank(tmp_path: Path) -> None:

@@ -1,4 +1,5 @@
-"""Several updates per batch of rollouts: weights stay those of the policy that sampled, in every layout, against torch alone."""
+"""Several updates per batch of rollouts: weights stay those of the policy that sampled, in every layout,
+against torch alone."""
 
 from pathlib import Path
 from typing import Any
@@ -24,15 +25,26 @@ def update(folder: str, tp: int, flags: list[str], budget: int) -> dict[str, Any
 
     backend = get_backend()
     groups = initialize_groups(backend, tp)
-    options = ["--parallel.tp", str(tp), "--training.updates-per-rollout", str(NUM_UPDATES), "--rollout.temperature", str(TEMPERATURE)]
+    options = [
+        "--parallel.tp",
+        str(tp),
+        "--training.updates-per-rollout",
+        str(NUM_UPDATES),
+        "--rollout.temperature",
+        str(TEMPERATURE),
+    ]
     options += ["--algorithm.alpha", str(ALPHA), "--optimizer.lr", str(LR), "--optimizer.eps", str(EPS)]
     options += ["--optimizer.weight-decay", "0", "--optimizer.clip-grad", str(CLIP), *flags]
     trainer = Trainer(tiny_config(folder, options), Path(folder), backend, groups)
     rollouts = make_rollouts(num_questions=4, num_samples=3)
-    sequences = merge_identical(rollouts, train_end_token=True, train_truncated=True, stop_token_ids=frozenset({0}))
+    sequences = merge_identical(
+        rollouts, train_end_token=True, train_truncated=True, stop_token_ids=frozenset({0})
+    )
     batches = pack(sequences[groups.dp_rank :: groups.dp_size], budget, multiple_of=groups.tp_size)
     outcome = trainer.step(batches, 0, len(rollouts))
-    exported = export_weights(trainer.policy.weights, trainer.policy.architecture, groups.tp_group, groups.tp_size)
+    exported = export_weights(
+        trainer.policy.weights, trainer.policy.architecture, groups.tp_group, groups.tp_size
+    )
     weights = {name: tensor.clone() for name, tensor in exported}
     return {
         "updates": [vars(update) for update in outcome.updates],
@@ -64,7 +76,11 @@ def oracle(folder: str, confidence: str) -> dict[str, Any]:
     if confidence == "group_softmax":
         weights = []
         for rollout, value in zip(rollouts, old, strict=True):
-            rivals = [v for r, v in zip(rollouts, old, strict=True) if r.question_index == rollout.question_index and r.response_ids]
+            rivals = [
+                v
+                for r, v in zip(rollouts, old, strict=True)
+                if r.question_index == rollout.question_index and r.response_ids
+            ]
             weights.append((value - torch.stack(rivals).logsumexp(0)).exp() + ALPHA)
     else:
         weights = [value.exp() + ALPHA for value in old]
@@ -77,7 +93,10 @@ def oracle(folder: str, confidence: str) -> dict[str, Any]:
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
         optimizer.step()
         updates.append({"loss": float(loss.detach()), "grad_norm": float(norm)})
-    return {"updates": updates, "exported": {name: parameter.detach() for name, parameter in model.named_parameters()}}
+    return {
+        "updates": updates,
+        "exported": {name: parameter.detach() for name, parameter in model.named_parameters()},
+    }
 
 
 @pytest.mark.parametrize("confidence", ["sequence", "group_softmax"])
@@ -94,7 +113,13 @@ def test_three_updates_equal_torch_alone_in_every_layout(tmp_path: Path, confide
                 assert ours["updated"]
             assert found["num_tokens"] == NUM_UPDATES * found["computed"]
         for name, tensor in expected["exported"].items():
-            torch.testing.assert_close(ranks[0]["exported"][name].double(), tensor, rtol=0, atol=2e-6, msg=lambda t, n=name: f"{n}: {t}")
+            torch.testing.assert_close(
+                ranks[0]["exported"][name].double(),
+                tensor,
+                rtol=0,
+                atol=2e-6,
+                msg=lambda t, n=name: f"{n}: {t}",
+            )
 
 
 def test_sum_and_mean_stay_in_proportion(tmp_path: Path) -> None:

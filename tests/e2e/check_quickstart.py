@@ -1,7 +1,8 @@
 """Check a quick start's summary.json: `python -m tests.e2e.check_quickstart runs/quickstart/summary.json`.
 
-It must have every number of the before/after table, the engine must have held exactly the exported weights after the last
-swap, and the sampled, strictly graded accuracy must have risen by more than three combined standard errors.
+It must have every number of the before/after table, the engine must have held exactly the exported weights
+after the last swap, and the sampled, strictly graded accuracy must have risen by more than three combined
+standard errors.
 """
 
 import json
@@ -10,7 +11,16 @@ import sys
 from pathlib import Path
 from typing import Any
 
-MEASURES = ("accuracy_t0.5", "accuracy_t1", "greedy", "lenient_t0.5", "lenient_t1", "boxed_share", "confidence_f", "mean_length")
+MEASURES = (
+    "accuracy_t0.5",
+    "accuracy_t1",
+    "greedy",
+    "lenient_t0.5",
+    "lenient_t1",
+    "boxed_share",
+    "confidence_f",
+    "mean_length",
+)
 SAMPLED = ("accuracy_t0.5", "accuracy_t1")
 PHASES = ("install", "train", "total")
 REQUIRED_STANDARD_ERRORS = 3.0
@@ -22,8 +32,12 @@ def check(summary: dict[str, Any]) -> list[str]:
     for side in ("before", "after"):
         for name in MEASURES:
             measure = summary.get(side, {}).get(name)
-            if not isinstance(measure, dict) or not all(_is_number(measure.get(k)) for k in ("mean", "standard_error")):
-                problems.append(f"{side}.{name}: expected finite numbers mean and standard_error, got {measure!r}")
+            if not isinstance(measure, dict) or not all(
+                _is_number(measure.get(k)) for k in ("mean", "standard_error")
+            ):
+                problems.append(
+                    f"{side}.{name}: expected finite numbers mean and standard_error, got {measure!r}"
+                )
     problems += [
         f"seconds.{name}: expected a number of at least 0, got {summary.get('seconds', {}).get(name)!r}"
         for name in PHASES
@@ -35,7 +49,10 @@ def check(summary: dict[str, Any]) -> list[str]:
         rises = {name: rise_in_standard_errors(summary, name) for name in SAMPLED}
         if max(rises.values()) <= REQUIRED_STANDARD_ERRORS:
             told = ", ".join(f"{name} {rise:+.1f}" for name, rise in rises.items())
-            problems.append(f"sampled accuracy rose too little, in combined standard errors: {told}; more than 3 is expected")
+            problems.append(
+                f"sampled accuracy rose too little, in combined standard errors: {told}; more than 3 is "
+                "expected"
+            )
     return problems
 
 
@@ -44,7 +61,9 @@ def rise_in_standard_errors(summary: dict[str, Any], name: str) -> float:
     before, after = summary["before"][name], summary["after"][name]
     combined = math.hypot(before["standard_error"], after["standard_error"])
     difference = after["mean"] - before["mean"]
-    return difference / combined if combined > 0 else math.copysign(math.inf, difference) if difference else 0.0
+    return (
+        difference / combined if combined > 0 else math.copysign(math.inf, difference) if difference else 0.0
+    )
 
 
 def _is_number(value: object) -> bool:
@@ -61,7 +80,8 @@ def main() -> int:
         for name in MEASURES:
             before, after = summary["before"][name], summary["after"][name]
             print(
-                f"{name:13} {before['mean']:8.4f} ± {before['standard_error']:.4f} -> {after['mean']:8.4f} ± {after['standard_error']:.4f}"
+                f"{name:13} {before['mean']:8.4f} ± {before['standard_error']:.4f} -> {after['mean']:8.4f} ± "
+                f"{after['standard_error']:.4f}"
                 f"  ({rise_in_standard_errors(summary, name):+.1f} standard errors)"
             )
         print("seconds " + ", ".join(f"{name} {summary['seconds'][name]:.1f}" for name in PHASES))

@@ -31,7 +31,15 @@ def command(*arguments: object) -> list[str]:
 
 def run_command(*arguments: object, timeout: float = 280, **options: Any) -> subprocess.CompletedProcess[str]:
     """Run `rlsc ...` in a process of its own."""
-    return subprocess.run(command(*arguments), env=environment(), capture_output=True, text=True, timeout=timeout, check=False, **options)
+    return subprocess.run(
+        command(*arguments),
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+        **options,
+    )
 
 
 def train(runs: list[list[str]], signal_at: tuple[str, int] | None = None) -> list[tuple[int, list[str]]]:
@@ -83,7 +91,9 @@ def metrics(run_dir: Path) -> list[dict[str, Any]]:
 
 
 def weights(folder: Path) -> dict[str, Any]:
-    return {name: tensor.numpy().tobytes() for name, tensor in load_file(folder / "model.safetensors").items()}
+    return {
+        name: tensor.numpy().tobytes() for name, tensor in load_file(folder / "model.safetensors").items()
+    }
 
 
 def rollouts(run_dir: Path) -> dict[str, str]:

@@ -1,4 +1,5 @@
-"""Trainer and engine in one process: who holds the memory, whether they agree, and what ends a run in which they do not."""
+"""Trainer and engine in one process: who holds the memory, whether they agree, and what ends a run in which
+they do not."""
 
 import json
 from dataclasses import replace
@@ -34,7 +35,8 @@ def observe(run: str) -> dict[str, Any]:
                 replace(
                     r,
                     engine_log_probs=tuple(
-                        p + shift(i, t) for i, (p, t) in enumerate(zip(r.engine_log_probs, r.response_ids, strict=True))
+                        p + shift(i, t)
+                        for i, (p, t) in enumerate(zip(r.engine_log_probs, r.response_ids, strict=True))
                     ),
                 )
                 for r in rollouts
@@ -61,7 +63,8 @@ def observe(run: str) -> dict[str, Any]:
         "rows": session.metrics.rows,
         "answers": {(r.question_index, r.response_ids) for r in rollouts},
         "numel": sum(p.numel() for p in parameters),
-        "own": sum(p.numel() * p.element_size() for p in own) + sum(b.nbytes for b in session.engine.module.buffers()),
+        "own": sum(p.numel() * p.element_size() for p in own)
+        + sum(b.nbytes for b in session.engine.module.buffers()),
         "kv": blocks * block * shape.kv_bytes_per_token(torch.float32, 1),
     }
 
@@ -81,11 +84,16 @@ def test_every_border_of_every_step_is_accounted_for(seen: dict[str, Any]) -> No
         assert list(row["memory"]) == list(BORDERS)
         for border, pools in row["memory"].items():
             assert list(pools) == list(POOLS)
-            # A float32 model: 4 bytes of weight and of gradient per parameter, 8 of moments; buffers are padded.
+            # A float32 model: 4 bytes of weight and of gradient per parameter, 8 of moments; buffers are
+            # padded.
             assert pools["weights"] == pytest.approx(4 * seen["numel"], rel=0.01)
-            assert pools["gradients"] == (pools["weights"] if border == "train" else 0)  # buffers of one size, only while it trains
+            assert pools["gradients"] == (
+                pools["weights"] if border == "train" else 0
+            )  # buffers of one size, only while it trains
             assert pools["optimizer"] == pytest.approx(8 * seen["numel"], rel=0.01)
-            assert pools["engine_weights"] == seen["own"] < 0.5 * pools["weights"]  # all else is the trainer's
+            assert (
+                pools["engine_weights"] == seen["own"] < 0.5 * pools["weights"]
+            )  # all else is the trainer's
             assert pools["kv_cache"] == seen["kv"] == 64 << 20
             assert pools["cuda_graphs"] is pools["workspace"] is pools["activations_cached"] is None
             assert 100 << 20 < pools["other"] < 8 << 30 and pools["free"] > 0
@@ -99,7 +107,11 @@ def test_a_leak_of_the_engine_is_named(seen: dict[str, Any]) -> None:
     *before, last = seen["rows"]
     assert not any(text.startswith("memory of") for row in before for text in row["warnings"])
     grown = [text for text in last["warnings"] if text.startswith("memory of")]
-    assert len(grown) == 1 and grown[0].startswith("memory of engine_weights grows: ") and "after 'sleep'" in grown[0]
+    assert (
+        len(grown) == 1
+        and grown[0].startswith("memory of engine_weights grows: ")
+        and "after 'sleep'" in grown[0]
+    )
 
 
 def test_memory_is_in_tensorboard_too(seen: dict[str, Any], folder: Path) -> None:
@@ -107,7 +119,11 @@ def test_memory_is_in_tensorboard_too(seen: dict[str, Any], folder: Path) -> Non
     from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 
     (file,) = (folder / "tensorboard").iterdir()
-    found = {(event.step, value.tag): value for event in EventFileLoader(str(file)).Load() for value in event.summary.value}
+    found = {
+        (event.step, value.tag): value
+        for event in EventFileLoader(str(file)).Load()
+        for value in event.summary.value
+    }
     value = found[2, "memory/release/optimizer"]
     number = value.tensor.float_val[0] if value.HasField("tensor") else value.simple_value
     assert number == pytest.approx(seen["rows"][2]["memory"]["release"]["optimizer"])
@@ -141,7 +157,8 @@ def test_honest_steps_agree(seen: dict[str, Any]) -> None:
 
 
 def train_on_a_broken_engine(flags: list[str], broken_from: int) -> tuple[str, list[str]]:
-    """Run `rlsc train`; the engine's own tensors are scrambled after the swap of step `broken_from`, and at every later one."""
+    """Run `rlsc train`; the engine's own tensors are scrambled after the swap of step `broken_from`, and at
+    every later one."""
     import contextlib
     import io
 
@@ -181,13 +198,20 @@ def test_a_run_with_a_broken_engine_ends_with_its_last_good_checkpoint(tmp_path:
     verify_files(checkpoint)
     assert read_state(checkpoint).step == 2 and not list((run_dir / "checkpoints").glob("*.partial"))
     facts = describe(run_dir, now=0.0)
-    assert facts["state"].startswith("crash: trainer and engine disagreed") and "differs from the trainer by" in facts["engine"]
+    assert (
+        facts["state"].startswith("crash: trainer and engine disagreed")
+        and "differs from the trainer by" in facts["engine"]
+    )
     assert "trainer and engine disagree on" in facts["warnings"]
 
 
 def test_where_mismatch_only_warns_the_run_goes_on(tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     only_warn = ["--observability.max-mismatched-steps", "0", "--training.num-steps", "5"]
-    ((message, lines),) = run_ranks(1, train_on_a_broken_engine, ["--run-dir", str(run_dir), *FLAGS, *only_warn], 0)
-    assert "SwapMismatch" in message or "in the engine" in message  # the export at the end finds the broken engine
+    ((message, lines),) = run_ranks(
+        1, train_on_a_broken_engine, ["--run-dir", str(run_dir), *FLAGS, *only_warn], 0
+    )
+    assert (
+        "SwapMismatch" in message or "in the engine" in message
+    )  # the export at the end finds the broken engine
     assert read_state(find_resumable(run_dir)).step == 5 and not any("is not saved" in line for line in lines)

@@ -1,4 +1,5 @@
-"""The engine holds the trainer's weights after a swap, and says so when it does not. One engine, on the embedded model."""
+"""The engine holds the trainer's weights after a swap, and says so when it does not. One engine, on the
+embedded model."""
 
 import random
 from dataclasses import replace
@@ -24,10 +25,19 @@ def make_session(run_dir: Path, model: str, *flags: str) -> Any:
     from rlsc_mcore.training.session import Session
     from rlsc_mcore.training.signals import StopRequest
 
-    return Session(parse_config(["--run-dir", str(run_dir), "--model.path", model, *FLAGS, *flags]), StopRequest())
+    return Session(
+        parse_config(["--run-dir", str(run_dir), "--model.path", model, *FLAGS, *flags]), StopRequest()
+    )
 
 
-def answers(session: Any, positions: Any = range(6), *, temperature: float = 0.0, samples: int = 1, prompts: Any = None) -> list[Any]:
+def answers(
+    session: Any,
+    positions: Any = range(6),
+    *,
+    temperature: float = 0.0,
+    samples: int = 1,
+    prompts: Any = None,
+) -> list[Any]:
     from rlsc_mcore.rollout.engine import SamplingRequest
 
     prompts = session.inputs.prompts if prompts is None else prompts
@@ -37,7 +47,12 @@ def answers(session: Any, positions: Any = range(6), *, temperature: float = 0.0
 
 def process_random_state() -> tuple[Any, ...]:
     numpy_state = np.random.get_state()
-    return random.getstate(), numpy_state[1].tobytes(), numpy_state[2], torch.random.get_rng_state().numpy().tobytes()
+    return (
+        random.getstate(),
+        numpy_state[1].tobytes(),
+        numpy_state[2],
+        torch.random.get_rng_state().numpy().tobytes(),
+    )
 
 
 def message(function: Any, *arguments: Any, **options: Any) -> str:
@@ -71,13 +86,21 @@ def observe_swaps(run: str) -> dict[str, Any]:
     whole = answers(session, temperature=0.5, samples=4)
     seen["random state untouched"] = process_random_state() == state
     torch.set_num_threads(threads)  # vLLM replaces this function by a no-op
-    seen["threads can be set"] = torch.get_num_threads() == threads and "noop" not in repr(torch.set_num_threads).lower()
+    seen["threads can be set"] = (
+        torch.get_num_threads() == threads and "noop" not in repr(torch.set_num_threads).lower()
+    )
     seen["again"] = (answers(session, temperature=0.5, samples=4), whole)
-    # After a reset: a cached prompt is computed in other pieces, which is another rounding of the same numbers.
+    # After a reset: a cached prompt is computed in other pieces, which is another rounding of the same
+    # numbers.
     session.engine.reset_prefix_cache()
     alone = answers(session, [4], temperature=0.5, samples=4)
-    seen["alone"] = ([[tokens for tokens, _ in group] for group in alone], [[tokens for tokens, _ in whole[4]]])
-    seen["distinct"] = len({tokens for group in answers(session, temperature=1.0, samples=4) for tokens, _ in group})
+    seen["alone"] = (
+        [[tokens for tokens, _ in group] for group in alone],
+        [[tokens for tokens, _ in whole[4]]],
+    )
+    seen["distinct"] = len(
+        {tokens for group in answers(session, temperature=1.0, samples=4) for tokens, _ in group}
+    )
     calls = iter([False] * 5)
     requests = [SamplingRequest(prompt, 4, 0.5, 40, 0) for prompt in session.inputs.prompts[:6]]
     try:
@@ -103,7 +126,9 @@ def observe_swaps(run: str) -> dict[str, Any]:
             finish_reason="length",
         ),
         replace(
-            rollouts[2], response_ids=rollouts[2].response_ids[-1:], engine_log_probs=rollouts[2].engine_log_probs[-1:]
+            rollouts[2],
+            response_ids=rollouts[2].response_ids[-1:],
+            engine_log_probs=rollouts[2].engine_log_probs[-1:],
         ),  # the end alone
         *rollouts[3:],
     ]
@@ -124,11 +149,17 @@ def observe_swaps(run: str) -> dict[str, Any]:
     seen["scrambled"] = message(session.swap.verify_checksums)
     seen["scrambled export"] = message(session.export, run_dir / "scrambled")
     session.hot_swap()
-    seen["counts"] = (session.export(run_dir / "export"), len(list(session.engine.module.named_parameters())), session.swap.num_aliased())
+    seen["counts"] = (
+        session.export(run_dir / "export"),
+        len(list(session.engine.module.named_parameters())),
+        session.swap.num_aliased(),
+    )
     seen["greedy"] = answers(session)
 
     # --- a prefix cache of older weights
-    long_prompts = [[token for k in range(3) for token in session.inputs.prompts[i + k]][:120] for i in range(4)]
+    long_prompts = [
+        [token for k in range(3) for token in session.inputs.prompts[i + k]][:120] for i in range(4)
+    ]
     answers(session, range(4), prompts=long_prompts)
     hidden = session.trainer.policy.weights[0].parameter
     old = hidden.detach().clone()
@@ -157,7 +188,9 @@ def observe_swaps(run: str) -> dict[str, Any]:
     session.swap.fill()
     session.hot_swap()
     with torch.no_grad():
-        permuted[-1].data[0] += 1  # of 128 rows one: found by the comparison of all, and by the checksums in one of many swaps
+        permuted[-1].data[0] += (
+            1  # of 128 rows one: found by the comparison of all, and by the checksums in one of many swaps
+        )
     seen["one row"] = message(session.swap.verify_full)
     seen["one row, sampled"] = []
     for _ in range(400):
@@ -215,7 +248,11 @@ def test_sampling_is_reproducible_and_each_question_its_own(seen: dict[str, Any]
     alone, of_the_whole = seen["alone"]
     assert alone == of_the_whole
     assert seen["distinct"] > 12  # the samples of a question differ from one another
-    assert all(len(tokens) == len(log_probs) and all(value <= 0 for value in log_probs) for group in whole for tokens, log_probs in group)
+    assert all(
+        len(tokens) == len(log_probs) and all(value <= 0 for value in log_probs)
+        for group in whole
+        for tokens, log_probs in group
+    )
 
 
 def test_an_interrupted_generation_leaves_a_clean_engine(seen: dict[str, Any]) -> None:
@@ -243,12 +280,18 @@ def test_trainer_and_engine_agree(seen: dict[str, Any]) -> None:
 
 def test_a_swap_restores_what_was_scrambled(seen: dict[str, Any]) -> None:
     assert seen["scrambled"].startswith("SwapMismatch: hot swap: rank 0: model.layers.0.self_attn.qkv_proj")
-    assert seen["scrambled export"].startswith("SwapMismatch: hot swap: rank 0: model.layers.0.self_attn.qkv_proj")
+    assert seen["scrambled export"].startswith(
+        "SwapMismatch: hot swap: rank 0: model.layers.0.self_attn.qkv_proj"
+    )
     compared, parameters, aliased = seen["counts"]
-    assert compared == parameters and aliased == parameters - 8  # weight and bias of four qkv projections are permuted
+    assert (
+        compared == parameters and aliased == parameters - 8
+    )  # weight and bias of four qkv projections are permuted
 
 
-def test_a_fresh_engine_on_the_export_answers_bit_for_bit_the_same(seen: dict[str, Any], run_dir: Path) -> None:
+def test_a_fresh_engine_on_the_export_answers_bit_for_bit_the_same(
+    seen: dict[str, Any], run_dir: Path
+) -> None:
     fresh = run_ranks(1, fresh_answers, str(run_dir / "export"), str(run_dir / "fresh"))[0]
     assert fresh == seen["greedy"] == seen["greedy again"]
     untrained = run_ranks(1, fresh_answers, EMBEDDED, str(run_dir / "untrained"))[0]
@@ -263,26 +306,38 @@ def test_the_export_answers_the_same_in_transformers(seen: dict[str, Any], run_d
 
     assert seen["counts"][0]
     tokenizer = load_tokenizer(run_dir / "export", ModelConfig(path="export"))
-    prompts = [render_prompt("chat", question.text, tokenizer) for question in read_questions("embedded:train")[:6]]
-    assert run_ranks(1, transformers_greedy, str(run_dir / "export"), prompts)[0] == [group[0][0] for group in seen["greedy"]]
+    prompts = [
+        render_prompt("chat", question.text, tokenizer) for question in read_questions("embedded:train")[:6]
+    ]
+    assert run_ranks(1, transformers_greedy, str(run_dir / "export"), prompts)[0] == [
+        group[0][0] for group in seen["greedy"]
+    ]
 
 
 def test_a_stale_prefix_cache_would_be_wrong_and_a_swap_resets_it(seen: dict[str, Any]) -> None:
-    """`stale` and `fresh` were sampled with the same weights; only the cached keys and values of the prompt differ."""
+    """`stale` and `fresh` were sampled with the same weights; only the cached keys and values of the prompt
+    differ."""
     stale, fresh, again = seen["cache"]
     assert fresh == again
-    first = [(s[0][0][0] != f[0][0][0], abs(s[0][1][0] - f[0][1][0])) for s, f in zip(stale, fresh, strict=True)]
-    assert any(other_token or difference > 1e-2 for other_token, difference in first)  # rounding alone is below 1e-4
+    first = [
+        (s[0][0][0] != f[0][0][0], abs(s[0][1][0] - f[0][1][0])) for s, f in zip(stale, fresh, strict=True)
+    ]
+    assert any(
+        other_token or difference > 1e-2 for other_token, difference in first
+    )  # rounding alone is below 1e-4
 
 
 def test_a_wrong_permutation_is_found(seen: dict[str, Any]) -> None:
     by_checksum, by_export = seen["wrong permutation"]
-    start = "SwapMismatch: hot swap: rank 0: model.layers.0.self_attn.qkv_proj.weight[128, 0] is "  # the first key's first element
+    # the first key's first element
+    start = "SwapMismatch: hot swap: rank 0: model.layers.0.self_attn.qkv_proj.weight[128, 0] is "
     assert by_checksum.startswith(start) and "in the trainer" in by_checksum
     assert by_export.startswith(start) and "/wrong (" in by_export
 
 
-def test_one_row_is_found_by_the_full_comparison_at_once_and_by_checksums_in_the_end(seen: dict[str, Any]) -> None:
+def test_one_row_is_found_by_the_full_comparison_at_once_and_by_checksums_in_the_end(
+    seen: dict[str, Any],
+) -> None:
     start = "SwapMismatch: hot swap: rank 0: model.layers.3.self_attn.qkv_proj."
     assert seen["one row"].startswith(start)
     found = [message for message in seen["one row, sampled"] if message]

@@ -1,4 +1,5 @@
-"""Users' files in whole runs: what is read is what they say, and what a run leaves stays readable and comparable."""
+"""Users' files in whole runs: what is read is what they say, and what a run leaves stays readable and
+comparable."""
 
 import json
 import os
@@ -25,7 +26,8 @@ SMALL = [
 
 
 def run_all(steps: list[tuple[str, list[str]]]) -> list[tuple[Any, list[str]]]:
-    """Run `rlsc COMMAND ...` one after the other in this warm process: exit code or error, and printed lines."""
+    """Run `rlsc COMMAND ...` one after the other in this warm process: exit code or error, and printed
+    lines."""
     import contextlib
     import io
 
@@ -51,22 +53,49 @@ def run_all(steps: list[tuple[str, list[str]]]) -> list[tuple[Any, list[str]]]:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[tuple[Any, list[str]]]]:
-    """One process: a plain run, the same of a folder with a redundant head and a stray file, a diverging one, evaluations."""
+    """One process: a plain run, the same of a folder with a redundant head and a stray file, a diverging one,
+    evaluations."""
     here = tmp_path_factory.mktemp("inputs")
     plain, other = copy_embedded(here / "plain"), copy_embedded(here / "other")
     tensors = load_file(plain / "model.safetensors")
-    save_file(tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}, other / "model.safetensors", {"format": "pt"})
-    save_file({name: torch.zeros_like(tensor) for name, tensor in tensors.items()}, other / "model_old.safetensors")
+    save_file(
+        tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()},
+        other / "model.safetensors",
+        {"format": "pt"},
+    )
+    save_file(
+        {name: torch.zeros_like(tensor) for name, tensor in tensors.items()}, other / "model_old.safetensors"
+    )
     (here / "own.jinja").write_text("{{ question }}", encoding="utf-8")
     for name in ("a.jsonl", "b.jsonl"):
-        (here / name).write_text("".join(json.dumps(question) + "\n" for question in QUESTIONS), encoding="utf-8")
+        (here / name).write_text(
+            "".join(json.dumps(question) + "\n" for question in QUESTIONS), encoding="utf-8"
+        )
 
     def train(run: str, model: Path, template: str, *more: str) -> tuple[str, list[str]]:
         data = ["--data.path", str(here / "a.jsonl"), "--data.template", template]
         return "train", ["--run-dir", str(here / run), "--model.path", str(model), *data, *SMALL, *more]
 
-    evaluation = ["--data", str(here / "b.jsonl"), "--templates", "none,chat,qwen25-math", "--k", "2", "--temperature", "1.0"]
-    diverging = ("--training.num-steps", "3", "--optimizer.lr", "1e25", "--rollout.temperature", "1.0", "--optimizer.warmup-steps", "0")
+    evaluation = [
+        "--data",
+        str(here / "b.jsonl"),
+        "--templates",
+        "none,chat,qwen25-math",
+        "--k",
+        "2",
+        "--temperature",
+        "1.0",
+    ]
+    diverging = (
+        "--training.num-steps",
+        "3",
+        "--optimizer.lr",
+        "1e25",
+        "--rollout.temperature",
+        "1.0",
+        "--optimizer.warmup-steps",
+        "0",
+    )
     steps = [
         train("plain_run", plain, str(here / "own.jinja")),
         train("other_run", other, str(here / "own.jinja")),
@@ -88,18 +117,24 @@ def test_a_redundant_head_and_a_stray_file_train_what_the_plain_folder_trains(ru
     assert not any("not read" in line for line in results[0][1])
 
 
-def test_a_run_is_evaluated_without_its_training_file_and_under_longer_templates(runs: tuple[Path, Any]) -> None:
+def test_a_run_is_evaluated_without_its_training_file_and_under_longer_templates(
+    runs: tuple[Path, Any],
+) -> None:
     here, results = runs
     assert results[4][0] == 0
     for template in ("none", "chat", "qwen25-math"):
         answers = read_answers(here / "scores", f"b.{template}")
         assert len(answers) == len(QUESTIONS) * (1 + 2)
-        assert all(answer.tokens == 20 for answer in answers if answer.truncated)  # max_new_tokens, not what is left of a context
+        assert all(
+            answer.tokens == 20 for answer in answers if answer.truncated
+        )  # max_new_tokens, not what is left of a context
 
 
 def test_a_run_does_not_continue_under_an_edited_template(runs: tuple[Path, Any]) -> None:
     message, _ = runs[1][7]
-    assert message.startswith("data.template (prompts of the questions) has changed since the run was started")
+    assert message.startswith(
+        "data.template (prompts of the questions) has changed since the run was started"
+    )
 
 
 def test_a_diverged_run_leaves_json_and_says_so(runs: tuple[Path, Any]) -> None:
@@ -113,10 +148,17 @@ def test_a_diverged_run_leaves_json_and_says_so(runs: tuple[Path, Any]) -> None:
     files = [*run.glob("*.json*"), *run.glob("*/*.json*")]
     assert len(files) >= 6
     for file in files:
-        parts = file.read_text(encoding="utf-8").splitlines() if file.suffix == ".jsonl" else [file.read_text(encoding="utf-8")]
+        parts = (
+            file.read_text(encoding="utf-8").splitlines()
+            if file.suffix == ".jsonl"
+            else [file.read_text(encoding="utf-8")]
+        )
         for part in parts:
             json.loads(part, parse_constant=refuse)
-    skipped = [json.loads(line)["skipped"] for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    skipped = [
+        json.loads(line)["skipped"]
+        for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
     assert skipped == [False, True, True]
     assert json.loads((run / "summary.json").read_text(encoding="utf-8"))["skipped_steps"] == 2
     assert any("2 of 3 steps changed nothing" in line for line in results[2][1]) and not any(
@@ -126,6 +168,8 @@ def test_a_diverged_run_leaves_json_and_says_so(runs: tuple[Path, Any]) -> None:
 
 def test_exported_files_are_readable_by_the_group(runs: tuple[Path, Any]) -> None:
     here, _ = runs
-    modes = {file.name: stat.S_IMODE(file.stat().st_mode) for file in (here / "plain_run" / "export").iterdir()}
+    modes = {
+        file.name: stat.S_IMODE(file.stat().st_mode) for file in (here / "plain_run" / "export").iterdir()
+    }
     assert len(set(modes.values())) == 1 and modes["model.safetensors"] & stat.S_IRGRP
     shutil.rmtree(here / "plain_run" / "export")

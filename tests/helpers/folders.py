@@ -13,7 +13,8 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jin
 
 
 def make_runnable_folder(folder: Path, **options: Any) -> Path:
-    """Write a random model with the embedded tokenizer (512 ids, unless `vocab_size` has more) to `folder`."""
+    """Write a random model with the embedded tokenizer (512 ids, unless `vocab_size` has more) to
+    `folder`."""
     make_model_folder(folder, **{"vocab_size": 512, **options})
     add_tokenizer(folder)
     return folder
@@ -34,4 +35,6 @@ def edit_config(folder: Path, **changes: Any) -> None:
     """Change fields of config.json; None removes one."""
     file = folder / "config.json"
     config = json.loads(file.read_text(encoding="utf-8")) | changes
-    file.write_text(json.dumps({name: value for name, value in config.items() if value is not None}), encoding="utf-8")
+    file.write_text(
+        json.dumps({name: value for name, value in config.items() if value is not None}), encoding="utf-8"
+    )

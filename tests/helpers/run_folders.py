@@ -12,7 +12,9 @@ from rlsc_mcore.observability.memory_pools import BORDERS, POOLS
 CONFIG = Path(__file__).parents[2] / "configs" / "tiny_cpu.yaml"
 
 
-def make_answer(question: int, text: str, *, right: bool, temperature: float = 1.0, sample: int = 0, gold: str = "8") -> AnswerRecord:
+def make_answer(
+    question: int, text: str, *, right: bool, temperature: float = 1.0, sample: int = 0, gold: str = "8"
+) -> AnswerRecord:
     """One graded answer; its final answer is the gold one, or 7."""
     return AnswerRecord(
         question=question,
@@ -31,11 +33,23 @@ def make_answer(question: int, text: str, *, right: bool, temperature: float = 1
 
 
 def make_memory() -> dict[str, dict[str, int | None]]:
-    """A step's table on a GPU of 140 GiB: the KV cache gives way to activations, which are gone before it comes back."""
-    held = {"weights": 15, "gradients": 8, "optimizer": 12, "engine_weights": 1, "cuda_graphs": 1, "workspace": 1, "other": 2}
+    """A step's table on a GPU of 140 GiB: the KV cache gives way to activations, which are gone before it
+    comes back."""
+    held = {
+        "weights": 15,
+        "gradients": 8,
+        "optimizer": 12,
+        "engine_weights": 1,
+        "cuda_graphs": 1,
+        "workspace": 1,
+        "other": 2,
+    }
     pools: dict[str, dict[str, int | None]] = {}
     for border in BORDERS:
-        sizes = held | {"kv_cache": 40 if border in ("rollout", "swap") else 0, "activations_cached": 30 if border == "train" else 0}
+        sizes = held | {
+            "kv_cache": 40 if border in ("rollout", "swap") else 0,
+            "activations_cached": 30 if border == "train" else 0,
+        }
         pools[border] = {pool: sizes.get(pool, 140 - sum(sizes.values())) << 30 for pool in POOLS}
     return pools
 
@@ -85,11 +99,19 @@ def write_run(
     folder.mkdir(parents=True, exist_ok=True)
     config = load_config(CONFIG, ["--run-dir", str(folder), *flags])
     (folder / "config.yaml").write_text(dump_config(config), encoding="utf-8")
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in metrics), encoding="utf-8")
+    (folder / "metrics.jsonl").write_text(
+        "".join(json.dumps(row) + "\n" for row in metrics), encoding="utf-8"
+    )
     for name, answers in (("before", before), ("after", after)):
         if answers:
-            write_records(folder / "evaluation", name, {"scores": {}, "answers": list(answers), "questions": list(questions)})
+            write_records(
+                folder / "evaluation",
+                name,
+                {"scores": {}, "answers": list(answers), "questions": list(questions)},
+            )
     if rollouts:
         (folder / "rollouts").mkdir()
-        (folder / "rollouts" / "step_000000.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rollouts), encoding="utf-8")
+        (folder / "rollouts" / "step_000000.jsonl").write_text(
+            "".join(json.dumps(row) + "\n" for row in rollouts), encoding="utf-8"
+        )
     return folder

@@ -24,11 +24,19 @@ def make_model_folder(
     num_kv_heads: int = 2,
     num_layers: int = 2,
 ) -> Path:
-    """Write a random Hugging Face model (2 layers, 4 heads, 2 KV heads unless told otherwise, biases not zero) to `folder`."""
+    """Write a random Hugging Face model (2 layers, 4 heads, 2 KV heads unless told otherwise, biases not
+    zero) to `folder`."""
     from rlsc_mcore.parallel.packages import hide_broken_torchvision
 
     hide_broken_torchvision()
-    from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
+    from transformers import (
+        LlamaConfig,
+        LlamaForCausalLM,
+        Qwen2Config,
+        Qwen2ForCausalLM,
+        Qwen3Config,
+        Qwen3ForCausalLM,
+    )
 
     config_class, model_class = {
         "qwen2": (Qwen2Config, Qwen2ForCausalLM),
@@ -64,12 +72,24 @@ def make_model_folder(
 
 def tiny_config(folder: str | Path, flags: Sequence[str] = (), run_dir: str | Path = "unused") -> Config:
     """A float32 configuration for a model folder; later flags win."""
-    base = ["--run-dir", str(run_dir), "--model.path", str(folder), "--model.dtype", "float32", "--data.path", "embedded:train"]
+    base = [
+        "--run-dir",
+        str(run_dir),
+        "--model.path",
+        str(folder),
+        "--model.dtype",
+        "float32",
+        "--data.path",
+        "embedded:train",
+    ]
     return parse_config([*base, *flags])
 
 
-def make_rollouts(*, num_questions: int, num_samples: int, vocab_size: int = VOCAB_SIZE, seed: int = 0) -> list[Rollout]:
-    """Random rollouts of ragged lengths; the first question has two identical answers and one without tokens."""
+def make_rollouts(
+    *, num_questions: int, num_samples: int, vocab_size: int = VOCAB_SIZE, seed: int = 0
+) -> list[Rollout]:
+    """Random rollouts of ragged lengths; the first question has two identical answers and one without
+    tokens."""
     generator = torch.Generator().manual_seed(seed)
 
     def tokens(count: int) -> tuple[int, ...]:

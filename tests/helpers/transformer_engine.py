@@ -1,6 +1,7 @@
 """A stand-in for TransformerEngine's FusedAdam on a CPU: its signatures and state, with torch's arithmetic.
 
-`te_signatures.json` holds the signatures of the published sources; tests/unit/test_te_signatures.py compares this class with them.
+`te_signatures.json` holds the signatures of the published sources; tests/unit/test_te_signatures.py compares
+this class with them.
 """
 
 import importlib.machinery
@@ -37,12 +38,20 @@ class FusedAdam(torch.optim.Optimizer):
         store_param_remainders: bool = False,
         set_grad_none: bool | None = None,
     ) -> None:
-        defaults = dict(lr=lr, bias_correction=bias_correction, betas=betas, eps=eps, weight_decay=weight_decay)
+        defaults = dict(
+            lr=lr, bias_correction=bias_correction, betas=betas, eps=eps, weight_decay=weight_decay
+        )
         super().__init__(params, defaults)
         self.adam_w_mode, self.master_weights = adam_w_mode, master_weights
-        self.name_to_dtype_map = {"exp_avg": exp_avg_dtype, "exp_avg_sq": exp_avg_sq_dtype, "master_param": master_weight_dtype}
+        self.name_to_dtype_map = {
+            "exp_avg": exp_avg_dtype,
+            "exp_avg_sq": exp_avg_sq_dtype,
+            "master_param": master_weight_dtype,
+        }
         self.use_decoupled_grad = use_decoupled_grad
-        self.store_param_remainders = store_param_remainders and master_weights and master_weight_dtype == torch.float32
+        self.store_param_remainders = (
+            store_param_remainders and master_weights and master_weight_dtype == torch.float32
+        )
 
     def get_unscaled_state(self, param: torch.Tensor, state_name: str) -> torch.Tensor:
         state: torch.Tensor = self.state[param][state_name]
@@ -53,13 +62,17 @@ class FusedAdam(torch.optim.Optimizer):
         return state.float()
 
     def set_scaled_state(self, param: torch.Tensor, state_name: str, unscaled_state: torch.Tensor) -> None:
-        remainders = self.store_param_remainders and state_name == "master_param" and param.dtype == torch.bfloat16
+        remainders = (
+            self.store_param_remainders and state_name == "master_param" and param.dtype == torch.bfloat16
+        )
         assert unscaled_state.dtype == (torch.int16 if remainders else torch.float32)
         if state_name not in self.state[param]:
             self._initialize_state(param, state_name, False, remainders)
         self.state[param][state_name].copy_(unscaled_state)
 
-    def _initialize_state(self, param: torch.Tensor, state_name: str, zero_buffer: bool, store_param_remainders: bool = False) -> None:
+    def _initialize_state(
+        self, param: torch.Tensor, state_name: str, zero_buffer: bool, store_param_remainders: bool = False
+    ) -> None:
         dtype = torch.int16 if store_param_remainders else self.name_to_dtype_map[state_name]
         make = torch.zeros if zero_buffer or store_param_remainders else torch.empty
         self.state[param][state_name] = make(param.shape, dtype=dtype, device=param.device)
@@ -68,7 +81,9 @@ class FusedAdam(torch.optim.Optimizer):
         self._initialize_state(param, "exp_avg", zero_buffer=True)
         self._initialize_state(param, "exp_avg_sq", zero_buffer=True)
         if self.master_weights:
-            self._initialize_state(param, "master_param", zero_buffer=False, store_param_remainders=store_param_remainders)
+            self._initialize_state(
+                param, "master_param", zero_buffer=False, store_param_remainders=store_param_remainders
+            )
             if not store_param_remainders:
                 self.set_scaled_state(param, "master_param", param.clone().detach().float())
 
@@ -90,14 +105,19 @@ class FusedAdam(torch.optim.Optimizer):
             type(self).largest_part = max(type(self).largest_part, numel)
             for param in group["params"]:
                 if not self.state[param]:
-                    self.initialize_state(param, self.store_param_remainders and param.dtype == torch.bfloat16)
+                    self.initialize_state(
+                        param, self.store_param_remainders and param.dtype == torch.bfloat16
+                    )
                 grad = getattr(param, "decoupled_grad", None) if self.use_decoupled_grad else param.grad
                 if grad is not None:
                     self._update(group, param, grad.float())
 
     def _update(self, group: dict[str, Any], param: torch.Tensor, grad: torch.Tensor) -> None:
         (beta1, beta2), step, state = group["betas"], group["step"], self.state[param]
-        average, square = self.get_unscaled_state(param, "exp_avg"), self.get_unscaled_state(param, "exp_avg_sq")
+        average, square = (
+            self.get_unscaled_state(param, "exp_avg"),
+            self.get_unscaled_state(param, "exp_avg_sq"),
+        )
         average = beta1 * average + (1 - beta1) * grad
         square = beta2 * square + (1 - beta2) * grad * grad
         corrected = (average / (1 - beta1**step)) / ((square / (1 - beta2**step)).sqrt() + group["eps"])

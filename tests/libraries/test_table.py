@@ -1,4 +1,5 @@
-"""Every vLLM, Megatron-Core and TransformerEngine name, argument and attribute in use exists in every GPU stack."""
+"""Every vLLM, Megatron-Core and TransformerEngine name, argument and attribute in use exists in every GPU
+stack."""
 
 import functools
 import importlib
@@ -45,7 +46,9 @@ def test_what_one_stack_may_lack_exists_in_another() -> None:
 @pytest.mark.parametrize("stack", STACKS)
 def test_the_optimizer_that_megatron_makes_takes_what_is_passed(stack: str) -> None:
     """It is reached through Megatron's objects, so that its class is not seen in the product's files."""
-    initialize_state = Table(tables()[stack]["modules"]).signature("transformer_engine.pytorch.optimizers", "FusedAdam", "initialize_state")
+    initialize_state = Table(tables()[stack]["modules"]).signature(
+        "transformer_engine.pytorch.optimizers", "FusedAdam", "initialize_state"
+    )
     assert initialize_state is not None and "store_param_remainders" in initialize_state
 
 
@@ -82,8 +85,14 @@ def test_the_table_is_of_the_stacks_versions() -> None:
             "from megatron.core.models.gpt import GPTModel\nclass M(GPTModel):\n    def f(self):\n        self.output_layer, self.training",
             "",
         ),
-        ("from megatron.core.packed_seq_params import PackedSeqParams\nPackedSeqParams(max_seqlen=3)", "has no argument max_seqlen"),
-        ("from megatron.core.optimizer import clip_grads\nclip_grads.clip_grad_by_total_norm_fp32([])", "needs max_norm"),
+        (
+            "from megatron.core.packed_seq_params import PackedSeqParams\nPackedSeqParams(max_seqlen=3)",
+            "has no argument max_seqlen",
+        ),
+        (
+            "from megatron.core.optimizer import clip_grads\nclip_grads.clip_grad_by_total_norm_fp32([])",
+            "needs max_norm",
+        ),
         ("try:\n    from vllm import LLMs\nexcept ImportError:\n    LLMs = None", ""),
     ],
 )
@@ -110,7 +119,9 @@ def test_every_receiver_is_in_use() -> None:
 def test_signatures_read_from_sources_are_those_that_python_has() -> None:
     """The installed Megatron-Core against the table of the stack that has its version."""
     version = metadata.version("megatron-core")
-    stack = next((name for name, content in tables().items() if content["versions"]["megatron-core"] == version), None)
+    stack = next(
+        (name for name, content in tables().items() if content["versions"]["megatron-core"] == version), None
+    )
     if stack is None:
         pytest.skip(f"no stack has megatron-core {version}")
     compared = 0
@@ -126,7 +137,11 @@ def test_signatures_read_from_sources_are_those_that_python_has() -> None:
                 and function.__module__ == module
                 and not hasattr(function, "__wrapped__")
             ):
-                parameters = [part.partition("=")[0].lstrip("*") for part in record["function"].split(", ") if part not in ("", "*", "/")]
+                parameters = [
+                    part.partition("=")[0].lstrip("*")
+                    for part in record["function"].split(", ")
+                    if part not in ("", "*", "/")
+                ]
                 assert parameters == list(inspect.signature(function).parameters), f"{module}.{name}"
                 compared += 1
     assert compared > 50
@@ -151,8 +166,17 @@ def test_a_class_is_read_with_its_bases(tmp_path: Path) -> None:
     sources = Sources([wheel])
     assert sources.find("megatron.core", "B") == ("megatron.core.base", "Base")
     child = sources.module("megatron.core.child")
-    assert child["Child"] == {"class": "self, a, b=..., c=...", "methods": {"f": "self, x", "g": "self, y=..., *, z"}, "attributes": "d"}
-    assert child["Module"] == {"class": "self, n", "methods": {"__init__": "self, n"}, "attributes": "n", "open": True}
+    assert child["Child"] == {
+        "class": "self, a, b=..., c=...",
+        "methods": {"f": "self, x", "g": "self, y=..., *, z"},
+        "attributes": "d",
+    }
+    assert child["Module"] == {
+        "class": "self, n",
+        "methods": {"__init__": "self, n"},
+        "attributes": "n",
+        "open": True,
+    }
     function = ast.parse("def f(a, b=1, /, c=2, *d, e, g=3, **h): ...").body[0]
     assert isinstance(function, ast.FunctionDef)
     assert signature(function.args) == "a, b=..., /, c=..., *d, e, g=..., **h"

@@ -1,7 +1,8 @@
 """Collect what the product uses of vLLM, Megatron-Core and TransformerEngine, from its own sources.
 
-Found without help: imported names, attributes of imported modules and classes, arguments of calls to them, what subclasses read
-from `self`, and (owner, "name") pairs of what is patched. Attributes of instances are found for the expressions in RECEIVERS.
+Found without help: imported names, attributes of imported modules and classes, arguments of calls to them,
+what subclasses read from `self`, and (owner, "name") pairs of what is patched. Attributes of instances are
+found for the expressions in RECEIVERS.
 """
 
 import ast
@@ -26,7 +27,9 @@ RECEIVERS: dict[str, dict[str, str]] = {
         "member": _MEMBER,
         "buffer": "megatron.core.distributed.param_and_grad_buffer:_ParamAndGradBuffer",
     },
-    "training/checkpoint.py": {"request": "megatron.core.dist_checkpointing.strategies.async_utils:AsyncRequest"},
+    "training/checkpoint.py": {
+        "request": "megatron.core.dist_checkpointing.strategies.async_utils:AsyncRequest"
+    },
     "rollout/engine.py": {
         "self._llm": "vllm:LLM",
         "self._llm.llm_engine": "vllm.v1.engine.llm_engine:LLMEngine",
@@ -41,7 +44,8 @@ RECEIVERS: dict[str, dict[str, str]] = {
 
 @dataclass(frozen=True)
 class Use:
-    """One use of a library: `member` of `name` in `module`; "" where the name, or the module, itself is used."""
+    """One use of a library: `member` of `name` in `module`; "" where the name, or the module, itself is
+    used."""
 
     place: str
     module: str
@@ -51,7 +55,9 @@ class Use:
     num_positional: int = 0
     keywords: tuple[str, ...] = ()
     has_star: bool = False  # *args or **kwargs: missing arguments cannot be found
-    is_alternative: bool = False  # in megatron_versions.py or within try ... except ImportError: a stack may lack it
+    is_alternative: bool = (
+        False  # in megatron_versions.py or within try ... except ImportError: a stack may lack it
+    )
 
     def __str__(self) -> str:
         dotted = ".".join(part for part in (self.module, self.name, self.member) if part)
@@ -91,7 +97,9 @@ class _Target:
 class _Collector(ast.NodeVisitor):
     def __init__(self, path: str, receivers: dict[str, str]) -> None:
         self.path = path
-        self.receivers = {text: _Target(*place.split(":"), is_instance=True) for text, place in receivers.items()}
+        self.receivers = {
+            text: _Target(*place.split(":"), is_instance=True) for text, place in receivers.items()
+        }
         self.scopes: list[dict[str, _Target]] = [{}]
         self.uses: list[Use] = []
         self.used_receivers: set[str] = set()
@@ -127,10 +135,17 @@ class _Collector(ast.NodeVisitor):
 
     def visit_ClassDef(self, node: ast.ClassDef) -> None:
         targets = [target for base in node.bases if (target := self._target(base)) is not None]
-        own = {item.name for item in node.body if isinstance(item, ast.FunctionDef)} | set(_assigned_to_self(node))
+        own = {item.name for item in node.body if isinstance(item, ast.FunctionDef)} | set(
+            _assigned_to_self(node)
+        )
         for target in targets:
             for child in ast.walk(node):
-                if isinstance(child, ast.Attribute) and isinstance(child.ctx, ast.Load) and _is_self(child.value) and child.attr not in own:
+                if (
+                    isinstance(child, ast.Attribute)
+                    and isinstance(child.ctx, ast.Load)
+                    and _is_self(child.value)
+                    and child.attr not in own
+                ):
                     self._add(child, _Target(target.module, target.name, child.attr))
         self.generic_visit(node)
 
@@ -145,23 +160,33 @@ class _Collector(ast.NodeVisitor):
         target = self._target(node.func)
         if target is not None and (target.name or target.member) and not target.is_instance:
             keywords = tuple(keyword.arg for keyword in node.keywords if keyword.arg is not None)
-            has_star = len(keywords) < len(node.keywords) or any(isinstance(each, ast.Starred) for each in node.args)
+            has_star = len(keywords) < len(node.keywords) or any(
+                isinstance(each, ast.Starred) for each in node.args
+            )
             for keyword in node.keywords:
                 if keyword.arg is None and self.functions:
                     keywords += tuple(_keys(self.functions[-1], ast.unparse(keyword.value)))
             positional = sum(not isinstance(each, ast.Starred) for each in node.args)
-            self._add(node, target, is_call=True, num_positional=positional, keywords=keywords, has_star=has_star)
+            self._add(
+                node, target, is_call=True, num_positional=positional, keywords=keywords, has_star=has_star
+            )
         self.generic_visit(node)
 
     def visit_Tuple(self, node: ast.Tuple) -> None:
-        if len(node.elts) == 2 and isinstance(node.elts[1], ast.Constant) and isinstance(node.elts[1].value, str):
+        if (
+            len(node.elts) == 2
+            and isinstance(node.elts[1], ast.Constant)
+            and isinstance(node.elts[1].value, str)
+        ):
             owner = self._target(node.elts[0])
             if owner is not None and not owner.member:
                 self._add(node, _child(owner, node.elts[1].value))
         self.generic_visit(node)
 
     def _target(self, node: ast.expr) -> _Target | None:
-        receiver = self.receivers.get(ast.unparse(node)) if isinstance(node, ast.Name | ast.Attribute) else None
+        receiver = (
+            self.receivers.get(ast.unparse(node)) if isinstance(node, ast.Name | ast.Attribute) else None
+        )
         if receiver is not None:
             self.used_receivers.add(ast.unparse(node))
             return receiver
@@ -175,7 +200,9 @@ class _Collector(ast.NodeVisitor):
     def _add(self, node: ast.stmt | ast.expr, target: _Target, **call: object) -> None:
         place = f"{self.path}:{node.lineno}"
         is_alternative = self.alternatives > 0 or self.path.endswith("parallel/megatron_versions.py")
-        self.uses.append(Use(place, target.module, target.name, target.member, is_alternative=is_alternative, **call))  # type: ignore[arg-type]
+        self.uses.append(
+            Use(place, target.module, target.name, target.member, is_alternative=is_alternative, **call)
+        )  # type: ignore[arg-type]
 
 
 def _child(owner: _Target, attribute: str) -> _Target:
@@ -192,7 +219,11 @@ def _keys(function: ast.FunctionDef, name: str) -> Iterator[str]:
         elif isinstance(node, ast.Assign | ast.AnnAssign):
             targets = node.targets if isinstance(node, ast.Assign) else [node.target]
             for target in targets:
-                if isinstance(target, ast.Subscript) and ast.unparse(target.value) == name and isinstance(target.slice, ast.Constant):
+                if (
+                    isinstance(target, ast.Subscript)
+                    and ast.unparse(target.value) == name
+                    and isinstance(target.slice, ast.Constant)
+                ):
                     yield str(target.slice.value)
             if any(ast.unparse(target) == name for target in targets):
                 yield from _literal_keys(node.value)

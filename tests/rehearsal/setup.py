@@ -2,7 +2,8 @@
 
 
 def transformer_engine_adam() -> None:
-    """Import Megatron-Core as it is here, then let its optimizer take the stand-in for TransformerEngine's FusedAdam."""
+    """Import Megatron-Core as it is here, then let its optimizer take the stand-in for TransformerEngine's
+    FusedAdam."""
     import rlsc_mcore.training.step
     from tests.helpers.transformer_engine import install
 

@@ -1,6 +1,8 @@
-"""The launch scripts on a real SLURM (cluster.sh) with the real trainer and the embedded model. What is shown, and where:
+"""The launch scripts on a real SLURM (cluster.sh) with the real trainer and the embedded model. What is
+shown, and where:
 
-(test_queue.py and test_nodes.py are about what lies around the trainer: their ranks run stubs/trainer.py, but in the array.)
+(test_queue.py and test_nodes.py are about what lies around the trainer: their ranks run stubs/trainer.py, but
+in the array.)
 
 submission
   script accepted unmodified                           test_scripts_are_accepted_unmodified

@@ -15,7 +15,8 @@ from tests.slurm.jobs import EVALUATED, PATIENCE_S, Cluster, Job, NoClusterHere
 
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[Cluster]:
-    """Two nodes with 8 GPUs each; preemption requeues, after a grace that is long in partition main and short in hasty."""
+    """Two nodes with 8 GPUs each; preemption requeues, after a grace that is long in partition main and short
+    in hasty."""
     yield from _started(nodes=2)
 
 
@@ -32,7 +33,9 @@ def uneven_cluster() -> Iterator[Cluster]:
 
 
 def _started(**settings: int | str) -> Iterator[Cluster]:
-    folder = Path(tempfile.mkdtemp(prefix="rlsc_cluster_"))  # munge wants every parent open to all, pytest's folders are not
+    folder = Path(
+        tempfile.mkdtemp(prefix="rlsc_cluster_")
+    )  # munge wants every parent open to all, pytest's folders are not
     cluster = Cluster(folder, **settings)
     try:
         cluster.start()
@@ -58,9 +61,11 @@ def _nothing_left_behind(request: pytest.FixtureRequest) -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def uninterrupted(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Job:
-    """A run of four steps on two nodes, a rank each (tp 2), evaluated before and after, that nothing disturbed.
+    """A run of four steps on two nodes, a rank each (tp 2), evaluated before and after, that nothing
+    disturbed.
 
-    pytest's workers share it: the first that wants it runs it on its own cluster. Only its files may be looked at.
+    pytest's workers share it: the first that wants it runs it on its own cluster. Only its files may be
+    looked at.
     """
     base = tmp_path_factory.getbasetemp()
     base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base

@@ -1,6 +1,8 @@
-"""Jobs that are stopped, preempted or lose a node: they come back and end with the weights of the run that nothing disturbed.
+"""Jobs that are stopped, preempted or lose a node: they come back and end with the weights of the run that
+nothing disturbed.
 
-Nothing sleeps here: a rank that a test wants to find in some phase waits there until it is asked to stop (see faults/).
+Nothing sleeps here: a rank that a test wants to find in some phase waits there until it is asked to stop (see
+faults/).
 """
 
 import json
@@ -22,17 +24,25 @@ def wait_in(phase: str, *, step: int | None = None, attempt: int = 0) -> dict[st
 
 def preempt(cluster: Cluster, folder: Path) -> None:
     """Submit a job of higher priority that wants both nodes for a moment."""
-    done = cluster.call("sbatch", "-N2", "-p", "urgent", "--exclusive", "--output=/dev/null", "--wrap", "sleep 1", cwd=folder)
+    done = cluster.call(
+        "sbatch", "-N2", "-p", "urgent", "--exclusive", "--output=/dev/null", "--wrap", "sleep 1", cwd=folder
+    )
     assert done.returncode == 0, done.stderr
 
 
 def evaluations(run_dir: Path) -> dict[str, Any]:
     """Return the scores before and after."""
-    return {name: json.loads((run_dir / "evaluation" / f"{name}.json").read_text()) for name in ("before", "after")}
+    return {
+        name: json.loads((run_dir / "evaluation" / f"{name}.json").read_text())
+        for name in ("before", "after")
+    }
 
 
-def test_signals_in_every_phase_chain_to_the_same_weights(cluster: Cluster, uninterrupted: Job, tmp_path: Path) -> None:
-    """One job, signalled as before its time limit in each phase (in the rollout twice): it saves, goes back and goes on."""
+def test_signals_in_every_phase_chain_to_the_same_weights(
+    cluster: Cluster, uninterrupted: Job, tmp_path: Path
+) -> None:
+    """One job, signalled as before its time limit in each phase (in the rollout twice): it saves, goes back
+    and goes on."""
     phases = [
         ("start-up", 0, "nothing trained yet"),
         ("evaluating before", None, "saved at step_000000"),
@@ -61,10 +71,14 @@ def test_signals_in_every_phase_chain_to_the_same_weights(cluster: Cluster, unin
     attempts = [f"{job.id}.{attempt}" for attempt in range(len(phases) + 1)]
     assert {path.name for path in logs.iterdir()} == {*attempts, "latest"}
     assert all((logs / name / f"rank_{rank}.log").is_file() for name in attempts for rank in (0, 1))
-    assert [output.count(f"attempt {attempt}:") for attempt in range(len(phases) + 1)] == [1] * (len(phases) + 1)
+    assert [output.count(f"attempt {attempt}:") for attempt in range(len(phases) + 1)] == [1] * (
+        len(phases) + 1
+    )
 
 
-def test_preemption_with_grace_saves_and_comes_back(cluster: Cluster, uninterrupted: Job, tmp_path: Path) -> None:
+def test_preemption_with_grace_saves_and_comes_back(
+    cluster: Cluster, uninterrupted: Job, tmp_path: Path
+) -> None:
     job = cluster.submit(tmp_path / "preempted", faults=[wait_in("rollout", step=2)])
     job.reaches("rollout", step=2)
     preempt(cluster, tmp_path)
@@ -73,8 +87,13 @@ def test_preemption_with_grace_saves_and_comes_back(cluster: Cluster, uninterrup
     assert "stopped by SIGTERM and saved" in output and "back into the queue: saved at step_000002" in output
 
 
-def test_node_crash_resumes_from_the_last_checkpoint(cluster: Cluster, uninterrupted: Job, tmp_path: Path) -> None:
-    job = cluster.submit(tmp_path / "crash", faults=[{"phase": "training", "step": 2, "attempt": 0, "do": "hold", "value": "never"}])
+def test_node_crash_resumes_from_the_last_checkpoint(
+    cluster: Cluster, uninterrupted: Job, tmp_path: Path
+) -> None:
+    job = cluster.submit(
+        tmp_path / "crash",
+        faults=[{"phase": "training", "step": 2, "attempt": 0, "do": "hold", "value": "never"}],
+    )
     job.reaches("training", step=2)
     cluster.script("crash", "2")
     job.wait(lambda: job.facts()["JobState"] == "PENDING", "back in the queue after its node died")
@@ -84,9 +103,15 @@ def test_node_crash_resumes_from_the_last_checkpoint(cluster: Cluster, uninterru
     assert re.search(r"resuming .*step_000002 at step 2", output)
 
 
-def test_save_longer_than_the_grace_keeps_the_previous_checkpoint(cluster: Cluster, uninterrupted: Job, tmp_path: Path) -> None:
-    """The preempted job is killed while it saves, or before where the machine is slow: both must leave step 2 whole."""
-    faults = [wait_in("training", step=2), {"phase": "saving", "step": 3, "attempt": 0, "do": "hold", "value": "never"}]
+def test_save_longer_than_the_grace_keeps_the_previous_checkpoint(
+    cluster: Cluster, uninterrupted: Job, tmp_path: Path
+) -> None:
+    """The preempted job is killed while it saves, or before where the machine is slow: both must leave step 2
+    whole."""
+    faults = [
+        wait_in("training", step=2),
+        {"phase": "saving", "step": 3, "attempt": 0, "do": "hold", "value": "never"},
+    ]
     job = cluster.submit(tmp_path / "slow_save", options=("-N2", "-p", "hasty"), faults=faults)
     job.reaches("training", step=2)
     preempt(cluster, tmp_path)
@@ -96,8 +121,11 @@ def test_save_longer_than_the_grace_keeps_the_previous_checkpoint(cluster: Clust
     assert result(job.run_dir) == result(uninterrupted.run_dir)
 
 
-def test_stopped_for_good_and_gone_on_with_by_the_next_job_of_its_name(cluster: Cluster, uninterrupted: Job, tmp_path: Path) -> None:
-    """Three sbatch of one command: each waits for the one before (singleton), and goes on where that one stopped."""
+def test_stopped_for_good_and_gone_on_with_by_the_next_job_of_its_name(
+    cluster: Cluster, uninterrupted: Job, tmp_path: Path
+) -> None:
+    """Three sbatch of one command: each waits for the one before (singleton), and goes on where that one
+    stopped."""
     folder = tmp_path / "quit"
     first = cluster.submit(folder, faults=[wait_in("rollout", step=1)])
     second = cluster.submit(folder, options=("-N2", "--no-requeue"), faults=[wait_in("rollout", step=2)])
@@ -106,7 +134,10 @@ def test_stopped_for_good_and_gone_on_with_by_the_next_job_of_its_name(cluster: 
     assert {job.facts()["Reason"] for job in (second, third)} == {"Dependency"}
     first.signal("USR2")
     first.ends("COMPLETED", "0:0")
-    assert (first.run_dir / "checkpoints" / "latest").read_text() in ("step_000001\n", "step_000002\n")  # the second may be there
+    assert (first.run_dir / "checkpoints" / "latest").read_text() in (
+        "step_000001\n",
+        "step_000002\n",
+    )  # the second may be there
     second.reaches("rollout", step=2)
     assert third.facts()["Reason"] == "Dependency"
     second.signal("USR1")  # without the right to be requeued: exit 75
@@ -125,7 +156,8 @@ def test_scancel_never_comes_back(cluster: Cluster, tmp_path: Path) -> None:
 
 
 def test_real_time_limit(cluster: Cluster, uninterrupted: Job, tmp_path: Path) -> None:
-    """Nobody signals but SLURM, a minute before the end of the three that the job has (it may do so 30 s early)."""
+    """Nobody signals but SLURM, a minute before the end of the three that the job has (it may do so 30 s
+    early)."""
     options = ("-N2", "-t", "3", "--signal=B:USR1@60")
     job = cluster.submit(tmp_path / "three_minutes", options=options, faults=[wait_in("rollout", step=1)])
     output = job.ends("COMPLETED", "0:0", restarts=None)
@@ -133,10 +165,15 @@ def test_real_time_limit(cluster: Cluster, uninterrupted: Job, tmp_path: Path) -
     assert result(job.run_dir) == result(uninterrupted.run_dir)
 
 
-def test_preemption_that_sends_the_jobs_own_signal(other_cluster: Cluster, uninterrupted: Job, tmp_path: Path) -> None:
-    """preempt_send_user_signal: batch shell and ranks get USR1, the ranks twice; and a cluster without GRES."""
+def test_preemption_that_sends_the_jobs_own_signal(
+    other_cluster: Cluster, uninterrupted: Job, tmp_path: Path
+) -> None:
+    """preempt_send_user_signal: batch shell and ranks get USR1, the ranks twice; and a cluster without
+    GRES."""
     options = ("-N2", "--gpus-per-node=0")
-    job = other_cluster.submit(tmp_path / "user_signal", options=options, faults=[wait_in("rollout", step=2)], GPUS_PER_NODE="0")
+    job = other_cluster.submit(
+        tmp_path / "user_signal", options=options, faults=[wait_in("rollout", step=2)], GPUS_PER_NODE="0"
+    )
     job.reaches("rollout", step=2)
     preempt(other_cluster, tmp_path)
     output = job.ends("COMPLETED", "0:0", restarts=1)

@@ -8,7 +8,9 @@ from rlsc_mcore import cli
 
 
 @pytest.fixture
-def run_cli(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, list[str]]]:
+def run_cli(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> Callable[..., tuple[int, list[str]]]:
     """Run `rlsc ...` in this process: exit code and the lines of stderr."""
 
     def leave(code: int) -> None:  # the process of the tests must outlive the command

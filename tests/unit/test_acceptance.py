@@ -1,4 +1,5 @@
-"""The table of marks: from files that the benchmarks really wrote (on a CPU), with a GPU's cases and numbers put in."""
+"""The table of marks: from files that the benchmarks really wrote (on a CPU), with a GPU's cases and numbers
+put in."""
 
 import copy
 import json
@@ -32,7 +33,8 @@ def put(folder: Path, name: str, content: Any) -> None:
 
 
 def with_cases(name: str, cases: dict[str, dict[str, tuple[float, float, float | None]]]) -> dict[str, Any]:
-    """Return a result whose rows are a real row each: case -> provider -> milliseconds, % of the ceiling, extra bytes."""
+    """Return a result whose rows are a real row each: case -> provider -> milliseconds, % of the ceiling,
+    extra bytes."""
     content = real(name)
     template = next(row for row in content["rows"] if row["timing"])
     content["rows"] = [row for row in content["rows"] if not row["timing"]]
@@ -47,7 +49,11 @@ def with_cases(name: str, cases: dict[str, dict[str, tuple[float, float, float |
 
 def verdicts(folder: Path, part: str) -> dict[str, tuple[str, str]]:
     """Return measured and verdict by claim."""
-    return {line["claim"]: (line["measured"], line["verdict"]) for line in judge(Results(folder)) if line["part"] == part}
+    return {
+        line["claim"]: (line["measured"], line["verdict"])
+        for line in judge(Results(folder))
+        if line["part"] == part
+    }
 
 
 def test_nothing_is_claimed_without_results(tmp_path: Path) -> None:
@@ -68,8 +74,16 @@ def test_results_of_a_cpu_are_no_gpu_s(tmp_path: Path) -> None:
 
 def test_shares_and_peers_of_the_kernels(tmp_path: Path) -> None:
     cases = {
-        f"step {WHOLE.name}": {"ours auto (cuda)": (2.4, 97.0, 0.0), "ours triton": (1.0, 99.0, 0.0), "QuACK": (3.3, 71.0, 0.0)},
-        f"step {SHARD.name}": {"ours auto (cuda)": (0.35, 84.0, 0.0), "QuACK": (0.34, 84.5, 0.0), "Liger": (0.9, 30.0, 0.0)},
+        f"step {WHOLE.name}": {
+            "ours auto (cuda)": (2.4, 97.0, 0.0),
+            "ours triton": (1.0, 99.0, 0.0),
+            "QuACK": (3.3, 71.0, 0.0),
+        },
+        f"step {SHARD.name}": {
+            "ours auto (cuda)": (0.35, 84.0, 0.0),
+            "QuACK": (0.34, 84.5, 0.0),
+            "Liger": (0.9, 30.0, 0.0),
+        },
         f"forward {WHOLE.name}": {"ours auto (cuda)": (1.2, 95.0, 0.0)},
     }
     put(tmp_path, "log_prob", with_cases("log_prob", cases))
@@ -84,22 +98,31 @@ def test_shares_and_peers_of_the_kernels(tmp_path: Path) -> None:
     assert found["log p alone, V / 8 = 19008: >= 95 %"][1] == NOT_MEASURED
     assert found["every peer slower, V = 152064"] == ("1.38 x the fastest of 1", REACHED)
     assert found["every peer slower, V / 8 = 19008"] == ("0.97 x the fastest of 2", MISSED)
-    line = next(line for line in judge(Results(tmp_path)) if line["claim"] == f"{one_pass}, V / 8 = 19008: >= 88 %")
+    line = next(
+        line for line in judge(Results(tmp_path)) if line["claim"] == f"{one_pass}, V / 8 = 19008: >= 88 %"
+    )
     assert line["peer"] == "QuACK 84.5 %"
 
 
 @pytest.mark.parametrize(("whole", "verdict"), [(30.0, REACHED), (13.9, MISSED), (None, REACHED)])
 def test_memory_of_the_head(tmp_path: Path, whole: float | None, verdict: str) -> None:
     ours = {"ours": (80.0, 96.0, GRADIENTS + 1.25 * GIB), "whole logits": (81.0, 95.0, GRADIENTS + 6 * GIB)}
-    big = {"ours": (240.0, 96.0, 6 * GIB)} | ({} if whole is None else {"whole logits": (243.0, 95.0, whole * GIB)})
+    big = {"ours": (240.0, 96.0, 6 * GIB)} | (
+        {} if whole is None else {"whole logits": (243.0, 95.0, whole * GIB)}
+    )
     content = with_cases("linear_log_prob", {WHOLE.name: ours, MEMORY_SHAPE.name: big})
     if whole is None:
         out_of_memory = {**content["rows"][0], "case": MEMORY_SHAPE.name, "provider": "whole logits"}
-        content["rows"].append({**out_of_memory, "timing": None, "skipped": "OutOfMemoryError: CUDA out of memory."})
+        content["rows"].append(
+            {**out_of_memory, "timing": None, "skipped": "OutOfMemoryError: CUDA out of memory."}
+        )
     put(tmp_path, "linear_log_prob", content)
     found = verdicts(tmp_path, "kernels")
     assert found["the same: at most 2.5 GiB beside inputs and gradients"] == ("1.25 GiB", REACHED)
-    assert found["the same: every peer slower, the unweighted one too"] == ("1.01 x the fastest of 1", REACHED)
+    assert found["the same: every peer slower, the unweighted one too"] == (
+        "1.01 x the fastest of 1",
+        REACHED,
+    )
     assert found["head and loss of 16 x 3072 tokens: >= 8 GiB below whole logits"][1] == verdict
 
 
@@ -126,16 +149,25 @@ def test_the_whole_loop_at_7b(tmp_path: Path) -> None:
     content["phases"]["median_seconds"]["whole_step"] = 24.04
     put(tmp_path, "end_to_end_7b", content)
     found = verdicts(tmp_path, "loop")
-    assert found["7B, 8 x 16 x 1024: the whole loop on one GPU, peak below 130 GiB"] == ("121.5 GiB, 24.0 s per step", REACHED)
+    assert found["7B, 8 x 16 x 1024: the whole loop on one GPU, peak below 130 GiB"] == (
+        "121.5 GiB, 24.0 s per step",
+        REACHED,
+    )
 
 
-@pytest.mark.parametrize(("rise", "p_value", "verdict"), [(0.05, 0.001, REACHED), (0.05, 0.2, MISSED), (-0.05, 0.001, MISSED)])
+@pytest.mark.parametrize(
+    ("rise", "p_value", "verdict"), [(0.05, 0.001, REACHED), (0.05, 0.2, MISSED), (-0.05, 0.001, MISSED)]
+)
 def test_real_weights(tmp_path: Path, rise: float, p_value: float, verdict: str) -> None:
     content = json.loads((CPU / "comparison.json").read_text()) | {"about": {"device": "NVIDIA H200"}}
     content["rows"]["rlsc"]["confidence_f"]["change"].update(mean=rise, p_value=p_value)
     put(tmp_path, "real_model", content)
-    measured, found = verdicts(tmp_path, "loop")["SmolLM2-135M, 20 steps on GSM8K, 3 seeds: F rises (p < 0.05)"]
-    assert found == verdict and measured.startswith(f"F {rise:+.3f} (p = {p_value:.3f}), accuracy at T = 0.5 +")
+    measured, found = verdicts(tmp_path, "loop")[
+        "SmolLM2-135M, 20 steps on GSM8K, 3 seeds: F rises (p < 0.05)"
+    ]
+    assert found == verdict and measured.startswith(
+        f"F {rise:+.3f} (p = {p_value:.3f}), accuracy at T = 0.5 +"
+    )
 
 
 def test_a_question_is_trained_on_or_held_out(tmp_path: Path) -> None:
@@ -157,9 +189,35 @@ def test_the_run_on_real_weights_runs_here_with_the_embedded_model(tmp_path: Pat
     questions = tmp_path / "questions.jsonl"
     rows = [json.dumps({"question": f"What is {i} + 5?", "answer": str(i + 5)}) for i in range(40)]
     questions.write_text("\n".join(rows), encoding="utf-8")
-    command = [sys.executable, "-m", "benchmarks.bench_real_model", "--model", "embedded:tiny_qwen2", "--questions", str(questions)]
-    command += ["--objectives", "rlsc,lower_temperature", "--seeds", "0", "--steps", "1", "--runs", str(tmp_path / "runs")]
-    command += ["--out", str(tmp_path / "out"), "--held-out", "8", "--data.questions-per-step", "4", "--rollout.num-samples", "4"]
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.bench_real_model",
+        "--model",
+        "embedded:tiny_qwen2",
+        "--questions",
+        str(questions),
+    ]
+    command += [
+        "--objectives",
+        "rlsc,lower_temperature",
+        "--seeds",
+        "0",
+        "--steps",
+        "1",
+        "--runs",
+        str(tmp_path / "runs"),
+    ]
+    command += [
+        "--out",
+        str(tmp_path / "out"),
+        "--held-out",
+        "8",
+        "--data.questions-per-step",
+        "4",
+        "--rollout.num-samples",
+        "4",
+    ]
     command += ["--rollout.max-new-tokens", "40", "--evaluation.num-samples", "2"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=280)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -176,7 +234,11 @@ def test_the_readme_becomes_the_table_of_marks(tmp_path: Path) -> None:
     assert "Nothing has been measured on a GPU yet" in nothing
     put(tmp_path, "weight_swap_qwen2.5-7b", real("weight_swap_smollm2-135m"))
     done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.acceptance", str(tmp_path)], cwd=ROOT, capture_output=True, text=True, check=True
+        [sys.executable, "-m", "benchmarks.acceptance", str(tmp_path)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
     )
     lines = gpu_lines(tmp_path)
     assert len(lines) == 2 + len(marks()) + 2 and lines[-1].count("`") >= 6 and "NVIDIA H200" in lines[-1]
@@ -184,7 +246,11 @@ def test_the_readme_becomes_the_table_of_marks(tmp_path: Path) -> None:
 
 
 def test_training(tmp_path: Path) -> None:
-    step = {"about": {"device": "NVIDIA H200"}, "tokens_per_s": 10500.0, "memory": {"device_peak": int(131 * GIB)}}
+    step = {
+        "about": {"device": "NVIDIA H200"},
+        "tokens_per_s": 10500.0,
+        "memory": {"device_peak": int(131 * GIB)},
+    }
     put(tmp_path, "train_step_qwen2.5-7b", {**step, "utilisation": {"mfu": 0.512}})
     put(tmp_path, "train_step_qwen2.5-1.5b", {**step, "utilisation": {"mfu": None}})
     found = list(verdicts(tmp_path, "train").values())
@@ -195,7 +261,9 @@ def test_training(tmp_path: Path) -> None:
     ]
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"rows": []}', '{"about": {"device": "NVIDIA H200"}, "rows": [{}]}'])
+@pytest.mark.parametrize(
+    "text", ["", "[]", "{}", '{"rows": []}', '{"about": {"device": "NVIDIA H200"}, "rows": [{}]}']
+)
 def test_a_broken_file_is_not_measured(tmp_path: Path, text: str) -> None:
     for name in ("log_prob", "linear_log_prob", "end_to_end_1.5b", "train_step_qwen2.5-7b"):
         (tmp_path / f"{name}.json").write_text(text)
@@ -204,7 +272,9 @@ def test_a_broken_file_is_not_measured(tmp_path: Path, text: str) -> None:
 
 def test_a_gpu_that_is_too_small_says_what_is_needed(tmp_path: Path) -> None:
     put(tmp_path, "train_step_qwen2.5-7b", {"skipped": "needs a GPU of 130 GiB, this one has 79 GiB"})
-    measured = [line["measured"] for line in judge(Results(tmp_path)) if line["claim"].startswith("7B trains")]
+    measured = [
+        line["measured"] for line in judge(Results(tmp_path)) if line["claim"].startswith("7B trains")
+    ]
     assert measured == ["- (train_step_qwen2.5-7b: needs a GPU of 130 GiB, this one has 79 GiB)"]
 
 
@@ -214,7 +284,13 @@ def test_every_command_runs_on_a_cpu_with_tiny_shapes(tmp_path: Path) -> None:
     done = acceptance("--rehearse", "--out", str(tmp_path))
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     written = {file.stem for file in tmp_path.glob("*.json")}
-    expected = {"log_prob", "linear_log_prob", "sequence_sum", "weight_swap_tiny_qwen2", "train_step_tiny_qwen2"}
+    expected = {
+        "log_prob",
+        "linear_log_prob",
+        "sequence_sum",
+        "weight_swap_tiny_qwen2",
+        "train_step_tiny_qwen2",
+    }
     assert written >= expected | {"end_to_end_1.5b", "end_to_end_7b", "acceptance"}
     lines = json.loads((tmp_path / "acceptance.json").read_text())["marks"]
     assert {line["verdict"] for line in lines} == {NOT_MEASURED}, "a CPU's results reach no mark of a GPU"
@@ -230,8 +306,15 @@ def acceptance(*arguments: str) -> subprocess.CompletedProcess[str]:
 def test_the_commands_are_those_of_real_benchmarks() -> None:
     done = acceptance("--dry-run")
     assert done.returncode == 0, done.stderr
-    modules = {word for line in done.stdout.splitlines() for word in line.split() if word.startswith("benchmarks.")}
-    assert modules >= {"benchmarks.bench_log_prob", "benchmarks.bench_weight_swap", "benchmarks.bench_train_step", "benchmarks.acceptance"}
+    modules = {
+        word for line in done.stdout.splitlines() for word in line.split() if word.startswith("benchmarks.")
+    }
+    assert modules >= {
+        "benchmarks.bench_log_prob",
+        "benchmarks.bench_weight_swap",
+        "benchmarks.bench_train_step",
+        "benchmarks.acceptance",
+    }
     assert all((ROOT / f"{module.replace('.', '/')}.py").is_file() for module in modules)
     only = acceptance("--dry-run", "--only", "train").stdout.splitlines()
     assert only and all(line.startswith(("train ", "then: ", "=====")) for line in only)
@@ -240,7 +323,10 @@ def test_the_commands_are_those_of_real_benchmarks() -> None:
 def test_without_a_gpu_nothing_is_measured(tmp_path: Path) -> None:
     done = acceptance("--out", str(tmp_path / "out"))
     assert done.returncode == 2 and "no GPU for" in done.stderr and not (tmp_path / "out").exists()
-    assert "--only: expected one of kernels swap train loop peers, got 'all'" in acceptance("--only", "all").stderr
+    assert (
+        "--only: expected one of kernels swap train loop peers, got 'all'"
+        in acceptance("--only", "all").stderr
+    )
 
 
 def test_a_random_model_is_a_model(tmp_path: Path) -> None:
@@ -259,7 +345,11 @@ def test_a_random_model_is_a_model(tmp_path: Path) -> None:
 def test_swap_marks(tmp_path: Path) -> None:
     content = real("weight_swap_smollm2-135m")
     ours, official = "shared storage, the rest rewritten (ours)", "reload_weights, Hugging Face names"
-    content["transition_ms"]["whole"], content["ways"][ours]["ms"], content["verify_ms"]["checksums"] = 45.0, 1.25, 0.2
+    content["transition_ms"]["whole"], content["ways"][ours]["ms"], content["verify_ms"]["checksums"] = (
+        45.0,
+        1.25,
+        0.2,
+    )
     content["ways"][official].update(ms=120.0, times_ours=96.0)
     content["memory"]["saved_bytes"] = 14.4 * GIB
     put(tmp_path, "weight_swap_qwen2.5-7b", content)
@@ -271,7 +361,10 @@ def test_swap_marks(tmp_path: Path) -> None:
 def test_the_peer_must_have_sampled_with_vllm(tmp_path: Path) -> None:
     content = real("peers")
     put(tmp_path, "peers", content)
-    assert next(iter(verdicts(tmp_path, "peers").values())) == ("- (TRL sampled with transformers generate)", NOT_MEASURED)
+    assert next(iter(verdicts(tmp_path, "peers").values())) == (
+        "- (TRL sampled with transformers generate)",
+        NOT_MEASURED,
+    )
     content.update(sampler_of_trl="colocated vLLM", times_ours=1.75)
     put(tmp_path, "peers", content)
     assert next(iter(verdicts(tmp_path, "peers").values())) == ("1.75 x", REACHED)

@@ -1,4 +1,5 @@
-"""The embedded model, tokenizer and questions: answers recomputed from the text alone, splits apart, files as recorded."""
+"""The embedded model, tokenizer and questions: answers recomputed from the text alone, splits apart, files as
+recorded."""
 
 import ast
 import dataclasses
@@ -45,7 +46,10 @@ def record() -> dict[str, Any]:
 
 
 def read_split(name: str) -> list[dict[str, str]]:
-    return [json.loads(line) for line in (ASSETS / "questions" / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()]
+    return [
+        json.loads(line)
+        for line in (ASSETS / "questions" / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
 
 
 def evaluate_sum(expression: str) -> int:
@@ -147,7 +151,9 @@ def test_authors_are_noisy_as_their_mix_says() -> None:
     assert 0.6 < boxed_right / boxed < 0.9
 
 
-def test_pretraining_batches_hold_only_their_split_and_train_on_answers_and_the_end_of_turn(tokenizer: PreTrainedTokenizerBase) -> None:
+def test_pretraining_batches_hold_only_their_split_and_train_on_answers_and_the_end_of_turn(
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
     config = PretrainConfig(pages_per_sort=200)
     batch = next(batches(Random(2), tokenizer, AuthorMix(), config))
     assert batch.input_ids.numel() <= config.batch_tokens
@@ -161,8 +167,12 @@ def test_pretraining_batches_hold_only_their_split_and_train_on_answers_and_the_
 
 
 def test_pretraining_repeats_itself_bit_for_bit(tokenizer: PreTrainedTokenizerBase) -> None:
-    config = PretrainConfig(total_tokens=2_500, pages_per_sort=200, batch_tokens=1_024, warmup_tokens=1_000, log_every_steps=1)
-    (first, points), (second, _) = (pretrain(config, tokenizer, AuthorMix(), lambda point, model: None) for _ in range(2))
+    config = PretrainConfig(
+        total_tokens=2_500, pages_per_sort=200, batch_tokens=1_024, warmup_tokens=1_000, log_every_steps=1
+    )
+    (first, points), (second, _) = (
+        pretrain(config, tokenizer, AuthorMix(), lambda point, model: None) for _ in range(2)
+    )
     assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
     assert len(points) >= 3 and points[-1].tokens >= config.total_tokens
     assert points[0].learning_rate > 0 == points[-1].learning_rate
@@ -187,12 +197,16 @@ def test_the_tokenizer_round_trips_any_text_in_nfc(tokenizer: PreTrainedTokenize
 
 
 def test_digits_are_single_tokens(tokenizer: PreTrainedTokenizerBase) -> None:
-    tokens = [tokenizer.decode([token_id]) for token_id in tokenizer("120+345=465\n\\boxed{465}")["input_ids"]]
+    tokens = [
+        tokenizer.decode([token_id]) for token_id in tokenizer("120+345=465\n\\boxed{465}")["input_ids"]
+    ]
     digits = [token for token in tokens if any(character.isdigit() for character in token)]
     assert digits == list("120345465465")
 
 
-def test_the_chat_template_renders_the_prompt_the_model_was_trained_on(tokenizer: PreTrainedTokenizerBase) -> None:
+def test_the_chat_template_renders_the_prompt_the_model_was_trained_on(
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
     messages = [{"role": "user", "content": "Compute 1+2."}]
     expected = "<|im_start|>user\nCompute 1+2.<|im_end|>\n<|im_start|>assistant\n"
     assert tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True) == expected
@@ -201,12 +215,20 @@ def test_the_chat_template_renders_the_prompt_the_model_was_trained_on(tokenizer
     assert tokenizer.decode(tokenizer(expected)["input_ids"]) == expected
 
 
-def test_the_model_folder_holds_small_fp32_weights_of_an_engine_friendly_shape(tokenizer: PreTrainedTokenizerBase) -> None:
+def test_the_model_folder_holds_small_fp32_weights_of_an_engine_friendly_shape(
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
     config = json.loads((MODEL / "config.json").read_text(encoding="utf-8"))
     assert config["architectures"] == ["Qwen2ForCausalLM"]
-    assert config["tie_word_embeddings"] and config["vocab_size"] == 512 and config["max_position_embeddings"] == 256
+    assert (
+        config["tie_word_embeddings"]
+        and config["vocab_size"] == 512
+        and config["max_position_embeddings"] == 256
+    )
     assert config["hidden_size"] // config["num_attention_heads"] in CPU_HEAD_SIZES & {32, 64}
-    assert config["eos_token_id"] == tokenizer.eos_token_id and config["pad_token_id"] == tokenizer.pad_token_id
+    assert (
+        config["eos_token_id"] == tokenizer.eos_token_id and config["pad_token_id"] == tokenizer.pad_token_id
+    )
     assert len(tokenizer) <= 512 and max(tokenizer.get_vocab().values()) < 512
     weights = (MODEL / "model.safetensors").read_bytes()
     assert len(weights) <= LARGEST_WEIGHT_FILE_BYTES
@@ -227,7 +249,11 @@ def test_no_file_names_a_place_on_the_machine_that_made_it() -> None:
 
 
 def test_the_record_matches_the_files(record: dict[str, Any]) -> None:
-    files = {str(file.relative_to(ASSETS)) for folder in ("tiny_qwen2", "questions") for file in (ASSETS / folder).iterdir()}
+    files = {
+        str(file.relative_to(ASSETS))
+        for folder in ("tiny_qwen2", "questions")
+        for file in (ASSETS / folder).iterdir()
+    }
     assert set(record["sha256"]) == files
     for name, digest in record["sha256"].items():
         assert hashlib.sha256((ASSETS / name).read_bytes()).hexdigest() == digest, name

@@ -1,4 +1,5 @@
-"""Spreading sequences over ranks: against brute force, a counter of FLOPs, and what must hold of every plan."""
+"""Spreading sequences over ranks: against brute force, a counter of FLOPs, and what must hold of every
+plan."""
 
 import itertools
 
@@ -37,7 +38,9 @@ def problems(draw: st.DrawFn) -> tuple[list[float], list[int], int]:
 
 @settings(max_examples=200, deadline=None)
 @given(problem=problems())
-def test_no_rank_exceeds_the_mean_by_more_than_a_sequence(problem: tuple[list[float], list[int], int]) -> None:
+def test_no_rank_exceeds_the_mean_by_more_than_a_sequence(
+    problem: tuple[list[float], list[int], int],
+) -> None:
     costs, owners, ranks = problem
     plan = assign(costs, owners, ranks)
     assert len(plan) == len(costs) and all(0 <= rank < ranks for rank in plan)
@@ -104,6 +107,7 @@ def test_cost_model_counts_what_torch_counts() -> None:
     with FlopCounterMode(display=False) as counter:
         Qwen2ForCausalLM(config)(input_ids=torch.zeros(1, length, dtype=torch.int64), use_cache=False)
     ours = SHAPE.cost_model()
-    # The eager oracle multiplies every pair of tokens, ours the causal half; rotary tables are the oracle's alone.
+    # The eager oracle multiplies every pair of tokens, ours the causal half; rotary tables are the oracle's
+    # alone.
     forward = (ours.per_token + ours.per_trained_token) * length / 3 + ours.per_token_pair * length**2 / 3
     assert counter.get_total_flops() == pytest.approx(forward, rel=1e-3)

@@ -1,4 +1,5 @@
-"""The baselines: rewards by hand, advantages and losses against NumPy, and whole gradients against a plain transformers model."""
+"""The baselines: rewards by hand, advantages and losses against NumPy, and whole gradients against a plain
+transformers model."""
 
 import math
 from pathlib import Path
@@ -13,15 +14,26 @@ from hypothesis import strategies as st
 from rlsc_mcore.algorithm.entropy import entropy_loss
 from rlsc_mcore.algorithm.objective import WeightedObjective
 from rlsc_mcore.config import AlgorithmConfig, ConfigError, RolloutConfig
-from rlsc_mcore.grading.rewards import answer_classes, check_labels, group_advantages, label_rewards, majority_rewards, trained_rollouts
+from rlsc_mcore.grading.rewards import (
+    answer_classes,
+    check_labels,
+    group_advantages,
+    label_rewards,
+    majority_rewards,
+    trained_rollouts,
+)
 from rlsc_mcore.types import Question, Rollout
 from tests.helpers.ranks import run_ranks
 from tests.helpers.tiny import make_model_folder, make_rollouts, tiny_config
 
 
-def advantages(objective: str, rollouts: list[Rollout], questions: list[Question], **options: Any) -> list[float]:
+def advantages(
+    objective: str, rollouts: list[Rollout], questions: list[Question], **options: Any
+) -> list[float]:
     """The advantage of each trained rollout; the sampling options hold all rollouts of a question."""
-    rollout = RolloutConfig(num_samples=options.pop("num_samples", 64), num_trained=options.pop("num_trained", None))
+    rollout = RolloutConfig(
+        num_samples=options.pop("num_samples", 64), num_trained=options.pop("num_trained", None)
+    )
     algorithm = AlgorithmConfig(objective=objective, **options)
     return [advantage for _, advantage in trained_rollouts(algorithm, rollout, rollouts, questions)]
 
@@ -47,12 +59,16 @@ def test_majority_rewards(answers: list[str | None], expected: list[float]) -> N
 
 
 def test_label_rewards_need_the_box() -> None:
-    assert label_rewards(["so \\boxed{8}", "8", "\\boxed{9}", "8, no: \\boxed{8.0}"], Question(0, "?", "8")) == [1, 0, 0, 1]
+    assert label_rewards(
+        ["so \\boxed{8}", "8", "\\boxed{9}", "8, no: \\boxed{8.0}"], Question(0, "?", "8")
+    ) == [1, 0, 0, 1]
 
 
 @given(st.lists(st.none() | st.integers(0, 5), max_size=20))
 def test_answer_classes_partition_the_answers(values: list[int | None]) -> None:
-    found = answer_classes([None if value is None else f"{value}.0" for value in values], agree=lambda a, b: a == b)
+    found = answer_classes(
+        [None if value is None else f"{value}.0" for value in values], agree=lambda a, b: a == b
+    )
     for i, first in enumerate(values):
         for j, second in enumerate(values):
             assert (found[i] == found[j]) == (first == second)
@@ -61,7 +77,10 @@ def test_answer_classes_partition_the_answers(values: list[int | None]) -> None:
 
 @given(st.lists(st.tuples(st.booleans(), st.integers(0, 3)), min_size=1, max_size=40))
 def test_advantages_are_rewards_minus_the_mean_of_their_question(samples: list[tuple[bool, int]]) -> None:
-    rewards, groups = np.array([float(right) for right, _ in samples]), np.array([group for _, group in samples])
+    rewards, groups = (
+        np.array([float(right) for right, _ in samples]),
+        np.array([group for _, group in samples]),
+    )
     expected = rewards - np.array([rewards[groups == group].mean() for group in groups])
     np.testing.assert_allclose(group_advantages(rewards.tolist(), groups.tolist()), expected, atol=1e-15)
 
@@ -72,7 +91,9 @@ def rollout(question: int, text: str) -> Rollout:
 
 def test_rollouts_are_graded_question_by_question() -> None:
     questions = [Question(0, "a", "8"), Question(1, "b", "5")]
-    rollouts = [rollout(1, text) for text in boxed("4", "4", "5", None)] + [rollout(0, text) for text in boxed("8", "8")]
+    rollouts = [rollout(1, text) for text in boxed("4", "4", "5", None)] + [
+        rollout(0, text) for text in boxed("8", "8")
+    ]
     assert advantages("majority_vote", rollouts, questions) == [0.5, 0.5, -0.5, -0.5, 0, 0]
     assert advantages("rlvr", rollouts, questions) == [-0.25, -0.25, 0.75, -0.25, 0, 0]
     assert advantages("rlsc", rollouts, questions) == [0.0] * 6
@@ -84,7 +105,9 @@ def test_rewards_of_any_answer_count_what_is_not_boxed() -> None:
     question = Question(0, "a", "8")
     assert label_rewards(said, question) == [0, 0, 0] and label_rewards(said, question, "any") == [1, 1, 0]
     rollouts = [rollout(0, text) for text in said]
-    assert advantages("majority_vote", rollouts, [question], rewards="any") == pytest.approx([1 / 3, 1 / 3, -2 / 3])
+    assert advantages("majority_vote", rollouts, [question], rewards="any") == pytest.approx(
+        [1 / 3, 1 / 3, -2 / 3]
+    )
 
 
 def test_rewards_read_an_answer_by_the_questions_format() -> None:
@@ -92,24 +115,39 @@ def test_rewards_read_an_answer_by_the_questions_format() -> None:
     said = ["\\boxed{B: 5}", "\\boxed{\\text{Option B}}", "\\boxed{A}", "\\boxed{B, C}"]
     assert label_rewards(said, choice) == [1, 1, 0, 0]
     assert majority_rewards(said, choice) == [1, 1, 0, 0]
-    assert label_rewards(["\\boxed{3.14}", "\\boxed{3.3}"], Question(0, "a", "3.1416", tolerance=0.01)) == [1, 0]
+    assert label_rewards(["\\boxed{3.14}", "\\boxed{3.3}"], Question(0, "a", "3.1416", tolerance=0.01)) == [
+        1,
+        0,
+    ]
     assert label_rewards(["\\boxed{2, 1}"], Question(0, "a", "1, 2")) == [1]
 
 
 def test_rlvr_alone_refuses_questions_without_labels() -> None:
     questions = [Question(0, "a", "8"), Question(1, "b", None)]
     check_labels("majority_vote", questions, "file.jsonl")
-    with pytest.raises(ConfigError, match=r"^algorithm.objective: rlvr needs labels, and question 1 of file.jsonl"):
+    with pytest.raises(
+        ConfigError, match=r"^algorithm.objective: rlvr needs labels, and question 1 of file.jsonl"
+    ):
         check_labels("rlvr", questions, "file.jsonl")
 
 
 @pytest.mark.parametrize("objective", ["majority_vote", "rlvr", "grpo", "empo"])
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 def test_coefficients_are_advantages(objective: Any, reduction: Any) -> None:
-    made = WeightedObjective(AlgorithmConfig(objective=objective, reduction=reduction, alpha=0.7), num_samples=8)
-    mask, cu_seqlens = torch.tensor([False, True, True, False, True]), torch.tensor([0, 3, 5], dtype=torch.int32)
+    made = WeightedObjective(
+        AlgorithmConfig(objective=objective, reduction=reduction, alpha=0.7), num_samples=8
+    )
+    mask, cu_seqlens = (
+        torch.tensor([False, True, True, False, True]),
+        torch.tensor([0, 3, 5], dtype=torch.int32),
+    )
     found = made.token_coefficients(
-        torch.full((5,), -1.0), mask, cu_seqlens, torch.tensor([3.0, 1.0]).double(), None, torch.tensor([0.25, -0.75]).double()
+        torch.full((5,), -1.0),
+        mask,
+        cu_seqlens,
+        torch.tensor([3.0, 1.0]).double(),
+        None,
+        torch.tensor([0.25, -0.75]).double(),
     )
     scale = 8 if reduction == "mean" else 1
     assert found.tolist() == pytest.approx([0, 0.75 / scale, 0.75 / scale, 0, -0.75 / scale])
@@ -118,8 +156,13 @@ def test_coefficients_are_advantages(objective: Any, reduction: Any) -> None:
 
 def test_entropy_loss_by_hand() -> None:
     entropy, mask = torch.tensor([9.0, 1.0, 2.0, 4.0]), torch.tensor([False, True, True, True])
-    cu_seqlens, multiplicity = torch.tensor([0, 3, 4], dtype=torch.int32), torch.tensor([3.0, 1.0], dtype=torch.float64)
-    assert float(entropy_loss(entropy, mask, cu_seqlens, multiplicity, 4)) == pytest.approx((3 * (1 + 2) + 4) / 4)
+    cu_seqlens, multiplicity = (
+        torch.tensor([0, 3, 4], dtype=torch.int32),
+        torch.tensor([3.0, 1.0], dtype=torch.float64),
+    )
+    assert float(entropy_loss(entropy, mask, cu_seqlens, multiplicity, 4)) == pytest.approx(
+        (3 * (1 + 2) + 4) / 4
+    )
     assert WeightedObjective(AlgorithmConfig(objective="entropy"), 4).trains_entropy
 
 
@@ -133,7 +176,9 @@ def gradients(folder: str, objective: str) -> tuple[float, dict[str, torch.Tenso
 
     backend = get_backend()
     groups = initialize_groups(backend, 1)
-    trainer = Trainer(tiny_config(folder, ["--algorithm.objective", objective]), Path(folder), backend, groups)
+    trainer = Trainer(
+        tiny_config(folder, ["--algorithm.objective", objective]), Path(folder), backend, groups
+    )
     rollouts, values = batch()
     sequences = merge_identical(
         rollouts,
@@ -146,7 +191,9 @@ def gradients(folder: str, objective: str) -> tuple[float, dict[str, torch.Tenso
     loss, _ = trainer.accumulate_gradients(pack(sequences, 64), made)
     for weight in trainer.policy.weights:
         weight.parameter.data.copy_(weight.parameter.main_grad)
-    exported = export_weights(trainer.policy.weights, trainer.policy.architecture, groups.tp_group, groups.tp_size)
+    exported = export_weights(
+        trainer.policy.weights, trainer.policy.architecture, groups.tp_group, groups.tp_size
+    )
     return float(loss), {name: tensor.clone() for name, tensor in exported}
 
 
@@ -183,4 +230,10 @@ def test_gradients_equal_a_plain_model(tmp_path: Path, objective: str) -> None:
         if name in found:
             assert parameter.grad is not None
             scale = float(parameter.grad.abs().max())
-            torch.testing.assert_close(found[name].double(), parameter.grad, rtol=0, atol=2e-5 * scale, msg=lambda t, n=name: f"{n}: {t}")
+            torch.testing.assert_close(
+                found[name].double(),
+                parameter.grad,
+                rtol=0,
+                atol=2e-5 * scale,
+                msg=lambda t, n=name: f"{n}: {t}",
+            )

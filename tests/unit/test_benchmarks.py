@@ -1,4 +1,5 @@
-"""Benchmarks: every published record layout, every bad file named by line and field, and what to bring where there is nothing."""
+"""Benchmarks: every published record layout, every bad file named by line and field, and what to bring where
+there is nothing."""
 
 import ast
 import json
@@ -22,12 +23,19 @@ from rlsc_mcore.grading.formats import grade_answer
 from rlsc_mcore.types import Question
 
 PUBLIC_SETS = Path(os.environ.get("RLSC_DATA_DIR") or Path(__file__).parents[3] / "shared" / "data")
-GPQA = {"Question": "Which?", "Correct Answer": "right", **{f"Incorrect Answer {i}": f"wrong {i}" for i in (1, 2, 3)}}
+GPQA = {
+    "Question": "Which?",
+    "Correct Answer": "right",
+    **{f"Incorrect Answer {i}": f"wrong {i}" for i in (1, 2, 3)},
+}
 
 
 def write(folder: Path, name: str, *records: Any) -> Path:
     file = folder / name
-    file.write_text("".join((record if isinstance(record, str) else json.dumps(record)) + "\n" for record in records), encoding="utf-8")
+    file.write_text(
+        "".join((record if isinstance(record, str) else json.dumps(record)) + "\n" for record in records),
+        encoding="utf-8",
+    )
     return file
 
 
@@ -43,13 +51,23 @@ def write(folder: Path, name: str, *records: Any) -> Path:
 )
 def test_plain_records(record: dict[str, Any], answer: str) -> None:
     question = read_question(3, record, "file")
-    assert (question.index, question.text, question.answer, question.answer_format) == (3, "p", answer, "math")
+    assert (question.index, question.text, question.answer, question.answer_format) == (
+        3,
+        "p",
+        answer,
+        "math",
+    )
 
 
 def test_names_of_fields_that_data_sets_use() -> None:
     for name in ("answer", "expected_answer", "Answer", "final_answer", "target"):
         assert read_question(0, {"Problem": " p ", name: 5}, "file") == Question(0, "p", "5")
-    svamp = {"Body": "There are 87 oranges", "Question": "How many are left?", "Answer": 14.0, "Equation": "( 87.0 - 73.0 )"}
+    svamp = {
+        "Body": "There are 87 oranges",
+        "Question": "How many are left?",
+        "Answer": 14.0,
+        "Equation": "( 87.0 - 73.0 )",
+    }
     assert read_question(0, svamp, "file") == Question(0, "There are 87 oranges. How many are left?", "14")
     assert read_question(0, {"question": "", "problem": "p", "answer": "1"}, "file").text == "p"
     assert read_question(0, {"question": "q"}, "file") == Question(0, "q", None)
@@ -62,7 +80,10 @@ OPTION_LAYOUTS: dict[str, dict[str, Any]] = {
     "own letters in brackets": {"options": ["(A) 3", "(B) 4", "(C) 5"], "answer": "(B)"},
     "own letters with points": {"options": ["A. 3", "B. 4", "C. 5"], "answer": "b"},
     "object": {"options": {"A": "3", "B": "4", "C": "5"}, "answer": "B"},
-    "objects": {"choices": [{"label": "A", "text": "3"}, {"label": "B", "text": "4"}, {"label": "C", "text": "5"}], "answerKey": "B"},
+    "objects": {
+        "choices": [{"label": "A", "text": "3"}, {"label": "B", "text": "4"}, {"label": "C", "text": "5"}],
+        "answerKey": "B",
+    },
     "text and label": {"choices": {"text": ["3", "4", "5"], "label": ["A", "B", "C"]}, "answerKey": "B"},
     "one text": {"options": "A) 3 B) 4 C) 5", "Answer": "B"},
     "lines": {"options": "(A) 3\n(B) 4\n(C) 5", "answer": "B"},
@@ -79,7 +100,9 @@ def test_options_in_every_layout_are_asked_alike(layout: str) -> None:
         record = {"question": "2+2?", "choices": ["three", "four", "five"], "answer": "four"}
         assert read_question(0, record, "file").answer == "B"
         return
-    assert read_question(0, record, "file") == Question(0, "2+2?\nAnswer Choices: (A) 3 (B) 4 (C) 5", "B", answer_format="choice")
+    assert read_question(0, record, "file") == Question(
+        0, "2+2?\nAnswer Choices: (A) 3 (B) 4 (C) 5", "B", answer_format="choice"
+    )
 
 
 def test_options_within_the_question_make_it_multiple_choice() -> None:
@@ -87,7 +110,10 @@ def test_options_within_the_question_make_it_multiple_choice() -> None:
     for answer in ("B", "(B)", "\\text{(B)}"):
         question = read_question(0, {"problem": text, "answer": answer}, "file")
         assert (question.answer, question.answer_format) == ("B", "choice")
-    assert read_question(0, {"problem": "Which point is nearest?", "answer": "B"}, "file").answer_format == "math"
+    assert (
+        read_question(0, {"problem": "Which point is nearest?", "answer": "B"}, "file").answer_format
+        == "math"
+    )
 
 
 def test_gpqa_is_asked_as_evalchemy_asks_it(tmp_path: Path) -> None:
@@ -126,10 +152,15 @@ def test_a_question_without_its_options_says_so(options: Any) -> None:
 
 
 def test_olympiad_lists_tolerances_and_context() -> None:
-    question = read_question(0, {"question": "q", "context": "c", "final_answer": ["1.2", "3"], "error": "1e-1"}, "file")
+    question = read_question(
+        0, {"question": "q", "context": "c", "final_answer": ["1.2", "3"], "error": "1e-1"}, "file"
+    )
     assert (question.text, question.answer, question.tolerance) == ("c\nq", "1.2, 3", 0.1)
     assert grade_answer("\\boxed{3.05, 1.25}", question).strict
-    assert read_question(0, {"question": "q", "final_answer": ["1"], "error": "1e-1,1e-2"}, "file").tolerance == 0.1
+    assert (
+        read_question(0, {"question": "q", "final_answer": ["1"], "error": "1e-1,1e-2"}, "file").tolerance
+        == 0.1
+    )
 
 
 @pytest.mark.parametrize(("answer", "letter"), [(1, "B"), ("1", "B"), ("B", "B"), ("(b)", "B"), (0, "A")])
@@ -180,7 +211,10 @@ def test_bad_records_name_file_line_and_field(tmp_path: Path, record: Any, named
 def test_files_are_found_by_name_in_a_folder(tmp_path: Path) -> None:
     write(tmp_path, "amc23.jsonl", {"question": "a", "answer": 27.0})
     write(tmp_path, "gsm8k_test.jsonl", {"question": "g", "answer": "#### 5"})
-    assert load_benchmark("amc23", tmp_path)[0].answer == "27" and load_benchmark("gsm8k", tmp_path)[0].answer == "5"
+    assert (
+        load_benchmark("amc23", tmp_path)[0].answer == "27"
+        and load_benchmark("gsm8k", tmp_path)[0].answer == "5"
+    )
     assert len(load_benchmark("embedded:validation")) == 240
 
 
@@ -207,16 +241,51 @@ def cache_snapshot(home: Path, name: str, readme: str, **files: str) -> None:
 def test_a_downloaded_hub_set_is_read_without_network(tmp_path: Path) -> None:
     pytest.importorskip("datasets")
     rows = [json.dumps({"question": f"q{i}?", "answer": f"so\n#### {i},000"}) + "\n" for i in range(3)]
-    configs = [f"- config_name: {name}\n  data_files:\n  - split: test\n    path: {name}.jsonl" for name in ("main", "socratic")]
-    cache_snapshot(tmp_path, BENCHMARKS["gsm8k"].hub, "configs:\n" + "\n".join(configs), main="".join(rows), socratic=rows[0])
+    configs = [
+        f"- config_name: {name}\n  data_files:\n  - split: test\n    path: {name}.jsonl"
+        for name in ("main", "socratic")
+    ]
+    cache_snapshot(
+        tmp_path,
+        BENCHMARKS["gsm8k"].hub,
+        "configs:\n" + "\n".join(configs),
+        main="".join(rows),
+        socratic=rows[0],
+    )
     program = "from rlsc_mcore.evaluation import benchmarks as b; print([(q.text, q.answer) for q in b.load_benchmark('gsm8k')])"
-    environment = os.environ | {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": "", "HF_DATASETS_CACHE": ""}
+    environment = os.environ | {
+        "HF_HOME": str(tmp_path),
+        "HF_HUB_OFFLINE": "1",
+        "HF_HUB_CACHE": "",
+        "HF_DATASETS_CACHE": "",
+    }
     environment = {name: value for name, value in environment.items() if value}
-    ended = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True, timeout=300)
-    assert ast.literal_eval(ended.stdout.splitlines()[-1]) == [("q0?", "0000"), ("q1?", "1000"), ("q2?", "2000")]
+    ended = subprocess.run(
+        [sys.executable, "-c", program],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=300,
+    )
+    assert ast.literal_eval(ended.stdout.splitlines()[-1]) == [
+        ("q0?", "0000"),
+        ("q1?", "1000"),
+        ("q2?", "2000"),
+    ]
     program = "from rlsc_mcore.evaluation import benchmarks as b; print(b.missing_benchmarks(['amc23'])[0])"
-    ended = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True, timeout=300)
-    assert ended.stdout.splitlines()[-1].startswith("--benchmarks: amc23: bring amc23.jsonl") and "did not load" in ended.stdout
+    ended = subprocess.run(
+        [sys.executable, "-c", program],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=300,
+    )
+    assert (
+        ended.stdout.splitlines()[-1].startswith("--benchmarks: amc23: bring amc23.jsonl")
+        and "did not load" in ended.stdout
+    )
 
 
 @pytest.mark.parametrize(
@@ -252,7 +321,12 @@ def test_a_users_template_sees_the_question_alone(tmp_path: Path) -> None:
         return render_text(str(file), "1+1 {{ x }}?", Tokenizer())  # type: ignore[arg-type]
 
     assert text("{{ bos_token }}Q: {{ question }}\nA:") == "<s>Q: 1+1 {{ x }}?\nA:"
-    for source in ("{{ question.__class__.__mro__ }}", "{{ missing }}", "{% if %}", "{{ ''.__class__.__base__.__subclasses__() }}"):
+    for source in (
+        "{{ question.__class__.__mro__ }}",
+        "{{ missing }}",
+        "{% if %}",
+        "{{ ''.__class__.__base__.__subclasses__() }}",
+    ):
         with pytest.raises(ConfigError, match=r"data\.template: .*mine\.jinja"):
             text(source)
 
@@ -267,7 +341,9 @@ def test_templates_are_checked_by_name() -> None:
         parse_config([*flags, "--data.template", "x"])
 
 
-@pytest.mark.skipif(not PUBLIC_SETS.is_dir(), reason="the public question sets are not on this machine (RLSC_DATA_DIR)")
+@pytest.mark.skipif(
+    not PUBLIC_SETS.is_dir(), reason="the public question sets are not on this machine (RLSC_DATA_DIR)"
+)
 @pytest.mark.parametrize(("name", "count"), [("aime24", 30), ("amc23", 40), ("gsm8k", 1319)])
 def test_public_sets(name: str, count: int) -> None:
     questions = load_benchmark(name, PUBLIC_SETS)

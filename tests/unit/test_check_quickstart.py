@@ -67,12 +67,18 @@ def test_what_is_missing_is_named(summary: dict[str, Any], change: Any, named: s
 
 
 @pytest.mark.parametrize(("rise", "code"), [(0.2, 0), (0.01, 1)])
-def test_as_a_command_its_exit_code_is_the_verdict(summary: dict[str, Any], tmp_path: Path, rise: float, code: int) -> None:
+def test_as_a_command_its_exit_code_is_the_verdict(
+    summary: dict[str, Any], tmp_path: Path, rise: float, code: int
+) -> None:
     for measure in summary["after"].values():
         measure["mean"] = 0.4 + rise
     path = tmp_path / "summary.json"
     path.write_text(json.dumps(summary), encoding="utf-8")
     done = subprocess.run(
-        [sys.executable, "-m", "tests.e2e.check_quickstart", str(path)], cwd=ROOT, capture_output=True, text=True, check=False
+        [sys.executable, "-m", "tests.e2e.check_quickstart", str(path)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == code, done.stdout + done.stderr

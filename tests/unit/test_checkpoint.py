@@ -38,14 +38,21 @@ def make_trainer(folder: str, seed: int = 0) -> Any:
 
     backend = get_backend()
     groups = initialize_groups(backend, 1)
-    return Trainer(tiny_config(folder, ["--optimizer.lr", "1e-2", "--training.seed", str(seed)]), Path(folder), backend, groups)
+    return Trainer(
+        tiny_config(folder, ["--optimizer.lr", "1e-2", "--training.seed", str(seed)]),
+        Path(folder),
+        backend,
+        groups,
+    )
 
 
 def train(trainer: Any, step: int) -> float:
     from rlsc_mcore.data.packing import merge_identical, pack
 
     rollouts = make_rollouts(num_questions=2, num_samples=3, seed=step)
-    sequences = merge_identical(rollouts, train_end_token=True, train_truncated=True, stop_token_ids=frozenset({0}))
+    sequences = merge_identical(
+        rollouts, train_end_token=True, train_truncated=True, stop_token_ids=frozenset({0})
+    )
     return trainer.step(pack(sequences, 64), step, len(rollouts)).loss
 
 
@@ -75,7 +82,12 @@ def load_run(folder: str, run_dir: str) -> dict[str, Any]:
     torch.manual_seed(99)
     state = load_checkpoint(find_resumable(Path(run_dir)), trainer)
     loaded, rng = weights(trainer), torch.random.get_rng_state()
-    return {"state": state, "weights": loaded, "next": [train(trainer, state.step + i) for i in range(2)], "rng": rng}
+    return {
+        "state": state,
+        "weights": loaded,
+        "next": [train(trainer, state.step + i) for i in range(2)],
+        "rng": rng,
+    }
 
 
 def load_message(folder: str, run_dir: str) -> str:
@@ -106,17 +118,30 @@ def run_dir(saved: tuple[Path, dict[str, Any]], tmp_path: Path) -> Path:
 def test_a_loaded_run_goes_on_bit_for_bit(folder: str, saved: tuple[Path, dict[str, Any]]) -> None:
     run_dir, written = saved
     (loaded,) = run_ranks(1, load_run, folder, str(run_dir))
-    assert loaded["state"].step == 3 and loaded["state"].policy_version == 3 and loaded["state"].questions == "questions"
+    assert (
+        loaded["state"].step == 3
+        and loaded["state"].policy_version == 3
+        and loaded["state"].questions == "questions"
+    )
     for name, tensor in written["weights"][3].items():
         assert torch.equal(loaded["weights"][name], tensor), name
-    assert not torch.equal(written["weights"][3]["decoder.final_layernorm.weight"], written["weights"][2]["decoder.final_layernorm.weight"])
-    assert loaded["next"] == written["next"]  # the second of them depends on the optimizer's moments and step count
+    assert not torch.equal(
+        written["weights"][3]["decoder.final_layernorm.weight"],
+        written["weights"][2]["decoder.final_layernorm.weight"],
+    )
+    assert (
+        loaded["next"] == written["next"]
+    )  # the second of them depends on the optimizer's moments and step count
     assert torch.equal(loaded["rng"], written["rng"])
 
 
 def test_only_the_last_are_kept(saved: tuple[Path, dict[str, Any]]) -> None:
     run_dir, _ = saved
-    assert sorted(path.name for path in (run_dir / "checkpoints").iterdir()) == ["latest", "step_000002", "step_000003"]
+    assert sorted(path.name for path in (run_dir / "checkpoints").iterdir()) == [
+        "latest",
+        "step_000002",
+        "step_000003",
+    ]
     assert latest_checkpoint(run_dir) == run_dir / "checkpoints" / "step_000003"
 
 
@@ -137,7 +162,11 @@ def test_every_damaged_file_is_named(run_dir: Path, way: str) -> None:
         content = file.read_bytes()
         if way == "bit":
             position = generator.randrange(len(content))
-            file.write_bytes(content[:position] + bytes([content[position] ^ 1 << generator.randrange(8)]) + content[position + 1 :])
+            file.write_bytes(
+                content[:position]
+                + bytes([content[position] ^ 1 << generator.randrange(8)])
+                + content[position + 1 :]
+            )
         elif way == "truncated":
             file.write_bytes(content[: generator.randrange(len(content))])
         else:
@@ -192,9 +221,18 @@ class _Global:
     [
         (lambda w: pickle.dumps(_Runs(os.mkdir, w)), "posix.mkdir"),
         (lambda w: pickle.dumps(_Runs(eval, f"__import__('os').mkdir({w!r})")), "eval"),
-        (lambda w: _Global("torch.distributed.checkpoint.filesystem", "os.mkdir", w).pickled, "filesystem.os.mkdir"),
-        (lambda w: _Global("torch.distributed.checkpoint.metadata", "os.mkdir", w).pickled, "metadata.os.mkdir"),
-        (lambda w: _Global("torch.distributed.checkpoint.filesystem", "FileSystemWriter", w).pickled, "FileSystemWriter"),
+        (
+            lambda w: _Global("torch.distributed.checkpoint.filesystem", "os.mkdir", w).pickled,
+            "filesystem.os.mkdir",
+        ),
+        (
+            lambda w: _Global("torch.distributed.checkpoint.metadata", "os.mkdir", w).pickled,
+            "metadata.os.mkdir",
+        ),
+        (
+            lambda w: _Global("torch.distributed.checkpoint.filesystem", "FileSystemWriter", w).pickled,
+            "FileSystemWriter",
+        ),
         (lambda w: _Global("torch", "load", w).pickled, "torch.load"),
         (lambda w: b"", "Ran out of input"),
         (lambda w: b"\x80\x04garbage", ""),
@@ -227,7 +265,8 @@ def save_for_ever(folder: str, run_dir: str, started: Any) -> None:
 
 
 def test_kill_9_while_saving_leaves_a_whole_checkpoint(folder: str, tmp_path: Path) -> None:
-    """Killed at random moments of a process that does nothing but save, again and again in the same folder."""
+    """Killed at random moments of a process that does nothing but save, again and again in the same
+    folder."""
     context = multiprocessing.get_context("forkserver")
     generator = random.Random(0)
     for _ in range(5):
@@ -250,7 +289,8 @@ def test_kill_9_while_saving_leaves_a_whole_checkpoint(folder: str, tmp_path: Pa
 
 
 def save_on_a_full_disk(folder: str, run_dir: str, largest_bytes: int) -> tuple[str, list[str]]:
-    """Save one checkpoint, then another with files limited to `largest_bytes`: the message and what is left."""
+    """Save one checkpoint, then another with files limited to `largest_bytes`: the message and what is
+    left."""
     from rlsc_mcore.training.checkpoint import save_checkpoint
 
     trainer = make_trainer(folder)
@@ -264,12 +304,16 @@ def save_on_a_full_disk(folder: str, run_dir: str, largest_bytes: int) -> tuple[
         message = str(error)
     resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
     left = sorted(path.name for path in (Path(run_dir) / "checkpoints").iterdir())
-    save_checkpoint(Path(run_dir), trainer, 2, 2, "questions", 2)  # the same run can save again once there is room
+    save_checkpoint(
+        Path(run_dir), trainer, 2, 2, "questions", 2
+    )  # the same run can save again once there is room
     return message, left
 
 
 @pytest.mark.parametrize("largest_bytes", [1, 3000, 100_000])
-def test_a_full_disk_stops_the_save_and_keeps_the_old_checkpoint(folder: str, tmp_path: Path, largest_bytes: int) -> None:
+def test_a_full_disk_stops_the_save_and_keeps_the_old_checkpoint(
+    folder: str, tmp_path: Path, largest_bytes: int
+) -> None:
     ((message, left),) = run_ranks(1, save_on_a_full_disk, folder, str(tmp_path), largest_bytes, timeout=60)
     assert message.startswith(f"checkpoint of step 2 not saved to {tmp_path / 'checkpoints'}: ")
     assert message.endswith("; the previous checkpoint is whole") and "\n" not in message
@@ -300,13 +344,17 @@ def resume_run(folder: str, run_dir: str) -> tuple[int, list[str]]:
     return state.step, told
 
 
-@pytest.mark.parametrize("content", [b"step_000099\n", b"", b"\0\0", b"\xff\xfe", b"../../etc", None], ids=str)
+@pytest.mark.parametrize(
+    "content", [b"step_000099\n", b"", b"\0\0", b"\xff\xfe", b"../../etc", None], ids=str
+)
 def test_latest_is_a_hint(run_dir: Path, content: bytes | None) -> None:
     pointer = run_dir / "checkpoints" / "latest"
     pointer.unlink()
     if content is not None:
         pointer.write_bytes(content)
-    assert find_resumable(run_dir).name == "step_000003" and latest_checkpoint(run_dir) == find_resumable(run_dir)
+    assert find_resumable(run_dir).name == "step_000003" and latest_checkpoint(run_dir) == find_resumable(
+        run_dir
+    )
 
 
 def test_a_newer_checkpoint_than_latest_says_is_used(run_dir: Path) -> None:
@@ -318,7 +366,14 @@ def test_a_newer_checkpoint_than_latest_says_is_used(run_dir: Path) -> None:
 def test_steps_are_compared_as_numbers(run_dir: Path) -> None:
     shutil.copytree(run_dir / "checkpoints" / "step_000003", run_dir / "checkpoints" / "step_1000000")
     shutil.copytree(run_dir / "checkpoints" / "step_000003", run_dir / "checkpoints" / "step_999999")
-    for name in ("step_x", "step_000009.partial", "step_000009.damaged", "step_000009.bak", "step_-00009", "step_9"):
+    for name in (
+        "step_x",
+        "step_000009.partial",
+        "step_000009.damaged",
+        "step_000009.bak",
+        "step_-00009",
+        "step_9",
+    ):
         (run_dir / "checkpoints" / name).mkdir()
     (run_dir / "checkpoints" / "step_2000000").write_text("a file")
     assert find_resumable(run_dir).name == "step_1000000"
@@ -346,7 +401,10 @@ def alter(checkpoint: Path, name: str, content: bytes) -> None:
 @pytest.mark.parametrize(
     ("name", "content"),
     [
-        ("metadata.json", b'{"sharded_backend": "zarr", "sharded_backend_version": 9, "common_backend": "torch"}'),
+        (
+            "metadata.json",
+            b'{"sharded_backend": "zarr", "sharded_backend_version": 9, "common_backend": "torch"}',
+        ),
         ("metadata.json", b"{"),
         ("common.json", b"[]"),
         ("common.json", b'{"dataclass": ["os", "system", {}]}'),
@@ -355,11 +413,16 @@ def alter(checkpoint: Path, name: str, content: bytes) -> None:
         ("state.json", b'{"step": -1, "policy_version": 3, "questions": "", "torch_rng": ""}'),
         ("state.json", b'{"step": "3", "policy_version": 3, "questions": "", "torch_rng": ""}'),
         ("state.json", b'{"step": 3, "policy_version": true, "questions": "", "torch_rng": ""}'),
-        ("state.json", b'{"format": 2, "step": 3, "policy_version": 3, "questions": "", "torch_rng": "AAAA"}'),
+        (
+            "state.json",
+            b'{"format": 2, "step": 3, "policy_version": 3, "questions": "", "torch_rng": "AAAA"}',
+        ),
         ("state.json", b'{"format": "2", "step": 3}'),
     ],
 )
-def test_what_does_not_load_is_set_aside_though_the_manifest_fits(folder: str, run_dir: Path, name: str, content: bytes) -> None:
+def test_what_does_not_load_is_set_aside_though_the_manifest_fits(
+    folder: str, run_dir: Path, name: str, content: bytes
+) -> None:
     checkpoint = find_resumable(run_dir)
     alter(checkpoint, name, content)
     ((step, told),) = run_ranks(1, resume_run, folder, str(run_dir))
@@ -367,19 +430,27 @@ def test_what_does_not_load_is_set_aside_though_the_manifest_fits(folder: str, r
     assert checkpoint.with_name("step_000003.damaged").is_dir() and not checkpoint.exists()
 
 
-@pytest.mark.parametrize("change", [{"format": 3}, {"reward_model": "x"}, {"format": 99, "extra": 1}], ids=str)
-def test_a_newer_version_s_checkpoint_is_left_alone(folder: str, run_dir: Path, change: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    "change", [{"format": 3}, {"reward_model": "x"}, {"format": 99, "extra": 1}], ids=str
+)
+def test_a_newer_version_s_checkpoint_is_left_alone(
+    folder: str, run_dir: Path, change: dict[str, Any]
+) -> None:
     checkpoint = find_resumable(run_dir)
     facts = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
     alter(checkpoint, "state.json", json.dumps(facts | change).encode())
-    with pytest.raises(NewerCheckpoint, match=r"was written by a newer version of rlsc_mcore .*left as it is"):
+    with pytest.raises(
+        NewerCheckpoint, match=r"was written by a newer version of rlsc_mcore .*left as it is"
+    ):
         read_state(checkpoint)
     with pytest.raises(RuntimeError, match="NewerCheckpoint"):
         run_ranks(1, resume_run, folder, str(run_dir))
     assert checkpoint.is_dir()
 
 
-def test_a_checkpoint_that_may_not_be_read_is_not_damaged(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_checkpoint_that_may_not_be_read_is_not_damaged(
+    run_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from rlsc_mcore.training import checkpoint_files
 
     def denied(file: Path) -> Any:
@@ -396,8 +467,11 @@ def resume_with_torch_s_escape(folder: str, run_dir: str) -> tuple[int, list[str
 
 
 @pytest.mark.parametrize("name", ["common.pt", ".metadata", "shard"])
-def test_nothing_is_unpickled_whatever_torch_s_environment_says(folder: str, run_dir: Path, name: str) -> None:
-    """A hostile file with a fitting manifest, where a usual workaround has turned torch's own protection off."""
+def test_nothing_is_unpickled_whatever_torch_s_environment_says(
+    folder: str, run_dir: Path, name: str
+) -> None:
+    """A hostile file with a fitting manifest, where a usual workaround has turned torch's own protection
+    off."""
     witness, checkpoint = run_dir / "witness", find_resumable(run_dir)
     hostile = pickle.dumps(_Runs(os.mkdir, str(witness)))
     if name == "common.pt":

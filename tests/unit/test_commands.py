@@ -1,4 +1,5 @@
-"""Bad input through `rlsc train`: one line that names file, line or field, before anything is built or written."""
+"""Bad input through `rlsc train`: one line that names file, line or field, before anything is built or
+written."""
 
 import json
 import os
@@ -16,18 +17,31 @@ from rlsc_mcore.config_file import dump_config, parse_config
 from rlsc_mcore.model.hf_checkpoint import resolve_model_folder
 from tests.helpers.folders import EMBEDDED, copy_embedded, edit_config, make_runnable_folder
 
-FLAGS = ["--model.dtype", "float32", "--data.questions-per-step", "2", "--rollout.max-new-tokens", "8", "--training.num-steps", "1"]
+FLAGS = [
+    "--model.dtype",
+    "float32",
+    "--data.questions-per-step",
+    "2",
+    "--rollout.max-new-tokens",
+    "8",
+    "--training.num-steps",
+    "1",
+]
 
 
 @pytest.fixture(autouse=True)
 def nothing_is_built(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A trainer that is built after all fails the test: input is checked first. Leaves no process group behind."""
+    """A trainer that is built after all fails the test: input is checked first. Leaves no process group
+    behind."""
 
     def build(*args: object, **kwargs: object) -> None:
         pytest.fail("bad input reached the trainer")
 
     monkeypatch.setattr("rlsc_mcore.training.session.Trainer", build)
-    environment = {name: os.environ.get(name) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")}
+    environment = {
+        name: os.environ.get(name)
+        for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    }
     had_groups = dist.is_initialized()
     yield
     if dist.is_initialized() and not had_groups:
@@ -51,15 +65,22 @@ GOOD = '{"problem": "1+1?", "answer": 2}\n'
         (GOOD + "[1]\n", "{file}, line 2: expected a JSON object, got list"),
         (GOOD + '{"answer": 3}\n', "{file}, line 2: a question without text"),
         (GOOD + '{"problem": " "}\n', "{file}, line 2: `problem`: expected the question's text"),
-        (GOOD + json.dumps({"problem": "one more " * 1000}) + "\n", "{file}: question 1 (counted from 0): its prompt has"),
+        (
+            GOOD + json.dumps({"problem": "one more " * 1000}) + "\n",
+            "{file}: question 1 (counted from 0): its prompt has",
+        ),
     ],
     ids=["missing", "empty", "blank", "malformed", "list", "no text", "blank text", "too long"],
 )
-def test_question_files(tmp_path: Path, run_cli: Callable[..., tuple[int, list[str]]], content: str | None, named: str) -> None:
+def test_question_files(
+    tmp_path: Path, run_cli: Callable[..., tuple[int, list[str]]], content: str | None, named: str
+) -> None:
     file, run_dir = tmp_path / "questions.jsonl", tmp_path / "run"
     if content is not None:
         file.write_text(content, encoding="utf-8")
-    code, lines = run_cli("train", "--run-dir", run_dir, "--model.path", EMBEDDED, "--data.path", file, *FLAGS)
+    code, lines = run_cli(
+        "train", "--run-dir", run_dir, "--model.path", EMBEDDED, "--data.path", file, *FLAGS
+    )
     assert (code, len(lines)) == (2, 1), lines
     assert lines[0].startswith("rlsc train: ") and named.format(file=file) in lines[0]
     assert not run_dir.exists()
@@ -76,18 +97,47 @@ def without(name: str) -> Callable[[Path], None]:
         (without("model.safetensors"), "has no *.safetensors weights"),
         (without("tokenizer.json"), "has no tokenizer"),
         (shutil.rmtree, "model.path: no folder"),
-        (lambda folder: edit_config(folder, architectures=["MambaForCausalLM"]), "architectures: MambaForCausalLM is not supported"),
-        (lambda folder: edit_config(folder, num_attention_heads=8, num_key_value_heads=4), "head_dim: vLLM on a CPU runs"),
-        (lambda folder: edit_config(folder, vocab_size=480), "ids up to 495, but config.json says vocab_size = 480"),
-        (lambda folder: edit_config(folder, vocab_size=576), "model.embed_tokens.weight has shape (512, 128), config.json says (576, 128)"),
-        (lambda folder: edit_config(folder, num_hidden_layers=5, layer_types=None), "has no tensor 'model.layers.4."),
+        (
+            lambda folder: edit_config(folder, architectures=["MambaForCausalLM"]),
+            "architectures: MambaForCausalLM is not supported",
+        ),
+        (
+            lambda folder: edit_config(folder, num_attention_heads=8, num_key_value_heads=4),
+            "head_dim: vLLM on a CPU runs",
+        ),
+        (
+            lambda folder: edit_config(folder, vocab_size=480),
+            "ids up to 495, but config.json says vocab_size = 480",
+        ),
+        (
+            lambda folder: edit_config(folder, vocab_size=576),
+            "model.embed_tokens.weight has shape (512, 128), config.json says (576, 128)",
+        ),
+        (
+            lambda folder: edit_config(folder, num_hidden_layers=5, layer_types=None),
+            "has no tensor 'model.layers.4.",
+        ),
     ],
-    ids=["config", "weights", "tokenizer", "folder", "architecture", "head_dim", "vocabulary", "rows", "layers"],
+    ids=[
+        "config",
+        "weights",
+        "tokenizer",
+        "folder",
+        "architecture",
+        "head_dim",
+        "vocabulary",
+        "rows",
+        "layers",
+    ],
 )
-def test_model_folders(tmp_path: Path, run_cli: Callable[..., tuple[int, list[str]]], damage: Callable[[Path], None], named: str) -> None:
+def test_model_folders(
+    tmp_path: Path, run_cli: Callable[..., tuple[int, list[str]]], damage: Callable[[Path], None], named: str
+) -> None:
     folder, run_dir = copy_embedded(tmp_path / "model"), tmp_path / "run"
     damage(folder)
-    code, lines = run_cli("train", "--run-dir", run_dir, "--model.path", folder, "--data.path", "embedded:train", *FLAGS)
+    code, lines = run_cli(
+        "train", "--run-dir", run_dir, "--model.path", folder, "--data.path", "embedded:train", *FLAGS
+    )
     assert (code, len(lines)) == (2, 1), lines
     assert str(folder) in lines[0] and named in lines[0]
     assert not run_dir.exists()
@@ -98,11 +148,20 @@ def test_model_folders(tmp_path: Path, run_cli: Callable[..., tuple[int, list[st
     [
         (["--rollout.num-samples", "0"], "rollout.num_samples: expected at least 1, got 0"),
         (["--algorithm.alpha", "-0.1"], "algorithm.alpha: expected at least 0, got -0.1"),
-        (["--rollout.temperature", "0"], "rollout.temperature: expected at least 0.01 (the engine samples nothing colder), got 0.0"),
-        (["--rollout.temperature", "-1"], "rollout.temperature: expected at least 0.01 (the engine samples nothing colder), got -1.0"),
+        (
+            ["--rollout.temperature", "0"],
+            "rollout.temperature: expected at least 0.01 (the engine samples nothing colder), got 0.0",
+        ),
+        (
+            ["--rollout.temperature", "-1"],
+            "rollout.temperature: expected at least 0.01 (the engine samples nothing colder), got -1.0",
+        ),
         (["--parallel.tp", "3"], "parallel.tp: 3 does not divide num_attention_heads = 4"),
         (["--parallel.tp", "2"], "parallel.tp: 2 does not divide the 1 processes that were started"),
-        (["--rollout.max-model-len", "5000"], "rollout.max_model_len: 5000 is more than the model's context of 256 tokens"),
+        (
+            ["--rollout.max-model-len", "5000"],
+            "rollout.max_model_len: 5000 is more than the model's context of 256 tokens",
+        ),
         (["--model.layers", "transformer_engine"], "model.layers: transformer_engine was asked for"),
         (["--evaluation.path", "/no/such/file.jsonl"], "evaluation.path: no such file: /no/such/file.jsonl"),
         (["--optimzer.lr", "1"], "--optimzer.lr"),
@@ -110,19 +169,42 @@ def test_model_folders(tmp_path: Path, run_cli: Callable[..., tuple[int, list[st
         (["--resume"], "--resume: expected a value after it"),
     ],
 )
-def test_options(tmp_path: Path, run_cli: Callable[..., tuple[int, list[str]]], flags: list[str], named: str) -> None:
+def test_options(
+    tmp_path: Path, run_cli: Callable[..., tuple[int, list[str]]], flags: list[str], named: str
+) -> None:
     run_dir = tmp_path / "run"
-    code, lines = run_cli("train", "--run-dir", run_dir, "--model.path", EMBEDDED, "--data.path", "embedded:train", *FLAGS, *flags)
+    code, lines = run_cli(
+        "train",
+        "--run-dir",
+        run_dir,
+        "--model.path",
+        EMBEDDED,
+        "--data.path",
+        "embedded:train",
+        *FLAGS,
+        *flags,
+    )
     assert (code, len(lines)) == (2, 1), lines
     assert named in lines[0]
     assert not run_dir.exists()
 
 
-def test_an_answer_is_needed_only_where_it_is_graded(tmp_path: Path, run_cli: Callable[..., tuple[int, list[str]]]) -> None:
+def test_an_answer_is_needed_only_where_it_is_graded(
+    tmp_path: Path, run_cli: Callable[..., tuple[int, list[str]]]
+) -> None:
     file = tmp_path / "ungraded.jsonl"
     file.write_text('{"problem": "1+1?", "answer": 2}\n{"problem": "2+2?"}\n', encoding="utf-8")
     code, lines = run_cli(
-        "train", "--run-dir", tmp_path / "run", "--model.path", EMBEDDED, "--data.path", file, "--evaluation.path", file, *FLAGS
+        "train",
+        "--run-dir",
+        tmp_path / "run",
+        "--model.path",
+        EMBEDDED,
+        "--data.path",
+        file,
+        "--evaluation.path",
+        file,
+        *FLAGS,
     )
     assert (code, len(lines)) == (2, 1), lines
     assert f"evaluation.path: {file}: question 1 has no answer to grade against" in lines[0]
@@ -133,23 +215,42 @@ def test_a_folder_that_is_right_reaches_the_trainer(tmp_path: Path, tied: bool) 
     """The other side of every refusal above."""
     folder = make_runnable_folder(tmp_path / "model", tied=tied)
     with pytest.raises(pytest.fail.Exception, match="bad input reached the trainer"):
-        commands.run_train(["--run-dir", str(tmp_path / "run"), "--model.path", str(folder), "--data.path", "embedded:train", *FLAGS])
+        commands.run_train(
+            [
+                "--run-dir",
+                str(tmp_path / "run"),
+                "--model.path",
+                str(folder),
+                "--data.path",
+                "embedded:train",
+                *FLAGS,
+            ]
+        )
 
 
 def existing_run(run_dir: Path, *flags: str) -> Path:
     run_dir.mkdir()
-    config = parse_config(["--run-dir", str(run_dir), "--model.path", EMBEDDED, "--data.path", "embedded:train", *FLAGS, *flags])
+    config = parse_config(
+        ["--run-dir", str(run_dir), "--model.path", EMBEDDED, "--data.path", "embedded:train", *FLAGS, *flags]
+    )
     (run_dir / "config.yaml").write_text(dump_config(config), encoding="utf-8")
     (run_dir / "metrics.jsonl").write_text('{"step": 0}\n', encoding="utf-8")
     return run_dir
 
 
-def test_a_folder_of_another_run_is_left_alone(tmp_path: Path, run_cli: Callable[..., tuple[int, list[str]]]) -> None:
+def test_a_folder_of_another_run_is_left_alone(
+    tmp_path: Path, run_cli: Callable[..., tuple[int, list[str]]]
+) -> None:
     run_dir = existing_run(tmp_path / "run", "--optimizer.lr", "1e-3")
     before = {file.name: file.read_bytes() for file in run_dir.iterdir()}
-    code, lines = run_cli("train", "--run-dir", run_dir, "--model.path", EMBEDDED, "--data.path", "embedded:train", *FLAGS)
+    code, lines = run_cli(
+        "train", "--run-dir", run_dir, "--model.path", EMBEDDED, "--data.path", "embedded:train", *FLAGS
+    )
     assert (code, len(lines)) == (2, 1), lines
-    assert f"run_dir: {run_dir} holds a run with another configuration (optimizer.lr: 0.001 -> 1e-05)" in lines[0]
+    assert (
+        f"run_dir: {run_dir} holds a run with another configuration (optimizer.lr: 0.001 -> 1e-05)"
+        in lines[0]
+    )
     assert {file.name: file.read_bytes() for file in run_dir.iterdir()} == before
 
 
@@ -191,19 +292,26 @@ def test_resuming_nothing(tmp_path: Path, run_cli: Callable[..., tuple[int, list
         (["train", "--config", "/no/such.yaml"], "--config /no/such.yaml: no such file"),
     ],
 )
-def test_other_commands(run_cli: Callable[..., tuple[int, list[str]]], arguments: list[str], named: str) -> None:
+def test_other_commands(
+    run_cli: Callable[..., tuple[int, list[str]]], arguments: list[str], named: str
+) -> None:
     code, lines = run_cli(*arguments)
     assert (code, len(lines)) == (2, 1), lines
     assert named in lines[0]
 
 
-def test_export_does_not_replace_a_folder_that_is_no_model(tmp_path: Path, run_cli: Callable[..., tuple[int, list[str]]]) -> None:
+def test_export_does_not_replace_a_folder_that_is_no_model(
+    tmp_path: Path, run_cli: Callable[..., tuple[int, list[str]]]
+) -> None:
     run_dir = existing_run(tmp_path / "run")
     output = tmp_path / "precious"
     output.mkdir()
     (output / "letter.txt").write_text("dear", encoding="utf-8")
     code, lines = run_cli("export", run_dir, "--output", output)
-    assert (code, len(lines)) == (2, 1) and f"--output {output}: exists and was not made by this program" in lines[0]
+    assert (code, len(lines)) == (
+        2,
+        1,
+    ) and f"--output {output}: exists and was not made by this program" in lines[0]
     assert (output / "letter.txt").read_text(encoding="utf-8") == "dear"
 
 
@@ -211,7 +319,11 @@ def test_export_does_not_replace_a_folder_that_is_no_model(tmp_path: Path, run_c
 @pytest.mark.parametrize(
     ("name", "said"),
     [
-        ("best", "--checkpoint best: no such checkpoint in {run}/checkpoints (training.keep_best names none); there is latest, 2, 4"),
+        (
+            "best",
+            "--checkpoint best: no such checkpoint in {run}/checkpoints (training.keep_best names none); "
+            "there is latest, 2, 4",
+        ),
         ("3", "--checkpoint 3: no such checkpoint in {run}/checkpoints; there is latest, 2, 4"),
         ("../4", "--checkpoint ../4: no such checkpoint in {run}/checkpoints; there is latest, 2, 4"),
     ],
@@ -229,7 +341,9 @@ def test_a_checkpoint_that_is_not_there(
 
 def test_a_model_folder_has_no_checkpoints(run_cli: Callable[..., tuple[int, list[str]]]) -> None:
     code, lines = run_cli("eval", "--model", EMBEDDED, "--checkpoint", "best")
-    assert (code, len(lines)) == (2, 1) and lines[0].endswith(f"--checkpoint best: --model {EMBEDDED} is no run")
+    assert (code, len(lines)) == (2, 1) and lines[0].endswith(
+        f"--checkpoint best: --model {EMBEDDED} is no run"
+    )
 
 
 @pytest.mark.parametrize(
@@ -241,7 +355,11 @@ def test_a_model_folder_has_no_checkpoints(run_cli: Callable[..., tuple[int, lis
     ],
 )
 def test_what_all_ranks_raise_is_printed_once(
-    run_cli: Callable[..., tuple[int, list[str]]], monkeypatch: pytest.MonkeyPatch, error: RunError, rank: str, printed: list[str]
+    run_cli: Callable[..., tuple[int, list[str]]],
+    monkeypatch: pytest.MonkeyPatch,
+    error: RunError,
+    rank: str,
+    printed: list[str],
 ) -> None:
     def fail(arguments: object) -> int:
         raise error
@@ -251,7 +369,9 @@ def test_what_all_ranks_raise_is_printed_once(
     assert run_cli("train") == (1, printed)
 
 
-def test_usage_and_version(run_cli: Callable[..., tuple[int, list[str]]], capfd: pytest.CaptureFixture[str]) -> None:
+def test_usage_and_version(
+    run_cli: Callable[..., tuple[int, list[str]]], capfd: pytest.CaptureFixture[str]
+) -> None:
     assert run_cli()[0] == 2
     assert run_cli("--help")[0] == 0
     assert run_cli("--version")[0] == 0

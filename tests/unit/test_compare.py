@@ -1,4 +1,5 @@
-"""Comparisons and sweeps: gathered numbers by hand, finished runs left alone, every bad option refused before a run begins."""
+"""Comparisons and sweeps: gathered numbers by hand, finished runs left alone, every bad option refused before
+a run begins."""
 
 import json
 import re
@@ -20,7 +21,20 @@ CONFIG = Path(__file__).parents[2] / "configs" / "tiny_cpu.yaml"
 
 def answers(rates: dict[int, list[bool]], temperatures: tuple[float, ...]) -> list[AnswerRecord]:
     return [
-        AnswerRecord(question, temperature, sample, "8", f"{right}", "8" if right else "7", right, right, True, False, 5, -1.0 - right)
+        AnswerRecord(
+            question,
+            temperature,
+            sample,
+            "8",
+            f"{right}",
+            "8" if right else "7",
+            right,
+            right,
+            True,
+            False,
+            5,
+            -1.0 - right,
+        )
         for temperature in temperatures
         for question, samples in rates.items()
         for sample, right in enumerate(samples[: 1 if temperature == 0 else None])
@@ -28,21 +42,33 @@ def answers(rates: dict[int, list[bool]], temperatures: tuple[float, ...]) -> li
 
 
 def write_run(
-    folder: Path, after: dict[int, list[bool]], *, temperatures: tuple[float, ...] = (0.0, 0.5, 1.0), trained: bool = True
+    folder: Path,
+    after: dict[int, list[bool]],
+    *,
+    temperatures: tuple[float, ...] = (0.0, 0.5, 1.0),
+    trained: bool = True,
 ) -> None:
     questions = [QuestionRecord(question, "1+7?", "8", "1+7?") for question in after]
     before = {question: [False] * len(samples) for question, samples in after.items()}
     for name, rates in (("before", before), ("after", after)) if trained else (("after", after),):
-        write_records(folder / "evaluation", name, {"scores": {}, "answers": answers(rates, temperatures), "questions": questions})
+        write_records(
+            folder / "evaluation",
+            name,
+            {"scores": {}, "answers": answers(rates, temperatures), "questions": questions},
+        )
     if trained:
         (folder / "summary.json").write_text("{}", encoding="utf-8")
 
 
-def test_a_finished_comparison_is_gathered_without_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_finished_comparison_is_gathered_without_a_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     rates = {0: [True, True], 1: [True, False], 2: [False, False], 3: [True, True]}
     for seed in (0, 1):
         write_run(tmp_path / f"rlsc_seed{seed}", rates)
-        write_run(tmp_path / f"lower_temperature_seed{seed}", rates, temperatures=(0.0, 0.25, 0.5), trained=False)
+        write_run(
+            tmp_path / f"lower_temperature_seed{seed}", rates, temperatures=(0.0, 0.25, 0.5), trained=False
+        )
     code = run_compare(
         [
             "--config",
@@ -59,19 +85,35 @@ def test_a_finished_comparison_is_gathered_without_a_run(tmp_path: Path, capsys:
     )
     assert code == 0
     result = json.loads((tmp_path / "comparison.json").read_text(encoding="utf-8"))
-    assert (result["questions"], result["seeds"], list(result["rows"])) == (4, [0, 1], ["base", "rlsc", "lower_temperature"])
-    for name in ("rlsc", "lower_temperature"):  # the lowered temperatures answer under the names they stand in for
+    assert (result["questions"], result["seeds"], list(result["rows"])) == (
+        4,
+        [0, 1],
+        ["base", "rlsc", "lower_temperature"],
+    )
+    for name in (
+        "rlsc",
+        "lower_temperature",
+    ):  # the lowered temperatures answer under the names they stand in for
         row = result["rows"][name]["accuracy_t0.5"]
         assert row["mean"] == pytest.approx(2.5 / 4) and row["per_seed"] == pytest.approx([2.5 / 4] * 2)
         assert row["change"]["mean"] == pytest.approx(2.5 / 4) and row["seed_spread"] == 0
         assert row["change"]["p_value"] == 2 / 8  # three questions changed, all one way
-    assert result["rows"]["base"]["accuracy_t1"]["mean"] == 0 and result["settings"]["flags"] == ["--optimizer.lr", "1e-4"]
+    assert result["rows"]["base"]["accuracy_t1"]["mean"] == 0 and result["settings"]["flags"] == [
+        "--optimizer.lr",
+        "1e-4",
+    ]
     figure = (tmp_path / "comparison.svg").read_text(encoding="utf-8")
     assert figure.startswith("<svg ") and "lower_temperature" in figure
     table = (tmp_path / "comparison.md").read_text(encoding="utf-8").splitlines()
-    assert table[2].startswith("| base | 0.000 |") and table[3].startswith("| rlsc | 0.625 (+0.625 +- 0.239) |")
+    assert table[2].startswith("| base | 0.000 |") and table[3].startswith(
+        "| rlsc | 0.625 (+0.625 +- 0.239) |"
+    )
     pair = result["pairs"]["lower_temperature - rlsc"]["accuracy_t0.5"]["change"]
-    assert pair["mean"] == 0 and pair["corrected_p_value"] == 1 and pair["over_seeds"]["low"] < 0 < pair["over_seeds"]["high"]
+    assert (
+        pair["mean"] == 0
+        and pair["corrected_p_value"] == 1
+        and pair["over_seeds"]["low"] < 0 < pair["over_seeds"]["high"]
+    )
     assert any(line.startswith("| lower_temperature - rlsc | +0.000 (-0.") for line in table)
     assert "4 questions, 2 seeds" in capsys.readouterr().out
     assert not list((tmp_path / "logs").iterdir())
@@ -80,9 +122,16 @@ def test_a_finished_comparison_is_gathered_without_a_run(tmp_path: Path, capsys:
 def test_a_finished_sweep_is_gathered_without_a_run(tmp_path: Path) -> None:
     for alpha, right in (("0", True), ("0.1", False)):
         write_run(tmp_path / f"alpha={alpha}_seed0", {0: [right] * 2, 1: [True] * 2})
-    assert run_sweep(["--config", str(CONFIG), "--output", str(tmp_path), "--over", "algorithm.alpha=0,0.1"]) == 0
+    assert (
+        run_sweep(["--config", str(CONFIG), "--output", str(tmp_path), "--over", "algorithm.alpha=0,0.1"])
+        == 0
+    )
     rows = json.loads((tmp_path / "sweep.json").read_text(encoding="utf-8"))["rows"]
-    assert {name: row["greedy"]["mean"] for name, row in rows.items()} == {"base": 0, "alpha=0": 1, "alpha=0.1": 0.5}
+    assert {name: row["greedy"]["mean"] for name, row in rows.items()} == {
+        "base": 0,
+        "alpha=0": 1,
+        "alpha=0.1": 0.5,
+    }
     assert "alpha 0.1: 0.5" in (tmp_path / "sweep.svg").read_text(encoding="utf-8")
     assert "| alpha=0 |" in (tmp_path / "sweep.md").read_text(encoding="utf-8")
 
@@ -91,13 +140,19 @@ def test_seeds_are_averaged_within_a_question_first() -> None:
     # Two seeds whose errors cancel question by question: the mean over seeds has no spread over questions.
     first, second = {0: [True] * 2, 1: [False] * 2}, {0: [False] * 2, 1: [True] * 2}
     nothing = {0: [False] * 2, 1: [False] * 2}
-    rows = summarize([answers(nothing, (1.0,))] * 2, [answers(first, (1.0,)), answers(second, (1.0,))], {"accuracy": (1.0, "strict")})
+    rows = summarize(
+        [answers(nothing, (1.0,))] * 2,
+        [answers(first, (1.0,)), answers(second, (1.0,))],
+        {"accuracy": (1.0, "strict")},
+    )
     assert rows["accuracy"]["mean"] == 0.5 and rows["accuracy"]["standard_error"] == 0
 
 
 def test_grid_holds_every_combination_once() -> None:
     variants = grid({"algorithm.alpha": ["0", "0.1"], "rollout.num_samples": ["4", "16"]})
-    assert [variant.name for variant in variants] == [f"alpha={a}_num_samples={n}" for a in ("0", "0.1") for n in ("4", "16")]
+    assert [variant.name for variant in variants] == [
+        f"alpha={a}_num_samples={n}" for a in ("0", "0.1") for n in ("4", "16")
+    ]
     assert variants[3].flags == ("--algorithm.alpha=0.1", "--rollout.num-samples=16")
 
 
@@ -130,7 +185,9 @@ def evaluation(folder: Path, name: str, rates: dict[int, list[bool]], text: str 
     write_records(folder, name, {"scores": {}, "answers": answers(rates, (0.0, 0.5)), "questions": questions})
 
 
-def test_finished_evaluations_are_paired_and_corrected(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_finished_evaluations_are_paired_and_corrected(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     right, wrong = [True, True], [False, False]
     for name, count in (("a", 8), ("b", 5)):  # benchmark a: all 8 questions change, b: all 5 do
         evaluation(tmp_path / "one", f"{name}.chat", dict.fromkeys(range(count), wrong))
@@ -139,10 +196,15 @@ def test_finished_evaluations_are_paired_and_corrected(tmp_path: Path, capsys: p
     arguments = ["--runs", str(tmp_path / "one"), str(tmp_path / "two"), "--output", str(tmp_path / "out")]
     assert run_compare(arguments) == 0
     rows = json.loads((tmp_path / "out" / "paired.json").read_text(encoding="utf-8"))
-    sampled = {row["benchmark"]: row for row in rows if row["temperature"] == 0.5 and row["graded"] == "boxed"}
+    sampled = {
+        row["benchmark"]: row for row in rows if row["temperature"] == 0.5 and row["graded"] == "boxed"
+    }
     assert list(sampled) == ["a.chat", "b.chat"]
     assert (sampled["a.chat"]["p_value"], sampled["b.chat"]["p_value"]) == (2 / 2**8, 2 / 2**5)
-    assert sampled["a.chat"]["corrected_p_value"] == 2 * 2 / 2**8 and sampled["b.chat"]["corrected_p_value"] == 2 / 2**5
+    assert (
+        sampled["a.chat"]["corrected_p_value"] == 2 * 2 / 2**8
+        and sampled["b.chat"]["corrected_p_value"] == 2 / 2**5
+    )
     assert sampled["a.chat"]["change"] == 1.0 and 0.5 < sampled["a.chat"]["low"] < 1
     assert "corrected" in capsys.readouterr().out
 
@@ -151,10 +213,18 @@ def test_two_trained_runs_are_compared_after_training(tmp_path: Path) -> None:
     for name, right in (("first", [True, False]), ("second", [True, True])):
         write_run(tmp_path / name, dict.fromkeys(range(6), right))
         (tmp_path / name / "config.yaml").write_text("", encoding="utf-8")
-    assert run_compare(["--runs", str(tmp_path / "second"), str(tmp_path / "first"), "--output", str(tmp_path)]) == 0
+    assert (
+        run_compare(["--runs", str(tmp_path / "second"), str(tmp_path / "first"), "--output", str(tmp_path)])
+        == 0
+    )
     rows = json.loads((tmp_path / "paired.json").read_text(encoding="utf-8"))
     (row,) = [row for row in rows if row["temperature"] == 0.5 and row["graded"] == "boxed"]
-    assert (row["first_mean"], row["second_mean"], row["change"], row["p_value"]) == (1.0, 0.5, -0.5, 2 / 2**6)
+    assert (row["first_mean"], row["second_mean"], row["change"], row["p_value"]) == (
+        1.0,
+        0.5,
+        -0.5,
+        2 / 2**6,
+    )
 
 
 def test_what_cannot_be_paired_is_refused(tmp_path: Path) -> None:
@@ -180,13 +250,19 @@ def test_what_cannot_be_paired_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
-        (["--objectives", "rlsc,nothing"], r"--objectives: expected different ones of rlsc, .*, got 'rlsc,nothing'"),
+        (
+            ["--objectives", "rlsc,nothing"],
+            r"--objectives: expected different ones of rlsc, .*, got 'rlsc,nothing'",
+        ),
         (["--objectives", "rlsc,rlsc"], "--objectives"),
         (["--objectives", "lower_temperature"], "--objectives: name one that trains"),
         (["--seeds", "0,x"], "--seeds: expected different whole numbers"),
         (["--seeds", "1,1"], "--seeds"),
         (["--temperature-factor", "2"], "--temperature-factor"),
-        (["--temperature-factor", "0.01"], "--temperature-factor: 0.01 asks lower_temperature for a temperature of 0.005"),
+        (
+            ["--temperature-factor", "0.01"],
+            "--temperature-factor: 0.01 asks lower_temperature for a temperature of 0.005",
+        ),
         (["--optimizer.lr", "-1"], "optimizer.lr"),
         (["--optimzer.lr", "1"], "--optimzer.lr"),
         (["--evaluation.path", "None"], "evaluation.path"),
@@ -213,5 +289,13 @@ def test_bad_comparisons_are_refused_before_a_run(tmp_path: Path, arguments: lis
 )
 def test_bad_sweeps_are_refused_before_a_run(tmp_path: Path, over: list[str], named: Any) -> None:
     with pytest.raises(ConfigError, match=named):
-        run_sweep(["--config", str(CONFIG), "--output", str(tmp_path / "out"), *(text for axis in over for text in ("--over", axis))])
+        run_sweep(
+            [
+                "--config",
+                str(CONFIG),
+                "--output",
+                str(tmp_path / "out"),
+                *(text for axis in over for text in ("--over", axis)),
+            ]
+        )
     assert not (tmp_path / "out").exists()

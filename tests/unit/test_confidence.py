@@ -27,7 +27,10 @@ def packed_log_probs(draw: st.DrawFn) -> tuple[torch.Tensor, torch.Tensor, torch
 def exact_sums(values: torch.Tensor, mask: torch.Tensor, cu_seqlens: torch.Tensor) -> list[Fraction]:
     borders = cu_seqlens.tolist()
     return [
-        sum((Fraction(v) for v, m in zip(values[a:b].tolist(), mask[a:b].tolist(), strict=True) if m), Fraction(0))
+        sum(
+            (Fraction(v) for v, m in zip(values[a:b].tolist(), mask[a:b].tolist(), strict=True) if m),
+            Fraction(0),
+        )
         for a, b in pairwise(borders)
     ]
 
@@ -43,7 +46,9 @@ def test_sequence_confidence_is_the_sum(batch: tuple[torch.Tensor, torch.Tensor,
 
 @settings(max_examples=60, deadline=None)
 @given(packed_log_probs())
-def test_length_normalized_confidence_is_the_mean(batch: tuple[torch.Tensor, torch.Tensor, torch.Tensor]) -> None:
+def test_length_normalized_confidence_is_the_mean(
+    batch: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+) -> None:
     values, mask, cu_seqlens = batch
     borders = cu_seqlens.tolist()
     counts = [int(mask[a:b].sum()) for a, b in pairwise(borders)]
@@ -56,8 +61,12 @@ def test_three_thousand_tokens_do_not_underflow_in_log_space() -> None:
     values = torch.full((3000,), -0.1)
     mask, cu_seqlens = torch.ones(3000, dtype=torch.bool), torch.tensor([0, 3000], dtype=torch.int32)
     exact = 3000 * Fraction(float(np.float32(-0.1)))
-    assert float(log_confidence(values, mask, cu_seqlens, "sequence")) == pytest.approx(float(exact), rel=1e-14)
-    assert math.exp(float(exact)) > 0 and float(np.exp(np.float32(exact))) == 0  # gone in float32, there in float64
+    assert float(log_confidence(values, mask, cu_seqlens, "sequence")) == pytest.approx(
+        float(exact), rel=1e-14
+    )
+    assert (
+        math.exp(float(exact)) > 0 and float(np.exp(np.float32(exact))) == 0
+    )  # gone in float32, there in float64
 
 
 def test_an_answer_without_trained_tokens_has_log_confidence_zero() -> None:
@@ -68,11 +77,17 @@ def test_an_answer_without_trained_tokens_has_log_confidence_zero() -> None:
 
 @settings(max_examples=60, deadline=None)
 @given(
-    groups=st.lists(st.lists(st.tuples(st.floats(-4000, 0), st.integers(1, 5)), min_size=1, max_size=5), min_size=1, max_size=4),
+    groups=st.lists(
+        st.lists(st.tuples(st.floats(-4000, 0), st.integers(1, 5)), min_size=1, max_size=5),
+        min_size=1,
+        max_size=4,
+    ),
     padding=st.booleans(),
     shuffled=st.randoms(use_true_random=False),
 )
-def test_group_normalizer_equals_the_expanded_logsumexp(groups: list[list[tuple[float, int]]], padding: bool, shuffled: object) -> None:
+def test_group_normalizer_equals_the_expanded_logsumexp(
+    groups: list[list[tuple[float, int]]], padding: bool, shuffled: object
+) -> None:
     """A sequence sampled k times counts k times, whatever order the sequences were packed in."""
     rows = [(value, count, group) for group, members in enumerate(groups) for value, count in members]
     if padding:
@@ -80,11 +95,17 @@ def test_group_normalizer_equals_the_expanded_logsumexp(groups: list[list[tuple[
     shuffled.shuffle(rows)  # type: ignore[attr-defined]
     values, counts, ids = (
         torch.tensor(column, dtype=kind)
-        for column, kind in zip(zip(*rows, strict=True), (torch.float64, torch.float64, torch.int64), strict=True)
+        for column, kind in zip(
+            zip(*rows, strict=True), (torch.float64, torch.float64, torch.int64), strict=True
+        )
     )
     found = group_log_normalizer(values, counts, ids)
-    expanded = {g: np.logaddexp.reduce([v for v, k in members for _ in range(k)]) for g, members in enumerate(groups)}
-    assert found.tolist() == pytest.approx([0.0 if group < 0 else expanded[group] for _, _, group in rows], rel=1e-12)
+    expanded = {
+        g: np.logaddexp.reduce([v for v, k in members for _ in range(k)]) for g, members in enumerate(groups)
+    }
+    assert found.tolist() == pytest.approx(
+        [0.0 if group < 0 else expanded[group] for _, _, group in rows], rel=1e-12
+    )
     total = sum(k * math.exp(v - n) for (v, k, g), n in zip(rows, found.tolist(), strict=True) if g == 0)
     assert total == pytest.approx(1.0)  # a question's samples share a weight of 1
 
@@ -92,5 +113,7 @@ def test_group_normalizer_equals_the_expanded_logsumexp(groups: list[list[tuple[
 def test_nothing_to_normalize() -> None:
     empty = torch.zeros(0, dtype=torch.float64)
     assert len(group_log_normalizer(empty, empty, torch.zeros(0, dtype=torch.int64))) == 0
-    alone = group_log_normalizer(torch.zeros(1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64), torch.tensor([-1]))
+    alone = group_log_normalizer(
+        torch.zeros(1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64), torch.tensor([-1])
+    )
     assert alone.tolist() == [0.0]

@@ -46,7 +46,9 @@ RANGES: dict[str, st.SearchStrategy[Any]] = {
     "parallel.hang_timeout_s": st.floats(1e-3, 1e6),
     "optimizer.grad_dtype": st.just("float32"),
     "optimizer.cpu_offload": st.just(0.0),
-    "optimizer.precision_aware": st.just(False),  # what wants another option with it: see the combinations below
+    "optimizer.precision_aware": st.just(
+        False
+    ),  # what wants another option with it: see the combinations below
     "parallel.overlap_param_gather": st.just(False),
     "parallel.stage_layers": st.none(),
     "data.template": st.sampled_from(["chat", "none", "qwen25-math", "mine.jinja"]),
@@ -59,7 +61,24 @@ RANGES: dict[str, st.SearchStrategy[Any]] = {
 }
 # Text that a YAML reader would take for something else, and text with every kind of character.
 TEXT = st.sampled_from(
-    ["null", "true", "no", "1e-5", "0x10", "~", "- a", "a: b", "# x", "'", '"', "--tp", "a b", "ä\u2028", "{x}", "*"]
+    [
+        "null",
+        "true",
+        "no",
+        "1e-5",
+        "0x10",
+        "~",
+        "- a",
+        "a: b",
+        "# x",
+        "'",
+        '"',
+        "--tp",
+        "a b",
+        "ä\u2028",
+        "{x}",
+        "*",
+    ]
 ) | st.text(string.ascii_letters + string.digits + "/._- :#'\"\\", min_size=1, max_size=20)
 
 
@@ -79,8 +98,12 @@ def values_of(name: str, kind: Any) -> st.SearchStrategy[Any]:
     if typing.get_origin(kind) is typing.Literal:
         return st.sampled_from(typing.get_args(kind))
     if isinstance(kind, types.UnionType) or typing.get_origin(kind) is typing.Union:
-        return st.none() | values_of(name, next(option for option in kind.__args__ if option is not type(None)))
-    return {bool: st.booleans(), int: st.integers(1, 10**9), str: TEXT.filter(lambda text: text != "None")}[kind]
+        return st.none() | values_of(
+            name, next(option for option in kind.__args__ if option is not type(None))
+        )
+    return {bool: st.booleans(), int: st.integers(1, 10**9), str: TEXT.filter(lambda text: text != "None")}[
+        kind
+    ]
 
 
 @st.composite
@@ -90,7 +113,9 @@ def configs(draw: Any) -> Config:
         values = {}
         for entry in dataclasses.fields(kind):
             hint, name = hints[entry.name], prefix + entry.name
-            values[entry.name] = build(hint, name + ".") if dataclasses.is_dataclass(hint) else draw(values_of(name, hint))
+            values[entry.name] = (
+                build(hint, name + ".") if dataclasses.is_dataclass(hint) else draw(values_of(name, hint))
+            )
         return kind(**values)
 
     return build(Config, "")
@@ -98,7 +123,9 @@ def configs(draw: Any) -> Config:
 
 @settings(max_examples=25, deadline=None)
 @given(config=configs())
-def test_a_dumped_configuration_loads_back_equal(config: Config, tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_a_dumped_configuration_loads_back_equal(
+    config: Config, tmp_path_factory: pytest.TempPathFactory
+) -> None:
     file = tmp_path_factory.getbasetemp() / "round_trip.yaml"
     file.write_text(dump_config(config), encoding="utf-8")
     assert load_config(file) == config
@@ -114,17 +141,32 @@ PRECISE = ["--optimizer.precision-aware", "True"]
     [
         (GATHER, "parallel.overlap_param_gather: expected parallel.overlap_grad_reduce with it"),
         ([*GATHER, *REDUCE], None),
-        ([*GATHER, *REDUCE, "--optimizer.distributed", "False"], "parallel.overlap_param_gather: expected optimizer.distributed with it"),
+        (
+            [*GATHER, *REDUCE, "--optimizer.distributed", "False"],
+            "parallel.overlap_param_gather: expected optimizer.distributed with it",
+        ),
         (PRECISE, None),
-        ([*PRECISE, "--optimizer.distributed", "False"], "optimizer.precision_aware: expected optimizer.distributed with it"),
-        ([*PRECISE, "--model.dtype", "float32"], "optimizer.precision_aware: expected model.dtype bfloat16 with it"),
+        (
+            [*PRECISE, "--optimizer.distributed", "False"],
+            "optimizer.precision_aware: expected optimizer.distributed with it",
+        ),
+        (
+            [*PRECISE, "--model.dtype", "float32"],
+            "optimizer.precision_aware: expected model.dtype bfloat16 with it",
+        ),
         (
             ["--parallel.tp", "4", "--rollout.tp", "3"],
             "rollout.tp: expected a divisor or a multiple of parallel.tp = 4 (1, 2, 4, 8, ...), got 3",
         ),
         (["--parallel.pp", "2", "--parallel.stage-layers", "3", "5"], None),
-        (["--parallel.pp", "3", "--parallel.stage-layers", "3", "5"], "parallel.stage_layers: expected parallel.pp = 3 numbers"),
-        (["--parallel.pp", "2", "--parallel.stage-layers", "8", "0"], "parallel.stage_layers: expected parallel.pp = 2 numbers"),
+        (
+            ["--parallel.pp", "3", "--parallel.stage-layers", "3", "5"],
+            "parallel.stage_layers: expected parallel.pp = 3 numbers",
+        ),
+        (
+            ["--parallel.pp", "2", "--parallel.stage-layers", "8", "0"],
+            "parallel.stage_layers: expected parallel.pp = 2 numbers",
+        ),
         (["--parallel.pp", "0"], "parallel.pp: expected at least 1, got 0"),
     ],
 )
@@ -164,7 +206,11 @@ def test_every_option_is_read_outside_the_configuration() -> None:
     read = set()
     for file in PACKAGE.rglob("*.py"):
         if file.name != "config.py":
-            read |= {node.attr for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))) if isinstance(node, ast.Attribute)}
+            read |= {
+                node.attr
+                for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
+                if isinstance(node, ast.Attribute)
+            }
     assert {name for name, _ in leaves(Config) if name.split(".")[-1] not in read} == set()
 
 
@@ -177,7 +223,11 @@ def test_every_option_has_a_flag_and_a_text(capsys: pytest.CaptureFixture[str]) 
     for node in ast.walk(ast.parse((PACKAGE / "config.py").read_text(encoding="utf-8"))):
         if isinstance(node, ast.ClassDef):
             for field, text in zip(node.body, node.body[1:], strict=False):
-                if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr) and isinstance(field.target, ast.Name):
+                if (
+                    isinstance(field, ast.AnnAssign)
+                    and isinstance(text, ast.Expr)
+                    and isinstance(field.target, ast.Name)
+                ):
                     documented.add(field.target.id)
     for name, _ in leaves(Config):
         assert "--" + name.replace("_", "-") in shown
@@ -275,8 +325,14 @@ def test_a_missing_field_is_named(missing: str) -> None:
 def test_refusals_read_the_same_where_output_is_not_utf8() -> None:
     """tyro then draws its frame in ASCII."""
     for flags, named in (
-        ([*REQUIRED, "--optimzer.lr", "1"], "Unrecognized options: --optimzer.lr, 1; perhaps you meant --optimizer.lr"),
-        ([*REQUIRED, "--optimizer.lr", "fast"], "Error parsing --optimizer.lr: could not convert string to float: 'fast'"),
+        (
+            [*REQUIRED, "--optimzer.lr", "1"],
+            "Unrecognized options: --optimzer.lr, 1; perhaps you meant --optimizer.lr",
+        ),
+        (
+            [*REQUIRED, "--optimizer.lr", "fast"],
+            "Error parsing --optimizer.lr: could not convert string to float: 'fast'",
+        ),
         (REQUIRED[2:], "missing --run-dir"),
     ):
         with contextlib.redirect_stdout(io.StringIO()), pytest.raises(ConfigError) as error:
@@ -286,7 +342,10 @@ def test_refusals_read_the_same_where_output_is_not_utf8() -> None:
 
 def test_a_later_flag_wins_over_the_file(tmp_path: Path) -> None:
     file = tmp_path / "a.yaml"
-    file.write_text("run_dir: a\nmodel: {path: m}\ndata: {path: d, questions_per_step: 3}\noptimizer:\n  lr: 1e-5\n", encoding="utf-8")
+    file.write_text(
+        "run_dir: a\nmodel: {path: m}\ndata: {path: d, questions_per_step: 3}\noptimizer:\n  lr: 1e-5\n",
+        encoding="utf-8",
+    )
     config = load_config(file, ["--optimizer.lr", "2e-5", "--optimizer.lr", "3e-5"])
     assert (config.optimizer.lr, config.data.questions_per_step, config.run_dir) == (3e-5, 3, "a")
     assert load_config(file).optimizer.lr == 1e-5  # PyYAML alone reads 1e-5 as text
@@ -294,8 +353,16 @@ def test_a_later_flag_wins_over_the_file(tmp_path: Path) -> None:
 
 def test_defaults_are_the_papers() -> None:
     config = parse_config(REQUIRED)
-    assert (config.rollout.num_samples, config.rollout.temperature, config.rollout.max_new_tokens) == (16, 0.5, 3072)
-    assert (config.algorithm.alpha, config.algorithm.confidence, config.algorithm.objective) == (0.1, "sequence", "rlsc")
+    assert (config.rollout.num_samples, config.rollout.temperature, config.rollout.max_new_tokens) == (
+        16,
+        0.5,
+        3072,
+    )
+    assert (config.algorithm.alpha, config.algorithm.confidence, config.algorithm.objective) == (
+        0.1,
+        "sequence",
+        "rlsc",
+    )
     assert config.optimizer.lr == 1e-5
 
 
@@ -325,7 +392,10 @@ WHOLE = "run_dir: a\nmodel: {path: m}\ndata: {path: d}\n"
     ("text", "reason"),
     [
         ("optimizer:\n  eps: 1e-3\noptimizer:\n  lr: 1e-4\n", "line 6: optimizer stands on line 4 already"),
-        ("optimizer:\n  lr: 1e-3\n  eps: 1e-6\n  lr: 1e-4\n", "line 7: optimizer.lr stands on line 5 already"),
+        (
+            "optimizer:\n  lr: 1e-3\n  eps: 1e-6\n  lr: 1e-4\n",
+            "line 7: optimizer.lr stands on line 5 already",
+        ),
         ("training: {num_steps: 3, num-steps: 4}\n", "line 4: training.num_steps stands on line 4 already"),
         ("optimizer: {lr: 1e-3}\noptimizer.lr: 1e-4\n", "line 5: optimizer.lr stands on line 4 already"),
         ("run_dir: b\n", "line 4: run_dir stands on line 1 already"),
@@ -336,7 +406,9 @@ WHOLE = "run_dir: a\nmodel: {path: m}\ndata: {path: d}\n"
         ("--- \nrun_dir: b\n", "expected a single document"),
     ],
 )
-def test_what_is_written_twice_or_is_no_option_is_refused_with_its_line(tmp_path: Path, text: str, reason: str) -> None:
+def test_what_is_written_twice_or_is_no_option_is_refused_with_its_line(
+    tmp_path: Path, text: str, reason: str
+) -> None:
     file = tmp_path / "twice.yaml"
     file.write_text(WHOLE + text, encoding="utf-8")
     with pytest.raises(ConfigError, match=re.escape(reason)) as error:
@@ -344,7 +416,9 @@ def test_what_is_written_twice_or_is_no_option_is_refused_with_its_line(tmp_path
     assert str(error.value).startswith(f"--config {file}") and "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("text", ["run_dir: null\n", "run_dir: ~\n", "run_dir:\n", "run_dir: Null\n", 'run_dir: ""\n'])
+@pytest.mark.parametrize(
+    "text", ["run_dir: null\n", "run_dir: ~\n", "run_dir:\n", "run_dir: Null\n", 'run_dir: ""\n']
+)
 def test_a_required_text_that_is_null_is_refused(tmp_path: Path, text: str) -> None:
     file = tmp_path / "null.yaml"
     file.write_text(text + "model: {path: m}\ndata: {path: d}\n", encoding="utf-8")
@@ -366,7 +440,9 @@ def test_an_anchor_of_a_value_is_read(tmp_path: Path) -> None:
 
 
 def test_temperatures_that_repeat_are_refused() -> None:
-    with pytest.raises(ConfigError, match=r"^evaluation\.temperatures: expected different ones, got \(0\.5, 0\.5\)"):
+    with pytest.raises(
+        ConfigError, match=r"^evaluation\.temperatures: expected different ones, got \(0\.5, 0\.5\)"
+    ):
         parse_config([*REQUIRED, "--evaluation.temperatures", "0.5", "0.5"])
 
 
@@ -376,7 +452,12 @@ def test_the_coldest_temperature_is_the_engines() -> None:
     sampling_params = pytest.importorskip("vllm.sampling_params")
     kept = sampling_params.SamplingParams(temperature=LOWEST_TEMPERATURE).temperature
     raised = sampling_params.SamplingParams(temperature=0.9 * LOWEST_TEMPERATURE).temperature
-    assert kept == raised == LOWEST_TEMPERATURE == parse_config([*REQUIRED, "--rollout.temperature", "0.01"]).rollout.temperature
+    assert (
+        kept
+        == raised
+        == LOWEST_TEMPERATURE
+        == parse_config([*REQUIRED, "--rollout.temperature", "0.01"]).rollout.temperature
+    )
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
@@ -394,14 +475,18 @@ def test_yaml_never_runs_code(tmp_path: Path) -> None:
 
 def test_an_unknown_key_of_a_file_is_named(tmp_path: Path) -> None:
     file = tmp_path / "unknown.yaml"
-    file.write_text("run_dir: a\nmodel: {path: m}\ndata: {path: d}\nrollout: {temprature: 0.5}\n", encoding="utf-8")
+    file.write_text(
+        "run_dir: a\nmodel: {path: m}\ndata: {path: d}\nrollout: {temprature: 0.5}\n", encoding="utf-8"
+    )
     with pytest.raises(ConfigError, match=r"--rollout\.temprature"):
         load_config(file)
 
 
 def test_changed_fields_names_each_difference() -> None:
     old = parse_config(REQUIRED)
-    new = parse_config([*REQUIRED, "--optimizer.lr", "2e-5", "--evaluation.temperatures", "0.7", "--run-dir", "b"])
+    new = parse_config(
+        [*REQUIRED, "--optimizer.lr", "2e-5", "--evaluation.temperatures", "0.7", "--run-dir", "b"]
+    )
     assert changed_fields(old, old) == []
     assert changed_fields(old, new) == [
         "run_dir: 'run' -> 'b'",
@@ -416,12 +501,17 @@ def test_a_configuration_cannot_be_changed_in_place() -> None:
         config.optimizer.lr = math.pi  # type: ignore[misc]
 
 
-@pytest.mark.parametrize("file", sorted((PACKAGE.parent / "configs").glob("*.yaml")), ids=lambda file: file.name)
+@pytest.mark.parametrize(
+    "file", sorted((PACKAGE.parent / "configs").glob("*.yaml")), ids=lambda file: file.name
+)
 def test_shipped_configurations_load_and_hold_differences_only(file: Path) -> None:
     config = load_config(file)
-    defaults = parse_config(["--run-dir", config.run_dir, "--model.path", config.model.path, "--data.path", config.data.path])
+    defaults = parse_config(
+        ["--run-dir", config.run_dir, "--model.path", config.model.path, "--data.path", config.data.path]
+    )
     changed = {line.split(":")[0] for line in changed_fields(defaults, config)}
     written = {flag[2:].split("=")[0].replace("-", "_") for flag in read_flags(file) if flag.startswith("--")}
-    # A value that repeats a default may stay where it is the point of the file (it follows another version of the paper).
+    # A value that repeats a default may stay where it is the point of the file (it follows another version of
+    # the paper).
     assert changed <= written
     assert {"run_dir", "model.path", "data.path"} <= written

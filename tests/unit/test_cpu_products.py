@@ -1,4 +1,5 @@
-"""Float32 products on a CPU: oneDNN where there is AVX-512, torch's BLAS elsewhere; the same numbers, and the path that is meant."""
+"""Float32 products on a CPU: oneDNN where there is AVX-512, torch's BLAS elsewhere; the same numbers, and the
+path that is meant."""
 
 from collections.abc import Callable, Iterator
 
@@ -58,7 +59,9 @@ def test_the_engines_product(capability: str) -> None:
     ],
     ids=["matmul", "mm", "operator", "out", "addmm_"],
 )
-def test_megatrons_products(capability: str, multiply: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> None:
+def test_megatrons_products(
+    capability: str, multiply: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+) -> None:
     a, b = torch.randn(9, 32), torch.randn(24, 32).T
     with torch.no_grad(), Recorded() as recorded, backend._MegatronOnCpu():
         product = multiply(a, b)

@@ -1,4 +1,5 @@
-"""An engine's parameters take no memory until they are bound, and its choices do not depend on the machine."""
+"""An engine's parameters take no memory until they are bound, and its choices do not depend on the
+machine."""
 
 import dataclasses
 
@@ -6,7 +7,12 @@ import pytest
 import torch
 from torch import nn
 
-from rlsc_mcore.rollout.engine import PINNED_COMPILATION, PINNED_ENVIRONMENT, allocate_storage, parameters_without_storage
+from rlsc_mcore.rollout.engine import (
+    PINNED_COMPILATION,
+    PINNED_ENVIRONMENT,
+    allocate_storage,
+    parameters_without_storage,
+)
 
 
 class Block(nn.Module):

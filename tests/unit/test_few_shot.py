@@ -1,4 +1,5 @@
-"""Worked examples before a question: the published prompt byte for byte, examples of one's own, errors by message."""
+"""Worked examples before a question: the published prompt byte for byte, examples of one's own, errors by
+message."""
 
 import hashlib
 import json
@@ -18,7 +19,9 @@ SCRIPT_SHA256 = "58ba89b51cde88aa8de4d69d5a9767e74fafc1e7690d903bb023ed1ec893c1b
 
 
 def test_the_prompt_of_mmlu_stem_is_the_published_one() -> None:
-    question = read_question(0, {"question": " Which? ", "choices": ["a", "b", "c ", "d"], "answer": 2}, "file")
+    question = read_question(
+        0, {"question": " Which? ", "choices": ["a", "b", "c ", "d"], "answer": 2}, "file"
+    )
     examples = published_examples("mmlu_stem")
     prompt = render_text("qwen25-math", with_examples(question.text, examples), make_tokenizer(None))
     assert len(examples) == 5 and question.answer == "C"
@@ -43,11 +46,17 @@ def test_examples_of_ones_own(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--few-shot", "2"], "--few-shot: 2 examples for embedded:test, but .* hold 0; name a file with --few-shot-file"),
+        (
+            ["--few-shot", "2"],
+            "--few-shot: 2 examples for embedded:test, but .* hold 0; name a file with --few-shot-file",
+        ),
         (["--few-shot", "gsm8k=2"], "--few-shot: expected a number, or NAME=NUMBER"),
         (["--token-budget", "many"], "--token-budget: expected a number, or NAME=NUMBER"),
         (["--top-p", "0"], "evaluation.top_p"),
-        (["--few-shot", "1", "--few-shot-file", "absent.jsonl"], "--few-shot-file: no such file: absent.jsonl"),
+        (
+            ["--few-shot", "1", "--few-shot-file", "absent.jsonl"],
+            "--few-shot-file: no such file: absent.jsonl",
+        ),
     ],
 )
 def test_bad_protocols_are_refused_before_an_engine_is_built(arguments: list[str], message: str) -> None:

@@ -1,4 +1,5 @@
-"""Templates are foreign code: whatever one does ends in one line that names it, soon and with little memory."""
+"""Templates are foreign code: whatever one does ends in one line that names it, soon and with little
+memory."""
 
 import resource
 import signal
@@ -34,7 +35,9 @@ HOSTILE = {
 
 @pytest.mark.parametrize("kind", ["file", "chat"])
 @pytest.mark.parametrize("name", HOSTILE)
-def test_a_hostile_template_is_bad_input(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, name: str) -> None:
+def test_a_hostile_template_is_bad_input(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, name: str
+) -> None:
     from transformers import AutoTokenizer
 
     monkeypatch.setattr(foreign_code, "SECONDS", 1.0)

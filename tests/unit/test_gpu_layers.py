@@ -16,11 +16,15 @@ def megatron_config(folder: Path, backend: Any, monkeypatch: pytest.MonkeyPatch,
     from megatron.core.models.common.embeddings import rope_utils
 
     monkeypatch.setattr(architecture, "has_transformer_engine", lambda: True)
-    monkeypatch.setattr(rope_utils, "fused_apply_rotary_pos_emb_thd", lambda *arguments: None)  # Megatron asks whether it is there
+    monkeypatch.setattr(
+        rope_utils, "fused_apply_rotary_pos_emb_thd", lambda *arguments: None
+    )  # Megatron asks whether it is there
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     fp8, recompute = options.get("fp8", "none"), options.get("recompute", "none")
     model = ModelConfig(path="m", dtype="bfloat16", fp8=fp8)
-    return architecture.transformer_config(read_architecture(write(folder)), model, backend, tp=1, recompute=recompute)
+    return architecture.transformer_config(
+        read_architecture(write(folder)), model, backend, tp=1, recompute=recompute
+    )
 
 
 def test_swiglu_is_fused_on_a_gpu_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -30,7 +34,8 @@ def test_swiglu_is_fused_on_a_gpu_alone(tmp_path: Path, monkeypatch: pytest.Monk
 
 @pytest.mark.parametrize("fp8", ["hybrid", "e4m3"])
 def test_fp8_scales_by_the_current_tensor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fp8: str) -> None:
-    """Delayed scaling all-reduces over data-parallel ranks once per pass, and ranks have unequal numbers of passes."""
+    """Delayed scaling all-reduces over data-parallel ranks once per pass, and ranks have unequal numbers of
+    passes."""
     config = megatron_config(tmp_path, _Cuda(), monkeypatch, fp8=fp8)
     assert config.fp8 == fp8 and config.fp8_recipe == "tensorwise" and not config.fp8_param
 
@@ -52,7 +57,10 @@ def test_fused_swiglu_is_the_same_function_and_keeps_less(monkeypatch: pytest.Mo
         kept.append(tensor.numel())
         return tensor
 
-    with torch.compiler.set_stance("force_eager"), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    with (
+        torch.compiler.set_stance("force_eager"),
+        torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
+    ):
         fused = fused_bias_swiglu.bias_swiglu_impl(gate_up, None)
         (grad,) = torch.autograd.grad(fused, gate_up, upstream)
     gate, up = gate_up.chunk(2, dim=-1)
@@ -74,9 +82,13 @@ def test_packed_rotation_is_each_sequences_own(dtype: torch.dtype) -> None:
     assert rotated.dtype == dtype
     for sequence, result in zip(queries.split(lengths), rotated.split(lengths), strict=True):
         first, second = sequence.double().chunk(2, dim=-1)
-        turned = torch.complex(first, second) * torch.polar(torch.ones_like(angles), angles)[: len(sequence), None].to(torch.complex128)
+        turned = torch.complex(first, second) * torch.polar(torch.ones_like(angles), angles)[
+            : len(sequence), None
+        ].to(torch.complex128)
         expected = torch.cat((turned.real, turned.imag), dim=-1)
-        torch.testing.assert_close(result.double(), expected, rtol=0, atol=1e-6 if dtype is torch.float32 else 0.05)
+        torch.testing.assert_close(
+            result.double(), expected, rtol=0, atol=1e-6 if dtype is torch.float32 else 0.05
+        )
 
 
 def test_packed_rotation_reads_nothing_back() -> None:
@@ -94,5 +106,7 @@ def test_weight_gradients_are_accumulated_by_the_layers_that_can() -> None:
     model = torch.nn.Module()
     model.decoder, model.output_layer = torch.nn.Sequential(Linear(2, 2), torch.nn.Linear(2, 2)), Linear(2, 2)
     fuse_gradient_accumulation(model)  # type: ignore[arg-type]
-    assert model.decoder[0].fuse_wgrad_accumulation and not hasattr(model.decoder[1], "fuse_wgrad_accumulation")
+    assert model.decoder[0].fuse_wgrad_accumulation and not hasattr(
+        model.decoder[1], "fuse_wgrad_accumulation"
+    )
     assert not model.output_layer.fuse_wgrad_accumulation

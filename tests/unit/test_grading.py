@@ -1,4 +1,5 @@
-"""Grading: hand-made right and wrong pairs of every answer format, hostile answers, and what counts as an extracted answer."""
+"""Grading: hand-made right and wrong pairs of every answer format, hostile answers, and what counts as an
+extracted answer."""
 
 import math
 import multiprocessing
@@ -23,36 +24,181 @@ PUBLIC_SETS = Path(os.environ.get("RLSC_DATA_DIR") or Path(__file__).parents[3] 
 
 RIGHT = [
     # integers, floats, thousands separators, zero padding, signs
-    *[("18", "18"), (" 18 ", "18"), ("18.", "18"), ("18.0", "18"), ("27", "27.0"), ("27.00", "27.0"), ("025", "25"), ("+7", "7")],
-    *[("-3", "-3"), ("\N{MINUS SIGN}3", "-3"), ("1,234", "1234"), ("70000", "70,000"), ("1{,}000", "1000"), ("1\\,000", "1000")],
-    *[("5\\!,000", "5000"), ("1,234,567.50", "1234567.5"), (".5", "0.5"), ("-0", "0"), ("1e3", "1000"), ("2.5E-1", "0.25")],
+    *[
+        ("18", "18"),
+        (" 18 ", "18"),
+        ("18.", "18"),
+        ("18.0", "18"),
+        ("27", "27.0"),
+        ("27.00", "27.0"),
+        ("025", "25"),
+        ("+7", "7"),
+    ],
+    *[
+        ("-3", "-3"),
+        ("\N{MINUS SIGN}3", "-3"),
+        ("1,234", "1234"),
+        ("70000", "70,000"),
+        ("1{,}000", "1000"),
+        ("1\\,000", "1000"),
+    ],
+    *[
+        ("5\\!,000", "5000"),
+        ("1,234,567.50", "1234567.5"),
+        (".5", "0.5"),
+        ("-0", "0"),
+        ("1e3", "1000"),
+        ("2.5E-1", "0.25"),
+    ],
     *[("9007199254740993", "9007199254740993")],
     # money, delimiters, text, units, percent, degrees
-    *[("$18", "18"), ("\\$18.00", "18"), ("$18$", "18"), ("\\(18\\)", "18"), ("\\[18\\]", "18"), ("$$18$$", "18"), ("\\text{18}", "18")],
-    *[("5 cm", "5"), ("5\\text{ cm}", "5"), ("12 apples", "12"), ("12 apples per day.", "12"), ("1,200 dollars", "1200")],
-    *[("50\\%", "50"), ("50%", "50"), ("50", "50\\%"), ("50\\%", "0.5"), ("90^\\circ", "90"), ("90 degrees", "90"), ("x=5", "5")],
+    *[
+        ("$18", "18"),
+        ("\\$18.00", "18"),
+        ("$18$", "18"),
+        ("\\(18\\)", "18"),
+        ("\\[18\\]", "18"),
+        ("$$18$$", "18"),
+        ("\\text{18}", "18"),
+    ],
+    *[
+        ("5 cm", "5"),
+        ("5\\text{ cm}", "5"),
+        ("12 apples", "12"),
+        ("12 apples per day.", "12"),
+        ("1,200 dollars", "1200"),
+    ],
+    *[
+        ("50\\%", "50"),
+        ("50%", "50"),
+        ("50", "50\\%"),
+        ("50\\%", "0.5"),
+        ("90^\\circ", "90"),
+        ("90 degrees", "90"),
+        ("x=5", "5"),
+    ],
     # fractions, roots, powers, constants
-    *[("1/2", "\\frac{1}{2}"), ("0.5", "\\frac{1}{2}"), ("\\frac12", "\\frac{1}{2}"), ("\\dfrac{2}{4}", "\\frac{1}{2}")],
-    *[("-\\frac{3}{4}", "-0.75"), ("\\frac{-3}{4}", "-\\frac{3}{4}"), ("3\\frac{1}{2}", "3.5"), ("10/5", "2"), ("2\\sqrt{2}", "\\sqrt{8}")],
-    *[("\\frac{\\sqrt{2}}{2}", "\\frac{1}{\\sqrt{2}}"), ("2^{10}", "1024"), ("5!", "120"), ("2\\pi", "\\pi\\cdot2")],
+    *[
+        ("1/2", "\\frac{1}{2}"),
+        ("0.5", "\\frac{1}{2}"),
+        ("\\frac12", "\\frac{1}{2}"),
+        ("\\dfrac{2}{4}", "\\frac{1}{2}"),
+    ],
+    *[
+        ("-\\frac{3}{4}", "-0.75"),
+        ("\\frac{-3}{4}", "-\\frac{3}{4}"),
+        ("3\\frac{1}{2}", "3.5"),
+        ("10/5", "2"),
+        ("2\\sqrt{2}", "\\sqrt{8}"),
+    ],
+    *[
+        ("\\frac{\\sqrt{2}}{2}", "\\frac{1}{\\sqrt{2}}"),
+        ("2^{10}", "1024"),
+        ("5!", "120"),
+        ("2\\pi", "\\pi\\cdot2"),
+    ],
     # algebra, intervals, sets, tuples, matrices
-    *[("x^2+2x+1", "(x+1)^2"), ("2+3i", "3i+2"), ("(1,2]", "(1, 2]"), ("\\left(1,2\\right)", "(1,2)"), ("\\{2,1\\}", "\\{1,2\\}")],
-    *[("(5,\\infty)\\cup(-\\infty,3)", "(-\\infty,3)\\cup(5,\\infty)"), ("(\\frac{1}{2},3)", "(0.5,3)"), ("1, 2", "2,1")],
-    *[("\\begin{pmatrix}1\\\\2\\end{pmatrix}", "\\begin{pmatrix} 1 \\\\ 2 \\end{pmatrix}"), ("y=2x+1", "2x+1=y")],
+    *[
+        ("x^2+2x+1", "(x+1)^2"),
+        ("2+3i", "3i+2"),
+        ("(1,2]", "(1, 2]"),
+        ("\\left(1,2\\right)", "(1,2)"),
+        ("\\{2,1\\}", "\\{1,2\\}"),
+    ],
+    *[
+        ("(5,\\infty)\\cup(-\\infty,3)", "(-\\infty,3)\\cup(5,\\infty)"),
+        ("(\\frac{1}{2},3)", "(0.5,3)"),
+        ("1, 2", "2,1"),
+    ],
+    *[
+        ("\\begin{pmatrix}1\\\\2\\end{pmatrix}", "\\begin{pmatrix} 1 \\\\ 2 \\end{pmatrix}"),
+        ("y=2x+1", "2x+1=y"),
+    ],
     # words and letters
-    *[("Evelyn", "\\text{Evelyn}"), ("\\text{evelyn}", "Evelyn"), ("B", "B"), ("(B)", "B"), ("\\text{B}", "B"), ("\\textbf{(B)}", "B")],
+    *[
+        ("Evelyn", "\\text{Evelyn}"),
+        ("\\text{evelyn}", "Evelyn"),
+        ("B", "B"),
+        ("(B)", "B"),
+        ("\\text{B}", "B"),
+        ("\\textbf{(B)}", "B"),
+    ],
 ]
 
 WRONG = [
-    *[("17", "18"), ("-18", "18"), ("18.5", "18"), ("1.8", "18"), ("180", "18"), ("1,8", "18"), ("27", "2.7"), ("1e3", "100")],
-    *[("9007199254740992", "9007199254740993"), ("0.33", "\\frac{1}{3}"), ("0.333333", "\\frac13"), ("1/0", "5"), ("0/0", "0/1")],
-    *[("", "18"), (" ", "18"), (".", "18"), ("", ""), ("$$", "0"), ("\\text{}", "0"), ("\\boxed{}", "0"), ("?", "3"), ("None", "3")],
-    *[("5x", "5"), ("5 million", "5"), ("5\\text{ dozen}", "5"), ("5 or 6", "5"), ("5 and x", "5"), ("6 cm", "5"), ("50\\%", "5")],
-    *[("5 plus x", "5"), ("x=6", "5"), ("\\frac{1}{3}", "\\frac{1}{2}"), ("2/1", "1/2"), ("\\sqrt{2}", "2"), ("2\\sqrt{3}", "\\sqrt{8}")],
-    *[("x^2+1", "(x+1)^2"), ("3i-2", "2+3i"), ("[1,2]", "(1,2)"), ("(2,1)", "(1,2)"), ("(1,2)", "(1,3)"), ("\\{1\\}", "\\{1,2\\}")],
-    *[("\\{1,2,3\\}", "\\{1,2\\}"), ("(-\\infty,3)", "(-\\infty,3)\\cup(5,\\infty)"), ("1", "1,2"), ("1,2", "1"), ("y=2x-1", "y=2x+1")],
-    *[("nylevE", "Evelyn"), ("\\text{Eve}", "\\text{Evelyn}"), ("C", "B"), ("even", "odd"), ("Evelyn 5", "Evelyn"), ("18 18", "18")],
-    *[("18 (mod 5)", "3"), ("the answer", "3"), ("\\begin{pmatrix}1\\\\3\\end{pmatrix}", "\\begin{pmatrix}1\\\\2\\end{pmatrix}")],
+    *[
+        ("17", "18"),
+        ("-18", "18"),
+        ("18.5", "18"),
+        ("1.8", "18"),
+        ("180", "18"),
+        ("1,8", "18"),
+        ("27", "2.7"),
+        ("1e3", "100"),
+    ],
+    *[
+        ("9007199254740992", "9007199254740993"),
+        ("0.33", "\\frac{1}{3}"),
+        ("0.333333", "\\frac13"),
+        ("1/0", "5"),
+        ("0/0", "0/1"),
+    ],
+    *[
+        ("", "18"),
+        (" ", "18"),
+        (".", "18"),
+        ("", ""),
+        ("$$", "0"),
+        ("\\text{}", "0"),
+        ("\\boxed{}", "0"),
+        ("?", "3"),
+        ("None", "3"),
+    ],
+    *[
+        ("5x", "5"),
+        ("5 million", "5"),
+        ("5\\text{ dozen}", "5"),
+        ("5 or 6", "5"),
+        ("5 and x", "5"),
+        ("6 cm", "5"),
+        ("50\\%", "5"),
+    ],
+    *[
+        ("5 plus x", "5"),
+        ("x=6", "5"),
+        ("\\frac{1}{3}", "\\frac{1}{2}"),
+        ("2/1", "1/2"),
+        ("\\sqrt{2}", "2"),
+        ("2\\sqrt{3}", "\\sqrt{8}"),
+    ],
+    *[
+        ("x^2+1", "(x+1)^2"),
+        ("3i-2", "2+3i"),
+        ("[1,2]", "(1,2)"),
+        ("(2,1)", "(1,2)"),
+        ("(1,2)", "(1,3)"),
+        ("\\{1\\}", "\\{1,2\\}"),
+    ],
+    *[
+        ("\\{1,2,3\\}", "\\{1,2\\}"),
+        ("(-\\infty,3)", "(-\\infty,3)\\cup(5,\\infty)"),
+        ("1", "1,2"),
+        ("1,2", "1"),
+        ("y=2x-1", "y=2x+1"),
+    ],
+    *[
+        ("nylevE", "Evelyn"),
+        ("\\text{Eve}", "\\text{Evelyn}"),
+        ("C", "B"),
+        ("even", "odd"),
+        ("Evelyn 5", "Evelyn"),
+        ("18 18", "18"),
+    ],
+    *[
+        ("18 (mod 5)", "3"),
+        ("the answer", "3"),
+        ("\\begin{pmatrix}1\\\\3\\end{pmatrix}", "\\begin{pmatrix}1\\\\2\\end{pmatrix}"),
+    ],
 ]
 
 HOSTILE = [
@@ -157,7 +303,10 @@ def test_grading_in_threads_agrees_with_grading_alone() -> None:
 
 
 def _grade_in_child(results: "multiprocessing.SimpleQueue[bool]") -> None:
-    results.put(symbolic_comparer.are_equal("\\sqrt{18}", "3\\sqrt{2}") and not symbolic_comparer.are_equal("\\sqrt{18}", "3"))
+    results.put(
+        symbolic_comparer.are_equal("\\sqrt{18}", "3\\sqrt{2}")
+        and not symbolic_comparer.are_equal("\\sqrt{18}", "3")
+    )
     symbolic_comparer.close()
 
 
@@ -247,7 +396,11 @@ def test_extract_last_number(text: str, expected: str | None) -> None:
         ("8 apples and then \\boxed{", "8", Grade(strict=False, lenient=True, boxed=False, extracted="8")),
         ("no idea", "8", Grade(strict=False, lenient=False, boxed=False, extracted=None)),
         ("", "8", Grade(strict=False, lenient=False, boxed=False, extracted=None)),
-        ("so $\\boxed{\\frac{8}{3}}$", "8/3", Grade(strict=True, lenient=True, boxed=True, extracted="\\frac{8}{3}")),
+        (
+            "so $\\boxed{\\frac{8}{3}}$",
+            "8/3",
+            Grade(strict=True, lenient=True, boxed=True, extracted="\\frac{8}{3}"),
+        ),
     ],
 )
 def test_grade(response: str, gold: str, expected: Grade) -> None:
@@ -267,7 +420,14 @@ def test_extraction_laws_on_any_text(text: str) -> None:
 
 @given(st.integers(-(10**12), 10**12), st.integers(-(10**12), 10**12), st.integers(0, 3))
 def test_integers_compare_as_integers_in_every_spelling(answer: int, gold: int, zeros: int) -> None:
-    spellings = [str(answer), f"{answer:,}", f"{answer}.{'0' * zeros}", f"${answer}$", f"{answer:,}".replace(",", "{,}"), f"{answer}/1"]
+    spellings = [
+        str(answer),
+        f"{answer:,}",
+        f"{answer}.{'0' * zeros}",
+        f"${answer}$",
+        f"{answer:,}".replace(",", "{,}"),
+        f"{answer}/1",
+    ]
     for spelling in spellings:
         assert is_correct(spelling, str(gold)) == (answer == gold)
         assert grade(f"Thus \\boxed{{{spelling}}}", str(answer)).strict
@@ -278,12 +438,16 @@ def test_plain_numbers_need_no_worker_and_are_fast(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(grading, "compare_symbolically", None)
     start, count = time.process_time(), 0
     while (seconds := time.process_time() - start) < 0.2:
-        assert grade(f"3 + {count} = 5, then 12 * 7 = 84. The answer is \\boxed{{{count}}}.", "18").strict == (count == 18)
+        assert grade(
+            f"3 + {count} = 5, then 12 * 7 = 84. The answer is \\boxed{{{count}}}.", "18"
+        ).strict == (count == 18)
         count += 1
     assert count / seconds > 5000
 
 
-@pytest.mark.skipif(not PUBLIC_SETS.is_dir(), reason="the public question sets are not on this machine (RLSC_DATA_DIR)")
+@pytest.mark.skipif(
+    not PUBLIC_SETS.is_dir(), reason="the public question sets are not on this machine (RLSC_DATA_DIR)"
+)
 @pytest.mark.parametrize("name", ["aime24", "amc23", "gsm8k_test"])
 def test_gold_answers_of_public_sets_match_themselves_alone(name: str) -> None:
     golds = [question.answer or "" for question in read_questions(str(PUBLIC_SETS / f"{name}.jsonl"))]

@@ -1,4 +1,5 @@
-"""The rules of the evaluation script of Qwen2.5-Math, from its own cases and from its code's stated tolerances."""
+"""The rules of the evaluation script of Qwen2.5-Math, from its own cases and from its code's stated
+tolerances."""
 
 import pytest
 
@@ -7,8 +8,16 @@ from rlsc_mcore.grading.official import extract_official, extract_official_choic
 from rlsc_mcore.types import Question
 
 CLOSE = [
-    *[("0.0833333333333333", r"\frac{1}{12}"), ("(1,4.5)", r"(1,\frac{9}{2})"), (r"\frac{x}{7}+\frac{2}{7}", r"\frac{x+2}{7}")],
-    *[(r"\sec^2(y)", r"\tan^2(y)+1"), ("-34x-45y+20z-100=0", "34x+45y-20z+100=0"), ("(0.6,2.6667]", r"(\frac{3}{5},\frac{8}{3}]")],
+    *[
+        ("0.0833333333333333", r"\frac{1}{12}"),
+        ("(1,4.5)", r"(1,\frac{9}{2})"),
+        (r"\frac{x}{7}+\frac{2}{7}", r"\frac{x+2}{7}"),
+    ],
+    *[
+        (r"\sec^2(y)", r"\tan^2(y)+1"),
+        ("-34x-45y+20z-100=0", "34x+45y-20z+100=0"),
+        ("(0.6,2.6667]", r"(\frac{3}{5},\frac{8}{3}]"),
+    ],
     *[
         ("3.14159", r"\pi"),
         ("1.41421", r"\sqrt{2}"),
@@ -18,10 +27,23 @@ CLOSE = [
         ("100.009", "100"),
         ("[1,2]", "(1,2)"),
     ],
-    *[("yes", "Yes"), ("y=5", "5"), ("1,234", "1234"), (r"4.5\times 10^{33}", "4.5e33"), ("0.33333", r"\frac{1}{3}")],
+    *[
+        ("yes", "Yes"),
+        ("y=5", "5"),
+        ("1,234", "1234"),
+        (r"4.5\times 10^{33}", "4.5e33"),
+        ("0.33333", r"\frac{1}{3}"),
+    ],
 ]
 FAR = [
-    *[("1.42", r"\sqrt{2}"), ("x+1", "x+2n+1"), ("100.02", "100"), (r"\frac{1+\sqrt{5}}{2}", "2"), ("(1,2)", "(2,1)"), ("7", "8")],
+    *[
+        ("1.42", r"\sqrt{2}"),
+        ("x+1", "x+2n+1"),
+        ("100.02", "100"),
+        (r"\frac{1+\sqrt{5}}{2}", "2"),
+        ("(1,2)", "(2,1)"),
+        ("7", "8"),
+    ],
     *[("(+5)(b+2)", "(a+5)(b+2)"), (r"\frac{100}{3}", "33.3"), ("", "5")],
 ]
 EXTRACTED = {
@@ -79,4 +101,8 @@ def test_letters(response: str, letter: str | None) -> None:
 )
 def test_what_each_grader_counts_as_right(response: str, boxed: bool, lenient: bool, qwen: bool) -> None:
     question = Question(0, "q", "5")
-    assert [grade_answer(response, question, grader).strict for grader in ("boxed", "lenient", "qwen")] == [boxed, lenient, qwen]
+    assert [grade_answer(response, question, grader).strict for grader in ("boxed", "lenient", "qwen")] == [
+        boxed,
+        lenient,
+        qwen,
+    ]

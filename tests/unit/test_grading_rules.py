@@ -190,8 +190,18 @@ CASES: dict[str, dict[str, tuple[list[str], list[str]]]] = {
     },
 }  # fmt: skip
 
-RIGHT = [(kind, gold, answer) for kind, golds in CASES.items() for gold, (right, _) in golds.items() for answer in [gold, *right]]
-WRONG = [(kind, gold, answer) for kind, golds in CASES.items() for gold, (_, wrong) in golds.items() for answer in wrong]
+RIGHT = [
+    (kind, gold, answer)
+    for kind, golds in CASES.items()
+    for gold, (right, _) in golds.items()
+    for answer in [gold, *right]
+]
+WRONG = [
+    (kind, gold, answer)
+    for kind, golds in CASES.items()
+    for gold, (_, wrong) in golds.items()
+    for answer in wrong
+]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -236,7 +246,9 @@ RESPONSES = [
 
 
 @pytest.mark.parametrize(("response", "gold", "extracted", "strict", "lenient"), RESPONSES)
-def test_what_counts_as_the_answer(response: str, gold: str, extracted: str, strict: bool, lenient: bool) -> None:
+def test_what_counts_as_the_answer(
+    response: str, gold: str, extracted: str, strict: bool, lenient: bool
+) -> None:
     result = grade(response, gold)
     assert (result.extracted, result.strict, result.lenient) == (extracted, strict, lenient)
 
@@ -273,7 +285,9 @@ def spellings(value: Fraction) -> list[str]:
     ]
 
 
-DECIMALS = st.builds(lambda digits, places: Fraction(digits, 10**places), st.integers(-(10**7), 10**7), st.integers(0, 5))
+DECIMALS = st.builds(
+    lambda digits, places: Fraction(digits, 10**places), st.integers(-(10**7), 10**7), st.integers(0, 5)
+)
 
 
 @settings(deadline=None, max_examples=60)
@@ -307,13 +321,17 @@ def test_repeating_decimals(whole: int, fixed_length: int, block_length: int, da
 
 @settings(deadline=None, max_examples=50)
 @given(st.lists(st.tuples(st.integers(-9, 9).filter(bool), st.sampled_from(["x", "y^2", "x y", r"\sqrt{2}", r"\pi", "R_1", "r_1", "e^{x}"])), min_size=2, max_size=5, unique_by=lambda term: term[1]), st.randoms())  # fmt: skip
-def test_sums_are_equal_in_every_order_and_different_with_another_coefficient(terms: list[tuple[int, str]], stream: object) -> None:
+def test_sums_are_equal_in_every_order_and_different_with_another_coefficient(
+    terms: list[tuple[int, str]], stream: object
+) -> None:
     def text(row: list[tuple[int, str]]) -> str:
         return " + ".join(f"{coefficient}{factor}" for coefficient, factor in row).replace("+ -", "- ")
 
     gold = text(terms)
     assert is_correct(text(terms[::-1]), gold)
-    assert is_correct(rf"\frac{{{text([(3 * coefficient, factor) for coefficient, factor in terms])}}}{{3}}", gold)
+    assert is_correct(
+        rf"\frac{{{text([(3 * coefficient, factor) for coefficient, factor in terms])}}}{{3}}", gold
+    )
     for position, (coefficient, factor) in enumerate(terms):
         changed = [*terms[:position], (coefficient + 1, factor), *terms[position + 1 :]]
         assert not is_correct(text([term for term in changed if term[0]]), gold)

@@ -30,7 +30,9 @@ def workers_end_with_the_module() -> Iterator[None]:
 
 def plain(answer: str, gold: str) -> bool:
     """math-verify as it comes: this process does not have the worker's changes."""
-    return bool(verify(*(parse(f"${text}$", parsing_timeout=0) for text in (gold, answer)), timeout_seconds=None))
+    return bool(
+        verify(*(parse(f"${text}$", parsing_timeout=0) for text in (gold, answer)), timeout_seconds=None)
+    )
 
 
 def test_the_worker_says_what_math_verify_says() -> None:
@@ -78,14 +80,25 @@ def test_what_may_be_equal_is_never_ruled_out(a: object, b: object) -> None:
 
 
 @pytest.mark.parametrize(
-    ("a", "b"), [(sympy.sqrt(8), 3), (x, y), (x + 1, x + 2), (x**2, x**3), (2 * sympy.I, 2), (sympy.pi, sympy.Rational(22, 7))]
+    ("a", "b"),
+    [
+        (sympy.sqrt(8), 3),
+        (x, y),
+        (x + 1, x + 2),
+        (x**2, x**3),
+        (2 * sympy.I, 2),
+        (sympy.pi, sympy.Rational(22, 7)),
+    ],
 )
 def test_other_values_differ(a: sympy.Expr, b: object) -> None:
     assert differ_clearly(a, sympy.sympify(b))
 
 
 def test_many_answers_are_graded_as_one_by_one() -> None:
-    others = [("so \\boxed{B}", Question(99, "q", "B", answer_format="choice")), ("nothing", Question(7, "q", "8"))]
+    others = [
+        ("so \\boxed{B}", Question(99, "q", "B", answer_format="choice")),
+        ("nothing", Question(7, "q", "8")),
+    ]
     samples = [*algebra(14, distinct=False), *others]
     responses, questions = [response for response, _ in samples], [question for _, question in samples]
     grades = grade_answers(responses, questions)

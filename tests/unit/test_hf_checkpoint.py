@@ -53,7 +53,9 @@ def shard(folder: Path, *, count: int = 3) -> dict[str, torch.Tensor]:
 
 def test_an_indexed_set_of_files_reads_like_one(folder: Path) -> None:
     whole = {name: tensor.clone() for name, tensor in shard(folder).items()}
-    save_file({"model.norm.weight": torch.zeros(128)}, folder / "other.safetensors")  # not in the index: not part of the model
+    save_file(
+        {"model.norm.weight": torch.zeros(128)}, folder / "other.safetensors"
+    )  # not in the index: not part of the model
     source = SafetensorsFolder(folder)
     check_weights(folder, read_architecture(folder))
     for name, tensor in whole.items():
@@ -66,7 +68,9 @@ def test_an_indexed_set_of_files_reads_like_one(folder: Path) -> None:
 
 @pytest.mark.parametrize("architecture", ["qwen2", "qwen3", "llama"])
 @pytest.mark.parametrize("tied", [True, False])
-def test_expected_shapes_are_those_that_transformers_writes(tmp_path: Path, architecture: str, tied: bool) -> None:
+def test_expected_shapes_are_those_that_transformers_writes(
+    tmp_path: Path, architecture: str, tied: bool
+) -> None:
     folder = make_model_folder(tmp_path / "model", architecture=architecture, tied=tied)
     written = {name: tuple(tensor.shape) for name, tensor in load_file(folder / WEIGHTS).items()}
     assert hf_shapes(read_architecture(folder)) == written
@@ -106,7 +110,11 @@ def test_the_files_that_are_read_are_those_of_transformers(folder: Path, kind: s
         weight_map = dict.fromkeys(zeros(folder), "old-00001.safetensors")
         (folder / INDEX_FILE).write_text(json.dumps({"weight_map": weight_map}), encoding="utf-8")
     else:
-        save_file({name: tensor + 1 for name, tensor in zeros(folder).items()}, folder / "ones.safetensors", {"format": "pt"})
+        save_file(
+            {name: tensor + 1 for name, tensor in zeros(folder).items()},
+            folder / "ones.safetensors",
+            {"format": "pt"},
+        )
         edit_config(folder, transformers_weights="ones.safetensors")
         left_over = [WEIGHTS]
     expected = transformers_weights(folder)
@@ -128,13 +136,18 @@ def test_a_tensor_in_two_files_of_the_index_names_both(folder: Path) -> None:
     extra = load_file(folder / "model-00002-of-00003.safetensors") | {"model.norm.weight": torch.zeros(128)}
     for name in ("model-00001-of-00003.safetensors", "model-00002-of-00003.safetensors"):
         save_file(load_file(folder / name) | {"model.norm.weight": extra["model.norm.weight"]}, folder / name)
-    with pytest.raises(ConfigError, match=r"'model\.norm\.weight' is in model-0000\d-of-00003\.safetensors and in model-0000\d-of"):
+    with pytest.raises(
+        ConfigError,
+        match=r"'model\.norm\.weight' is in model-0000\d-of-00003\.safetensors and in model-0000\d-of",
+    ):
         check_weights(folder, read_architecture(folder))
 
 
 @pytest.mark.parametrize("scale", [1.0, 2.0])
 @pytest.mark.parametrize("architecture", ["qwen2", "qwen3", "llama"])
-def test_a_tied_model_with_an_output_layer_of_its_own(tmp_path: Path, architecture: str, scale: float) -> None:
+def test_a_tied_model_with_an_output_layer_of_its_own(
+    tmp_path: Path, architecture: str, scale: float
+) -> None:
     folder = make_model_folder(tmp_path / "model", architecture=architecture)
     tensors = load_file(folder / WEIGHTS)
     head = tensors["model.embed_tokens.weight"].clone()
@@ -182,7 +195,9 @@ def damage(kind: str, folder: Path) -> None:
     elif kind == "unnamed":
         weights.rename(folder / "consolidated.safetensors")
     elif kind == "outside":
-        (folder / INDEX_FILE).write_text('{"weight_map": {"model.norm.weight": "../other.safetensors"}}', encoding="utf-8")
+        (folder / INDEX_FILE).write_text(
+            '{"weight_map": {"model.norm.weight": "../other.safetensors"}}', encoding="utf-8"
+        )
         weights.unlink()
     elif kind == "untied":
         edit_config(folder, tie_word_embeddings=None)
@@ -205,20 +220,35 @@ def damage(kind: str, folder: Path) -> None:
         ("truncated", r"model\.safetensors: not a whole safetensors file"),
         ("half", r"model\.safetensors: not a whole safetensors file"),
         ("empty", r"model\.safetensors: not a whole safetensors file"),
-        ("pickled", r"has no \*\.safetensors weights; only safetensors are read, pickled \*\.bin files are refused"),
+        (
+            "pickled",
+            r"has no \*\.safetensors weights; only safetensors are read, pickled \*\.bin files are refused",
+        ),
         ("none", r"has no \*\.safetensors weights$"),
         ("missing", r"has no tensor 'model\.layers\.2\.self_attn\.k_proj\.bias'"),
         ("norm", r"has no tensor 'model\.norm\.weight'"),
-        ("shape", r"model\.layers\.0\.mlp\.up_proj\.weight has shape \(3, 128\), config\.json says \(384, 128\)"),
+        (
+            "shape",
+            r"model\.layers\.0\.mlp\.up_proj\.weight has shape \(3, 128\), config\.json says \(384, 128\)",
+        ),
         ("rows", r"model\.embed_tokens\.weight has shape \(512, 128\), config\.json says \(513, 128\)"),
-        ("fp8", r"model\.layers\.0\.mlp\.up_proj\.weight is stored as F8_E4M3; expected one of F64, F32, F16, BF16"),
+        (
+            "fp8",
+            r"model\.layers\.0\.mlp\.up_proj\.weight is stored as F8_E4M3; expected one of F64, F32, F16, BF16",
+        ),
         ("adapter", r"holds an adapter \(adapter_config\.json\)"),
         ("unnamed", r"has neither model\.safetensors nor model\.safetensors\.index\.json"),
         ("outside", r"expected names of files in its folder, got '\.\./other\.safetensors'"),
-        ("untied", r"has no tensor 'lm_head\.weight' and its config\.json does not say tie_word_embeddings: true"),
+        (
+            "untied",
+            r"has no tensor 'lm_head\.weight' and its config\.json does not say tie_word_embeddings: true",
+        ),
         ("index_json", rf"{re.escape(INDEX_FILE)}: not an index"),
         ("index_fields", rf"{re.escape(INDEX_FILE)}: not an index"),
-        ("index_file", r"lacks model-00002-of-00003\.safetensors, which its model\.safetensors\.index\.json names"),
+        (
+            "index_file",
+            r"lacks model-00002-of-00003\.safetensors, which its model\.safetensors\.index\.json names",
+        ),
     ],
 )
 def test_damaged_weights_are_named(folder: Path, kind: str, named: str) -> None:
@@ -238,7 +268,9 @@ def test_a_tokenizer_larger_than_the_embedding(folder: Path) -> None:
     check_vocabulary(tokenizer, read_architecture(folder), folder)
     largest = max(tokenizer.get_vocab().values())
     edit_config(folder, vocab_size=largest)
-    with pytest.raises(ConfigError, match=rf"has ids up to {largest}, but config\.json says vocab_size = {largest}"):
+    with pytest.raises(
+        ConfigError, match=rf"has ids up to {largest}, but config\.json says vocab_size = {largest}"
+    ):
         check_vocabulary(tokenizer, read_architecture(folder), folder)
 
 
@@ -276,10 +308,14 @@ def test_a_written_folder_reads_back(tmp_path: Path) -> None:
     tensors = load_file(source / WEIGHTS)
     output = tmp_path / "out"
     write_hf_folder(tensors.items(), source, output, dtype="float32", write=True)
-    assert sorted(file.name for file in output.iterdir()) == sorted([MARKER, *(file.name for file in source.iterdir())])
+    assert sorted(file.name for file in output.iterdir()) == sorted(
+        [MARKER, *(file.name for file in source.iterdir())]
+    )
     check_weights(output, read_architecture(output))
     found = load_file(output / WEIGHTS)
-    assert found.keys() == tensors.keys() and all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
+    assert found.keys() == tensors.keys() and all(
+        torch.equal(found[name], tensor) for name, tensor in tensors.items()
+    )
     assert json.loads((output / "config.json").read_text(encoding="utf-8"))["dtype"] == "float32"
     assert list(tmp_path.iterdir()) == [output]
 
@@ -288,13 +324,17 @@ def test_a_tokenizers_code_and_named_templates_are_written_too(folder: Path, tmp
     (folder / "additional_chat_templates").mkdir()
     for name in ("additional_chat_templates/tool.jinja", "tokenization_mine.py"):
         (folder / name).write_text("content", encoding="utf-8")
-    write_hf_folder(load_file(folder / WEIGHTS).items(), folder, tmp_path / "out", dtype="float32", write=True)
+    write_hf_folder(
+        load_file(folder / WEIGHTS).items(), folder, tmp_path / "out", dtype="float32", write=True
+    )
     for name in ("additional_chat_templates/tool.jinja", "tokenization_mine.py"):
         assert (tmp_path / "out" / name).read_text(encoding="utf-8") == "content"
 
 
 @pytest.mark.parametrize("limit", [1, 100_000, 400_000])
-def test_large_models_are_written_in_files_of_limited_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: int) -> None:
+def test_large_models_are_written_in_files_of_limited_size(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: int
+) -> None:
     monkeypatch.setattr(hf_checkpoint, "MAX_SHARD_BYTES", limit)
     source = resolve_model_folder(EMBEDDED)
     tensors = load_file(source / WEIGHTS)
@@ -302,13 +342,20 @@ def test_large_models_are_written_in_files_of_limited_size(tmp_path: Path, monke
     write_hf_folder(tensors.items(), source, output, dtype="float32", write=True)
     files = sorted(output.glob("*.safetensors"))
     index: dict[str, Any] = json.loads((output / INDEX_FILE).read_text(encoding="utf-8"))
-    assert [file.name for file in files] == [f"model-{i + 1:05d}-of-{len(files):05d}.safetensors" for i in range(len(files))]
-    assert index["metadata"]["total_size"] == sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    assert [file.name for file in files] == [
+        f"model-{i + 1:05d}-of-{len(files):05d}.safetensors" for i in range(len(files))
+    ]
+    assert index["metadata"]["total_size"] == sum(
+        tensor.numel() * tensor.element_size() for tensor in tensors.values()
+    )
     contents = {file.name: load_file(file) for file in files}
     for name, tensor in tensors.items():
         assert torch.equal(contents[index["weight_map"][name]][name], tensor)
     for content in contents.values():
-        assert sum(tensor.numel() * tensor.element_size() for tensor in content.values()) <= limit or len(content) == 1
+        assert (
+            sum(tensor.numel() * tensor.element_size() for tensor in content.values()) <= limit
+            or len(content) == 1
+        )
     check_weights(output, read_architecture(output))
 
 
@@ -334,7 +381,9 @@ def test_written_files_have_the_permissions_that_the_umask_leaves(tmp_path: Path
     source = resolve_model_folder(EMBEDDED)
     before = os.umask(mask)
     try:
-        write_hf_folder(load_file(source / WEIGHTS).items(), source, tmp_path / "out", dtype="float32", write=True)
+        write_hf_folder(
+            load_file(source / WEIGHTS).items(), source, tmp_path / "out", dtype="float32", write=True
+        )
     finally:
         os.umask(before)
     assert {stat.S_IMODE(file.stat().st_mode) for file in (tmp_path / "out").iterdir()} == {0o666 & ~mask}

@@ -39,7 +39,10 @@ def _imports(tree: ast.AST, known: set[str]) -> set[str]:
 
 def import_graph() -> dict[str, set[str]]:
     modules = _modules()
-    return {name: _imports(ast.parse(file.read_text(encoding="utf-8")), set(modules)) - {name} for name, file in modules.items()}
+    return {
+        name: _imports(ast.parse(file.read_text(encoding="utf-8")), set(modules)) - {name}
+        for name, file in modules.items()
+    }
 
 
 def test_there_is_no_import_cycle() -> None:

@@ -1,4 +1,5 @@
-"""What the launch script asks before anything starts, without torch: one line and exit code 2, or the facts of the run."""
+"""What the launch script asks before anything starts, without torch: one line and exit code 2, or the facts
+of the run."""
 
 import json
 import shutil
@@ -27,11 +28,17 @@ def check(tmp_path: Path, *flags: str, nodes: int = 1, ranks: int = 2) -> int:
 def test_facts_of_a_good_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert check(tmp_path, nodes=2) == 0
     facts = dict(line.split("\t") for line in capsys.readouterr().out.splitlines())
-    assert facts["run_dir"] == str(tmp_path / "run") and facts["layout"] == "tp 2 x dp 2" and facts["start"] == "a new run"
+    assert (
+        facts["run_dir"] == str(tmp_path / "run")
+        and facts["layout"] == "tp 2 x dp 2"
+        and facts["start"] == "a new run"
+    )
     assert not list(tmp_path.iterdir())  # nothing is made
 
 
-def test_tensor_parallelism_over_nodes_is_remarked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_tensor_parallelism_over_nodes_is_remarked(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert check(tmp_path, nodes=2, ranks=1) == 0
     assert "tp 2 spans nodes of 1: slow" in capsys.readouterr().out
 
@@ -46,9 +53,17 @@ def test_tensor_parallelism_over_nodes_is_remarked(tmp_path: Path, capsys: pytes
             4,
             "data.questions_per_step: 1 x rollout.num_samples 1 = 1 answers",
         ),
-        (("--parallel.pp", "3"), 4, "parallel.pp: parallel.tp 2 x parallel.pp 3 = 6 do not divide the 4 ranks"),
+        (
+            ("--parallel.pp", "3"),
+            4,
+            "parallel.pp: parallel.tp 2 x parallel.pp 3 = 6 do not divide the 4 ranks",
+        ),
         (("--parallel.pp", "8", "--parallel.tp", "1"), 8, "parallel.pp: 8 stages, but"),
-        (("--model.path", "Qwen/Qwen2.5-Math-7B", "--parallel.tp", "8"), 8, "parallel.tp: 8 does not divide num_attention_heads = 28"),
+        (
+            ("--model.path", "Qwen/Qwen2.5-Math-7B", "--parallel.tp", "8"),
+            8,
+            "parallel.tp: 8 does not divide num_attention_heads = 28",
+        ),
         (("--model.path", "/absent"), 2, "model.path: no folder /absent"),
         (("--model.path", "embedded:absent"), 2, "model.path: no folder embedded:absent"),
         (("--data.path", "absent.jsonl"), 2, "data.path: no file absent.jsonl"),
@@ -68,17 +83,27 @@ def test_bad_input_is_one_line(
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("", "is empty"), ("{broken\n", "the first line is not JSON"), ('{"text": 1}\n', "has neither `problem` nor `question`")],
+    [
+        ("", "is empty"),
+        ("{broken\n", "the first line is not JSON"),
+        ('{"text": 1}\n', "has neither `problem` nor `question`"),
+    ],
 )
-def test_bad_questions_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str, message: str) -> None:
+def test_bad_questions_are_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str, message: str
+) -> None:
     file = tmp_path / "questions.jsonl"
     file.write_text(text)
     assert check(tmp_path, "--data.path", str(file)) == 2
     assert f"data.path: {file}" in (error := capsys.readouterr().err) and message in error
 
 
-@pytest.mark.parametrize(("pattern", "message"), [("*.safetensors", "has no *.safetensors"), ("tokenizer*", "has no tokenizer")])
-def test_an_incomplete_model_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str], pattern: str, message: str) -> None:
+@pytest.mark.parametrize(
+    ("pattern", "message"), [("*.safetensors", "has no *.safetensors"), ("tokenizer*", "has no tokenizer")]
+)
+def test_an_incomplete_model_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], pattern: str, message: str
+) -> None:
     model = Path(shutil.copytree(resolve_model_folder("embedded:tiny_qwen2"), tmp_path / "model"))
     for file in model.glob(pattern):
         file.unlink()
@@ -86,13 +111,17 @@ def test_an_incomplete_model_is_named(tmp_path: Path, capsys: pytest.CaptureFixt
     assert message in capsys.readouterr().err
 
 
-def test_an_old_run_is_resumed_and_another_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_old_run_is_resumed_and_another_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     run_dir = tmp_path / "run"
     checkpoint = run_dir / "checkpoints" / "step_000003"
     checkpoint.mkdir(parents=True)
     (run_dir / "checkpoints" / "latest").write_text("step_000003\n")
     flags = dict(zip(FLAGS[::2], FLAGS[1::2], strict=True))
-    (tmp_path / "flags.yaml").write_text(json.dumps({"run_dir": str(run_dir), **nested(flags), "parallel": {"tp": 2}}))
+    (tmp_path / "flags.yaml").write_text(
+        json.dumps({"run_dir": str(run_dir), **nested(flags), "parallel": {"tp": 2}})
+    )
     (run_dir / "config.yaml").write_text(dump_config(load_config(tmp_path / "flags.yaml")))
     assert check(tmp_path) == 0
     assert f"start\tresumes {checkpoint}" in capsys.readouterr().out
@@ -109,9 +138,19 @@ def nested(flags: dict[str, str]) -> dict[str, dict[str, str]]:
 
 
 def test_memory_is_what_the_plan_counts(tmp_path: Path) -> None:
-    """The same sums as `rlsc train --dry-run` prints for the layout, with the optimizer's options; too little is told, not refused."""
+    """The same sums as `rlsc train --dry-run` prints for the layout, with the optimizer's options; too little
+    is told, not refused."""
     shape = MODELS["qwen2.5-0.5b"]
-    flags = ["--model.path", "Qwen/Qwen2.5-0.5B", "--data.path", "embedded:train", "--parallel.tp", "2", "--run-dir", str(tmp_path / "run")]
+    flags = [
+        "--model.path",
+        "Qwen/Qwen2.5-0.5B",
+        "--data.path",
+        "embedded:train",
+        "--parallel.tp",
+        "2",
+        "--run-dir",
+        str(tmp_path / "run"),
+    ]
 
     def memory(*more: str, gib: float = 141) -> tuple[str, str, list[str]]:
         facts = [*check_launch([*flags, *more], 1, 8, gib)]
@@ -122,15 +161,23 @@ def test_memory_is_what_the_plan_counts(tmp_path: Path) -> None:
     sums = [sum(train_bytes(shape, layout).values()), sum(rollout_bytes(shape, layout, 0).values())]
     small = ("--training.recompute", "full", "--training.tokens-per-micro-batch", "8192")
     training, rollout, warnings = memory(*small)
-    assert training.startswith(f"training {sums[0] / 2**30:.1f} GiB per GPU: weights 0.46, gradients 0.92, optimizer 0.69,")
-    assert rollout.startswith(f"rollout {sums[1] / 2**30:.1f} GiB per GPU:") and rollout.endswith("(and the KV cache)") and not warnings
+    assert training.startswith(
+        f"training {sums[0] / 2**30:.1f} GiB per GPU: weights 0.46, gradients 0.92, optimizer 0.69,"
+    )
+    assert (
+        rollout.startswith(f"rollout {sums[1] / 2**30:.1f} GiB per GPU:")
+        and rollout.endswith("(and the KV cache)")
+        and not warnings
+    )
     assert "KV cache 10.00" in memory(*small, "--rollout.kv-cache-gib", "10")[1]
     assert "optimizer 0.35" in memory(*small, "--optimizer.cpu-offload", "0.5")[0]
     assert "optimizer 0.46" in memory(*small, "--optimizer.precision-aware", "True")[0]
     assert "of 3 are usable (GPU_MEMORY_GIB)" in memory(*small, gib=3)[2][0]
 
 
-@pytest.mark.parametrize("name", ["qwen2.5_math_7b_1x8.yaml", "qwen2.5_math_72b_4x8.yaml", "qwen2.5_math_1.5b_1gpu.yaml"])
+@pytest.mark.parametrize(
+    "name", ["qwen2.5_math_7b_1x8.yaml", "qwen2.5_math_72b_4x8.yaml", "qwen2.5_math_1.5b_1gpu.yaml"]
+)
 def test_recipes_are_the_papers(name: str) -> None:
     config = load_config(CONFIGS / name)
     rollout, training = config.rollout, config.training
@@ -140,9 +187,15 @@ def test_recipes_are_the_papers(name: str) -> None:
 
 @pytest.mark.parametrize(
     ("name", "gpus", "gib"),
-    [("qwen2.5_math_7b_1x8.yaml", "8", "80"), ("qwen2.5_math_72b_4x8.yaml", "32", "141"), ("qwen2.5_math_1.5b_1gpu.yaml", "1", "80")],
+    [
+        ("qwen2.5_math_7b_1x8.yaml", "8", "80"),
+        ("qwen2.5_math_72b_4x8.yaml", "32", "141"),
+        ("qwen2.5_math_1.5b_1gpu.yaml", "1", "80"),
+    ],
 )
-def test_recipes_fit_the_gpus_that_they_name(name: str, gpus: str, gib: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_recipes_fit_the_gpus_that_they_name(
+    name: str, gpus: str, gib: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert dry_run_config(load_config(CONFIGS / name), gpus, gib) == 0, capsys.readouterr().out
 
 

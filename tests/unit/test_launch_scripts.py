@@ -1,4 +1,5 @@
-"""`bash launch/rlsc_*.sh --dry-run` on a machine without SLURM, GPU or container runtime: the whole plan, and nothing is made."""
+"""`bash launch/rlsc_*.sh --dry-run` on a machine without SLURM, GPU or container runtime: the whole plan, and
+nothing is made."""
 
 import os
 import shlex
@@ -31,14 +32,23 @@ DryRun = Callable[..., tuple[int, str, dict[str, list[str]]]]
 
 @pytest.fixture
 def dry_run(tmp_path: Path) -> DryRun:
-    """Run a script from an empty folder; returns its exit code, its errors and the plan, by the name of each line."""
+    """Run a script from an empty folder; returns its exit code, its errors and the plan, by the name of each
+    line."""
 
-    def run(*arguments: str, script: str = "rlsc_7b.sh", **settings: str) -> tuple[int, str, dict[str, list[str]]]:
-        inherited = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "RLSC_")) and name not in SETTINGS}
+    def run(
+        *arguments: str, script: str = "rlsc_7b.sh", **settings: str
+    ) -> tuple[int, str, dict[str, list[str]]]:
+        inherited = {
+            name: value
+            for name, value in os.environ.items()
+            if not name.startswith(("SLURM_", "RLSC_")) and name not in SETTINGS
+        }
         path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
         environment = {**inherited, "PATH": path, "PYTHON": sys.executable, "HOME": str(tmp_path), **settings}
         command = ["bash", str(ROOT / "launch" / script), "--dry-run", *SMALL, *arguments]
-        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120, check=False)
+        done = subprocess.run(
+            command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120, check=False
+        )
         plan: dict[str, list[str]] = {}
         for line in done.stdout.splitlines():
             name, _, value = line.partition("] ")[2].strip().partition("  ")
@@ -53,7 +63,19 @@ def dry_run(tmp_path: Path) -> DryRun:
 def test_every_script_prints_its_plan(dry_run: DryRun, script: str) -> None:
     code, errors, plan = dry_run("--parallel.tp", "1", script=script, GPUS_PER_NODE="1")
     assert code == 0, errors
-    assert set(plan) >= {"run_dir", "model", "data", "layout", "steps", "start", "memory", "checkpoint", "step", "each rank", "env"}
+    assert set(plan) >= {
+        "run_dir",
+        "model",
+        "data",
+        "layout",
+        "steps",
+        "start",
+        "memory",
+        "checkpoint",
+        "step",
+        "each rank",
+        "env",
+    }
     nodes = 4 if "72b" in script else 1
     assert any(f"{nodes} nodes x 1 ranks (1 GPUs each)" in name for name in plan)
     assert [line.split()[0] for line in plan["memory"]] == ["training", "rollout"]
@@ -73,19 +95,39 @@ def test_a_plain_step_names_no_container(dry_run: DryRun, tmp_path: Path) -> Non
 
 
 def test_pyxis_starts_the_step_in_an_image(dry_run: DryRun, tmp_path: Path) -> None:
-    code, errors, plan = dry_run("--parallel.tp", "2", CONTAINER="registry/rlsc:1", MOUNTS="/data:/data,/models:/models", PYTHON="")
+    code, errors, plan = dry_run(
+        "--parallel.tp", "2", CONTAINER="registry/rlsc:1", MOUNTS="/data:/data,/models:/models", PYTHON=""
+    )
     assert code == 0, errors
     mounts = f"--container-mounts={ROOT}:{ROOT},{tmp_path}:{tmp_path},/data:/data,/models:/models"
-    assert shlex.split(plan["step"][0])[-3:] == ["--container-image=registry/rlsc:1", mounts, f"--container-workdir={tmp_path}"]
+    assert shlex.split(plan["step"][0])[-3:] == [
+        "--container-image=registry/rlsc:1",
+        mounts,
+        f"--container-workdir={tmp_path}",
+    ]
     assert shlex.split(plan["each rank"][0])[:4] == ["python3", "-m", "rlsc_mcore.cli", "train"]
 
 
 def test_apptainer_runs_each_rank_in_a_file(dry_run: DryRun, tmp_path: Path) -> None:
-    code, errors, plan = dry_run("--parallel.tp", "2", CONTAINER="/images/rlsc.sif", MOUNTS="/data:/data", PYTHON="")
+    code, errors, plan = dry_run(
+        "--parallel.tp", "2", CONTAINER="/images/rlsc.sif", MOUNTS="/data:/data", PYTHON=""
+    )
     assert code == 0, errors
     assert "container" not in plan["step"][0]
     bind = f"{ROOT}:{ROOT},{tmp_path}:{tmp_path},/data:/data"
-    expected = ["apptainer", "exec", "--nv", "--pwd", str(tmp_path), "--bind", bind, "/images/rlsc.sif", "python3", "-m", "rlsc_mcore.cli"]
+    expected = [
+        "apptainer",
+        "exec",
+        "--nv",
+        "--pwd",
+        str(tmp_path),
+        "--bind",
+        bind,
+        "/images/rlsc.sif",
+        "python3",
+        "-m",
+        "rlsc_mcore.cli",
+    ]
     assert shlex.split(plan["each rank"][0])[: len(expected)] == expected
 
 
@@ -98,7 +140,9 @@ def test_memory_that_is_not_there_is_warned_of(dry_run: DryRun) -> None:
 
 def test_a_setting_that_the_engine_cannot_have_is_warned_of(dry_run: DryRun) -> None:
     code, _, plan = dry_run("--parallel.tp", "1", PYTORCH_CUDA_ALLOC_CONF="expandable_segments:True")
-    assert code == 0 and any("expandable_segments and the engine's sleep mode exclude each other" in name for name in plan)
+    assert code == 0 and any(
+        "expandable_segments and the engine's sleep mode exclude each other" in name for name in plan
+    )
 
 
 @pytest.mark.parametrize(
@@ -124,8 +168,14 @@ def test_bad_settings_are_one_line(dry_run: DryRun, settings: dict[str, str], me
 def in_bash(script: str, file: str, **environment: str) -> str:
     """Source a file of launch/ and run a script; returns what it prints."""
     command = ["bash", "-euo", "pipefail", "-c", f'source "{ROOT / "launch" / file}"\n{script}']
-    inherited = {name: value for name, value in os.environ.items() if name != "CUDA_VISIBLE_DEVICES" and not name.startswith("SLURM_")}
-    done = subprocess.run(command, env={**inherited, **environment}, capture_output=True, text=True, timeout=60, check=False)
+    inherited = {
+        name: value
+        for name, value in os.environ.items()
+        if name != "CUDA_VISIBLE_DEVICES" and not name.startswith("SLURM_")
+    }
+    done = subprocess.run(
+        command, env={**inherited, **environment}, capture_output=True, text=True, timeout=60, check=False
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -160,11 +210,15 @@ def test_gpus_of_a_gres_are_counted(text: str, gpus: int) -> None:
     ],
 )
 def test_gpus_that_were_asked_for_become_an_option(per_node: str, option: str) -> None:
-    script = f"record='JobId=1 NumNodes=1 Command=/x WorkDir=/x TresPerNode={per_node} '; _rlsc_asked_gpus || true"
+    script = (
+        f"record='JobId=1 NumNodes=1 Command=/x WorkDir=/x TresPerNode={per_node} '; _rlsc_asked_gpus || true"
+    )
     assert in_bash(script, "job.sh").strip() == option
 
 
-@pytest.mark.parametrize(("cpus", "least"), [("16", 16), ("16,8", 8), ("16(x2),8,12(x3)", 8), ("9(x4)", 9), ("128,64(x31)", 64)])
+@pytest.mark.parametrize(
+    ("cpus", "least"), [("16", 16), ("16,8", 8), ("16(x2),8,12(x3)", 8), ("9(x4)", 9), ("128,64(x31)", 64)]
+)
 def test_the_smallest_node_counts(cpus: str, least: int) -> None:
     assert in_bash("_rlsc_least_cpus", "job.sh", SLURM_JOB_CPUS_PER_NODE=cpus).strip() == str(least)
 
@@ -198,7 +252,11 @@ def test_the_compiler_caches_are_private(tmp_path: Path) -> None:
     link.symlink_to(tmp_path)
 
     def run(folder: Path) -> list[str]:
-        environment = {"RLSC_NODE_CACHE": str(folder), "TRITON_CACHE_DIR": f"{folder}/triton", "TMPDIR": str(tmp_path)}
+        environment = {
+            "RLSC_NODE_CACHE": str(folder),
+            "TRITON_CACHE_DIR": f"{folder}/triton",
+            "TMPDIR": str(tmp_path),
+        }
         return in_bash(script, "node.sh", **environment).splitlines()
 
     assert run(mine) == [f"{mine}/triton", "700", str(mine)]

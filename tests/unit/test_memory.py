@@ -27,11 +27,18 @@ MIB = 1 << 20
 
 def segment(address: int, total: int, live: int, pool: tuple[int, int] = (0, 0)) -> dict[str, Any]:
     """What torch.cuda.memory_snapshot says of a block of device memory."""
-    return {"address": address, "total_size": total * MIB, "allocated_size": live * MIB, "segment_pool_id": pool, "device": 0}
+    return {
+        "address": address,
+        "total_size": total * MIB,
+        "allocated_size": live * MIB,
+        "segment_pool_id": pool,
+        "device": 0,
+    }
 
 
 def test_a_gpu_is_accounted_for_to_the_last_byte() -> None:
-    """Trainer in the allocator's own pool; CUDA graphs and vLLM's sleep pool, whose cache is unmapped, in theirs."""
+    """Trainer in the allocator's own pool; CUDA graphs and vLLM's sleep pool, whose cache is unmapped, in
+    theirs."""
     owned = {
         "weights": {1000 * MIB: 100 * MIB},
         "gradients": {1100 * MIB: 200 * MIB},
@@ -57,7 +64,11 @@ def test_a_gpu_is_accounted_for_to_the_last_byte() -> None:
 
 
 def test_an_engine_that_never_sleeps_lies_in_the_allocators_own_pool() -> None:
-    owned = {"weights": {0: 10 * MIB}, "engine_weights": {10 * MIB: 5 * MIB}, "kv_cache": {20 * MIB: 30 * MIB}}
+    owned = {
+        "weights": {0: 10 * MIB},
+        "engine_weights": {10 * MIB: 5 * MIB},
+        "kv_cache": {20 * MIB: 30 * MIB},
+    }
     pools = device_pools(owned, [segment(0, 64, 47)], None, total=100 * MIB, free=30 * MIB)
     assert (pools["workspace"], pools["activations_cached"], pools["other"]) == (2 * MIB, 17 * MIB, 6 * MIB)
 
@@ -69,7 +80,14 @@ def test_a_cpu_has_no_allocator_to_ask() -> None:
 
 def test_views_count_once() -> None:
     base = torch.zeros(100)
-    assert sum(storages([base, base[10:20], base.view(10, 10), torch.zeros(0), torch.zeros(3, dtype=torch.int8)]).values()) == 403
+    assert (
+        sum(
+            storages(
+                [base, base[10:20], base.view(10, 10), torch.zeros(0), torch.zeros(3, dtype=torch.int8)]
+            ).values()
+        )
+        == 403
+    )
 
 
 def test_the_fullest_rank_is_shown() -> None:
@@ -91,7 +109,9 @@ def tables(pool: str, sizes: list[float], border: str = "release") -> list[Table
 @pytest.mark.parametrize("pool", sorted(set(POOLS) - {"free", "other"}))
 def test_a_leak_is_named(pool: str, border: str) -> None:
     (warning,) = residue_warnings(tables(pool, [500, 500, 510, 520, 530], border))
-    assert warning == f"memory of {pool} grows: 500.0 to 530.0 MiB in 3 steps, after '{border}' ({POOLS[pool]})"
+    assert (
+        warning == f"memory of {pool} grows: 500.0 to 530.0 MiB in 3 steps, after '{border}' ({POOLS[pool]})"
+    )
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,9 @@ VALUES = [
 
 @pytest.mark.parametrize("value", VALUES, ids=repr)
 def test_values_come_back_equal_and_of_the_same_types(value: Any) -> None:
-    for restored in (decode(encode(value)), from_json(to_json(value))) if value != b"\0\xff" else (decode(encode(value)),):
+    for restored in (
+        (decode(encode(value)), from_json(to_json(value))) if value != b"\0\xff" else (decode(encode(value)),)
+    ):
         assert restored == value and type(restored) is type(value) and repr(restored) == repr(value)
 
 
@@ -71,7 +73,9 @@ class _Runs:
         return self.call
 
 
-@pytest.mark.parametrize("function", [os.mkdir, eval, exec, __import__, getattr, torch.load, pickle.loads], ids=str)
+@pytest.mark.parametrize(
+    "function", [os.mkdir, eval, exec, __import__, getattr, torch.load, pickle.loads], ids=str
+)
 def test_a_pickle_of_code_is_refused(tmp_path: Path, function: Any) -> None:
     import io
 
@@ -95,4 +99,8 @@ def test_a_pickle_of_a_checkpoint_s_layout_is_read() -> None:
         OSError(28, "full"),
     ]
     restored = DataUnpickler(io.BytesIO(pickle.dumps(values))).load()
-    assert restored[:3] == values[:3] and torch.equal(restored[3]["a"][1], torch.arange(3)) and restored[4].errno == 28
+    assert (
+        restored[:3] == values[:3]
+        and torch.equal(restored[3]["a"][1], torch.arange(3))
+        and restored[4].errno == 28
+    )

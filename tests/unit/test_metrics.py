@@ -1,4 +1,5 @@
-"""metrics.jsonl: appended, cut where a run resumes, read past a half-written end; and what raises an alarm."""
+"""metrics.jsonl: appended, cut where a run resumes, read past a half-written end; and what raises an
+alarm."""
 
 import json
 import math
@@ -16,10 +17,15 @@ from rlsc_mcore.run.progress import last_metrics
 
 
 def rows(count: int) -> list[dict[str, Any]]:
-    return [{"step": step, "loss": 0.5 - step, "seconds": {"train": 1.5}, "warnings": [], "skipped": False} for step in range(count)]
+    return [
+        {"step": step, "loss": 0.5 - step, "seconds": {"train": 1.5}, "warnings": [], "skipped": False}
+        for step in range(count)
+    ]
 
 
-def write(folder: Path, entries: list[dict[str, Any]], *, first_step: int = 0, tensorboard: bool = False) -> MetricsWriter:
+def write(
+    folder: Path, entries: list[dict[str, Any]], *, first_step: int = 0, tensorboard: bool = False
+) -> MetricsWriter:
     writer = MetricsWriter(folder, first_step=first_step, enabled=True, tensorboard=tensorboard)
     for row in entries:
         writer.write(row)
@@ -30,7 +36,10 @@ def write(folder: Path, entries: list[dict[str, Any]], *, first_step: int = 0, t
 def test_rows_come_back(tmp_path: Path) -> None:
     write(tmp_path, rows(3))
     assert read_metrics(tmp_path) == rows(3)
-    assert [json.loads(line)["step"] for line in (tmp_path / METRICS_FILE).read_text(encoding="utf-8").splitlines()] == [0, 1, 2]
+    assert [
+        json.loads(line)["step"]
+        for line in (tmp_path / METRICS_FILE).read_text(encoding="utf-8").splitlines()
+    ] == [0, 1, 2]
 
 
 def test_no_file_is_no_row(tmp_path: Path) -> None:
@@ -44,7 +53,9 @@ def test_a_half_written_last_line_is_left_out(tmp_path: Path, cut: int) -> None:
     file.write_bytes(file.read_bytes()[:-cut])
     assert read_metrics(tmp_path) == rows(3 if cut == 1 else 2)
     writer = write(tmp_path, rows(4)[3:], first_step=2)
-    assert [row["step"] for row in read_metrics(tmp_path)] == [0, 1, 3] == [row["step"] for row in writer.rows]
+    assert (
+        [row["step"] for row in read_metrics(tmp_path)] == [0, 1, 3] == [row["step"] for row in writer.rows]
+    )
 
 
 def test_resuming_drops_the_rows_of_steps_to_be_repeated(tmp_path: Path) -> None:
@@ -74,7 +85,9 @@ def test_tensorboard_holds_the_same_numbers(tmp_path: Path) -> None:
             number = value.tensor.float_val[0] if value.HasField("tensor") else value.simple_value
             found[event.step, value.tag] = number
     assert found == {
-        (step, name): pytest.approx(value) for step in range(2) for name, value in (("loss", 0.5 - step), ("seconds/train", 1.5))
+        (step, name): pytest.approx(value)
+        for step in range(2)
+        for name, value in (("loss", 0.5 - step), ("seconds/train", 1.5))
     }
 
 
@@ -95,20 +108,37 @@ def test_every_line_is_json_whatever_the_numbers(tmp_path: Path) -> None:
         raise AssertionError(f"{text} is no JSON")
 
     writer = write(tmp_path, BROKEN)
-    MetricsWriter(tmp_path, first_step=2, enabled=True, tensorboard=False).close()  # the rows are written again
-    rows = [json.loads(line, parse_constant=refuse) for line in (tmp_path / METRICS_FILE).read_text(encoding="utf-8").splitlines()]
-    assert rows[0]["loss"] is None and rows[0]["log_p_old"] == {"q50": None} and rows[0]["updates"] == [{"loss": 1.0}, {"loss": None}]
+    MetricsWriter(
+        tmp_path, first_step=2, enabled=True, tensorboard=False
+    ).close()  # the rows are written again
+    rows = [
+        json.loads(line, parse_constant=refuse)
+        for line in (tmp_path / METRICS_FILE).read_text(encoding="utf-8").splitlines()
+    ]
+    assert (
+        rows[0]["loss"] is None
+        and rows[0]["log_p_old"] == {"q50": None}
+        and rows[0]["updates"] == [{"loss": 1.0}, {"loss": None}]
+    )
     assert rows[0]["not_finite"] == {"loss": "nan", "log_p_old/q50": "-inf", "updates/1/loss": "inf"}
     assert rows[1] == BROKEN[1]
-    # Read back they are what they were: a gap that is no number counts as a mismatch, one that was not compared does not.
+    # Read back they are what they were: a gap that is no number counts as a mismatch, one that was not
+    # compared does not.
     for found in (read_metrics(tmp_path), writer.rows, last_metrics(tmp_path)):
-        assert math.isnan(found[0]["loss"]) and found[0]["log_prob_gap_mean"] is None and "not_finite" not in found[0]
+        assert (
+            math.isnan(found[0]["loss"])
+            and found[0]["log_prob_gap_mean"] is None
+            and "not_finite" not in found[0]
+        )
         assert found[0]["log_p_old"]["q50"] == -math.inf and found[0]["updates"][1]["loss"] == math.inf
 
 
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.sampled_from(["nan", "NaN", "a\nb"]),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["a", "loss", "x.y", "nan", "0"]), inner, max_size=3),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.sampled_from(["a", "loss", "x.y", "nan", "0"]), inner, max_size=3)
+    ),
     max_leaves=12,
 )
 
@@ -152,7 +182,10 @@ FIRST = {"mean_length": 100.0, "f_estimate": 0.1, "distinct_share": 0.8, "trunca
         ({"mean_length": 49.0}, "length collapse: answers average 49.0 tokens, 100.0 at the first step"),
         ({"f_estimate": 0.3}, None),
         ({"distinct_share": 0.1}, None),
-        ({"f_estimate": 0.3, "distinct_share": 0.39}, "diversity loss: F rose from 0.1 to 0.3 while distinct answers fell from 80% to 39%"),
+        (
+            {"f_estimate": 0.3, "distinct_share": 0.39},
+            "diversity loss: F rose from 0.1 to 0.3 while distinct answers fell from 80% to 39%",
+        ),
         ({"truncated_share": 0.9}, None),
         ({"truncated_share": 0.95}, "95% of the answers were cut at rollout.max_new_tokens"),
     ],

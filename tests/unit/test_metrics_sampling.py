@@ -12,7 +12,14 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from rlsc_mcore.evaluation.records import AnswerRecord
-from rlsc_mcore.evaluation.sampling_scores import auroc, majority_accuracy, majority_at_k, pass_at_k, reliability, sampling_scores
+from rlsc_mcore.evaluation.sampling_scores import (
+    auroc,
+    majority_accuracy,
+    majority_at_k,
+    pass_at_k,
+    reliability,
+    sampling_scores,
+)
 from rlsc_mcore.evaluation.table import print_comparison
 from tests.helpers.run_folders import make_answer
 
@@ -72,7 +79,9 @@ def test_bins_partition_the_answers_in_order(samples: list[tuple[float, bool]]) 
     assert sum(part.count for part in bins) == len(samples) and len(bins) <= 10
     confidences = [part.confidence for part in bins]
     assert confidences == sorted(confidences)
-    assert sum(part.accuracy * part.count for part in bins) == pytest.approx(sum(right for _, right in samples))
+    assert sum(part.accuracy * part.count for part in bins) == pytest.approx(
+        sum(right for _, right in samples)
+    )
 
 
 def test_a_calibrated_model_is_found_calibrated() -> None:
@@ -84,7 +93,10 @@ def test_a_calibrated_model_is_found_calibrated() -> None:
 
 @pytest.mark.parametrize("k", [1, 2, 3, 4, 5])
 def test_maj_at_k_is_the_mean_over_all_subsets(k: int) -> None:
-    answers = [replace(make_answer(0, text, right=text == "a", sample=i), extracted=text) for i, text in enumerate("aabbc")]
+    answers = [
+        replace(make_answer(0, text, right=text == "a", sample=i), extracted=text)
+        for i, text in enumerate("aabbc")
+    ]
     expected = []
     for subset in itertools.combinations("aabbc", k):
         top = max(map(subset.count, subset))
@@ -95,19 +107,29 @@ def test_maj_at_k_is_the_mean_over_all_subsets(k: int) -> None:
 
 def test_maj_at_k_of_many_answers_is_sampled_and_the_same_every_time() -> None:
     texts = ["a" if i % 3 else f"b{i}" for i in range(64)]
-    answers = [replace(make_answer(0, text, right=text == "a", sample=i), extracted=text) for i, text in enumerate(texts)]
+    answers = [
+        replace(make_answer(0, text, right=text == "a", sample=i), extracted=text)
+        for i, text in enumerate(texts)
+    ]
     assert majority_at_k(answers, 1) == pytest.approx(42 / 64)
     assert majority_at_k(answers, 8) == majority_at_k(answers, 8) > 0.9 and majority_at_k(answers, 64) == 1
 
 
 def test_all_scores_of_a_temperature() -> None:
     answers = [
-        replace(make_answer(q, f"{q}{s}", right=s < right, sample=s), log_prob=-1.0 if s < right else -2.0, tokens=10 + s)
+        replace(
+            make_answer(q, f"{q}{s}", right=s < right, sample=s),
+            log_prob=-1.0 if s < right else -2.0,
+            tokens=10 + s,
+        )
         for q, right in ((0, 1), (1, 4), (2, 0))
         for s in range(4)
     ]
     scores = sampling_scores(answers, 1.0)
-    assert {name for name in scores if "@" in name} == {"avg@4", *(f"{kind}@{k}" for kind in ("pass", "maj") for k in (1, 2, 4))}
+    assert {name for name in scores if "@" in name} == {
+        "avg@4",
+        *(f"{kind}@{k}" for kind in ("pass", "maj") for k in (1, 2, 4)),
+    }
     assert scores["avg@4"]["mean"] == scores["maj@1"]["mean"] == pytest.approx((0.25 + 1 + 0) / 3)
     assert scores["pass@1"]["mean"] == pytest.approx((0.25 + 1 + 0) / 3)
     assert scores["pass@2"]["mean"] == pytest.approx((0.5 + 1 + 0) / 3)
@@ -121,7 +143,10 @@ def test_all_scores_of_a_temperature() -> None:
 
 def test_shares_are_labelled_by_the_temperature_they_come_from() -> None:
     value = {"mean": 0.5, "standard_error": None}
-    for names, expected in ((("accuracy_t0.5", "accuracy_t1"), "boxed, T = 1"), (("accuracy_t0.5",), "boxed, T = 0.5")):
+    for names, expected in (
+        (("accuracy_t0.5", "accuracy_t1"), "boxed, T = 1"),
+        (("accuracy_t0.5",), "boxed, T = 0.5"),
+    ):
         console = Console(width=120, file=io.StringIO())
         print_comparison({"before": dict.fromkeys((*names, "boxed_share"), value)}, console)
         assert f"answers that are {expected} " in console.file.getvalue()  # type: ignore[attr-defined]

@@ -27,19 +27,27 @@ def binomial(n: int, p: float) -> list[float]:
 def test_intervals_of_single_answers_cover_the_truth(n: int, p: float) -> None:
     """Exact coverage: the sum over every possible number of right answers."""
     intervals = [bootstrap_interval([1.0] * k + [0.0] * (n - k)) for k in range(n + 1)]
-    coverage = sum(chance for chance, (low, high) in zip(binomial(n, p), intervals, strict=True) if low <= p <= high)
+    coverage = sum(
+        chance for chance, (low, high) in zip(binomial(n, p), intervals, strict=True) if low <= p <= high
+    )
     assert 0.91 < coverage < 0.98
 
 
 @pytest.mark.parametrize("n", [30, 480])
 @pytest.mark.parametrize("k", [4, 16])
-@pytest.mark.parametrize("concentration", [None, 0.5, 5.0])  # None: all questions equally hard; 0.5: most always or never right
+@pytest.mark.parametrize(
+    "concentration", [None, 0.5, 5.0]
+)  # None: all questions equally hard; 0.5: most always or never right
 def test_intervals_of_means_of_k_answers_cover_the_truth(n: int, k: int, concentration: float | None) -> None:
     generator = np.random.default_rng(n + k)
     for p in (1 / 30, 0.5, 29 / 30):
         covered = 0
         for _ in range(250):
-            rates = np.full(n, p) if concentration is None else generator.beta(p * concentration, (1 - p) * concentration, n)
+            rates = (
+                np.full(n, p)
+                if concentration is None
+                else generator.beta(p * concentration, (1 - p) * concentration, n)
+            )
             low, high = bootstrap_interval((generator.binomial(k, rates) / k).tolist())
             covered += low <= p <= high
         assert 0.9 < covered / 250 < 1.0
@@ -47,14 +55,21 @@ def test_intervals_of_means_of_k_answers_cover_the_truth(n: int, k: int, concent
 
 def test_no_interval_has_zero_width() -> None:
     # Wilson's own numbers for 0, 1, 29 and 30 of 30.
-    for right, expected in ((0, (0.0, 0.1135)), (1, (0.0059, 0.1667)), (29, (0.8333, 0.9941)), (30, (0.8865, 1.0))):
+    for right, expected in (
+        (0, (0.0, 0.1135)),
+        (1, (0.0059, 0.1667)),
+        (29, (0.8333, 0.9941)),
+        (30, (0.8865, 1.0)),
+    ):
         assert bootstrap_interval([1.0] * right + [0.0] * (30 - right)) == pytest.approx(expected, abs=1e-4)
     for values in ([0.5] * 4, [0.0] * 2, [1.0] * 2, [0.25, 0.25, 0.5]):
         low, high = bootstrap_interval(values)
         assert 0 <= low < sum(values) / len(values) + 1e-9 and high - low > 0.1
     change = paired_change(dict.fromkeys(range(30), 1.0), dict.fromkeys(range(30), 1.0))
     assert (change.mean, change.p_value) == (0.0, 1.0)
-    assert (change.low, change.high) == pytest.approx((-0.1135, 0.1135), abs=1e-4)  # Tango's score interval of 0 of 30
+    assert (change.low, change.high) == pytest.approx(
+        (-0.1135, 0.1135), abs=1e-4
+    )  # Tango's score interval of 0 of 30
 
 
 @pytest.mark.parametrize(("n", "k"), [(30, 1), (30, 8), (480, 1)])
@@ -63,7 +78,9 @@ def test_intervals_of_paired_differences_cover_the_truth(n: int, k: int, first: 
     generator = np.random.default_rng(5)
     covered = 0
     for _ in range(250):
-        ranks = generator.random((n, k))  # one question is hard before and after: the two sides are correlated
+        ranks = generator.random(
+            (n, k)
+        )  # one question is hard before and after: the two sides are correlated
         mixed = np.where(generator.random((n, k)) < 0.5, ranks, generator.random((n, k)))
         before, after = (ranks < first).mean(axis=1), (mixed < second).mean(axis=1)
         change = paired_change(dict(enumerate(before)), dict(enumerate(after)))
@@ -75,14 +92,17 @@ def test_lengths_have_a_bootstrap_interval() -> None:
     assert bootstrap_interval([3.0] * 10) == pytest.approx((3.0, 3.0))
 
 
-@pytest.mark.parametrize(("freedom", "expected"), [(1, 12.7062), (2, 4.30265), (4, 2.77645), (29, 2.04523), (479, 1.96493)])
+@pytest.mark.parametrize(
+    ("freedom", "expected"), [(1, 12.7062), (2, 4.30265), (4, 2.77645), (29, 2.04523), (479, 1.96493)]
+)
 def test_t_quantiles_are_those_of_the_tables(freedom: float, expected: float) -> None:
     assert t_quantile(0.975, freedom) == pytest.approx(expected, abs=1e-5, rel=1e-5)
     assert t_distribution(-t_quantile(0.975, freedom), freedom) == pytest.approx(0.025)
 
 
 def test_seeds_are_a_level_of_their_own() -> None:
-    """Between seeds of 0.1 spread: an interval over questions alone misses the truth, one over both does not."""
+    """Between seeds of 0.1 spread: an interval over questions alone misses the truth, one over both does
+    not."""
     generator = np.random.default_rng(6)
     alone = crossed = 0
     for _ in range(200):
@@ -114,7 +134,12 @@ def test_without_spread_over_seeds_the_questions_decide() -> None:
 def test_holms_correction() -> None:
     # Holm's own example: 0.01, 0.04, 0.03, 0.005 become 0.03, 0.06, 0.06, 0.02.
     found = holm({"a": 0.01, "b": 0.04, "c": 0.03, "d": 0.005})
-    assert found == pytest.approx({"a": 0.03, "b": 0.06, "c": 0.06, "d": 0.02}) and list(found) == ["a", "b", "c", "d"]
+    assert found == pytest.approx({"a": 0.03, "b": 0.06, "c": 0.06, "d": 0.02}) and list(found) == [
+        "a",
+        "b",
+        "c",
+        "d",
+    ]
     assert holm({}) == {} and holm({"a": 0.7, "b": 0.9}) == {"a": 1.0, "b": 1.0}
 
 
@@ -144,7 +169,10 @@ def test_intervals_cover_the_truth_in_simulation() -> None:
 def test_small_tests_are_exact(changes: list[int]) -> None:
     observed = abs(sum(changes))
     patterns = list(itertools.product((-1, 1), repeat=len(changes)))
-    expected = sum(abs(sum(sign * change for sign, change in zip(signs, changes, strict=True))) >= observed for signs in patterns)
+    expected = sum(
+        abs(sum(sign * change for sign, change in zip(signs, changes, strict=True))) >= observed
+        for signs in patterns
+    )
     assert sign_flip_p_value(np.array(changes, dtype=float)) == pytest.approx(expected / len(patterns))
 
 

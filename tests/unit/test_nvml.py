@@ -1,4 +1,5 @@
-"""GPU sampling: sums by phase against hand-made readings; the real library, with and without a driver, stays quiet."""
+"""GPU sampling: sums by phase against hand-made readings; the real library, with and without a driver, stays
+quiet."""
 
 import threading
 import time
@@ -19,7 +20,12 @@ class Meter:
         self.reads += 1
         if self.reads > 4:  # the four before it are counted
             self.read_often.set()
-        return Reading(power_w=100.0 if self.reads % 2 else 300.0, utilization_share=0.5, memory_bytes=1e9 * self.reads, event_reasons=0x4)
+        return Reading(
+            power_w=100.0 if self.reads % 2 else 300.0,
+            utilization_share=0.5,
+            memory_bytes=1e9 * self.reads,
+            event_reasons=0x4,
+        )
 
     def energy_j(self) -> float:
         self.joule += 10.0
@@ -37,8 +43,16 @@ def test_readings_are_summed_by_phase() -> None:
         found = sampler.take(sampled_tokens=40)
         assert found is not None
         rollout = found["phases"]["rollout"]
-        assert rollout["readings"] >= 4 and 100 < rollout["power_w"] < 300 and rollout["utilization_share"] == 0.5
-        assert rollout["memory_bytes"] >= 4e9 and rollout["held_back"] == {"sw_power_cap": 1.0} and "sm_clock_mhz" not in rollout
+        assert (
+            rollout["readings"] >= 4
+            and 100 < rollout["power_w"] < 300
+            and rollout["utilization_share"] == 0.5
+        )
+        assert (
+            rollout["memory_bytes"] >= 4e9
+            and rollout["held_back"] == {"sw_power_cap": 1.0}
+            and "sm_clock_mhz" not in rollout
+        )
         assert rollout["energy_j"] == found["phases"]["train"]["energy_j"] == 10.0  # from entering to leaving
         assert (found["energy_j"], found["energy_j_per_token"]) == (20.0, 0.5)
         assert sampler.take(40) is None  # outside of phases nothing is counted
@@ -50,7 +64,9 @@ def test_readings_are_summed_by_phase() -> None:
 def test_no_device_is_silence() -> None:
     sampler = GpuSampler(None)
     sampler.enter("rollout")
-    assert sampler.take(5) is None and not [thread for thread in threading.enumerate() if thread.name == "nvml"]
+    assert sampler.take(5) is None and not [
+        thread for thread in threading.enumerate() if thread.name == "nvml"
+    ]
     sampler.close()
 
 
@@ -69,11 +85,14 @@ def test_the_real_library(capfd: pytest.CaptureFixture[str]) -> None:
     [(None, 2, 2), ("", 1, 1), ("4,5", 1, 5), ("GPU-ab, GPU-cd", 1, "GPU-cd"), ("3", 1, 1)],
 )
 def test_visible_devices_are_renumbered(visible: str | None, local_rank: int, expected: int | str) -> None:
-    assert visible_device(local_rank, {} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}) == expected
+    assert (
+        visible_device(local_rank, {} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}) == expected
+    )
 
 
 def test_sampling_costs_little() -> None:
-    """The real library: without a driver its calls fail inside, which is what this machine can measure; with one they succeed."""
+    """The real library: without a driver its calls fail inside, which is what this machine can measure; with
+    one they succeed."""
     pynvml = pytest.importorskip("pynvml")
 
     class Timed(GpuSampler):

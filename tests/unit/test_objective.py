@@ -1,4 +1,5 @@
-"""The weights and the loss against float64 NumPy, and the gradient identity on policies small enough to enumerate."""
+"""The weights and the loss against float64 NumPy, and the gradient identity on policies small enough to
+enumerate."""
 
 import itertools
 import math
@@ -23,9 +24,14 @@ def objective(num_samples: int = 1, **options: Any) -> WeightedObjective:
 
 
 def oracle(
-    sequences: list[np.ndarray], multiplicity: list[int], groups: list[int], options: dict[str, Any], num_samples: int
+    sequences: list[np.ndarray],
+    multiplicity: list[int],
+    groups: list[int],
+    options: dict[str, Any],
+    num_samples: int,
 ) -> tuple[list[np.ndarray], list[float]]:
-    """Coefficients of every trained token and the weight of one sample of each sequence, straight from the definitions."""
+    """Coefficients of every trained token and the weight of one sample of each sequence, straight from the
+    definitions."""
     alpha, kind = options["alpha"], options["confidence"]
     sums = [float(np.sum(values, dtype=np.longdouble)) for values in sequences]
     coefficients, weights = [], []
@@ -39,7 +45,9 @@ def oracle(
         elif kind == "token":
             weight = np.exp(values.astype(np.float64)) + alpha
         else:  # expanded: one row per sample of the question
-            expanded = [s for s, k, g in zip(sums, multiplicity, groups, strict=True) if g == group for _ in range(k)]
+            expanded = [
+                s for s, k, g in zip(sums, multiplicity, groups, strict=True) if g == group for _ in range(k)
+            ]
             weight = np.full(len(values), math.exp(total - np.logaddexp.reduce(expanded)) + alpha)
         scale = count / num_samples if options["reduction"] == "mean" else count
         coefficients.append(weight * scale)
@@ -54,7 +62,11 @@ def pack(sequences: list[np.ndarray], prompts: list[int]) -> tuple[torch.Tensor,
         values += [-9.0] * before + sequence.tolist() + [-9.0]
         mask += [False] * before + [True] * len(sequence) + [False]
         lengths.append(before + len(sequence) + 1)
-    return torch.tensor(values), torch.tensor(mask, dtype=torch.bool), torch.tensor(lengths).cumsum(0).to(torch.int32)
+    return (
+        torch.tensor(values),
+        torch.tensor(mask, dtype=torch.bool),
+        torch.tensor(lengths).cumsum(0).to(torch.int32),
+    )
 
 
 @settings(max_examples=60, deadline=None)
@@ -65,8 +77,12 @@ def pack(sequences: list[np.ndarray], prompts: list[int]) -> tuple[torch.Tensor,
     reduction=st.sampled_from(["mean", "sum"]),
     loss_of=st.sampled_from(["rlsc", "rlsc", "self_sft"]),
 )
-def test_coefficients_and_weights_equal_the_definitions(data: st.DataObject, kind: str, alpha: float, reduction: str, loss_of: str) -> None:
-    lists = data.draw(st.lists(st.lists(st.floats(-20, 0, width=32), min_size=1, max_size=8), min_size=1, max_size=5))
+def test_coefficients_and_weights_equal_the_definitions(
+    data: st.DataObject, kind: str, alpha: float, reduction: str, loss_of: str
+) -> None:
+    lists = data.draw(
+        st.lists(st.lists(st.floats(-20, 0, width=32), min_size=1, max_size=8), min_size=1, max_size=5)
+    )
     sequences = [np.array(values, dtype=np.float32) for values in lists]
     size = len(sequences)
     multiplicity = data.draw(st.lists(st.integers(1, 4), min_size=size, max_size=size))
@@ -79,12 +95,16 @@ def test_coefficients_and_weights_equal_the_definitions(data: st.DataObject, kin
     made = objective(num_samples, **options)
     normalizer = None
     if made.needs_group:
-        normalizer = group_log_normalizer(sequence_sums(log_probs, mask, cu_seqlens), counts, torch.tensor(groups))
+        normalizer = group_log_normalizer(
+            sequence_sums(log_probs, mask, cu_seqlens), counts, torch.tensor(groups)
+        )
     found = made.token_coefficients(log_probs, mask, cu_seqlens, counts, normalizer)
     expected, weights = oracle(sequences, multiplicity, groups, options, num_samples)
     assert found.dtype == torch.float32 and not found[~mask].any()
     np.testing.assert_allclose(found[mask].numpy(), np.concatenate(expected), rtol=2e-7, atol=1e-44)
-    np.testing.assert_allclose(made.weights(log_probs, mask, cu_seqlens, normalizer).numpy(), weights, rtol=1e-12)
+    np.testing.assert_allclose(
+        made.weights(log_probs, mask, cu_seqlens, normalizer).numpy(), weights, rtol=1e-12
+    )
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.1])
@@ -119,9 +139,13 @@ def test_nothing_trained_means_no_coefficient(kind: str, alpha: float) -> None:
     made = objective(4, confidence=kind, alpha=alpha)
     found = made.token_coefficients(log_probs, mask, cu_seqlens, counts, normalizer)
     assert torch.isfinite(found).all() and found[~mask].tolist() == [0, 0, 0] and found[2] > 0
-    nothing = made.token_coefficients(log_probs, torch.zeros(4, dtype=torch.bool), cu_seqlens, counts, normalizer)
+    nothing = made.token_coefficients(
+        log_probs, torch.zeros(4, dtype=torch.bool), cu_seqlens, counts, normalizer
+    )
     assert not nothing.any()
-    assert torch.isfinite(made.weights(log_probs, torch.zeros(4, dtype=torch.bool), cu_seqlens, normalizer)).all()
+    assert torch.isfinite(
+        made.weights(log_probs, torch.zeros(4, dtype=torch.bool), cu_seqlens, normalizer)
+    ).all()
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -141,7 +165,8 @@ def test_merged_samples_weigh_what_they_did_one_by_one(kind: str) -> None:
 
 
 def test_weights_are_frozen() -> None:
-    """The confidence is p_old: no gradient flows through it, so a step follows p_old grad log p and not twice that."""
+    """The confidence is p_old: no gradient flows through it, so a step follows p_old grad log p and not twice
+    that."""
     log_probs = torch.tensor([-1.0, -2.0])
     mask, cu_seqlens = torch.ones(2, dtype=torch.bool), torch.tensor([0, 2], dtype=torch.int32)
     made = objective(1, alpha=0.0)
@@ -151,7 +176,8 @@ def test_weights_are_frozen() -> None:
 
 @pytest.mark.parametrize(("alpha", "temperature"), [(0.0, 1.0), (0.0, 0.5), (0.1, 0.5), (0.1, 1.0)])
 def test_expected_gradient_is_half_the_gradient_of_f(alpha: float, temperature: float) -> None:
-    """1/2 grad F = E_{y ~ p}[p(y) grad log p(y)] on a policy of two tokens over three symbols; the alpha term is zero on average."""
+    """1/2 grad F = E_{y ~ p}[p(y) grad log p(y)] on a policy of two tokens over three symbols; the alpha term
+    is zero on average."""
     torch.manual_seed(1)
     first = torch.randn(3, dtype=torch.float64, requires_grad=True)
     second = torch.randn(3, 3, dtype=torch.float64, requires_grad=True)
@@ -169,7 +195,9 @@ def test_expected_gradient_is_half_the_gradient_of_f(alpha: float, temperature: 
     for answer in answers:  # every answer, weighted by how often it would be sampled
         log_probs = token_log_probs(answer)
         mask, cu_seqlens = torch.ones(2, dtype=torch.bool), torch.tensor([0, 2], dtype=torch.int32)
-        coefficients = made.token_coefficients(log_probs.detach(), mask, cu_seqlens, torch.ones(1, dtype=torch.float64)).double()
+        coefficients = made.token_coefficients(
+            log_probs.detach(), mask, cu_seqlens, torch.ones(1, dtype=torch.float64)
+        ).double()
         loss = loss - log_probs.sum().exp().detach() * (coefficients * log_probs).sum()
     found = torch.autograd.grad(-loss, [first, second])
     for left, right in zip(found, expected, strict=True):

@@ -27,7 +27,9 @@ def test_warm_up_longer_than_the_run() -> None:
 def test_linear_decay_ends_at_the_smallest_rate() -> None:
     found = rates(6, lr=1.0, min_lr=0.2, warmup_steps=2, schedule="linear")
     assert found == pytest.approx([1 / 3, 2 / 3, 1.0, 0.8, 0.6, 0.4])
-    assert learning_rate(OptimizerConfig(lr=1.0, min_lr=0.2, warmup_steps=2, schedule="linear"), 6, 6) == pytest.approx(0.2)
+    assert learning_rate(
+        OptimizerConfig(lr=1.0, min_lr=0.2, warmup_steps=2, schedule="linear"), 6, 6
+    ) == pytest.approx(0.2)
 
 
 def test_cosine_decay() -> None:

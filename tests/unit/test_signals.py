@@ -1,4 +1,5 @@
-"""Stop signals in a process of their own: what each does, and when the process ends although its main thread does not act."""
+"""Stop signals in a process of their own: what each does, and when the process ends although its main thread
+does not act."""
 
 import os
 import signal
@@ -48,13 +49,19 @@ print("saved", flush=True)
 
 def start(program: str, *arguments: object, **options: object) -> "subprocess.Popen[str]":
     process = subprocess.Popen(
-        [sys.executable, "-c", program, *map(str, arguments)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options
+        [sys.executable, "-c", program, *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        **options,
     )  # type: ignore[call-overload]
     assert process.stdout.readline() == "ready\n"
     return process  # type: ignore[no-any-return]
 
 
-def finish(process: "subprocess.Popen[str]", numbers: Sequence[int], apart_s: float = 0.15) -> tuple[int, str, str]:
+def finish(
+    process: "subprocess.Popen[str]", numbers: Sequence[int], apart_s: float = 0.15
+) -> tuple[int, str, str]:
     for number in numbers:
         process.send_signal(number)
         time.sleep(apart_s)
@@ -85,11 +92,17 @@ def test_a_second_interrupt_ends_a_library_call() -> None:
     begin = time.monotonic()
     code, out, err = finish(start(DEAF, "begun"), [signal.SIGINT, signal.SIGINT])
     assert code == 130 and time.monotonic() - begin < 20
-    assert out.splitlines() == ["recorded None", "interrupted by a second SIGINT; what was saved before is whole"] and not err
+    assert (
+        out.splitlines()
+        == ["recorded None", "interrupted by a second SIGINT; what was saved before is whole"]
+        and not err
+    )
 
 
 def test_other_signals_twice_are_one_request() -> None:
-    code, out, err = finish(start(POLLS, 0.5), [signal.SIGTERM, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1])
+    code, out, err = finish(
+        start(POLLS, 0.5), [signal.SIGTERM, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1]
+    )
     assert (code, out, err) == (0, "heard SIGTERM\nsaved\n", "")
 
 
@@ -101,7 +114,11 @@ def test_a_launcher_s_copy_of_the_terminal_s_interrupt_is_the_same_request() -> 
 
 def test_a_stop_before_anything_was_trained_ends_a_start_that_hangs() -> None:
     code, out, err = finish(start(DEAF, "starting"), [signal.SIGTERM])
-    assert code == 0 and out.splitlines() == ["recorded SIGTERM", "stopped by SIGTERM before anything was trained"] and not err
+    assert (
+        code == 0
+        and out.splitlines() == ["recorded SIGTERM", "stopped by SIGTERM before anything was trained"]
+        and not err
+    )
 
 
 CLEANS = """

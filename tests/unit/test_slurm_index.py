@@ -9,7 +9,13 @@ FOLDER = Path(tests.slurm.__file__).parent
 
 
 def test_the_index_is_complete() -> None:
-    files = [path for path in FOLDER.glob("test_*.py") if path.name != "test_table2.py"]  # the paper's chain has its own page
-    written = {name for path in files for name in re.findall(r"^def (test_\w+)", path.read_text(encoding="utf-8"), re.MULTILINE)}
+    files = [
+        path for path in FOLDER.glob("test_*.py") if path.name != "test_table2.py"
+    ]  # the paper's chain has its own page
+    written = {
+        name
+        for path in files
+        for name in re.findall(r"^def (test_\w+)", path.read_text(encoding="utf-8"), re.MULTILINE)
+    }
     named = set(re.findall(r"\btest_\w+", tests.slurm.__doc__ or "")) - {path.stem for path in files}
     assert named == written

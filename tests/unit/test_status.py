@@ -19,7 +19,15 @@ NOW = 2_000_000_000.0
 
 
 def write_run(folder: Path, **status: object) -> Path:
-    facts = {"state": "running", "phase": "rollout", "step": 2, "num_steps": 10, "tokens": 0, "updated": NOW - 5, "phase_since": NOW - 15}
+    facts = {
+        "state": "running",
+        "phase": "rollout",
+        "step": 2,
+        "num_steps": 10,
+        "tokens": 0,
+        "updated": NOW - 5,
+        "phase_since": NOW - 15,
+    }
     (folder / "status.json").write_text(json.dumps({**facts, **status}))
     rows = [
         {
@@ -75,7 +83,10 @@ def test_an_ended_run_says_how(tmp_path: Path, status: dict[str, str], expected:
 
 
 def test_a_silent_run_is_doubted(tmp_path: Path) -> None:
-    assert "no news for 3 h 0 min: its job may be gone" in describe(write_run(tmp_path, updated=NOW - 3 * 3600), now=NOW)["phase"]
+    assert (
+        "no news for 3 h 0 min: its job may be gone"
+        in describe(write_run(tmp_path, updated=NOW - 3 * 3600), now=NOW)["phase"]
+    )
 
 
 def test_a_folder_without_a_run_is_bad_input(tmp_path: Path) -> None:
@@ -102,12 +113,16 @@ usage = resource.getrusage(resource.RUSAGE_SELF)
 print("heavy", *({{"torch", "vllm", "megatron", "transformers"}} & sys.modules.keys()))
 print("seconds", usage.ru_utime + usage.ru_stime)
 """
-    done = subprocess.run([sys.executable, "-c", program], check=True, timeout=120, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", program], check=True, timeout=120, capture_output=True, text=True
+    )
     assert "state        running" in done.stdout and "\nheavy\n" in done.stdout
     assert float(done.stdout.split()[-1]) < 1.0
 
 
-@pytest.mark.parametrize(("seconds", "text"), [(-3, "0 s"), (42.4, "42 s"), (119, "119 s"), (120, "2 min"), (12_000, "3 h 20 min")])
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(-3, "0 s"), (42.4, "42 s"), (119, "119 s"), (120, "2 min"), (12_000, "3 h 20 min")]
+)
 def test_durations(seconds: float, text: str) -> None:
     assert duration(seconds) == text
 
@@ -123,7 +138,9 @@ def test_phases_and_tokens_are_written_whole(tmp_path: Path) -> None:
     count = status.counting(heard.append)
     count(5)
     status.phase("training")
-    assert {"state": "running", "phase": "training", "step": 3, "tokens": 0}.items() <= (read_status(tmp_path) or {}).items()
+    assert {"state": "running", "phase": "training", "step": 3, "tokens": 0}.items() <= (
+        read_status(tmp_path) or {}
+    ).items()
     assert heard == [5] and [path.name for path in tmp_path.iterdir()] == ["status.json"]
 
 
@@ -137,9 +154,12 @@ def test_a_crash_is_recorded_and_the_first_is_believed(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError), recorded_end(tmp_path):
         raise RuntimeError("first\ncause")
     write_end(tmp_path, "crash", message="a consequence")
-    assert {"state": "crash", "message": "RuntimeError: first cause", "phase": "training", "step": 4}.items() <= (
-        read_status(tmp_path) or {}
-    ).items()
+    assert {
+        "state": "crash",
+        "message": "RuntimeError: first cause",
+        "phase": "training",
+        "step": 4,
+    }.items() <= (read_status(tmp_path) or {}).items()
 
 
 def test_bad_input_leaves_a_foreign_folder_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -165,13 +185,17 @@ def second_rank(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
     return become
 
 
-def test_a_crash_of_another_rank_outlives_what_the_main_rank_does_next(tmp_path: Path, second_rank: Callable[[], None]) -> None:
+def test_a_crash_of_another_rank_outlives_what_the_main_rank_does_next(
+    tmp_path: Path, second_rank: Callable[[], None]
+) -> None:
     status = RunStatus(tmp_path, 10, enabled=True)
     second_rank()
     write_end(tmp_path, "crash", message="RuntimeError: the cause")
     status.phase("rollout", 1)  # the main rank has not noticed yet
     write_end(tmp_path, "crash", message="RuntimeError: a consequence")
-    assert {"state": "crash", "message": "RuntimeError: the cause", "rank": 1}.items() <= (read_status(tmp_path) or {}).items()
+    assert {"state": "crash", "message": "RuntimeError: the cause", "rank": 1}.items() <= (
+        read_status(tmp_path) or {}
+    ).items()
 
 
 def test_a_crash_that_is_written_while_the_main_rank_replaces_the_status_is_kept(
@@ -190,7 +214,9 @@ def test_a_crash_that_is_written_while_the_main_rank_replaces_the_status_is_kept
 
     monkeypatch.setattr(os, "replace", late)
     status.phase("rollout", 1)
-    assert {"state": "crash", "message": "RuntimeError: the cause"}.items() <= (read_status(tmp_path) or {}).items()
+    assert {"state": "crash", "message": "RuntimeError: the cause"}.items() <= (
+        read_status(tmp_path) or {}
+    ).items()
 
 
 def test_an_earlier_run_s_crash_is_forgotten(tmp_path: Path) -> None:
@@ -199,7 +225,9 @@ def test_an_earlier_run_s_crash_is_forgotten(tmp_path: Path) -> None:
     RunStatus(tmp_path, 10, enabled=True).phase("training", 1)
     assert (read_status(tmp_path) or {})["state"] == "running"
     write_end(tmp_path, "done")
-    assert (read_status(tmp_path) or {})["state"] == "done" and [path.name for path in tmp_path.iterdir()] == ["status.json"]
+    assert (read_status(tmp_path) or {})["state"] == "done" and [
+        path.name for path in tmp_path.iterdir()
+    ] == ["status.json"]
 
 
 def test_a_full_disk_does_not_leave_a_run_running(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -215,8 +243,12 @@ def test_a_full_disk_does_not_leave_a_run_running(tmp_path: Path, monkeypatch: p
     with pytest.raises(OSError, match="No space"), recorded_end(tmp_path):
         raise OSError(28, "No space left on device", str(tmp_path / "metrics.jsonl"))
     status = read_status(tmp_path) or {}
-    assert status["state"] == "crash" and status["message"].startswith(f"{tmp_path}/metrics.jsonl: the disk is full")
-    assert (tmp_path / "status.json").stat().st_size == size and [path.name for path in tmp_path.glob("*.partial")] == []
+    assert status["state"] == "crash" and status["message"].startswith(
+        f"{tmp_path}/metrics.jsonl: the disk is full"
+    )
+    assert (tmp_path / "status.json").stat().st_size == size and [
+        path.name for path in tmp_path.glob("*.partial")
+    ] == []
 
 
 def test_a_folder_that_is_gone_is_not_made_again(tmp_path: Path) -> None:
@@ -232,17 +264,20 @@ def test_a_folder_that_is_gone_is_not_made_again(tmp_path: Path) -> None:
 
 def test_a_killed_run_has_crashed_whatever_its_last_word_was(tmp_path: Path) -> None:
     write_run(tmp_path)
-    program = (
-        "import os, sys; from pathlib import Path; from rlsc_mcore.run.owner import own; own(Path(sys.argv[1])); os.kill(os.getpid(), 9)"
-    )
+    program = "import os, sys; from pathlib import Path; from rlsc_mcore.run.owner import own; own(Path(sys.argv[1])); os.kill(os.getpid(), 9)"
     killed = subprocess.run([sys.executable, "-c", program, str(tmp_path)], check=False)
     assert killed.returncode == -9 and (tmp_path / ".owner.json").exists()
     facts = describe(tmp_path, now=NOW)
-    assert facts["state"].startswith("crash: ended without a word: process ") and f"rlsc train --resume {tmp_path}" in facts["state"]
+    assert (
+        facts["state"].startswith("crash: ended without a word: process ")
+        and f"rlsc train --resume {tmp_path}" in facts["state"]
+    )
     assert run_status([str(tmp_path)]) == 1
 
 
-def test_a_status_keeps_no_secret_and_prints_no_control_character(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_status_keeps_no_secret_and_prints_no_control_character(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     RunStatus(tmp_path, 10, enabled=True)
     write_end(tmp_path, "crash", message="https://user:secret123@host failed \x1b[2J")
     assert "secret123" not in (tmp_path / "status.json").read_text()

@@ -1,18 +1,37 @@
-"""The table of a step's metrics: every field is described, and console, watch and report show what it says."""
+"""The table of a step's metrics: every field is described, and console, watch and report show what it
+says."""
 
 import json
 from dataclasses import MISSING, fields
 from typing import Any
 
 from rlsc_mcore.commands.watch import CURVES as WATCHED
-from rlsc_mcore.observability.step_metrics import DESCRIPTIONS, StepMetrics, console_line, numbers, read_number
+from rlsc_mcore.observability.step_metrics import (
+    DESCRIPTIONS,
+    StepMetrics,
+    console_line,
+    numbers,
+    read_number,
+)
 from rlsc_mcore.reports.curves import CURVES, curve_band, curve_points
 
 
 def make_metrics(**changed: Any) -> StepMetrics:
     values: dict[str, Any] = {entry.name: 0.5 for entry in fields(StepMetrics)}
-    values |= {"step": 3, "log_p_old": {"q10": -3.0, "q50": -2.0, "q90": -1.0}, "seconds": {"rollout": 1.5, "train": 2.0}}
-    values |= {"skipped": False, "warnings": [], "updates": None, "gpu": None, "packing": {}, "memory": {}, "memory_bytes": {}}
+    values |= {
+        "step": 3,
+        "log_p_old": {"q10": -3.0, "q50": -2.0, "q90": -1.0},
+        "seconds": {"rollout": 1.5, "train": 2.0},
+    }
+    values |= {
+        "skipped": False,
+        "warnings": [],
+        "updates": None,
+        "gpu": None,
+        "packing": {},
+        "memory": {},
+        "memory_bytes": {},
+    }
     return StepMetrics(**values | changed)
 
 
@@ -46,5 +65,8 @@ def test_each_view_shows_its_fields() -> None:
         ((steps_done, value),) = curve_points(rows, name, curve.path)
         assert steps_done == 4 and value is not None, name
     assert curve_band(rows, "log_p_old", CURVES["log_p_old"]) == [(4, -3.0, -1.0)]
-    assert curve_points([{"step": 0}], "loss") == [(1, None)] and curve_band([{"step": 0}], "log_p_old", CURVES["log_p_old"]) == []
+    assert (
+        curve_points([{"step": 0}], "loss") == [(1, None)]
+        and curve_band([{"step": 0}], "log_p_old", CURVES["log_p_old"]) == []
+    )
     assert read_number({"a": {"b": True}}, "a", "b") is None

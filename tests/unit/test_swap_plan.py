@@ -1,4 +1,5 @@
-"""The plan of a hot swap: every engine tensor is the trainer's storage or made of blocks that are; nothing is left over."""
+"""The plan of a hot swap: every engine tensor is the trainer's storage or made of blocks that are; nothing is
+left over."""
 
 import pytest
 import torch
@@ -57,11 +58,15 @@ def shapes_of(tensors: dict[str, torch.Tensor]) -> Shapes:
     return {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
 
 
-def made_by(plan: SwapPlan, ranks: list[list[object]], wanted: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def made_by(
+    plan: SwapPlan, ranks: list[list[object]], wanted: dict[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
     """What a rank's engine holds after the plan was carried out, block by block."""
     made = {item.engine_name: item.source for item in plan.aliases}
     for item in plan.copies:
-        shards = [next(w for w in weights if w.engine == item.engine_name).parameter.data for weights in ranks]
+        shards = [
+            next(w for w in weights if w.engine == item.engine_name).parameter.data for weights in ranks
+        ]
         made[item.engine_name] = torch.full_like(wanted[item.engine_name], -1.0)
         for block in item.blocks:
             source = shards[block.source_rank].narrow(item.axis, block.source_start, block.length)
@@ -80,7 +85,16 @@ LAYOUTS = [(1, 1), (2, 2), (4, 4), (2, 1), (4, 1), (4, 2), (1, 2), (1, 4), (2, 4
     tied=st.booleans(), fused=st.booleans(), name=NAMES,
 )  # fmt: skip
 def test_the_plan_makes_the_engines_tensors(
-    tp: int, engine_tp: int, groups: int, per_group: int, dim: int, ffn: int, vocab: int, tied: bool, fused: bool, name: str
+    tp: int,
+    engine_tp: int,
+    groups: int,
+    per_group: int,
+    dim: int,
+    ffn: int,
+    vocab: int,
+    tied: bool,
+    fused: bool,
+    name: str,
 ) -> None:
     a = Shape(max(tp, engine_tp), per_group, groups, dim, 8, ffn, vocab, 2, tied, name).architecture()
     ranks = trainer_ranks(a, tp, FUSED_NORMS if fused else TORCH_NORMS)
@@ -93,7 +107,9 @@ def test_the_plan_makes_the_engines_tensors(
             assert made.keys() == wanted.keys()
             for key, tensor in wanted.items():
                 assert torch.equal(made[key], tensor), f"rank {rank} of the group from {first}: {key}"
-            for item in plan.copies:  # no element is written twice, and none of another rank's blocks is forgotten
+            for (
+                item
+            ) in plan.copies:  # no element is written twice, and none of another rank's blocks is forgotten
                 assert sum(block.length for block in item.blocks) == wanted[item.engine_name].shape[item.axis]
 
 
@@ -110,7 +126,8 @@ def test_equal_sizes_alias_everything_but_what_megatron_interleaves(groups: int,
 
 
 def test_what_another_layout_costs() -> None:
-    """Norms are aliased everywhere, rows of the embedding where the engine has more ranks; the rest is copied or gathered."""
+    """Norms are aliased everywhere, rows of the embedding where the engine has more ranks; the rest is copied
+    or gathered."""
     a = Shape(4, 2, 1, 4, 8, 4, 256, 2, False, "Qwen3ForCausalLM").architecture()
     down = build_plan(trainer_ranks(a, 4)[3], a, shapes_of(engine_tensors(a, 0, 1)), place_of(3, 4, 1))
     assert down.moved
@@ -120,8 +137,14 @@ def test_what_another_layout_costs() -> None:
     up = build_plan(trainer_ranks(a, 1)[0], a, shapes_of(engine_tensors(a, 3, 4)), place_of(0, 1, 4, first=3))
     assert not up.moved
     # One query group per engine rank lies in one piece of Megatron's shard: q, k, v, as vLLM wants it.
-    assert {"embed_tokens", "lm_head", "qkv_proj"} <= {item.engine_name.rsplit(".", 2)[-2] for item in up.aliases}
-    assert {item.engine_name.rsplit(".", 2)[-2] for item in up.copies} == {"o_proj", "gate_up_proj", "down_proj"}
+    assert {"embed_tokens", "lm_head", "qkv_proj"} <= {
+        item.engine_name.rsplit(".", 2)[-2] for item in up.aliases
+    }
+    assert {item.engine_name.rsplit(".", 2)[-2] for item in up.copies} == {
+        "o_proj",
+        "gate_up_proj",
+        "down_proj",
+    }
 
 
 def test_another_type_is_copied() -> None:
@@ -141,8 +164,14 @@ def test_another_type_is_copied() -> None:
             lambda shapes: shapes.update({"model.rotary.weight": (torch.Size([2]), torch.float64)}),
             r"nothing for the engine's model\.rotary",
         ),
-        (lambda shapes: shapes.update({"model.norm.weight": (torch.Size([9]), torch.float64)}), r"model\.norm\.weight is \(9,\)"),
-        (lambda shapes: shapes.update({"model.norm.weight": (torch.Size([8]), torch.bfloat16)}), r"of several types: torch\.bfloat16"),
+        (
+            lambda shapes: shapes.update({"model.norm.weight": (torch.Size([9]), torch.float64)}),
+            r"model\.norm\.weight is \(9,\)",
+        ),
+        (
+            lambda shapes: shapes.update({"model.norm.weight": (torch.Size([8]), torch.bfloat16)}),
+            r"of several types: torch\.bfloat16",
+        ),
     ],
     ids=["missing", "left over", "shape", "type"],
 )
@@ -207,7 +236,8 @@ def test_the_full_comparison_names_the_first_difference() -> None:
     engine["model.layers.0.mlp.down_proj.weight"][3, 1] = 0.25
     left = iter(stream)
     with pytest.raises(
-        SwapMismatch, match=r"rank 5: model\.layers\.0\.mlp\.down_proj\.weight\[3, 1\] is 0\.25 in the engine, .* \(1 of 16"
+        SwapMismatch,
+        match=r"rank 5: model\.layers\.0\.mlp\.down_proj\.weight\[3, 1\] is 0\.25 in the engine, .* \(1 of 16",
     ):
         compare_with_tensors(engine, ranks[0], left, place, 5)
     assert next(left, None) is None  # all of it was taken: the gathers behind it are collective

@@ -1,4 +1,5 @@
-"""Weights & Biases: refused with a reason where it is absent; where it is installed, a real offline run holds the numbers."""
+"""Weights & Biases: refused with a reason where it is absent; where it is installed, a real offline run holds
+the numbers."""
 
 import importlib.util
 import json
@@ -17,7 +18,8 @@ from rlsc_mcore.config import ConfigError
 from rlsc_mcore.observability.wandb_log import ID_FILE, check_wandb, open_wandb
 
 ROWS: list[dict[str, Any]] = [
-    {"step": step, "loss": 0.5 - step, "seconds": {"train": 1.5}, "warnings": ["x"], "skipped": False} for step in range(3)
+    {"step": step, "loss": 0.5 - step, "seconds": {"train": 1.5}, "warnings": ["x"], "skipped": False}
+    for step in range(3)
 ]
 
 
@@ -50,9 +52,13 @@ def test_an_offline_run_holds_the_numbers(tmp_path: Path) -> None:
     pytest.importorskip("wandb")
     for rows in (ROWS[:2], ROWS[2:]):  # begun, and resumed by another process
         command = [sys.executable, "-c", WRITE, str(tmp_path), json.dumps(rows)]
-        subprocess.run(command, check=True, env=os.environ | {"WANDB_MODE": "offline"}, capture_output=True, timeout=120)
+        subprocess.run(
+            command, check=True, env=os.environ | {"WANDB_MODE": "offline"}, capture_output=True, timeout=120
+        )
     folders = sorted((tmp_path / "wandb").glob("offline-run-*"))
-    assert len(folders) == 2 and all(folder.name.endswith((tmp_path / ID_FILE).read_text(encoding="utf-8")) for folder in folders)
+    assert len(folders) == 2 and all(
+        folder.name.endswith((tmp_path / ID_FILE).read_text(encoding="utf-8")) for folder in folders
+    )
     logged = [values for folder in folders for values in history(next(folder.glob("*.wandb")))]
     assert [(values["_step"], values["loss"], values["seconds/train"]) for values in logged] == [
         (0, 0.5, 1.5),
@@ -64,14 +70,23 @@ def test_an_offline_run_holds_the_numbers(tmp_path: Path) -> None:
 
 def test_a_start_that_fails_says_what_to_do(tmp_path: Path) -> None:
     pytest.importorskip("wandb")
-    program = (
-        "import pathlib, sys; from rlsc_mcore.observability import wandb_log; wandb_log.open_wandb('p', pathlib.Path(sys.argv[1]), {})"
-    )
-    environment = os.environ | {"WANDB_MODE": "online", "WANDB_API_KEY": "short", "WANDB_BASE_URL": "http://127.0.0.1:9"}
+    program = "import pathlib, sys; from rlsc_mcore.observability import wandb_log; wandb_log.open_wandb('p', pathlib.Path(sys.argv[1]), {})"
+    environment = os.environ | {
+        "WANDB_MODE": "online",
+        "WANDB_API_KEY": "short",
+        "WANDB_BASE_URL": "http://127.0.0.1:9",
+    }
     ended = subprocess.run(
-        [sys.executable, "-c", program, str(tmp_path)], check=False, env=environment, capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", program, str(tmp_path)],
+        check=False,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
     )
-    assert re.search(r"ConfigError: observability\.wandb_project: cannot start: \S.*WANDB_MODE=offline", ended.stderr), ended.stderr
+    assert re.search(
+        r"ConfigError: observability\.wandb_project: cannot start: \S.*WANDB_MODE=offline", ended.stderr
+    ), ended.stderr
 
 
 def history(file: Path) -> list[dict[str, Any]]:
@@ -83,12 +98,18 @@ def history(file: Path) -> list[dict[str, Any]]:
         record = wandb_internal_pb2.Record()
         record.ParseFromString(data)
         if record.WhichOneof("record_type") == "history":
-            found.append({"/".join(item.nested_key) or item.key: json.loads(item.value_json) for item in record.history.item})
+            found.append(
+                {
+                    "/".join(item.nested_key) or item.key: json.loads(item.value_json)
+                    for item in record.history.item
+                }
+            )
     return found
 
 
 def log_records(data: bytes) -> Iterator[bytes]:
-    """Split a file of LevelDB's log format (7 bytes of the file's own first): blocks of 32 KiB, pieces with checksum, size and type."""
+    """Split a file of LevelDB's log format (7 bytes of the file's own first): blocks of 32 KiB, pieces with
+    checksum, size and type."""
     place, parts = 7, b""
     while place + 7 <= len(data):
         if 32768 - place % 32768 < 7:  # too little is left of a block for another piece

@@ -26,14 +26,22 @@ def test_sparklines(values: list[float], width: int, expected: str) -> None:
     assert sparkline(values, width) == expected
 
 
-@pytest.mark.parametrize(("seconds", "text"), [(45, "45 s"), (720, "12 min"), (11_100, "3 h 05 min"), (0, "0 s")])
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(45, "45 s"), (720, "12 min"), (11_100, "3 h 05 min"), (0, "0 s")]
+)
 def test_durations(seconds: float, text: str) -> None:
     assert describe(seconds) == text
 
 
 def test_what_is_left_follows_the_last_steps() -> None:
-    rows = [make_metrics(step, seconds={"rollout": 100.0 if step < 3 else 2.0, "train": 1.0}) for step in range(8)]
-    assert seconds_left(rows, 10) == pytest.approx(2 * 3.0) and seconds_left([], 10) is None and seconds_left(rows, 8) == 0
+    rows = [
+        make_metrics(step, seconds={"rollout": 100.0 if step < 3 else 2.0, "train": 1.0}) for step in range(8)
+    ]
+    assert (
+        seconds_left(rows, 10) == pytest.approx(2 * 3.0)
+        and seconds_left([], 10) is None
+        and seconds_left(rows, 8) == 0
+    )
 
 
 def text_of(rows: list[dict[str, object]], status: dict[str, object]) -> str:
@@ -45,7 +53,11 @@ def text_of(rows: list[dict[str, object]], status: dict[str, object]) -> str:
 def test_a_screen_of_a_running_run() -> None:
     rows = [make_metrics(step, warnings=[f"warning {step}"]) for step in range(8)]
     text = text_of(rows, {"state": "running", "phase": "rollout", "phase_since": 988.0, "tokens": 12345})
-    assert "mine  step 8/20" in text and "rollout for 12 s, 12,345 tokens" in text and "about 54 s of steps left" in text
+    assert (
+        "mine  step 8/20" in text
+        and "rollout for 12 s, 12,345 tokens" in text
+        and "about 54 s of steps left" in text
+    )
     assert "step 8: warning 7" in text and "warning 2" not in text and "and 3 earlier warnings" in text
     (loss,) = [line for line in text.splitlines() if "loss" in line]
     assert loss.split()[1:] == ["loss", "0.4", "█▇▆▅▄▃▂▁", "0.33", "│"]
@@ -53,7 +65,9 @@ def test_a_screen_of_a_running_run() -> None:
 
 def test_a_screen_before_the_first_step_and_after_the_last() -> None:
     assert "no step has ended yet" in text_of([], {})
-    assert "left" not in text_of([make_metrics(step) for step in range(20)], {"state": "done", "phase": "evaluation"})
+    assert "left" not in text_of(
+        [make_metrics(step) for step in range(20)], {"state": "done", "phase": "evaluation"}
+    )
 
 
 def test_watching_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,4 +1,5 @@
-"""The weight map against plain slicing of whole tensors: Hugging Face -> every rank's shard -> Hugging Face."""
+"""The weight map against plain slicing of whole tensors: Hugging Face -> every rank's shard -> Hugging
+Face."""
 
 from dataclasses import dataclass
 
@@ -67,7 +68,10 @@ SHAPES = st.builds(
 def hf_tensors(a: Architecture) -> dict[str, torch.Tensor]:
     """A whole model in Hugging Face's names, every element different."""
     q, kv = a.num_heads * a.head_dim, a.num_kv_heads * a.head_dim
-    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (a.vocab_size, a.hidden_size), "model.norm.weight": (a.hidden_size,)}
+    shapes: dict[str, tuple[int, ...]] = {
+        "model.embed_tokens.weight": (a.vocab_size, a.hidden_size),
+        "model.norm.weight": (a.hidden_size,),
+    }
     if not a.tied_embeddings:
         shapes["lm_head.weight"] = (a.vocab_size, a.hidden_size)
     for layer in range(a.num_layers):
@@ -79,8 +83,13 @@ def hf_tensors(a: Architecture) -> dict[str, torch.Tensor]:
         if a.qk_norm:
             shapes[f"{p}self_attn.q_norm.weight"] = shapes[f"{p}self_attn.k_norm.weight"] = (a.head_dim,)
         shapes[f"{p}self_attn.o_proj.weight"] = (a.hidden_size, q)
-        shapes[f"{p}input_layernorm.weight"] = shapes[f"{p}post_attention_layernorm.weight"] = (a.hidden_size,)
-        shapes[f"{p}mlp.gate_proj.weight"] = shapes[f"{p}mlp.up_proj.weight"] = (a.ffn_hidden_size, a.hidden_size)
+        shapes[f"{p}input_layernorm.weight"] = shapes[f"{p}post_attention_layernorm.weight"] = (
+            a.hidden_size,
+        )
+        shapes[f"{p}mlp.gate_proj.weight"] = shapes[f"{p}mlp.up_proj.weight"] = (
+            a.ffn_hidden_size,
+            a.hidden_size,
+        )
         shapes[f"{p}mlp.down_proj.weight"] = (a.hidden_size, a.ffn_hidden_size)
     tensors, start = {}, 1.0
     for name, shape in shapes.items():
@@ -91,7 +100,8 @@ def hf_tensors(a: Architecture) -> dict[str, torch.Tensor]:
 
 
 def megatron_shapes(a: Architecture, tp: int, names: tuple[str, str]) -> dict[str, tuple[int, ...]]:
-    """One rank's parameters as Megatron-Core names and shapes them; `names` are those of the two norms of a layer."""
+    """One rank's parameters as Megatron-Core names and shapes them; `names` are those of the two norms of a
+    layer."""
     qkv = (a.num_heads + 2 * a.num_kv_heads) * a.head_dim // tp
     rows = a.padded_vocab_size(tp) // tp
     shapes: dict[str, tuple[int, ...]] = {"embedding.word_embeddings.weight": (rows, a.hidden_size)}
@@ -103,7 +113,9 @@ def megatron_shapes(a: Architecture, tp: int, names: tuple[str, str]) -> dict[st
         if a.qkv_bias:
             shapes[p + "self_attention.linear_qkv.bias"] = (qkv,)
         if a.qk_norm:
-            shapes[p + "self_attention.q_layernorm.weight"] = shapes[p + "self_attention.k_layernorm.weight"] = (a.head_dim,)
+            shapes[p + "self_attention.q_layernorm.weight"] = shapes[
+                p + "self_attention.k_layernorm.weight"
+            ] = (a.head_dim,)
         shapes[p + "mlp.linear_fc1.weight"] = (2 * a.ffn_hidden_size // tp, a.hidden_size)
         shapes[p + "mlp.linear_fc2.weight"] = (a.hidden_size, a.ffn_hidden_size // tp)
     shapes["decoder.final_layernorm.weight"] = (a.hidden_size,)
@@ -115,7 +127,9 @@ def megatron_shapes(a: Architecture, tp: int, names: tuple[str, str]) -> dict[st
 class _Named(nn.Module):
     def __init__(self, shapes: dict[str, tuple[int, ...]]) -> None:
         super().__init__()
-        self.tensors = {name: nn.Parameter(torch.zeros(shape, dtype=torch.float64)) for name, shape in shapes.items()}
+        self.tensors = {
+            name: nn.Parameter(torch.zeros(shape, dtype=torch.float64)) for name, shape in shapes.items()
+        }
 
     def named_parameters(self, *args: object, **kwargs: object) -> object:  # type: ignore[override]
         return iter(self.tensors.items())
@@ -129,7 +143,9 @@ def bound_ranks(a: Architecture, tp: int, names: tuple[str, str]) -> list[list[B
     return [bind_weights(_Named(megatron_shapes(a, tp, names)), a) for _ in range(tp)]
 
 
-def dense_shard(name: str, tensors: dict[str, torch.Tensor], a: Architecture, rank: int, tp: int) -> torch.Tensor:
+def dense_shard(
+    name: str, tensors: dict[str, torch.Tensor], a: Architecture, rank: int, tp: int
+) -> torch.Tensor:
     """What Megatron's rank holds, by slicing whole tensors head by head."""
     layer = ".".join(name.split(".")[:3]).replace("decoder.", "model.") + "."
     if "linear_qkv.weight" in name or "linear_qkv.bias" in name:
@@ -138,11 +154,16 @@ def dense_shard(name: str, tensors: dict[str, torch.Tensor], a: Architecture, ra
         rows = []
         for group in range(rank * a.num_kv_heads // tp, (rank + 1) * a.num_kv_heads // tp):
             d = a.head_dim
-            rows += [parts["q"][head * d : (head + 1) * d] for head in range(group * per_group, (group + 1) * per_group)]
+            rows += [
+                parts["q"][head * d : (head + 1) * d]
+                for head in range(group * per_group, (group + 1) * per_group)
+            ]
             rows += [parts[letter][group * d : (group + 1) * d] for letter in "kv"]
         return torch.cat(rows)
     if "linear_fc1.weight" in name:
-        return torch.cat([tensors[f"{layer}mlp.{half}_proj.weight"].chunk(tp)[rank] for half in ("gate", "up")])
+        return torch.cat(
+            [tensors[f"{layer}mlp.{half}_proj.weight"].chunk(tp)[rank] for half in ("gate", "up")]
+        )
     if "linear_fc2" in name:
         return tensors[f"{layer}mlp.down_proj.weight"].chunk(tp, dim=1)[rank]
     if "linear_proj" in name:
@@ -156,7 +177,14 @@ def dense_shard(name: str, tensors: dict[str, torch.Tensor], a: Architecture, ra
         return tensors["model.norm.weight"]
     if "q_layernorm" in name or "k_layernorm" in name:
         return tensors[f"{layer}self_attn.{name.split('.')[-2][0]}_norm.weight"]
-    return tensors[layer + ("input_layernorm.weight" if "qkv" in name or "input" in name else "post_attention_layernorm.weight")]
+    return tensors[
+        layer
+        + (
+            "input_layernorm.weight"
+            if "qkv" in name or "input" in name
+            else "post_attention_layernorm.weight"
+        )
+    ]
 
 
 def reader(tensors: dict[str, torch.Tensor], touched: list[tuple[str, int]]) -> weight_map.ReadSlice:
@@ -173,7 +201,9 @@ def reader(tensors: dict[str, torch.Tensor], touched: list[tuple[str, int]]) -> 
 
 @settings(max_examples=60, deadline=None)
 @given(shape=SHAPES, norms=st.sampled_from([TORCH_NORMS, FUSED_NORMS]))
-def test_every_rank_reads_its_shard_and_export_restores_the_whole(shape: Shape, norms: tuple[str, str]) -> None:
+def test_every_rank_reads_its_shard_and_export_restores_the_whole(
+    shape: Shape, norms: tuple[str, str]
+) -> None:
     a, tp = shape.architecture(), shape.tp
     tensors = hf_tensors(a)
     ranks = bound_ranks(a, tp, norms)
@@ -193,7 +223,8 @@ def test_every_rank_reads_its_shard_and_export_restores_the_whole(shape: Shape, 
         same = [next(other for other in other_rank if other.name == weight.name) for other_rank in ranks]
         return [other.parameter.detach() for other in (same if weight.tp_dim is not None else same[:1])]
 
-    # The collective is what the distributed tests run for real; here its result is put together from the ranks' own shards.
+    # The collective is what the distributed tests run for real; here its result is put together from the
+    # ranks' own shards.
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(weight_map, "_gather", gather)
         exported = dict(export_weights(ranks[0], a, None, tp))  # type: ignore[arg-type]
@@ -226,7 +257,9 @@ def test_a_parameter_without_a_rule_is_an_error() -> None:
         bind_weights(_Named(shapes), shape)
 
 
-@pytest.mark.parametrize(("vocab", "tp", "padded"), [(300, 1, 320), (300, 2, 320), (320, 4, 320), (321, 1, 384), (64, 3, 192)])
+@pytest.mark.parametrize(
+    ("vocab", "tp", "padded"), [(300, 1, 320), (300, 2, 320), (320, 4, 320), (321, 1, 384), (64, 3, 192)]
+)
 def test_padded_vocabulary(vocab: int, tp: int, padded: int) -> None:
     shape = Shape(1, 1, 1, 2, 4, 1, vocab, 1, True, "LlamaForCausalLM").architecture()
     assert shape.padded_vocab_size(tp) == padded

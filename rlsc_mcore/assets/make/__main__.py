@@ -1,4 +1,5 @@
-"""Remake the embedded model, its tokenizer and its questions: `python -m rlsc_mcore.assets.make --out DIR`."""
+"""Remake the embedded model, its tokenizer and its questions: `python -m rlsc_mcore.assets.make --out
+DIR`."""
 
 from __future__ import annotations
 
@@ -27,7 +28,9 @@ RECORDED_LIBRARIES = ("torch", "transformers", "tokenizers", "safetensors")
 
 
 def _save_model(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    model.generation_config = GenerationConfig(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+    model.generation_config = GenerationConfig(
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
+    )
     model.save_pretrained(folder)
     (folder / "model.safetensors").chmod(0o644)
     tokenizer.save_pretrained(folder)
@@ -56,13 +59,19 @@ def make(out: Path, config: PretrainConfig, mix: AuthorMix) -> None:
     model, points = pretrain(config, tokenizer, mix, report)
     _save_model(model, tokenizer, folder)
     record = {
-        "seeds": {"tokenizer": TOKENIZER_SEED, "splits": SPLIT_SEED, "pretraining": config.seed, "measuring": MEASURING_SEED},
+        "seeds": {
+            "tokenizer": TOKENIZER_SEED,
+            "splits": SPLIT_SEED,
+            "pretraining": config.seed,
+            "measuring": MEASURING_SEED,
+        },
         "split_sizes": SPLIT_SIZES,
         "num_parameters": sum(parameter.numel() for parameter in model.parameters()),
         "tokens": points[-1].tokens,
         "pretraining": asdict(config),
         "authors": asdict(mix),
-        "versions": {"python": platform.python_version()} | {name: version(name) for name in RECORDED_LIBRARIES},
+        "versions": {"python": platform.python_version()}
+        | {name: version(name) for name in RECORDED_LIBRARIES},
         "validation": measure(model, tokenizer, splits["validation"], MEASURING_SEED),
         "losses": [asdict(point) for point in points],
         "sha256": _file_hashes(out),

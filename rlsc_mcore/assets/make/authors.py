@@ -37,7 +37,8 @@ WRONG_GUESSES = (-10, -5, -2, 2, 5, 10)
 
 @dataclass(frozen=True, kw_only=True)
 class AuthorMix:
-    r"""Shares of the kinds of authors; `boxed_share` of all answers end in \boxed{}, the rest in plain words."""
+    r"""Shares of the kinds of authors; `boxed_share` of all answers end in \boxed{}, the rest in plain
+    words."""
 
     boxed_share: float = 0.58
     care: tuple[tuple[str, float], ...] = (("careful", 0.62), ("forgets_carries", 0.08), ("slips", 0.30))
@@ -88,7 +89,9 @@ def _rambling_page(random: Random, question: Question, opening: list[str], mix: 
     if random.random() < 0.5:
         page.append(question.text)
     for _ in range(random.choice((1, 1, 2))):
-        attempt, _ = _work(random, question.steps, random.choice(("slips", "forgets_carries", "careful")), mix)
+        attempt, _ = _work(
+            random, question.steps, random.choice(("slips", "forgets_carries", "careful")), mix
+        )
         page += [*attempt, random.choice(DOUBTS)]
     if random.random() < 0.3:
         page.append(random.choice(DOUBTS))
@@ -111,7 +114,10 @@ def write_page(random: Random, question: Question, mix: AuthorMix) -> str:
         return random.choice(JUNK)
     opening = [random.choice(OPENINGS)] if random.random() < 0.8 else []
     if style == "chatty":
-        linked = [f"{random.choice(LINKS)} {line}" if index and random.random() < 0.6 else line for index, line in enumerate(lines)]
+        linked = [
+            f"{random.choice(LINKS)} {line}" if index and random.random() < 0.6 else line
+            for index, line in enumerate(lines)
+        ]
         return "\n".join([*opening, *linked, ending])
     page = _rambling_page(random, question, opening, mix)
     gives_up = random.random() < 0.25

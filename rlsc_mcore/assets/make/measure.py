@@ -46,10 +46,16 @@ def _answers(
     """Generate answers, one per question at temperature 0 and SAMPLES_PER_QUESTION above it."""
     samples = SAMPLES_PER_QUESTION if temperature > 0 else 1
     per_pass = ROWS_PER_PASS // samples
-    sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature > 0 else {"do_sample": False}
+    sampling = (
+        {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
+        if temperature > 0
+        else {"do_sample": False}
+    )
     for start in range(0, len(questions), per_pass):
         asked = questions[start : start + per_pass]
-        prompts = tokenizer([render_prompt(question.text) for question in asked], return_tensors="pt", padding=True)
+        prompts = tokenizer(
+            [render_prompt(question.text) for question in asked], return_tensors="pt", padding=True
+        )
         prompt_length = prompts["input_ids"].shape[1]
         generated = model.generate(
             **prompts,
@@ -62,7 +68,9 @@ def _answers(
         tokens = generated.sequences[:, prompt_length:]
         lengths = (tokens != tokenizer.pad_token_id).sum(1)
         logits = torch.stack(generated.logits, dim=2)  # [B, V, L]
-        log_probs = -functional.cross_entropy(logits, tokens, reduction="none", ignore_index=tokenizer.pad_token_id).sum(1)
+        log_probs = -functional.cross_entropy(
+            logits, tokens, reduction="none", ignore_index=tokenizer.pad_token_id
+        ).sum(1)
         texts = tokenizer.batch_decode(tokens, skip_special_tokens=True)
         for row, text in enumerate(texts):
             yield Answer(
@@ -89,7 +97,8 @@ def _summary(answers: list[Answer]) -> dict[str, float]:
 def measure(
     model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerBase, questions: list[Question], seed: int
 ) -> dict[str, dict[str, float]]:
-    """Return accuracies and lengths for greedy answers and at each sampled temperature; `agreement` at temperature 1."""
+    """Return accuracies and lengths for greedy answers and at each sampled temperature; `agreement` at
+    temperature 1."""
     torch.manual_seed(seed)
     model.eval()
     result = {"greedy": _summary(list(_answers(model, tokenizer, questions, 0.0)))}
@@ -97,5 +106,7 @@ def measure(
         answers = list(_answers(model, tokenizer, questions, temperature))
         result[f"temperature_{temperature}"] = _summary(answers)
         if temperature == 1.0:
-            result["temperature_1.0"]["agreement"] = round(sum(answer.probability for answer in answers) / len(answers), 4)
+            result["temperature_1.0"]["agreement"] = round(
+                sum(answer.probability for answer in answers) / len(answers), 4
+            )
     return result

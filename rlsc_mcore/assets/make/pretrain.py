@@ -36,10 +36,13 @@ class PretrainConfig:
     num_kv_heads: int = 2
     rope_theta: float = 10_000.0
     total_tokens: int = 42_000_000  # prompt and answer tokens without padding; half an hour of one core
-    pages_per_sort: int = 6_000  # pages are sorted by length within this many, so that batches hold little padding
+    pages_per_sort: int = (
+        6_000  # pages are sorted by length within this many, so that batches hold little padding
+    )
     batch_tokens: int = 3_072  # with padding; larger ones fall out of the processor's cache
-    # Divides the summed loss of every batch: about the mean number of answer tokens in one. A mean over each batch's own
-    # answer tokens would weigh short pages (guesses, junk) several times too much, because batches hold pages of one length.
+    # Divides the summed loss of every batch: about the mean number of answer tokens in one. A mean over each
+    # batch's own answer tokens would weigh short pages (guesses, junk) several times too much, because
+    # batches hold pages of one length.
     answer_tokens_per_batch: int = 1_750
     peak_learning_rate: float = 3e-3
     warmup_tokens: int = 600_000
@@ -91,7 +94,9 @@ def build_model(config: PretrainConfig, tokenizer: PreTrainedTokenizerBase) -> Q
     return AutoModelForCausalLM.from_config(architecture, attn_implementation="eager")
 
 
-def _pages(random: Random, tokenizer: PreTrainedTokenizerBase, mix: AuthorMix, num_pages: int) -> list[tuple[list[int], int]]:
+def _pages(
+    random: Random, tokenizer: PreTrainedTokenizerBase, mix: AuthorMix, num_pages: int
+) -> list[tuple[list[int], int]]:
     """Return (token ids, prompt length) of fresh pages, shortest first."""
     prompts: list[str] = []
     answers: list[str] = []
@@ -101,7 +106,9 @@ def _pages(random: Random, tokenizer: PreTrainedTokenizerBase, mix: AuthorMix, n
         answers.append(write_page(random, question, mix) + END_OF_TURN)
     encoded = zip(tokenizer(prompts)["input_ids"], tokenizer(answers)["input_ids"], strict=True)
     pages = [(prompt + answer, len(prompt)) for prompt, answer in encoded]
-    return sorted((page for page in pages if len(page[0]) <= LONGEST_PAGE_TOKENS), key=lambda page: len(page[0]))
+    return sorted(
+        (page for page in pages if len(page[0]) <= LONGEST_PAGE_TOKENS), key=lambda page: len(page[0])
+    )
 
 
 def _collate(pages: list[tuple[list[int], int]], pad_token_id: int) -> Batch:
@@ -115,7 +122,9 @@ def _collate(pages: list[tuple[list[int], int]], pad_token_id: int) -> Batch:
     return Batch(input_ids=input_ids, labels=labels, num_tokens=num_tokens)
 
 
-def batches(random: Random, tokenizer: PreTrainedTokenizerBase, mix: AuthorMix, config: PretrainConfig) -> Iterator[Batch]:
+def batches(
+    random: Random, tokenizer: PreTrainedTokenizerBase, mix: AuthorMix, config: PretrainConfig
+) -> Iterator[Batch]:
     """Yield batches of pages of similar length without end, in random order, no page twice."""
     while True:
         grouped: list[list[tuple[list[int], int]]] = [[]]
@@ -129,7 +138,8 @@ def batches(random: Random, tokenizer: PreTrainedTokenizerBase, mix: AuthorMix, 
 
 
 def _summed_answer_loss(model: Qwen2ForCausalLM, batch: Batch) -> tuple[torch.Tensor, int]:
-    """Return the summed loss and number of answer tokens; logits are only computed where an answer token follows."""
+    """Return the summed loss and number of answer tokens; logits are only computed where an answer token
+    follows."""
     targets = batch.labels[:, 1:]
     is_answer = targets != IGNORED_LABEL
     with torch.autocast("cpu", torch.bfloat16):

@@ -45,10 +45,15 @@ def draw_distinct(random: Random, split: str, count: int) -> list[Question]:
 
 def draw_splits() -> dict[str, list[Question]]:
     """Draw the questions of every split in SPLIT_SIZES, always the same ones."""
-    return {name: draw_distinct(Random(f"{SPLIT_SEED}-{name}"), name, size) for name, size in SPLIT_SIZES.items()}
+    return {
+        name: draw_distinct(Random(f"{SPLIT_SEED}-{name}"), name, size) for name, size in SPLIT_SIZES.items()
+    }
 
 
 def write_questions(path: Path, questions: list[Question]) -> None:
     """Write one JSON object per line with the fields `question`, `answer` (a string) and `family`."""
-    rows = ({"question": question.text, "answer": str(question.answer), "family": question.family} for question in questions)
+    rows = (
+        {"question": question.text, "answer": str(question.answer), "family": question.family}
+        for question in questions
+    )
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")

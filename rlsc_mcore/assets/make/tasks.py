@@ -36,7 +36,8 @@ class Step:
     def operands(self, results: list[int]) -> tuple[int, int]:
         """Return both operands, looking `Earlier` ones up in the results so far."""
         return tuple(  # type: ignore[return-value]
-            results[-operand.steps_back] if isinstance(operand, Earlier) else operand for operand in (self.left, self.right)
+            results[-operand.steps_back] if isinstance(operand, Earlier) else operand
+            for operand in (self.left, self.right)
         )
 
 
@@ -77,7 +78,8 @@ def apply_operator(left: int, operator: str, right: int) -> int:
 
 def _chained_steps(start: int, changes: list[tuple[str, int]]) -> tuple[Step, ...]:
     return tuple(
-        Step(left=start if index == 0 else LAST, operator=operator, right=amount) for index, (operator, amount) in enumerate(changes)
+        Step(left=start if index == 0 else LAST, operator=operator, right=amount)
+        for index, (operator, amount) in enumerate(changes)
     )
 
 
@@ -145,7 +147,9 @@ def _cost(random: Random) -> Question:
     first, second = random.sample(THINGS, 2)
     first_price, second_price = random.randint(2, 9), random.randint(2, 9)
     first_count, second_count = random.randint(2, 5), random.randint(2, 5)
-    text = f"What do {first_count} {first} at {first_price} and {second_count} {second} at {second_price} cost?"
+    text = (
+        f"What do {first_count} {first} at {first_price} and {second_count} {second} at {second_price} cost?"
+    )
     steps = (
         Step(left=first_count, operator="*", right=first_price),
         Step(left=second_count, operator="*", right=second_price),

@@ -1,4 +1,5 @@
-"""What only a GPU can show: no host sync, CUDA graphs, offsets beyond 2^31, real widths, and the memory of a real step."""
+"""What only a GPU can show: no host sync, CUDA graphs, offsets beyond 2^31, real widths, and the memory of a
+real step."""
 
 import pytest
 import torch
@@ -45,7 +46,13 @@ def test_nothing_waits_for_the_host(backend):
         loss, log_p = loss_of(batch, counts, backend, chunk_tokens=20)
         loss.backward()
         scored = linear_token_log_probs(
-            batch.hidden, batch.weight, batch.targets, mask_T=batch.mask, vocab_size=VOCAB, num_live=sum(counts), backend=backend
+            batch.hidden,
+            batch.weight,
+            batch.targets,
+            mask_T=batch.mask,
+            vocab_size=VOCAB,
+            num_live=sum(counts),
+            backend=backend,
         )
         sequence_sums(scored, batch.mask, batch.cu_seqlens, backend=backend).sum().backward()
         token_log_probs(logits, batch.targets, vocab_size=VOCAB, backend=backend).sum().backward()
@@ -89,7 +96,9 @@ def test_offsets_beyond_two_to_the_31(backend):
     need(backend)
     num_rows, vocab = 16384, 152064
     generator = torch.Generator(DEVICE).manual_seed(0)
-    logits = torch.empty(num_rows, vocab, dtype=torch.bfloat16, device=DEVICE).normal_(0, 2, generator=generator)
+    logits = torch.empty(num_rows, vocab, dtype=torch.bfloat16, device=DEVICE).normal_(
+        0, 2, generator=generator
+    )
     targets = torch.randint(0, vocab, (num_rows,), device=DEVICE, generator=generator)
     weights = torch.randn(num_rows, device=DEVICE, generator=generator)
     last = logits[-16:].double()
@@ -97,14 +106,20 @@ def test_offsets_beyond_two_to_the_31(backend):
     exact = torch.log_softmax(last, 1)
     assert_close(log_p[-16:], exact.gather(1, targets[-16:, None])[:, 0], 5e-6, "log p")
     grad = (torch.nn.functional.one_hot(targets[-16:], vocab) - exact.exp()) * weights[-16:, None]
-    assert_close(logits[-16:], grad, gradient_allowance(grad, torch.bfloat16, float(weights.abs().max())) * 1.01, "gradient")
+    assert_close(
+        logits[-16:],
+        grad,
+        gradient_allowance(grad, torch.bfloat16, float(weights.abs().max())) * 1.01,
+        "gradient",
+    )
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("vocab", [19008, 151936, 152064, 152067])
 def test_real_widths(backend, dtype, vocab):
-    """One block, clusters of several, a tail that fills no vector; many more rows than blocks, a third of them ignored."""
+    """One block, clusters of several, a tail that fills no vector; many more rows than blocks, a third of
+    them ignored."""
     need(backend)
     num_rows = 700
     generator = torch.Generator(DEVICE).manual_seed(1)
@@ -118,8 +133,12 @@ def test_real_widths(backend, dtype, vocab):
     log_p = torch.ops.rlsc.log_prob_dlogits_(logits, targets, weights, 1.0, 0, vocab, backend)
     expected = torch.where(live, exact.gather(1, targets.clamp_min(0)[:, None])[:, 0], 0.0)
     assert_close(log_p, expected, 1e-5, "log p")
-    grad = (torch.nn.functional.one_hot(targets.clamp_min(0), vocab) - exact.exp()) * (weights * live)[:, None]
-    assert_close(logits[:, :vocab], grad, gradient_allowance(grad, dtype, 4.0) + 1e-5 * grad.abs().cpu(), "gradient")
+    grad = (torch.nn.functional.one_hot(targets.clamp_min(0), vocab) - exact.exp()) * (weights * live)[
+        :, None
+    ]
+    assert_close(
+        logits[:, :vocab], grad, gradient_allowance(grad, dtype, 4.0) + 1e-5 * grad.abs().cpu(), "gradient"
+    )
     assert not logits[~live].any()
     assert not logits[:, vocab:].any()
 

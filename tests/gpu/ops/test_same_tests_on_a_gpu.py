@@ -1,4 +1,5 @@
-"""The tests of tests/unit/ops that take a placement, collected once more with this folder's placements: a GPU's."""
+"""The tests of tests/unit/ops that take a placement, collected once more with this folder's placements: a
+GPU's."""
 
 from tests.unit.ops.test_block_copy import (  # noqa: F401
     test_blocks_land_where_slicing_puts_them,
@@ -10,7 +11,10 @@ from tests.unit.ops.test_common_offset import (  # noqa: F401
     test_overwriting_ops,
     test_shards_join_without_loss,
 )
-from tests.unit.ops.test_custom_ops import test_compiled_without_a_graph_break_gives_the_same_gradient, test_opcheck  # noqa: F401
+from tests.unit.ops.test_custom_ops import (  # noqa: F401
+    test_compiled_without_a_graph_break_gives_the_same_gradient,
+    test_opcheck,
+)
 from tests.unit.ops.test_linear_token_log_probs import (
     test_values_and_gradients_agree_with_float64 as test_linear_token_log_probs,  # noqa: F401
 )

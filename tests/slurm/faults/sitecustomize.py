@@ -1,7 +1,8 @@
 """Faults for a rank, by phase: on PYTHONPATH of a test's job, Python imports this file before anything else.
 
-RLSC_TEST_FAULTS is a JSON list of {"phase", "do", and optionally "step", "rank", "attempt", "value", "early"}: when a matching rank
-enters that phase (of that step, in that attempt) it does this, with "early" before it says so in status.json:
+RLSC_TEST_FAULTS is a JSON list of {"phase", "do", and optionally "step", "rank", "attempt", "value",
+"early"}: when a matching rank enters that phase (of that step, in that attempt) it does this, with "early"
+before it says so in status.json:
 
     wait       until this rank has been asked to stop
     hold       until the file `value` in the run folder is there
@@ -24,9 +25,16 @@ FAULTS = json.loads(os.environ.get("RLSC_TEST_FAULTS", "[]")) if IS_RANK else []
 
 def inject(run_dir: Path, phase: str, step: int | None, *, early: bool) -> None:
     """Do what is asked for this phase."""
-    here = {"phase": phase, "step": step, "rank": int(os.environ.get("RANK", "0")), "attempt": int(os.environ.get("RLSC_ATTEMPT", "0"))}
+    here = {
+        "phase": phase,
+        "step": step,
+        "rank": int(os.environ.get("RANK", "0")),
+        "attempt": int(os.environ.get("RLSC_ATTEMPT", "0")),
+    }
     for fault in FAULTS:
-        if fault.get("early", False) != early or any(fault[name] != value for name, value in here.items() if name in fault):
+        if fault.get("early", False) != early or any(
+            fault[name] != value for name, value in here.items() if name in fault
+        ):
             continue
         if fault["do"] == "wait":
             while not asked:
@@ -63,4 +71,8 @@ if FAULTS:
         enter(self, name, step)
         inject(self.run_dir_of_faults, name, step, early=False)
 
-    RunStatus.__init__, RunStatus.phase, StopRequest._remember = begin_and_inject, enter_and_inject, remember_and_tell
+    RunStatus.__init__, RunStatus.phase, StopRequest._remember = (
+        begin_and_inject,
+        enter_and_inject,
+        remember_and_tell,
+    )

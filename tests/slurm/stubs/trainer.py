@@ -1,7 +1,7 @@
 """Stand in for `rlsc train` where a test is about what lies around it: the launch scripts, srun, the queue.
 
-stubs/python, the PYTHON of such a job, runs this instead of the trainer and the real interpreter for everything else. STUB_TRAINER
-has one word per attempt (the last one counts for all further attempts):
+stubs/python, the PYTHON of such a job, runs this instead of the trainer and the real interpreter for
+everything else. STUB_TRAINER has one word per attempt (the last one counts for all further attempts):
 
     done        end well                            stopped     end as after a request to stop, with nothing new saved
     saved       the same with a new checkpoint      exitN       exit with code N
@@ -20,8 +20,18 @@ attempt, rank = int(os.environ["RLSC_ATTEMPT"]), int(os.environ["RANK"])
 run_dir = Path(sys.argv[sys.argv.index("--run-dir") + 1])
 actions = os.environ["STUB_TRAINER"].split()
 action = actions[min(attempt, len(actions) - 1)]
-names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "CUDA_VISIBLE_DEVICES")
-print("stub on", socket.gethostname(), {name: os.environ.get(name) for name in names}, *sys.argv[1:], flush=True)
+names = (
+    "RANK",
+    "LOCAL_RANK",
+    "WORLD_SIZE",
+    "LOCAL_WORLD_SIZE",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+    "CUDA_VISIBLE_DEVICES",
+)
+print(
+    "stub on", socket.gethostname(), {name: os.environ.get(name) for name in names}, *sys.argv[1:], flush=True
+)
 RunStatus(run_dir, 4, enabled=rank == 0)
 if action.startswith("hold"):
     while not (run_dir / "go").exists():

@@ -1,4 +1,5 @@
-"""Control objectives: the same weights in another order, and rewards that know nothing of the right answer."""
+"""Control objectives: the same weights in another order, and rewards that know nothing of the right
+answer."""
 
 import math
 import re
@@ -18,7 +19,9 @@ CONTROLS = ["rlsc_shuffled", "format", "random"]
 def deal(log_probs: list[float], counts: list[float], groups: list[int]) -> list[float]:
     rule = ShuffledConfidence(AlgorithmConfig(objective="rlsc_shuffled"))
     double = torch.float64
-    return rule.group_values(torch.tensor(log_probs, dtype=double), torch.tensor(counts, dtype=double), torch.tensor(groups)).tolist()
+    return rule.group_values(
+        torch.tensor(log_probs, dtype=double), torch.tensor(counts, dtype=double), torch.tensor(groups)
+    ).tolist()
 
 
 def test_the_weights_of_a_question_stay_and_go_to_other_samples() -> None:
@@ -28,7 +31,9 @@ def test_the_weights_of_a_question_stay_and_go_to_other_samples() -> None:
     dealt = deal(log_probs, [1.0] * 24, groups)
     for group in range(3):
         places = [position for position in range(24) if groups[position] == group]
-        assert sorted(dealt[place] for place in places) == pytest.approx(sorted(log_probs[place] for place in places))
+        assert sorted(dealt[place] for place in places) == pytest.approx(
+            sorted(log_probs[place] for place in places)
+        )
     assert sum(new != pytest.approx(old) for new, old in zip(dealt, log_probs, strict=True)) > 12
 
 
@@ -52,19 +57,27 @@ def test_padding_gets_nothing() -> None:
 
 
 def test_only_whole_sequences_are_dealt() -> None:
-    with pytest.raises(ConfigError, match=re.escape("algorithm.confidence: expected sequence with algorithm.objective rlsc_shuffled")):
+    with pytest.raises(
+        ConfigError,
+        match=re.escape("algorithm.confidence: expected sequence with algorithm.objective rlsc_shuffled"),
+    ):
         AlgorithmConfig(objective="rlsc_shuffled", confidence="token")
 
 
 def test_a_box_earns_whatever_it_holds() -> None:
-    assert format_rewards(["\\boxed{}", "so \\boxed{7}", "7", "\\boxed{7"]) in ([1.0, 1.0, 0.0, 0.0], [0.0, 1.0, 0.0, 0.0])
+    assert format_rewards(["\\boxed{}", "so \\boxed{7}", "7", "\\boxed{7"]) in (
+        [1.0, 1.0, 0.0, 0.0],
+        [0.0, 1.0, 0.0, 0.0],
+    )
 
 
 def test_a_coin_is_fair_repeatable_and_the_same_for_equal_answers() -> None:
     responses = [f"answer {number}" for number in range(2000)]
     rewards = random_rewards(responses)
     assert set(rewards) == {0.0, 1.0} and 0.46 < sum(rewards) / 2000 < 0.54  # 3.6 standard errors
-    assert random_rewards(responses) == rewards and random_rewards(list(reversed(responses))) == list(reversed(rewards))
+    assert random_rewards(responses) == rewards and random_rewards(list(reversed(responses))) == list(
+        reversed(rewards)
+    )
     first, second, third = random_rewards(["a", "b", "a"])
     assert first == third and second in (0.0, 1.0)
     # The same answer among others: another coin.

@@ -1,4 +1,5 @@
-"""The clipped group-relative loss against autograd of the published loss, and advantages and rewards by hand."""
+"""The clipped group-relative loss against autograd of the published loss, and advantages and rewards by
+hand."""
 
 import math
 from typing import Any
@@ -19,8 +20,11 @@ LENGTHS = [3, 1, 4]
 CU_SEQLENS = torch.tensor([0, *LENGTHS]).cumsum(0).to(torch.int32)
 
 
-def published_loss(current: torch.Tensor, old: torch.Tensor, advantages: torch.Tensor, options: dict[str, float]) -> torch.Tensor:
-    """PPO's clipped surrogate and the k3 estimator, token by token, in float64 (arXiv 2402.03300, equation 3; summed)."""
+def published_loss(
+    current: torch.Tensor, old: torch.Tensor, advantages: torch.Tensor, options: dict[str, float]
+) -> torch.Tensor:
+    """PPO's clipped surrogate and the k3 estimator, token by token, in float64 (arXiv 2402.03300, equation 3;
+    summed)."""
     advantage_T = advantages.repeat_interleave(torch.tensor(LENGTHS))
     ratio = (current - old).exp()
     clipped = ratio.clamp(1 - options["clip_low"], 1 + options["clip_high"])
@@ -35,7 +39,9 @@ def published_loss(current: torch.Tensor, old: torch.Tensor, advantages: torch.T
     clip_high=st.sampled_from([0.2, 0.28]),
     kl=st.sampled_from([0.0, 0.04]),
 )
-def test_coefficients_are_the_gradient_of_the_published_loss(seed: int, clip_low: float, clip_high: float, kl: float) -> None:
+def test_coefficients_are_the_gradient_of_the_published_loss(
+    seed: int, clip_low: float, clip_high: float, kl: float
+) -> None:
     generator = torch.Generator().manual_seed(seed)
     old = -torch.rand(8, generator=generator) * 3
     current = old + torch.randn(8, generator=generator) * 0.3
@@ -54,7 +60,14 @@ def test_coefficients_are_the_gradient_of_the_published_loss(seed: int, clip_low
 def test_the_first_update_is_the_policy_gradient() -> None:
     made = WeightedObjective(AlgorithmConfig(objective="grpo", reduction="sum", kl=0.1), 3)
     advantages = torch.tensor([0.5, -1.0, 0.0], dtype=torch.float64)
-    arguments: Any = (torch.full((8,), -1.0), torch.ones(8, dtype=torch.bool), CU_SEQLENS, torch.ones(3).double(), None, advantages)
+    arguments: Any = (
+        torch.full((8,), -1.0),
+        torch.ones(8, dtype=torch.bool),
+        CU_SEQLENS,
+        torch.ones(3).double(),
+        None,
+        advantages,
+    )
     first, later = made.token_coefficients(*arguments), made.token_coefficients(*arguments, arguments[0])
     assert first.tolist() == later.tolist() == [0.5] * 3 + [-1.0] + [0.0] * 4
 
@@ -63,7 +76,9 @@ def test_standardized_advantages() -> None:
     rewards, groups = [1.0, 0.0, 0.0, 1.0, 1.0, 1.0], [0, 0, 0, 0, 1, 1]
     found = group_advantages(rewards, groups, standardize=True)
     deviation = float(np.std(rewards[:4], ddof=1))
-    assert found == pytest.approx([0.5 / deviation, -0.5 / deviation, -0.5 / deviation, 0.5 / deviation, 0, 0])
+    assert found == pytest.approx(
+        [0.5 / deviation, -0.5 / deviation, -0.5 / deviation, 0.5 / deviation, 0, 0]
+    )
     counted = group_advantages(rewards[:4], groups[:4], standardize=True, counted=[True, True, False, False])
     assert counted[:2] == pytest.approx([0.5 / math.sqrt(0.5), -0.5 / math.sqrt(0.5)])
 
@@ -75,9 +90,14 @@ def test_answer_frequencies() -> None:
 
 def test_all_samples_vote_and_the_first_are_trained() -> None:
     answers = [1, 2, 1, 2, 2, 2]  # the first two alone would be a tie, won by 1
-    rollouts = [Rollout(0, i, (1,), (i + 2,), (-1.0,), "stop", 0, text=f"\\boxed{{{answer}}}") for i, answer in enumerate(answers)]
+    rollouts = [
+        Rollout(0, i, (1,), (i + 2,), (-1.0,), "stop", 0, text=f"\\boxed{{{answer}}}")
+        for i, answer in enumerate(answers)
+    ]
     options = RolloutConfig(num_samples=6, num_trained=2)
-    trained = trained_rollouts(AlgorithmConfig(objective="majority_vote"), options, rollouts, [Question(0, "?", None)])
+    trained = trained_rollouts(
+        AlgorithmConfig(objective="majority_vote"), options, rollouts, [Question(0, "?", None)]
+    )
     assert [(rollout.sample_index, advantage) for rollout, advantage in trained] == [(0, -0.5), (1, 0.5)]
     plain = trained_rollouts(AlgorithmConfig(), options, rollouts, [])
     assert [rollout.sample_index for rollout, _ in plain] == [0, 1]
@@ -87,7 +107,10 @@ def test_all_samples_vote_and_the_first_are_trained() -> None:
     ("flags", "named"),
     [
         (["--rollout.num-samples", "4", "--rollout.num-trained", "5"], "rollout.num_trained"),
-        (["--algorithm.objective", "entropy", "--training.updates-per-rollout", "2"], "training.updates_per_rollout"),
+        (
+            ["--algorithm.objective", "entropy", "--training.updates-per-rollout", "2"],
+            "training.updates_per_rollout",
+        ),
         (["--algorithm.clip-low", "0"], "algorithm.clip_low"),
         (["--algorithm.kl", "-1"], "algorithm.kl"),
     ],
@@ -98,6 +121,12 @@ def test_refused(flags: list[str], named: str) -> None:
 
 
 def test_the_ttrl_preset_is_its_authors_recipe() -> None:
-    config = parse_config(["--run-dir", "run", "--model.path", "m", "--data.path", "d", "--algorithm.objective", "ttrl"])
-    assert (config.rollout.num_samples, config.rollout.num_trained, config.rollout.temperature) == (64, 32, 1.0)
+    config = parse_config(
+        ["--run-dir", "run", "--model.path", "m", "--data.path", "d", "--algorithm.objective", "ttrl"]
+    )
+    assert (config.rollout.num_samples, config.rollout.num_trained, config.rollout.temperature) == (
+        64,
+        32,
+        1.0,
+    )
     assert config.algorithm.advantage == "standardized" and config.algorithm.rewards == "any"

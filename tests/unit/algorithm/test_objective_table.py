@@ -1,4 +1,5 @@
-"""The objective table: every row is complete, appears wherever a user chooses or reads an objective, and trains a step."""
+"""The objective table: every row is complete, appears wherever a user chooses or reads an objective, and
+trains a step."""
 
 import itertools
 import math
@@ -26,13 +27,18 @@ REQUIRED = ["--run-dir", "run", "--model.path", "model", "--data.path", "data"]
 def test_a_row_is_complete(row: Objective) -> None:
     assert row.name.isidentifier() and row.label and row.summary
     rule = row.load_rule()
-    assert issubclass(rule, ObjectiveRule) and isinstance(rule(AlgorithmConfig(objective=row.name)), ObjectiveRule)
+    assert issubclass(rule, ObjectiveRule) and isinstance(
+        rule(AlgorithmConfig(objective=row.name)), ObjectiveRule
+    )
     module = __import__(rule.__module__, fromlist=["x"])
     assert "loss = " in module.__doc__, "the module's text states the loss"
     reward = row.load_reward()
     if reward is not None:
         rewards = reward(["so \\boxed{4}", "\\boxed{5}", "none", "\\boxed{4}"], Question(0, "2 + 2?", "4"))
-        expected = {"format": [[1.0, 1.0, 0.0, 1.0]], "random": [list(bits) for bits in itertools.product((0.0, 1.0), repeat=4)]}
+        expected = {
+            "format": [[1.0, 1.0, 0.0, 1.0]],
+            "random": [list(bits) for bits in itertools.product((0.0, 1.0), repeat=4)],
+        }
         assert rewards in expected.get(row.name, ([1.0, 0.0, 0.0, 1.0], [0.5, 0.25, 0.0, 0.5]))
     assert not row.needs_labels or reward is not None
 
@@ -65,7 +71,8 @@ def test_compare_offers_every_objective_and_variant() -> None:
 
 
 def train_a_step(folder: str, objective: str) -> dict[str, Any]:
-    """Train one step on random rollouts that box answers; return the outcome and how far the weights moved."""
+    """Train one step on random rollouts that box answers; return the outcome and how far the weights
+    moved."""
     from rlsc_mcore.data.packing import merge_identical, pack
     from rlsc_mcore.grading.rewards import trained_rollouts
     from rlsc_mcore.parallel.backend import get_backend
@@ -77,7 +84,10 @@ def train_a_step(folder: str, objective: str) -> dict[str, Any]:
     config = tiny_config(folder, ["--algorithm.objective", objective, "--optimizer.lr", "1e-3"])
     trainer = Trainer(config, Path(folder), backend, groups)
     sums = [(rollout, sum(rollout.response_ids)) for rollout in make_rollouts(num_questions=3, num_samples=3)]
-    rollouts = [replace(rollout, text=f"\\boxed{{{total % 2}}}" if total % 3 else f"{total}") for rollout, total in sums]
+    rollouts = [
+        replace(rollout, text=f"\\boxed{{{total % 2}}}" if total % 3 else f"{total}")
+        for rollout, total in sums
+    ]
     questions = [Question(index, "?", "1") for index in range(3)]
     graded = trained_rollouts(config.algorithm, config.rollout, rollouts, questions)
     sequences = merge_identical(
@@ -89,7 +99,9 @@ def train_a_step(folder: str, objective: str) -> dict[str, Any]:
     )
     before = [weight.parameter.detach().clone() for weight in trainer.policy.weights]
     outcome = trainer.step(pack(sequences, 64), 0, len(rollouts))
-    moved = max(float((w.parameter - b).abs().max()) for w, b in zip(trainer.policy.weights, before, strict=True))
+    moved = max(
+        float((w.parameter - b).abs().max()) for w, b in zip(trainer.policy.weights, before, strict=True)
+    )
     return {"loss": float(outcome.loss), "grad_norm": float(outcome.grad_norm), "moved": moved}
 
 

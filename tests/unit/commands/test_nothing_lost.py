@@ -22,7 +22,9 @@ time.sleep(600)
 
 
 @pytest.mark.parametrize("kind", ["letter", "run of the same model", "file"])
-def test_quickstart_replaces_nothing_but_a_quickstart(tmp_path: Path, run_cli: Callable[..., tuple[int, list[str]]], kind: str) -> None:
+def test_quickstart_replaces_nothing_but_a_quickstart(
+    tmp_path: Path, run_cli: Callable[..., tuple[int, list[str]]], kind: str
+) -> None:
     target = tmp_path / "target"
     if kind == "file":
         target.write_text("dear", encoding="utf-8")
@@ -37,7 +39,9 @@ def test_quickstart_replaces_nothing_but_a_quickstart(tmp_path: Path, run_cli: C
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
-def test_export_never_replaces_the_model_that_the_run_began_with(tmp_path: Path, run_cli: Callable[..., tuple[int, list[str]]]) -> None:
+def test_export_never_replaces_the_model_that_the_run_began_with(
+    tmp_path: Path, run_cli: Callable[..., tuple[int, list[str]]]
+) -> None:
     run_dir = existing_run(tmp_path / "run")
     model = copy_embedded(tmp_path / "model")
     (model / "NOTES.txt").write_text("dear", encoding="utf-8")
@@ -51,20 +55,30 @@ OUTPUTS = {
     "report": (["report", "{run}", "--output", "{file}"], "is no report of this program"),
     "svg": (["report", "{run}", "--format", "svg", "--output", "{file}"], "is no report of this program"),
     "eval": (["eval", "--model", EMBEDDED, "--output", "{file}.json"], "is no evaluation of this program"),
-    "compare": (["compare", "--config", str(CONFIG), "--output", "{folder}"], "comparison.json was not made by this program"),
-    "sweep": (["sweep", "--config", str(CONFIG), "--over", "algorithm.alpha=0,1", "--output", "{folder}"], "sweep.json was not made by"),
+    "compare": (
+        ["compare", "--config", str(CONFIG), "--output", "{folder}"],
+        "comparison.json was not made by this program",
+    ),
+    "sweep": (
+        ["sweep", "--config", str(CONFIG), "--over", "algorithm.alpha=0,1", "--output", "{folder}"],
+        "sweep.json was not made by",
+    ),
 }
 
 
 @pytest.mark.parametrize("name", OUTPUTS)
-def test_no_command_replaces_a_foreign_file(tmp_path: Path, run_cli: Callable[..., tuple[int, list[str]]], name: str) -> None:
+def test_no_command_replaces_a_foreign_file(
+    tmp_path: Path, run_cli: Callable[..., tuple[int, list[str]]], name: str
+) -> None:
     arguments, said = OUTPUTS[name]
     folder = tmp_path / "output"
     folder.mkdir()
     for file in ("mine", "mine.json", "comparison.json", "sweep.json"):
         (folder / file).write_text('{"precious": 1}', encoding="utf-8")
     run_dir = write_run(tmp_path / "run", metrics=[make_metrics(0)])
-    code, lines = run_cli(*[text.format(run=run_dir, file=folder / "mine", folder=folder) for text in arguments])
+    code, lines = run_cli(
+        *[text.format(run=run_dir, file=folder / "mine", folder=folder) for text in arguments]
+    )
     assert (code, len(lines)) == (2, 1) and said in lines[0], lines
     assert {path.read_text(encoding="utf-8") for path in folder.iterdir()} == {'{"precious": 1}'}
 
@@ -78,7 +92,10 @@ def test_a_report_replaces_its_own(tmp_path: Path, run_cli: Callable[..., tuple[
 
 @pytest.mark.parametrize("command", ["train", "resume", "quickstart", "export", "compare", "sweep", "eval"])
 def test_a_folder_that_another_process_owns_is_refused(
-    tmp_path: Path, run_cli: Callable[..., tuple[int, list[str]]], monkeypatch: pytest.MonkeyPatch, command: str
+    tmp_path: Path,
+    run_cli: Callable[..., tuple[int, list[str]]],
+    monkeypatch: pytest.MonkeyPatch,
+    command: str,
 ) -> None:
     run_dir = existing_run(tmp_path / "run")
     (run_dir / "checkpoints" / "step_000002").mkdir(parents=True)

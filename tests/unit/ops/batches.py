@@ -1,4 +1,5 @@
-"""A packed batch for the fused head: prompts masked out, an empty and a fully masked sequence, a one-token answer."""
+"""A packed batch for the fused head: prompts masked out, an empty and a fully masked sequence, a one-token
+answer."""
 
 from itertools import pairwise
 from typing import NamedTuple

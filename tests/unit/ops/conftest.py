@@ -1,7 +1,7 @@
 """Where the ops' tests run: every backend that this process can use on a CPU.
 
-RLSC_TEST_PLACEMENTS="cpu:triton" narrows it; test_triton_interpreter.py sets it in a process of its own, because Triton looks
-for TRITON_INTERPRET once, when it is imported.
+RLSC_TEST_PLACEMENTS="cpu:triton" narrows it; test_triton_interpreter.py sets it in a process of its own,
+because Triton looks for TRITON_INTERPRET once, when it is imported.
 """
 
 import os

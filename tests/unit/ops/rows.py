@@ -19,8 +19,11 @@ class Rows(NamedTuple):
     entropy_weights: Tensor  # float32 [T]
 
 
-def make(dtype: torch.dtype, *, seed: int = 0, num_rows: int = 14, row_stride: int = COLUMNS, extreme: bool = False) -> Rows:
-    """Draw rows; `extreme` adds -inf logits, +-3e4 logits, a row with one finite logit and a target at -inf."""
+def make(
+    dtype: torch.dtype, *, seed: int = 0, num_rows: int = 14, row_stride: int = COLUMNS, extreme: bool = False
+) -> Rows:
+    """Draw rows; `extreme` adds -inf logits, +-3e4 logits, a row with one finite logit and a target at
+    -inf."""
     generator = torch.Generator().manual_seed(seed)
     storage = torch.full((num_rows, row_stride), float("nan"))
     logits = storage[:, :COLUMNS]

@@ -1,4 +1,5 @@
-"""The benchmarks' harness: a red check is not timed, nothing measured is an error, times are taken in turn."""
+"""The benchmarks' harness: a red check is not timed, nothing measured is an error, times are taken in
+turn."""
 
 import json
 
@@ -30,7 +31,10 @@ def test_nothing_measured_is_an_error():
 
 def test_providers_take_turns_and_inputs_are_restored_each_round():
     calls = []
-    tasks = {name: Task(lambda n=name: calls.append(n), lambda n=name: calls.append(f"prepare {n}")) for name in ("a", "b")}
+    tasks = {
+        name: Task(lambda n=name: calls.append(n), lambda n=name: calls.append(f"prepare {n}"))
+        for name in ("a", "b")
+    }
     timings = measure(tasks, CPU, seconds=0.0, fewest=3)
     assert [timing.rounds for timing in timings.values()] == [3, 3]
     assert calls[-8:] == ["prepare a", "a", "prepare b", "b"] * 2
@@ -45,7 +49,10 @@ def test_the_result_names_what_made_it_and_is_drawn(tmp_path):
     assert (rows[0].ratio_to_reference, rows[0].percent_of_ceiling) == (2.0, 50.0)
     path = write("example", rows, Ceilings(1e10, 2e10, 1e12), CPU, tmp_path)
     about = json.loads(path.read_text())["about"]
-    assert about["versions"]["torch"] == torch.__version__.split("+")[0] or about["versions"]["torch"] == torch.__version__
+    assert (
+        about["versions"]["torch"] == torch.__version__.split("+")[0]
+        or about["versions"]["torch"] == torch.__version__
+    )
     assert about["commit"]
     assert " 1.00" not in table(rows, CPU).split("peer")[0], "a CPU's table shows ratios, not milliseconds"
     pytest.importorskip("matplotlib")

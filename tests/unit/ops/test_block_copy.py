@@ -11,7 +11,11 @@ from rlsc_mcore.ops.block_copy import BlockCopy
 from rlsc_mcore.ops.row_checksums import row_checksums
 from tests.unit.ops.conftest import Placement
 
-BLOCKS = st.lists(st.tuples(st.integers(1, 40), st.integers(1, 70), st.integers(0, 9), st.integers(0, 9)), min_size=1, max_size=6)
+BLOCKS = st.lists(
+    st.tuples(st.integers(1, 40), st.integers(1, 70), st.integers(0, 9), st.integers(0, 9)),
+    min_size=1,
+    max_size=6,
+)
 # Triton's interpreter cuts float32 to bfloat16 where a GPU rounds: there the values are such that both agree.
 EXACT = os.environ.get("TRITON_INTERPRET") == "1"
 TYPES = [(torch.float32, torch.float32), (torch.float32, torch.bfloat16), (torch.bfloat16, torch.bfloat16)]
@@ -22,17 +26,23 @@ def values(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(("source_type", "target_type"), TYPES)
-def test_blocks_land_where_slicing_puts_them(placement: Placement, source_type: torch.dtype, target_type: torch.dtype) -> None:
+def test_blocks_land_where_slicing_puts_them(
+    placement: Placement, source_type: torch.dtype, target_type: torch.dtype
+) -> None:
     @settings(max_examples=6 if EXACT else 20, deadline=None)
     @given(blocks=BLOCKS, seed=st.integers(0, 2**31))
     def check(blocks: list[tuple[int, int, int, int]], seed: int) -> None:
         generator = torch.Generator().manual_seed(seed)
         sources, targets, expected = [], [], []
         for rows, columns, left, above in blocks:
-            source = values(torch.randn(rows + above + 1, columns + left + 1, generator=generator), source_type)
+            source = values(
+                torch.randn(rows + above + 1, columns + left + 1, generator=generator), source_type
+            )
             target = torch.randn(rows + 3, columns + 2 * left, generator=generator).to(target_type)
             wanted = target.clone()
-            wanted[1 : rows + 1, left : left + columns] = source[above : above + rows, left : left + columns].to(target_type)
+            wanted[1 : rows + 1, left : left + columns] = source[
+                above : above + rows, left : left + columns
+            ].to(target_type)
             sources.append(source.to(placement.device))
             targets.append(target.to(placement.device))
             expected.append(wanted)
@@ -49,7 +59,8 @@ def test_blocks_land_where_slicing_puts_them(placement: Placement, source_type: 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_long_aligned_and_vector_blocks(placement: Placement, dtype: torch.dtype) -> None:
-    """Contiguous blocks of many tiles, columns that 16-byte loads can read, biases, and blocks at odd addresses."""
+    """Contiguous blocks of many tiles, columns that 16-byte loads can read, biases, and blocks at odd
+    addresses."""
     source = torch.randn(64, 3 * 1024, dtype=torch.float64).to(dtype).to(placement.device)
     target = torch.zeros_like(source)
     bias, shifted = source[0].clone(), torch.zeros(2 * 3 * 1024, dtype=dtype, device=placement.device)
@@ -94,14 +105,19 @@ def checksum_of(row: torch.Tensor, first: int) -> int:
 
 
 @pytest.mark.parametrize(
-    ("source_type", "dtype"), [(torch.float32, torch.float32), (torch.bfloat16, torch.bfloat16), (torch.float32, torch.bfloat16)]
+    ("source_type", "dtype"),
+    [(torch.float32, torch.float32), (torch.bfloat16, torch.bfloat16), (torch.float32, torch.bfloat16)],
 )
-def test_checksums_are_those_of_the_bits(placement: Placement, source_type: torch.dtype, dtype: torch.dtype) -> None:
+def test_checksums_are_those_of_the_bits(
+    placement: Placement, source_type: torch.dtype, dtype: torch.dtype
+) -> None:
     matrix = values(torch.randn(5, 2500) * 1e30, source_type).to(placement.device)
     rows = [matrix[0], matrix[1, 3:], matrix[2, :1], matrix[3, 7:1300], matrix[4]]
     firsts = [0, 3, 0, 7, 152_000]
     found = row_checksums(rows, firsts, dtype)
-    assert found.tolist() == [checksum_of(row.cpu().to(dtype), first) for row, first in zip(rows, firsts, strict=True)]
+    assert found.tolist() == [
+        checksum_of(row.cpu().to(dtype), first) for row, first in zip(rows, firsts, strict=True)
+    ]
     left, right = row_checksums([matrix[0, :1000], matrix[0, 1000:]], [0, 1000], dtype).tolist()
     assert (left + right - int(found[0])) % 2**64 == 0  # parts add up
     swapped = matrix[0].clone()

@@ -1,6 +1,7 @@
 """The Hopper kernel on a CPU: its source runs on simulated blocks whose copies and messages arrive late.
 
-The kernel file is compiled as it is but for what no C++ compiler knows: shared memory, the launch bounds, one line of PTX.
+The kernel file is compiled as it is but for what no C++ compiler knows: shared memory, the launch bounds, one
+line of PTX.
 """
 
 import shutil
@@ -22,9 +23,12 @@ KERNEL = {
     "extern __shared__ __align__(128) unsigned char buffers[];": "unsigned char* buffers = device::block->dynamic();",
     "__shared__ uint64_t loaded[kMaxStages * kParts];": "auto& loaded = "
     + SHARED.format(type="uint64_t", extents="[kMaxStages * kParts]", offset=0),
-    "__shared__ uint64_t arrived[2];": "auto& arrived = " + SHARED.format(type="uint64_t", extents="[2]", offset=512),
-    "__shared__ float4 peers[2 * kMaxCluster];": "auto& peers = " + SHARED.format(type="float4", extents="[2 * kMaxCluster]", offset=1024),
-    "__shared__ Mass warps[kWarps];": "auto& warps = " + SHARED.format(type="Mass", extents="[kWarps]", offset=2048),
+    "__shared__ uint64_t arrived[2];": "auto& arrived = "
+    + SHARED.format(type="uint64_t", extents="[2]", offset=512),
+    "__shared__ float4 peers[2 * kMaxCluster];": "auto& peers = "
+    + SHARED.format(type="float4", extents="[2 * kMaxCluster]", offset=1024),
+    "__shared__ Mass warps[kWarps];": "auto& warps = "
+    + SHARED.format(type="Mass", extents="[kWarps]", offset=2048),
     "__shared__ float found_target;": "auto& found_target = *reinterpret_cast<float*>(device::block->variables + 4096);",
     "__global__ void __launch_bounds__(kThreads, 1536 / kThreads) cluster_rows": "void cluster_rows",
 }

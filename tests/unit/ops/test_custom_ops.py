@@ -1,4 +1,5 @@
-"""The operators as torch sees them: schemas and fakes pass opcheck, torch.compile traces through the functions on them."""
+"""The operators as torch sees them: schemas and fakes pass opcheck, torch.compile traces through the
+functions on them."""
 
 import pytest
 import torch
@@ -20,27 +21,57 @@ def arguments(device):
 CALLS = {
     "log_prob_stats": lambda x, t, b: (x, t, *SHARD, True, b),
     "scored_stats": lambda x, t, b: (x, t, *SHARD, True, b),
-    "dlogits": lambda x, t, b: (x, torch.ones_like(x[:, :4]), torch.ops.rlsc.log_prob_stats(x, t, *SHARD, True, b), t, *SHARD, b),
-    "dlogits_": lambda x, t, b: (x, torch.ones_like(x[:, :3]), torch.ops.rlsc.log_prob_stats(x, t, *SHARD, False, b), t, *SHARD, b),
+    "dlogits": lambda x, t, b: (
+        x,
+        torch.ones_like(x[:, :4]),
+        torch.ops.rlsc.log_prob_stats(x, t, *SHARD, True, b),
+        t,
+        *SHARD,
+        b,
+    ),
+    "dlogits_": lambda x, t, b: (
+        x,
+        torch.ones_like(x[:, :3]),
+        torch.ops.rlsc.log_prob_stats(x, t, *SHARD, False, b),
+        t,
+        *SHARD,
+        b,
+    ),
     "rest_softmax_": lambda x, t, b: (x, t, *SHARD, b),
     "rest_softmax_into": lambda x, t, b: (x, x.bfloat16(), t, *SHARD, b),
     "log_prob_dlogits_": lambda x, t, b: (x, t, torch.linspace(-1, 1, 5, device=x.device), *SHARD, b),
     "join_stats": lambda x, t, b: (torch.stack([x[:, :3], x[:, 3:6]]).contiguous(), 1.25, b),
-    "join_backward": lambda x, t, b: (torch.stack([x[:, :4], x[:, 4:8]]).contiguous(), 1, 1.25, x[:, 8].contiguous(), None, b),
-    "sequence_sums": lambda x, t, b: (x[0].clone(), x[1] > 0, torch.tensor([0, 3, 3, 40], device=x.device).int(), b),
+    "join_backward": lambda x, t, b: (
+        torch.stack([x[:, :4], x[:, 4:8]]).contiguous(),
+        1,
+        1.25,
+        x[:, 8].contiguous(),
+        None,
+        b,
+    ),
+    "sequence_sums": lambda x, t, b: (
+        x[0].clone(),
+        x[1] > 0,
+        torch.tensor([0, 3, 3, 40], device=x.device).int(),
+        b,
+    ),
 }
 
 
 @pytest.mark.parametrize("name", CALLS)
 def test_opcheck(placement: Placement, name):
-    torch.library.opcheck(getattr(torch.ops.rlsc, name), CALLS[name](*arguments(placement.device), placement.backend))
+    torch.library.opcheck(
+        getattr(torch.ops.rlsc, name), CALLS[name](*arguments(placement.device), placement.backend)
+    )
 
 
 def test_compiled_without_a_graph_break_gives_the_same_gradient(placement: Placement):
     logits, targets = arguments(placement.device)
 
     def loss(logits):
-        return token_log_probs(logits, targets.clamp(-1, 36), vocab_size=37, temperature=0.8, backend=placement.backend).sum()
+        return token_log_probs(
+            logits, targets.clamp(-1, 36), vocab_size=37, temperature=0.8, backend=placement.backend
+        ).sum()
 
     def gradient(fn):
         leaf = logits.clone().requires_grad_()

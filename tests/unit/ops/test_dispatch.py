@@ -1,4 +1,5 @@
-"""The dispatch rule: what auto takes, what a named backend does where it cannot run, what the description says."""
+"""The dispatch rule: what auto takes, what a named backend does where it cannot run, what the description
+says."""
 
 import pytest
 import torch
@@ -37,7 +38,9 @@ def test_a_backend_that_is_not_built_is_skipped_with_its_reason(monkeypatch):
     choice = choose("dlogits", "cpu")
     assert (choice.backend, choice.reason) == ("reference", "no cpp: not built here")
     logits = torch.randn(3, 5)
-    with pytest.raises(RuntimeError, match=r"ops.backend=cpp: scored_stats on cpu is not available: not built here"):
+    with pytest.raises(
+        RuntimeError, match=r"ops.backend=cpp: scored_stats on cpu is not available: not built here"
+    ):
         token_log_probs(logits, torch.zeros(3, dtype=torch.int64), vocab_size=5, backend="cpp")
 
 
@@ -45,7 +48,9 @@ def test_a_named_backend_runs(monkeypatch):
     """The path that is named is the path that runs."""
     calls = []
     original = reference.log_prob_stats
-    monkeypatch.setattr(reference, "log_prob_stats", lambda *arguments: calls.append(1) or original(*arguments))
+    monkeypatch.setattr(
+        reference, "log_prob_stats", lambda *arguments: calls.append(1) or original(*arguments)
+    )
     logits, targets = torch.randn(3, 5), torch.zeros(3, dtype=torch.int64)
     token_log_probs(logits, targets, vocab_size=5, backend="reference")
     assert len(calls) == 1
@@ -56,7 +61,9 @@ def test_a_named_backend_runs(monkeypatch):
 
 def test_float64_always_runs_the_definition():
     for backend in ("auto", "cpp", "triton", "cuda"):
-        assert select("log_prob_stats", torch.device("cpu"), torch.float64, backend) is reference.log_prob_stats
+        assert (
+            select("log_prob_stats", torch.device("cpu"), torch.float64, backend) is reference.log_prob_stats
+        )
 
 
 def test_the_option_lists_exactly_the_backends():

@@ -1,4 +1,5 @@
-"""Memory of the fused head: at full size without data, and measured in a small call. Logits stay one chunk."""
+"""Memory of the fused head: at full size without data, and measured in a small call. Logits stay one
+chunk."""
 
 import weakref
 
@@ -21,10 +22,17 @@ class LiveBytes(TorchDispatchMode):
         self.known = set()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        before = {id(leaf.untyped_storage()) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)}
+        before = {
+            id(leaf.untyped_storage())
+            for leaf in tree_leaves((args, kwargs))
+            if isinstance(leaf, torch.Tensor)
+        }
         out = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(out):
-            if isinstance(leaf, torch.Tensor) and id(storage := leaf.untyped_storage()) not in before | self.known:
+            if (
+                isinstance(leaf, torch.Tensor)
+                and id(storage := leaf.untyped_storage()) not in before | self.known
+            ):
                 self.add(storage)
         return out
 
@@ -45,7 +53,17 @@ def ones(log_p, mask, cu_seqlens, sequences):
     return torch.ones_like(log_p)
 
 
-def weighted_loss(num_sequences, length, hidden_size, vocab, *, chunk_tokens, live_share=1.0, dtype=torch.bfloat16, device="cpu"):
+def weighted_loss(
+    num_sequences,
+    length,
+    hidden_size,
+    vocab,
+    *,
+    chunk_tokens,
+    live_share=1.0,
+    dtype=torch.bfloat16,
+    device="cpu",
+):
     """Run forward and backward; return what was alive at the peak beside the inputs."""
     num_tokens, live = num_sequences * length, int(length * live_share)
     hidden = torch.zeros(num_tokens, hidden_size, dtype=dtype, device=device, requires_grad=True)
@@ -64,8 +82,8 @@ def weighted_loss(num_sequences, length, hidden_size, vocab, *, chunk_tokens, li
 
 
 def test_a_qwen2_7b_step_of_16_x_3072_tokens_stays_under_one_and_a_half_gib_beside_its_gradients():
-    """V = 152064: all logits in bf16 would be 13.9 GiB, and their float32 copy twice that. Runs on shapes alone, which also
-    shows that nothing waits for a value on the device: a meta tensor has none."""
+    """V = 152064: all logits in bf16 would be 13.9 GiB, and their float32 copy twice that. Runs on shapes
+    alone, which also shows that nothing waits for a value on the device: a meta tensor has none."""
     num_tokens, hidden_size, vocab, chunk = 16 * 3072, 3584, 152064, 3072
     memory = weighted_loss(16, 3072, hidden_size, vocab, chunk_tokens=chunk, device="meta")
     gradients = num_tokens * hidden_size * 2 + vocab * hidden_size * 4
@@ -83,7 +101,9 @@ def test_the_peak_beside_the_gradients_does_not_grow_with_the_tokens(num_sequenc
 
 
 def test_masked_tokens_take_no_part_of_the_workspace():
-    sizes = dict(num_sequences=2, length=64, hidden_size=16, vocab=4096, chunk_tokens=128, dtype=torch.float32)
+    sizes = dict(
+        num_sequences=2, length=64, hidden_size=16, vocab=4096, chunk_tokens=128, dtype=torch.float32
+    )
     full, half = weighted_loss(**sizes), weighted_loss(**sizes, live_share=0.25)
     assert full.largest == 128 * 4096 * 4
     assert half.largest == 32 * 4096 * 4

@@ -1,4 +1,5 @@
-"""linear_weighted_loss against the whole matrix of logits: on-policy coefficients, chunks, Megatron's main_grad."""
+"""linear_weighted_loss against the whole matrix of logits: on-policy coefficients, chunks, Megatron's
+main_grad."""
 
 import pytest
 import torch
@@ -16,13 +17,17 @@ TEMPERATURE, ALPHA = 0.7, 0.1
 def coefficients(log_p, mask, cu_seqlens, sequences):
     """exp(mean log p) + alpha per sequence: needs all of a sequence's tokens and only device arithmetic."""
     counts = cu_seqlens.diff().clamp_min(1)
-    return per_token((sequence_sums(log_p, mask, cu_seqlens) / counts).exp() + ALPHA, cu_seqlens, log_p.shape[0])
+    return per_token(
+        (sequence_sums(log_p, mask, cu_seqlens) / counts).exp() + ALPHA, cu_seqlens, log_p.shape[0]
+    )
 
 
 def whole(batch):
     """(loss, log p, gradients of hidden and weight) through all logits at once, in the batch's dtype."""
     hidden, weight = (value.detach().clone().requires_grad_() for value in (batch.hidden, batch.weight))
-    log_p = oracle.head_log_probs(hidden, weight, batch.targets, batch.mask, temperature=TEMPERATURE, vocab_size=VOCAB)
+    log_p = oracle.head_log_probs(
+        hidden, weight, batch.targets, batch.mask, temperature=TEMPERATURE, vocab_size=VOCAB
+    )
     c = oracle.sequence_weights(log_p.detach(), batch.mask, batch.cu_seqlens, ALPHA)
     loss = -(c * log_p.double()).sum()
     loss.backward()
@@ -46,12 +51,16 @@ def test_loss_and_gradients_agree_with_float64(placement: Placement, dtype, chun
     live_counts, here = batch.live_counts, to(batch, placement.device)
     here.hidden.requires_grad_()
     here.weight.requires_grad_()
-    loss, log_p = call(here, placement.backend, chunk_tokens=chunk_tokens, whole_batch=whole_batch, live_counts=live_counts)
+    loss, log_p = call(
+        here, placement.backend, chunk_tokens=chunk_tokens, whole_batch=whole_batch, live_counts=live_counts
+    )
     assert loss.dtype == torch.float64
     assert not log_p.requires_grad
     (3.0 * loss).backward()
     got = [loss, log_p, here.hidden.grad / 3.0, here.weight.grad / 3.0]
-    for name, ours, expected, theirs in zip(("loss", "log p", "d hidden", "d weight"), got, exact, eager, strict=True):
+    for name, ours, expected, theirs in zip(
+        ("loss", "log p", "d hidden", "d weight"), got, exact, eager, strict=True
+    ):
         slack = (theirs.double() - expected).abs() + 2 * HEAD_SLACK[dtype] * expected.abs().max()
         assert_close(ours, expected, slack, name)
     assert not here.hidden.grad[~here.mask].any()
@@ -61,7 +70,10 @@ def test_loss_and_gradients_agree_with_float64(placement: Placement, dtype, chun
 def test_gradients_are_finite_differences_in_float64():
     """With constant coefficients the loss is a function whose numeric gradient can be taken."""
     batch = make(torch.float64)
-    hidden, weight = batch.hidden[:14, :4].clone().requires_grad_(), batch.weight[:23, :4].clone().requires_grad_()
+    hidden, weight = (
+        batch.hidden[:14, :4].clone().requires_grad_(),
+        batch.weight[:23, :4].clone().requires_grad_(),
+    )
     fixed = torch.linspace(-1, 2, 14, dtype=torch.float64)
     cu_seqlens, mask = torch.tensor([0, 3, 12, 14], dtype=torch.int32), batch.mask[:14].clone()
     cu_live = torch.tensor([0, *[int(mask[: int(end)].sum()) for end in cu_seqlens[1:]]])
@@ -90,7 +102,9 @@ def test_the_coefficients_of_a_chunk_see_its_sequences_whole():
     covered = [index for _, sequences, *_ in seen for index in range(sequences.start, sequences.stop)]
     assert covered == list(range(len(counts)))
     for cu_seqlens, sequences, num_tokens, mask_is_full, needs_grad in seen:
-        assert cu_seqlens == [sum(counts[sequences.start : end]) for end in range(sequences.start, sequences.stop + 1)]
+        assert cu_seqlens == [
+            sum(counts[sequences.start : end]) for end in range(sequences.start, sequences.stop + 1)
+        ]
         assert (num_tokens, mask_is_full, needs_grad) == (cu_seqlens[-1], True, False)
 
 
@@ -106,7 +120,8 @@ def test_without_gradients_only_log_p_is_computed():
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("unit_upstream", [False, True])
 def test_the_weight_gradient_goes_to_megatrons_main_grad(tied, unit_upstream):
-    """What Megatron's data parallelism expects of a parameter with main_grad, and of one tied to the embedding."""
+    """What Megatron's data parallelism expects of a parameter with main_grad, and of one tied to the
+    embedding."""
     batch = make(torch.bfloat16)
     expected = whole(batch)[3]
     weight = torch.nn.Parameter(batch.weight)
@@ -118,14 +133,23 @@ def test_the_weight_gradient_goes_to_megatrons_main_grad(tied, unit_upstream):
     call(batch._replace(weight=weight), unit_upstream=unit_upstream, chunk_tokens=20)[0].backward()
     assert weight.grad_added_to_main_grad is True
     assert weight.main_grad.dtype == torch.float32
-    assert_close(weight.main_grad - 2.0, expected, 2 * HEAD_SLACK[torch.bfloat16] * expected.double().abs().max(), "main_grad")
+    assert_close(
+        weight.main_grad - 2.0,
+        expected,
+        2 * HEAD_SLACK[torch.bfloat16] * expected.double().abs().max(),
+        "main_grad",
+    )
     assert weight.grad is not None, "a gradient must be there, or Megatron's hook does not see the parameter"
     assert not tied or not weight.grad.any()
 
 
 def test_every_token_masked_gives_no_loss_and_zero_gradients():
     batch = make(torch.float32)
-    batch = batch._replace(mask=torch.zeros_like(batch.mask), hidden=batch.hidden.requires_grad_(), weight=batch.weight.requires_grad_())
+    batch = batch._replace(
+        mask=torch.zeros_like(batch.mask),
+        hidden=batch.hidden.requires_grad_(),
+        weight=batch.weight.requires_grad_(),
+    )
     loss, log_p = call(batch)
     loss.backward()
     assert loss.item() == 0.0

@@ -1,4 +1,5 @@
-"""Float32 logits of bfloat16 operands: log p as exact as float32, gradients as exact as bfloat16 operands let them be."""
+"""Float32 logits of bfloat16 operands: log p as exact as float32, gradients as exact as bfloat16 operands let
+them be."""
 
 import pytest
 import torch
@@ -30,7 +31,9 @@ def run(call, batch, backend, **options):
         log_p = call(hidden, weight, batch.targets, **options)
         log_p.sum().backward()
     else:
-        loss, log_p = call(hidden, weight, batch.targets, cu_seqlens=batch.cu_seqlens, coefficient_fn=ones, **options)
+        loss, log_p = call(
+            hidden, weight, batch.targets, cu_seqlens=batch.cu_seqlens, coefficient_fn=ones, **options
+        )
         (-loss).backward()
     return log_p.detach(), hidden.grad, weight.grad
 
@@ -38,21 +41,32 @@ def run(call, batch, backend, **options):
 @pytest.mark.parametrize("dtype", HALF)
 @pytest.mark.parametrize("chunk_tokens", [7, 64])  # a sequence in pieces, and all in one chunk
 @pytest.mark.parametrize("call", [linear_token_log_probs, linear_weighted_loss])
-def test_log_p_is_exact_and_gradients_are_those_of_the_operands_type(placement: Placement, dtype, chunk_tokens, call):
+def test_log_p_is_exact_and_gradients_are_those_of_the_operands_type(
+    placement: Placement, dtype, chunk_tokens, call
+):
     batch = make(torch.float32)
     batch = batch._replace(hidden=batch.hidden.to(dtype), weight=batch.weight.to(dtype))
     hidden, weight = batch.hidden.double().requires_grad_(), batch.weight.double().requires_grad_()
-    exact = oracle.head_log_probs(hidden, weight, batch.targets, batch.mask, temperature=0.7, vocab_size=VOCAB)
+    exact = oracle.head_log_probs(
+        hidden, weight, batch.targets, batch.mask, temperature=0.7, vocab_size=VOCAB
+    )
     exact.sum().backward()
     here = to(batch, placement.device)
-    log_p, grad_hidden, grad_weight = run(call, here, placement.backend, chunk_tokens=chunk_tokens, logits_dtype=torch.float32)
+    log_p, grad_hidden, grad_weight = run(
+        call, here, placement.backend, chunk_tokens=chunk_tokens, logits_dtype=torch.float32
+    )
     rounded, *_ = run(call, here, placement.backend, chunk_tokens=chunk_tokens)
     error = (log_p.cpu().double() - exact).abs().max()
     assert error < 2e-5
-    assert (rounded.cpu().double() - exact).abs().max() > 50 * error, "the test's logits no longer show the difference"
+    assert (rounded.cpu().double() - exact).abs().max() > 50 * error, (
+        "the test's logits no longer show the difference"
+    )
     slack = 4 * HEAD_SLACK[torch.bfloat16]
     assert grad_hidden.dtype == grad_weight.dtype == dtype
-    for name, got, expected in (("d hidden", grad_hidden, hidden.grad), ("d weight", grad_weight, weight.grad)):
+    for name, got, expected in (
+        ("d hidden", grad_hidden, hidden.grad),
+        ("d weight", grad_weight, weight.grad),
+    ):
         assert_close(got, expected, slack * expected.abs().max(), name)
 
 
@@ -83,5 +97,8 @@ def test_the_workspace_holds_both_types():
 @pytest.mark.parametrize("call", [linear_token_log_probs, linear_weighted_loss])
 def test_another_type_is_refused(call):
     batch = make(torch.bfloat16)
-    with pytest.raises(ValueError, match=r"logits_dtype: expected torch\.bfloat16 like hidden_TH, or float32, got torch\.float16"):
+    with pytest.raises(
+        ValueError,
+        match=r"logits_dtype: expected torch\.bfloat16 like hidden_TH, or float32, got torch\.float16",
+    ):
         run(call, batch, "auto", logits_dtype=torch.float16)

@@ -1,4 +1,5 @@
-"""Logits that are not finite, on every backend: NaN and +inf end in NaN as they do in log_softmax, and in no other row."""
+"""Logits that are not finite, on every backend: NaN and +inf end in NaN as they do in log_softmax, and in no
+other row."""
 
 import pytest
 import torch
@@ -68,7 +69,8 @@ IN_LONG_ROWS = ("one NaN", "NaN among -inf", "+inf at the target")
 
 
 def spoiled_rows(kind, vocab, dtype):
-    """Five rows of which the second and the last are spoiled; the third is ignored and NaN. Padding columns are NaN."""
+    """Five rows of which the second and the last are spoiled; the third is ignored and NaN. Padding columns
+    are NaN."""
     generator = torch.Generator().manual_seed(vocab)
     logits = torch.full((5, vocab + PADDING), NAN)
     logits[:, :vocab] = torch.randn(5, vocab, generator=generator)
@@ -86,13 +88,21 @@ def spoiled_rows(kind, vocab, dtype):
     + [(kind, 5003, torch.bfloat16, False) for kind in IN_LONG_ROWS]
     + [(kind, 9001, torch.float16, True) for kind in IN_LONG_ROWS],
 )
-def test_log_p_and_its_gradient_are_nan_where_log_softmax_is(placement: Placement, kind, vocab, dtype, with_entropy):
+def test_log_p_and_its_gradient_are_nan_where_log_softmax_is(
+    placement: Placement, kind, vocab, dtype, with_entropy
+):
     """Rows of one block, of several blocks of a CPU's op, and of several steps of a GPU's."""
     logits, targets = spoiled_rows(kind, vocab, dtype)
     expected = torch.log_softmax(logits[:, :vocab].double(), 1).gather(1, targets.clamp_min(0)[:, None])[:, 0]
     expected[2] = 0.0
     leaf = logits.to(placement.device).requires_grad_()
-    out = token_log_probs(leaf, targets.to(placement.device), vocab_size=vocab, with_entropy=with_entropy, backend=placement.backend)
+    out = token_log_probs(
+        leaf,
+        targets.to(placement.device),
+        vocab_size=vocab,
+        with_entropy=with_entropy,
+        backend=placement.backend,
+    )
     log_p = out[0] if with_entropy else out
     log_p.sum().backward()
     assert torch.equal(log_p.isnan().cpu(), expected.isnan())
@@ -108,7 +118,8 @@ def test_log_p_and_its_gradient_are_nan_where_log_softmax_is(placement: Placemen
 
 @pytest.mark.parametrize(
     ("kind", "vocab", "dtype"),
-    [(kind, 37, torch.float32) for kind in SPOILED] + [(kind, 40003, torch.bfloat16) for kind in IN_LONG_ROWS],
+    [(kind, 37, torch.float32) for kind in SPOILED]
+    + [(kind, 40003, torch.bfloat16) for kind in IN_LONG_ROWS],
 )
 def test_overwriting_ops_keep_nan(placement: Placement, kind, vocab, dtype):
     logits, targets = (value.to(placement.device) for value in spoiled_rows(kind, vocab, dtype))
@@ -130,7 +141,8 @@ def test_overwriting_ops_keep_nan(placement: Placement, kind, vocab, dtype):
 @pytest.mark.parametrize("kind", SPOILED)
 @pytest.mark.parametrize("spoiled_rank", [0, 1, 2])
 def test_one_rank_of_three_spoils_its_tokens_on_every_rank(placement: Placement, kind, spoiled_rank):
-    """The target lies on rank 1; a rank without a finite logit, and one without columns, are among the others."""
+    """The target lies on rank 1; a rank without a finite logit, and one without columns, are among the
+    others."""
     generator = torch.Generator().manual_seed(1)
     shards = [torch.randn(4, 16, generator=generator) for _ in range(3)]
     targets = torch.tensor([16, 20, 31, -1])
@@ -141,7 +153,13 @@ def test_one_rank_of_three_spoils_its_tokens_on_every_rank(placement: Placement,
     stats = torch.stack(
         [
             torch.ops.rlsc.log_prob_stats(
-                shard.to(placement.device), targets.to(placement.device), 1.0, 16 * rank, 16, True, placement.backend
+                shard.to(placement.device),
+                targets.to(placement.device),
+                1.0,
+                16 * rank,
+                16,
+                True,
+                placement.backend,
             )
             for rank, shard in enumerate(shards)
         ]

@@ -1,4 +1,5 @@
-"""What the ops refuse, because the result would be silently wrong or memory of somebody else would be written."""
+"""What the ops refuse, because the result would be silently wrong or memory of somebody else would be
+written."""
 
 import pytest
 import torch
@@ -17,7 +18,9 @@ from tests.unit.ops.conftest import Placement
 SHARD = (1.0, 0, 7)
 OVERWRITING = {
     "rest_softmax_": lambda x, t, b: torch.ops.rlsc.rest_softmax_(x, t, *SHARD, b),
-    "log_prob_dlogits_": lambda x, t, b: torch.ops.rlsc.log_prob_dlogits_(x, t, torch.ones(len(t), device=x.device), *SHARD, b),
+    "log_prob_dlogits_": lambda x, t, b: torch.ops.rlsc.log_prob_dlogits_(
+        x, t, torch.ones(len(t), device=x.device), *SHARD, b
+    ),
     "dlogits_": lambda x, t, b: torch.ops.rlsc.dlogits_(
         x, torch.ones(len(t), 3, device=x.device), torch.zeros(len(t), 3, device=x.device), t, *SHARD, b
     ),
@@ -52,13 +55,22 @@ def test_overwriting_is_seen_by_autograd_s_version_counter(placement: Placement,
 @pytest.mark.parametrize("shared", ["expanded", "overlapping"])
 def test_rows_that_share_memory_are_not_overwritten(placement: Placement, name, shared):
     row = torch.randn(1, 8, device=placement.device)
-    logits = row.expand(4, 8) if shared == "expanded" else torch.randn(40, device=placement.device).as_strided((4, 8), (5, 1))
+    logits = (
+        row.expand(4, 8)
+        if shared == "expanded"
+        else torch.randn(40, device=placement.device).as_strided((4, 8), (5, 1))
+    )
     with pytest.raises(ValueError, match="share no memory"):
-        OVERWRITING[name](logits, torch.zeros(4, dtype=torch.int64, device=placement.device), placement.backend)
+        OVERWRITING[name](
+            logits, torch.zeros(4, dtype=torch.int64, device=placement.device), placement.backend
+        )
 
 
 def test_expanded_rows_may_be_read(placement: Placement):
-    row, targets = torch.randn(1, 9, device=placement.device), torch.tensor([0, 4, 8], device=placement.device)
+    row, targets = (
+        torch.randn(1, 9, device=placement.device),
+        torch.tensor([0, 4, 8], device=placement.device),
+    )
     leaf = row.clone().requires_grad_()
     log_p = token_log_probs(leaf.expand(3, 9), targets, vocab_size=9, backend=placement.backend)
     exact = torch.log_softmax(row.double(), 1)[0, targets]
@@ -69,7 +81,9 @@ def test_expanded_rows_may_be_read(placement: Placement):
 
 def head_call(name, hidden, weight, batch):
     if name == "linear_token_log_probs":
-        return linear_token_log_probs(hidden, weight, batch.targets, mask_T=batch.mask, vocab_size=VOCAB).sum()
+        return linear_token_log_probs(
+            hidden, weight, batch.targets, mask_T=batch.mask, vocab_size=VOCAB
+        ).sum()
     return linear_weighted_loss(
         hidden, weight, batch.targets, mask_T=batch.mask, cu_seqlens=batch.cu_seqlens, vocab_size=VOCAB,
         coefficient_fn=lambda log_p, *_: torch.ones_like(log_p),
@@ -78,7 +92,8 @@ def head_call(name, hidden, weight, batch):
 
 @pytest.mark.parametrize("changed", ["weight", "hidden"])
 def test_a_weight_that_changes_before_backward_is_noticed(changed):
-    """linear_token_log_probs recomputes its logits in backward: from other weights the gradient would be another's."""
+    """linear_token_log_probs recomputes its logits in backward: from other weights the gradient would be
+    another's."""
     batch = make(torch.float32)
     hidden, weight = (value.clone().requires_grad_() for value in (batch.hidden, batch.weight))
     log_p = head_call("linear_token_log_probs", hidden, weight, batch)
@@ -102,7 +117,9 @@ def test_the_loss_has_its_gradient_before_the_weight_can_change():
         assert torch.equal(first, second)
 
 
-@pytest.mark.parametrize("call", ["token_log_probs", "inplace", "linear_token_log_probs", "linear_weighted_loss"])
+@pytest.mark.parametrize(
+    "call", ["token_log_probs", "inplace", "linear_token_log_probs", "linear_weighted_loss"]
+)
 def test_a_second_derivative_is_refused_in_words(call):
     batch = make(torch.float32)
     hidden, weight = (value.clone().requires_grad_() for value in (batch.hidden, batch.weight))
@@ -110,7 +127,9 @@ def test_a_second_derivative_is_refused_in_words(call):
         out = head_call(call, hidden, weight, batch)
     else:
         logits = hidden @ weight.t()
-        out = token_log_probs(logits, batch.targets, vocab_size=VOCAB, inplace_backward=call == "inplace").sum()
+        out = token_log_probs(
+            logits, batch.targets, vocab_size=VOCAB, inplace_backward=call == "inplace"
+        ).sum()
     upstream = torch.ones((), dtype=out.dtype, requires_grad=True)
     (grad,) = torch.autograd.grad(out, hidden, upstream, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
@@ -137,7 +156,8 @@ def test_a_second_derivative_is_refused_in_words(call):
     ],
 )
 def test_the_compiled_op_checks_every_tensor(change, message):
-    """torch.ops.rlsc_native may be called by anyone: a pointer of another type would be read and written as this one."""
+    """torch.ops.rlsc_native may be called by anyone: a pointer of another type would be read and written as
+    this one."""
     arguments = dict(
         grad_stats=torch.zeros(4, 3), stats=torch.zeros(4, 3), logits=torch.zeros(4, 8), targets=torch.zeros(4, dtype=torch.int64),
         out=torch.zeros(4, 8), inv_temperature=1.0, vocab_start=0, num_columns=8,
@@ -151,8 +171,14 @@ def test_tensors_of_different_devices_are_named():
     with pytest.raises(ValueError, match="target_ids_T: expected on meta like logits_TVp, got cpu"):
         token_log_probs(torch.zeros(4, 9, device=meta), torch.zeros(4, dtype=torch.int64), vocab_size=9)
     with pytest.raises(ValueError, match="mask_T: expected on cpu like hidden_TH, got meta"):
-        linear_token_log_probs(batch.hidden, batch.weight, batch.targets, mask_T=batch.mask.to(meta), vocab_size=VOCAB)
+        linear_token_log_probs(
+            batch.hidden, batch.weight, batch.targets, mask_T=batch.mask.to(meta), vocab_size=VOCAB
+        )
     with pytest.raises(ValueError, match="expected on"):
-        linear_token_log_probs(batch.hidden, batch.weight.to(meta), batch.targets, mask_T=batch.mask, vocab_size=VOCAB)
+        linear_token_log_probs(
+            batch.hidden, batch.weight.to(meta), batch.targets, mask_T=batch.mask, vocab_size=VOCAB
+        )
     with pytest.raises(ValueError, match="cu_seqlens: expected on cpu like values_T, got meta"):
-        sequence_sums(torch.zeros(4), torch.ones(4, dtype=torch.bool), torch.zeros(2, dtype=torch.int32, device=meta))
+        sequence_sums(
+            torch.zeros(4), torch.ones(4, dtype=torch.bool), torch.zeros(2, dtype=torch.int32, device=meta)
+        )

@@ -16,7 +16,10 @@ from tests.unit.ops.tolerances import assert_close
 def exact_sums(values, mask, cu_seqlens):
     bounds = cu_seqlens.tolist()
     pairs = list(zip(values.tolist(), mask.tolist(), strict=True))
-    return torch.tensor([math.fsum(v for v, m in pairs[start:stop] if m) for start, stop in pairwise(bounds)], dtype=torch.float64)
+    return torch.tensor(
+        [math.fsum(v for v, m in pairs[start:stop] if m) for start, stop in pairwise(bounds)],
+        dtype=torch.float64,
+    )
 
 
 @settings(max_examples=40, deadline=None)
@@ -56,9 +59,16 @@ def test_thousands_of_terms_keep_their_digits(placement: Placement):
     values[0] = -1e4
     mask, cu_seqlens = torch.ones(3072, dtype=torch.bool), torch.tensor([0, 3072], dtype=torch.int32)
     exact = exact_sums(values, mask, cu_seqlens)
-    got = sequence_sums(values.to(placement.device), mask.to(placement.device), cu_seqlens.to(placement.device), backend=placement.backend)
+    got = sequence_sums(
+        values.to(placement.device),
+        mask.to(placement.device),
+        cu_seqlens.to(placement.device),
+        backend=placement.backend,
+    )
     assert_close(got, exact, 1e-9, "sum")
-    assert abs(float(values.cumsum(0)[-1]) - float(exact)) > 1e-4, "the test's values no longer show the difference"
+    assert abs(float(values.cumsum(0)[-1]) - float(exact)) > 1e-4, (
+        "the test's values no longer show the difference"
+    )
 
 
 def test_a_masked_nan_does_not_spread(placement: Placement):
@@ -69,7 +79,11 @@ def test_a_masked_nan_does_not_spread(placement: Placement):
 
 
 def test_wrong_arguments_are_named():
-    values, mask, cu_seqlens = torch.zeros(4), torch.ones(4, dtype=torch.bool), torch.tensor([0, 4], dtype=torch.int32)
+    values, mask, cu_seqlens = (
+        torch.zeros(4),
+        torch.ones(4, dtype=torch.bool),
+        torch.tensor([0, 4], dtype=torch.int32),
+    )
     with pytest.raises(ValueError, match="values_T: expected float32 or float64"):
         sequence_sums(values.bfloat16(), mask, cu_seqlens)
     with pytest.raises(ValueError, match=r"mask_T: expected bool \[4\]"):

@@ -16,7 +16,13 @@ def run(rows, placement, *, temperature=1.0, with_entropy=True, **options):
     """(log p, entropy, gradient of the weighted sum) of an op call."""
     leaf = rows.logits.detach().clone(memory_format=torch.preserve_format).requires_grad_()
     out = token_log_probs(
-        leaf, rows.targets, temperature=temperature, vocab_size=VOCAB, with_entropy=with_entropy, backend=placement.backend, **options
+        leaf,
+        rows.targets,
+        temperature=temperature,
+        vocab_size=VOCAB,
+        with_entropy=with_entropy,
+        backend=placement.backend,
+        **options,
     )
     log_p, entropy = out if with_entropy else (out, torch.zeros_like(out))
     (log_p * rows.weights + entropy * rows.entropy_weights).sum().backward()
@@ -27,11 +33,14 @@ def run(rows, placement, *, temperature=1.0, with_entropy=True, **options):
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
 @pytest.mark.parametrize("with_entropy", [False, True])
 @pytest.mark.parametrize("extreme", [False, True])
-def test_values_and_gradients_agree_with_float64(placement: Placement, dtype, temperature, with_entropy, extreme):
+def test_values_and_gradients_agree_with_float64(
+    placement: Placement, dtype, temperature, with_entropy, extreme
+):
     cpu_rows = make(dtype, extreme=extreme)
     if not with_entropy:
         cpu_rows = cpu_rows._replace(entropy_weights=torch.zeros_like(cpu_rows.entropy_weights))
-    if extreme:  # the entropy of a row whose target is impossible is fine, the gradient of log p = -inf is not asked for
+    # the entropy of a row whose target is impossible is fine, the gradient of log p = -inf is not asked for
+    if extreme:
         cpu_rows.weights[12] = 0.0
     rows = to(cpu_rows, placement.device)
     options = dict(temperature=temperature, vocab_size=VOCAB)
@@ -57,14 +66,21 @@ def float64_gradient(rows, temperature):
     finite = torch.where(p > 0, log_p, 0.0)
     entropy = -(p * finite).sum(dim=1, keepdim=True)
     one_hot = torch.nn.functional.one_hot(rows.targets.clamp_min(0), VOCAB)
-    grad = rows.weights[:, None].double() * (one_hot - p) - rows.entropy_weights[:, None].double() * p * (finite + entropy)
+    grad = rows.weights[:, None].double() * (one_hot - p) - rows.entropy_weights[:, None].double() * p * (
+        finite + entropy
+    )
     return torch.where((rows.targets >= 0)[:, None], grad / temperature, 0.0)
 
 
 def test_the_written_gradient_is_autograd_of_the_oracle():
     rows = make(torch.float32)
     _, _, grad = oracle.gradient(
-        rows.logits[:, :VOCAB].double(), rows.targets, rows.weights, rows.entropy_weights, temperature=0.7, vocab_size=VOCAB
+        rows.logits[:, :VOCAB].double(),
+        rows.targets,
+        rows.weights,
+        rows.entropy_weights,
+        temperature=0.7,
+        vocab_size=VOCAB,
     )
     assert_close(float64_gradient(rows, 0.7), grad, 1e-13, "gradient")
 
@@ -96,10 +112,14 @@ def test_a_confident_token_keeps_its_digits(placement: Placement, gap):
     logits[0, 700] = 0.0
     exact = torch.log_softmax(logits.double(), dim=1)[0, 700]
     leaf = logits.to(placement.device).requires_grad_()
-    log_p = token_log_probs(leaf, torch.tensor([700], device=placement.device), vocab_size=VOCAB, backend=placement.backend)
+    log_p = token_log_probs(
+        leaf, torch.tensor([700], device=placement.device), vocab_size=VOCAB, backend=placement.backend
+    )
     log_p.sum().backward()
     assert_close(log_p[0] / exact, torch.tensor(1.0), CONFIDENT, "log p / exact")
-    assert_close(leaf.grad[0, 700] / -torch.expm1(exact), torch.tensor(1.0), CONFIDENT, "target gradient / exact")
+    assert_close(
+        leaf.grad[0, 700] / -torch.expm1(exact), torch.tensor(1.0), CONFIDENT, "target gradient / exact"
+    )
 
 
 def test_plain_log_softmax_fails_the_confident_test():
@@ -117,7 +137,12 @@ def test_inplace_backward_writes_the_same_gradient_over_the_logits(placement: Pl
     source = rows.logits.clone(memory_format=torch.preserve_format).requires_grad_()
     logits = source * 1.0
     log_p, entropy = token_log_probs(
-        logits, rows.targets, vocab_size=VOCAB, with_entropy=True, inplace_backward=True, backend=placement.backend
+        logits,
+        rows.targets,
+        vocab_size=VOCAB,
+        with_entropy=True,
+        inplace_backward=True,
+        backend=placement.backend,
     )
     (log_p * rows.weights + entropy * rows.entropy_weights).sum().backward()
     assert torch.equal(logits.detach(), expected), "the logits hold their gradient"
@@ -159,7 +184,9 @@ def test_vocabulary_sizes(placement: Placement, vocab):
     logits = torch.randn(3, vocab, generator=generator) * 4
     targets = torch.tensor([0, vocab - 1, vocab // 2])
     exact = torch.log_softmax(logits.double(), 1).gather(1, targets[:, None])[:, 0]
-    got = token_log_probs(logits.to(placement.device), targets.to(placement.device), vocab_size=vocab, backend=placement.backend)
+    got = token_log_probs(
+        logits.to(placement.device), targets.to(placement.device), vocab_size=vocab, backend=placement.backend
+    )
     assert_close(got, exact, value_allowance(exact, exact), "log p")
 
 
@@ -176,6 +203,9 @@ def test_vocabulary_sizes(placement: Placement, vocab):
     ],
 )
 def test_wrong_arguments_are_named(change, message):
-    arguments = dict(logits_TVp=torch.zeros(4, 9), target_ids_T=torch.zeros(4, dtype=torch.int64), vocab_size=9) | change
+    arguments = (
+        dict(logits_TVp=torch.zeros(4, 9), target_ids_T=torch.zeros(4, dtype=torch.int64), vocab_size=9)
+        | change
+    )
     with pytest.raises(ValueError, match=message):
         token_log_probs(arguments.pop("logits_TVp"), arguments.pop("target_ids_T"), **arguments)

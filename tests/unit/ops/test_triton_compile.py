@@ -1,7 +1,9 @@
-"""The Triton kernels compile to machine code for every GPU generation that is supported, on a machine without a GPU.
+"""The Triton kernels compile to machine code for every GPU generation that is supported, on a machine without
+a GPU.
 
-What is asked of the machine code: no spilled registers (they do not show in PTX), 16-byte loads where rows are aligned, and how
-many instructions stats_kernel issues per logit. Kernels are compiled for the arguments that a launch passes.
+What is asked of the machine code: no spilled registers (they do not show in PTX), 16-byte loads where rows
+are aligned, and how many instructions stats_kernel issues per logit. Kernels are compiled for the arguments
+that a launch passes.
 """
 
 import importlib.util
@@ -30,7 +32,17 @@ TYPES = {
     "logits": "*bf16", "out": "*bf16", "targets": "*i64", "cu_seqlens": "*i32", "mask": "*u8", "sums": "*fp64", "table": "*i64",
     "first_tiles": "*i64", "inv_temperature": "fp32",
 }  # fmt: skip
-FLOATS = ("stats", "log_probs", "weights", "grad_stats", "target_excluded", "shares", "grad_log_probs", "grad_entropy", "values")
+FLOATS = (
+    "stats",
+    "log_probs",
+    "weights",
+    "grad_stats",
+    "target_excluded",
+    "shares",
+    "grad_log_probs",
+    "grad_entropy",
+    "values",
+)
 TYPES |= dict.fromkeys(FLOATS, "*fp32")
 TILE = {"SEARCH_STEPS": 10, "ROWS": triton_copy.ROWS, "COLUMNS": triton_copy.COLUMNS}
 ROW = dict(zip(("BLOCK", "REST"), triton_rows.row_tiles(19008), strict=True))
@@ -40,11 +52,19 @@ JOIN = {"NUM_RANKS": 8, "NUM_STATS": 4, "BLOCK": triton_rows.JOIN_BLOCK}
 
 def stats(width, num_stats, scored=True):
     block, warps = width
-    return kernels.stats_kernel, {"NUM_STATS": num_stats, "SCORED": scored, "BLOCK": block, "UNROLL": triton_rows.STATS_UNROLL}, warps
+    return (
+        kernels.stats_kernel,
+        {"NUM_STATS": num_stats, "SCORED": scored, "BLOCK": block, "UNROLL": triton_rows.STATS_UNROLL},
+        warps,
+    )
 
 
 def row(weighted, tiles, full=True):
-    return kernels.row_kernel, {"WEIGHTED": weighted, **tiles, "FULL": full}, triton_rows.row_warps(tiles["BLOCK"] + tiles["REST"])
+    return (
+        kernels.row_kernel,
+        {"WEIGHTED": weighted, **tiles, "FULL": full},
+        triton_rows.row_warps(tiles["BLOCK"] + tiles["REST"]),
+    )
 
 
 # kernel, constants, warps
@@ -53,8 +73,16 @@ CASES = {
     "stats, narrow": stats(triton_rows.STATS_NARROW, 3),
     "stats with entropy": stats(triton_rows.STATS_WIDE, 4),
     "stats with entropy, narrow, not scored": stats(triton_rows.STATS_NARROW, 4, False),
-    "dlogits": (kernels.dlogits_kernel, {"NUM_STATS": 3, "BLOCK": triton_rows.DLOGITS_BLOCK}, triton_rows.DLOGITS_WARPS),
-    "dlogits with entropy": (kernels.dlogits_kernel, {"NUM_STATS": 4, "BLOCK": triton_rows.DLOGITS_BLOCK}, triton_rows.DLOGITS_WARPS),
+    "dlogits": (
+        kernels.dlogits_kernel,
+        {"NUM_STATS": 3, "BLOCK": triton_rows.DLOGITS_BLOCK},
+        triton_rows.DLOGITS_WARPS,
+    ),
+    "dlogits with entropy": (
+        kernels.dlogits_kernel,
+        {"NUM_STATS": 4, "BLOCK": triton_rows.DLOGITS_BLOCK},
+        triton_rows.DLOGITS_WARPS,
+    ),
     "row, weighted": row(True, ROW),
     "row, rest": row(False, ROW),
     "longest row, weighted": row(True, LONGEST),
@@ -89,9 +117,15 @@ def compile_case(case, capability, multiples_of_16):
     """Compile as a launch does that finds these integers, and every pointer, to be multiples of 16."""
     kernel, constants, warps = CASES[case]
     types = TYPES | TABLE_SUMS.get(case, {})
-    signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in kernel.arg_names}
+    signature = {
+        name: "constexpr" if name in constants else types.get(name, "i32") for name in kernel.arg_names
+    }
     divisible = {name for name, kind in signature.items() if kind.startswith("*")} | multiples_of_16
-    attributes = {(index,): [["tt.divisibility", 16]] for index, name in enumerate(kernel.arg_names) if name in divisible}
+    attributes = {
+        (index,): [["tt.divisibility", 16]]
+        for index, name in enumerate(kernel.arg_names)
+        if name in divisible
+    }
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps})
 
@@ -110,7 +144,12 @@ def machine_code(compiled, tmp_path):
 @pytest.mark.parametrize(
     ("case", "capability", "aligned"),
     [(case, HOPPER, aligned) for case in CASES for aligned in (True, False)]
-    + [(case, other, False) for case in ("stats", "longest row, rest", "dlogits") for other in GENERATIONS if other != HOPPER],
+    + [
+        (case, other, False)
+        for case in ("stats", "longest row, rest", "dlogits")
+        for other in GENERATIONS
+        if other != HOPPER
+    ],
 )
 def test_no_register_spills(case, capability, aligned, tmp_path):
     code = machine_code(compile_case(case, capability, STRIDES | WIDTHS if aligned else set()), tmp_path)
@@ -134,10 +173,13 @@ def test_full_tiles_are_read_and_written_by_vectors(case, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("case", "num_columns", "most"), [("stats", 152064, 8.0), ("stats, narrow", 19008, 8.5)], ids=["V", "an eighth of V"]
+    ("case", "num_columns", "most"),
+    [("stats", 152064, 8.0), ("stats, narrow", 19008, 8.5)],
+    ids=["V", "an eighth of V"],
 )
 def test_instructions_per_logit(case, num_columns, most, tmp_path):
-    """All that a thread issues for a row, its beginning and end included, over the logits it has read (Hopper)."""
+    """All that a thread issues for a row, its beginning and end included, over the logits it has read
+    (Hopper)."""
     _, constants, warps = CASES[case]
     code = machine_code(compile_case(case, HOPPER, STRIDES | WIDTHS), tmp_path)
     per_block, per_step = sorted(code.loops(), key=len)[-2:]

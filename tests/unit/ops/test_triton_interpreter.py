@@ -1,4 +1,5 @@
-"""The Triton kernels on a CPU: the same tests once more in Triton's interpreter, in a process of their own."""
+"""The Triton kernels on a CPU: the same tests once more in Triton's interpreter, in a process of their
+own."""
 
 import importlib.util
 import os
@@ -22,12 +23,34 @@ MODULES = (
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
-@pytest.mark.skipif("RLSC_TEST_PLACEMENTS" in os.environ, reason="already in a process with chosen placements")
+@pytest.mark.skipif(
+    "RLSC_TEST_PLACEMENTS" in os.environ, reason="already in a process with chosen placements"
+)
 def test_every_kernel_in_the_interpreter():
     """TRITON_INTERPRET is read when triton is imported, so this process cannot do it itself."""
-    environment = os.environ | {"TRITON_INTERPRET": "1", "RLSC_TEST_PLACEMENTS": "cpu:triton", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-k", "placement or cpu-triton", *(str(HERE / name) for name in MODULES)]
-    run = subprocess.run(command, env=environment, cwd=HERE.parents[2], capture_output=True, text=True, timeout=280, check=False)
+    environment = os.environ | {
+        "TRITON_INTERPRET": "1",
+        "RLSC_TEST_PLACEMENTS": "cpu:triton",
+        "OMP_NUM_THREADS": "1",
+    }
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-k",
+        "placement or cpu-triton",
+        *(str(HERE / name) for name in MODULES),
+    ]
+    run = subprocess.run(
+        command,
+        env=environment,
+        cwd=HERE.parents[2],
+        capture_output=True,
+        text=True,
+        timeout=280,
+        check=False,
+    )
     assert run.returncode == 0, run.stdout[-6000:] + run.stderr[-2000:]
     passed = re.search(r"(\d+) passed", run.stdout)
     assert passed is not None, run.stdout

@@ -10,7 +10,8 @@ import torch
 # Triton's interpreter cuts float32 to bfloat16 where a GPU and every other backend round to nearest.
 ROUNDING = 2.0 if os.environ.get("TRITON_INTERPRET") == "1" else 1.0
 
-# (absolute, relative to the float64 value): log-probs, entropies and sums come out in float32 whatever the logits' dtype.
+# (absolute, relative to the float64 value): log-probs, entropies and sums come out in float32 whatever the
+# logits' dtype.
 VALUE_SLACK = (2e-6, 2e-6)
 
 # Relative to the float64 value, one unit in the last place: a gradient is rounded once to the logits' dtype.
@@ -39,7 +40,10 @@ def assert_close(got: torch.Tensor, exact: torch.Tensor, allowed: torch.Tensor |
     if excess.numel() and excess.max() > 0:
         worst = torch.unravel_index(excess.argmax(), excess.shape)
         at = tuple(int(i) for i in worst)
-        raise AssertionError(f"{what}{list(at)}: got {got[at]:.9g}, fp64 {exact[at]:.9g}, off {error[at]:.3g}, allowed {allowed[at]:.3g}")
+        raise AssertionError(
+            f"{what}{list(at)}: got {got[at]:.9g}, fp64 {exact[at]:.9g}, off {error[at]:.3g}, allowed "
+            f"{allowed[at]:.3g}"
+        )
 
 
 def value_allowance(eager: torch.Tensor, exact: torch.Tensor) -> torch.Tensor:

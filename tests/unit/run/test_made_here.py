@@ -16,11 +16,19 @@ def make(folder: Path, text: str = "new") -> None:
 
 
 def contents(folder: Path) -> dict[str, str]:
-    return {path.name: path.read_text() for path in folder.iterdir() if path.is_file() and path.name != MARKER}
+    return {
+        path.name: path.read_text() for path in folder.iterdir() if path.is_file() and path.name != MARKER
+    }
 
 
 @pytest.mark.parametrize(
-    "files", [{"config.json": "base model", "NOTES.txt": "mine"}, {"letter.txt": "dear"}, {MARKER: "{"}, {MARKER: "[]"}]
+    "files",
+    [
+        {"config.json": "base model", "NOTES.txt": "mine"},
+        {"letter.txt": "dear"},
+        {MARKER: "{"},
+        {MARKER: "[]"},
+    ],
 )
 def test_a_folder_without_the_marker_is_refused(tmp_path: Path, files: dict[str, str]) -> None:
     folder = tmp_path / "model"
@@ -52,7 +60,9 @@ def test_a_failure_leaves_the_old_one_and_nothing_else(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt), replacing(folder, "a test") as partial:
         (partial / "config.json").write_text("half")
         raise KeyboardInterrupt
-    assert contents(folder) == {"config.json": "first"} and [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert contents(folder) == {"config.json": "first"} and [path.name for path in tmp_path.iterdir()] == [
+        "out"
+    ]
 
 
 def test_an_empty_folder_a_link_and_foreign_partials(tmp_path: Path) -> None:
@@ -88,12 +98,29 @@ def test_modes_follow_the_umask(tmp_path: Path) -> None:
 
 
 def test_only_a_run_s_own_files_are_deleted(tmp_path: Path) -> None:
-    ours = ["config.yaml", "metrics.jsonl", "status.json", "summary.json", "checkpoints/step_000002/state.json", "checkpoints/latest",
-            "rollouts/step_000000.jsonl", "evaluation/before.answers.jsonl", "tensorboard/events.out.tfevents.1.host"]  # fmt: skip
-    theirs = ["notes.md", "checkpoints/mine/weights.bin", "rollouts/marked.csv", "export/model.safetensors", "data/questions.jsonl"]
+    ours = [
+        "config.yaml",
+        "metrics.jsonl",
+        "status.json",
+        "summary.json",
+        "checkpoints/step_000002/state.json",
+        "checkpoints/latest",
+        "rollouts/step_000000.jsonl",
+        "evaluation/before.answers.jsonl",
+        "tensorboard/events.out.tfevents.1.host",
+    ]
+    theirs = [
+        "notes.md",
+        "checkpoints/mine/weights.bin",
+        "rollouts/marked.csv",
+        "export/model.safetensors",
+        "data/questions.jsonl",
+    ]
     for name in [*ours, *theirs]:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("x")
     delete_run_files(tmp_path)
-    assert sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()) == sorted(theirs)
+    assert sorted(
+        str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()
+    ) == sorted(theirs)
     assert not (tmp_path / "evaluation").exists() and not (tmp_path / "tensorboard").exists()

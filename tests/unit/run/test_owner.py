@@ -15,7 +15,17 @@ from typing import Any
 import pytest
 
 from rlsc_mcore.run import owner as module
-from rlsc_mcore.run.owner import OWNER_FILE, STALE_AFTER_S, FolderInUse, FolderLost, disown, own, owned, owner_state, refuse_owned
+from rlsc_mcore.run.owner import (
+    OWNER_FILE,
+    STALE_AFTER_S,
+    FolderInUse,
+    FolderLost,
+    disown,
+    own,
+    owned,
+    owner_state,
+    refuse_owned,
+)
 
 HOLD = """
 import sys, time
@@ -42,7 +52,12 @@ def other(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
 
 
 def start(folder: Path, **environment: str) -> "subprocess.Popen[str]":
-    return subprocess.Popen([sys.executable, "-c", HOLD, str(folder)], stdout=subprocess.PIPE, text=True, env={**os.environ, **environment})
+    return subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(folder)],
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, **environment},
+    )
 
 
 def edit(folder: Path, *, silent_s: float | None = None, **changes: Any) -> None:
@@ -69,16 +84,22 @@ def fake_squeue(folder: Path, monkeypatch: pytest.MonkeyPatch, script: str) -> N
 ELSEWHERE = {"machine": "another boot", "host": "node7", "process_started": 1}
 
 
-def test_the_second_process_is_refused_and_changes_nothing(tmp_path: Path, other: "subprocess.Popen[str]") -> None:
+def test_the_second_process_is_refused_and_changes_nothing(
+    tmp_path: Path, other: "subprocess.Popen[str]"
+) -> None:
     before = (tmp_path / OWNER_FILE).read_bytes()
     for refuse in (own, refuse_owned):
         with pytest.raises(FolderInUse, match=rf"in use by process {other.pid} on .*heartbeat \d+ s ago"):
             refuse(tmp_path)
-    assert (tmp_path / OWNER_FILE).read_bytes() == before and [path.name for path in tmp_path.iterdir()] == [OWNER_FILE]
+    assert (tmp_path / OWNER_FILE).read_bytes() == before and [path.name for path in tmp_path.iterdir()] == [
+        OWNER_FILE
+    ]
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
-def test_a_dead_owner_s_folder_is_taken_over_at_once(tmp_path: Path, other: "subprocess.Popen[str]", number: int) -> None:
+def test_a_dead_owner_s_folder_is_taken_over_at_once(
+    tmp_path: Path, other: "subprocess.Popen[str]", number: int
+) -> None:
     other.send_signal(number)
     while owner_state(tmp_path)[0] is not False:  # a zombie until its parent asks for it
         time.sleep(0.01)
@@ -95,14 +116,18 @@ def test_a_stopped_owner_is_alive(tmp_path: Path, other: "subprocess.Popen[str]"
         own(tmp_path)
 
 
-def test_the_same_process_id_of_another_process_is_no_owner(tmp_path: Path, other: "subprocess.Popen[str]") -> None:
+def test_the_same_process_id_of_another_process_is_no_owner(
+    tmp_path: Path, other: "subprocess.Popen[str]"
+) -> None:
     facts = json.loads((tmp_path / OWNER_FILE).read_text())
     edit(tmp_path, process_started=facts["process_started"] - 1)
     with owned(tmp_path) as mine:
         assert mine.took_over
 
 
-@pytest.mark.parametrize(("silent_s", "is_stale"), [(0.0, False), (STALE_AFTER_S - 60, False), (STALE_AFTER_S + 60, True)])
+@pytest.mark.parametrize(
+    ("silent_s", "is_stale"), [(0.0, False), (STALE_AFTER_S - 60, False), (STALE_AFTER_S + 60, True)]
+)
 def test_another_machine_s_owner_is_judged_by_its_heartbeat(
     tmp_path: Path, other: "subprocess.Popen[str]", silent_s: float, is_stale: bool
 ) -> None:
@@ -122,16 +147,27 @@ def test_another_machine_s_owner_is_judged_by_its_heartbeat(
         ("echo PENDING", "is in use by job 4711"),
         ("exit 0", None),
         ("echo 'slurm_load_jobs error: Invalid job id specified' >&2; exit 1", None),
-        ("echo 'slurm_load_jobs error: Unable to contact slurm controller (connect failure)' >&2; exit 1", "SLURM does not answer"),
-        ("echo 'slurm_load_jobs error: Socket timed out on send/recv operation' >&2; exit 1", "SLURM does not answer"),
+        (
+            "echo 'slurm_load_jobs error: Unable to contact slurm controller (connect failure)' >&2; exit 1",
+            "SLURM does not answer",
+        ),
+        (
+            "echo 'slurm_load_jobs error: Socket timed out on send/recv operation' >&2; exit 1",
+            "SLURM does not answer",
+        ),
         ("exit 127", "SLURM does not answer"),
         ("sleep 20", "SLURM does not answer"),
     ],
 )
 def test_slurm_is_asked_about_a_job_on_another_machine(
-    tmp_path: Path, other: "subprocess.Popen[str]", monkeypatch: pytest.MonkeyPatch, answer: str, expected: str | None
+    tmp_path: Path,
+    other: "subprocess.Popen[str]",
+    monkeypatch: pytest.MonkeyPatch,
+    answer: str,
+    expected: str | None,
 ) -> None:
-    """However long it has been silent: a scheduler that does not answer never means that the job has ended."""
+    """However long it has been silent: a scheduler that does not answer never means that the job has
+    ended."""
     monkeypatch.setattr(module, "SCHEDULER_TIMEOUT_S", 4.0)
     fake_squeue(tmp_path / "bin", monkeypatch, answer)
     edit(tmp_path, silent_s=10 * STALE_AFTER_S, job="4711", **ELSEWHERE)
@@ -150,11 +186,23 @@ def test_slurm_is_asked_about_a_job_on_another_machine(
         ({"SLURM_JOB_ID": "4711"}, False),  # job ids that start again
         ({"SLURM_JOB_ID": "4712", "SLURM_RESTART_COUNT": "1"}, False),
         ({"SLURM_JOB_ID": "4711", "SLURM_RESTART_COUNT": "1", "SLURM_CLUSTER_NAME": "other"}, False),
-        ({"SLURM_JOB_ID": "4711", "SLURM_ARRAY_JOB_ID": "4711", "SLURM_ARRAY_TASK_ID": "2", "SLURM_RESTART_COUNT": "1"}, False),
+        (
+            {
+                "SLURM_JOB_ID": "4711",
+                "SLURM_ARRAY_JOB_ID": "4711",
+                "SLURM_ARRAY_TASK_ID": "2",
+                "SLURM_RESTART_COUNT": "1",
+            },
+            False,
+        ),
     ],
 )
 def test_a_later_attempt_of_the_same_job_takes_over_at_once(
-    tmp_path: Path, other: "subprocess.Popen[str]", monkeypatch: pytest.MonkeyPatch, mine: dict[str, str], is_stale: bool
+    tmp_path: Path,
+    other: "subprocess.Popen[str]",
+    monkeypatch: pytest.MonkeyPatch,
+    mine: dict[str, str],
+    is_stale: bool,
 ) -> None:
     fake_squeue(tmp_path / "bin", monkeypatch, "echo RUNNING")
     edit(tmp_path, silent_s=5, job="4711", cluster=None, attempt=0, **ELSEWHERE)

@@ -43,7 +43,14 @@ def test_secrets_are_hidden(text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["rollout.max_new_tokens=3", "lacks the token: <|im_start|>", "https://host:8080/a@b", "key error: 'x'", "token 5 of 7"]
+    "text",
+    [
+        "rollout.max_new_tokens=3",
+        "lacks the token: <|im_start|>",
+        "https://host:8080/a@b",
+        "key error: 'x'",
+        "token 5 of 7",
+    ],
 )
 def test_other_text_stays(text: str) -> None:
     assert without_secrets(text) == text
@@ -67,18 +74,34 @@ def test_a_lost_terminal_is_survived(number: int) -> None:
 def test_a_reader_that_leaves_is_survived(tmp_path: Path) -> None:
     """`rlsc --help | head -1` with text that does not fit into the pipe."""
     program = "from rlsc_mcore.run.terminal import survive_a_lost_terminal as s; s(); [print('x' * 1000) for _ in range(1000)]"
-    done = subprocess.run(f"{sys.executable} -c {program!r} | head -c 10; exit ${{PIPESTATUS[0]}}",
-                          shell=True, executable="/bin/bash", capture_output=True, text=True, check=False, timeout=60)  # fmt: skip
+    done = subprocess.run(
+        f"{sys.executable} -c {program!r} | head -c 10; exit ${{PIPESTATUS[0]}}",
+        shell=True,
+        executable="/bin/bash",
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
     assert (done.returncode, done.stdout, done.stderr) == (0, "x" * 10, "")
 
 
 @pytest.mark.parametrize(
     ("error", "said"),
     [
-        (OSError(errno.ENOSPC, "No space left on device", "/data/run/metrics.jsonl"), "/data/run/metrics.jsonl: the disk is full"),
-        (OSError(errno.EDQUOT, "Disk quota exceeded", "/data/run/x"), "/data/run/x: the disk quota is used up"),
+        (
+            OSError(errno.ENOSPC, "No space left on device", "/data/run/metrics.jsonl"),
+            "/data/run/metrics.jsonl: the disk is full",
+        ),
+        (
+            OSError(errno.EDQUOT, "Disk quota exceeded", "/data/run/x"),
+            "/data/run/x: the disk quota is used up",
+        ),
         (PermissionError(errno.EACCES, "Permission denied", "/data/x"), "/data/x: permission denied"),
-        (RuntimeError("[enforce fail at device.cc] epoll_create: Too many open files"), "too many open files: this process may have"),
+        (
+            RuntimeError("[enforce fail at device.cc] epoll_create: Too many open files"),
+            "too many open files: this process may have",
+        ),
         (RuntimeError("I/O error: No space left on device (os error 28)"), "the disk is full"),
         (OSError(errno.EROFS, "Read-only file system", "/data/x"), "/data/x: the file system is read-only"),
         (FileNotFoundError(errno.ENOENT, "No such file", "/data/x"), "/data/x: no such file or folder"),
@@ -98,5 +121,9 @@ def test_other_errors_are_not_explained() -> None:
 
 
 def test_a_write_that_torch_cannot_explain(tmp_path: Path) -> None:
-    text = explain(RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 704 vs 598"), tmp_path)
-    assert text is not None and text.startswith(f"{tmp_path}: a write was cut short: a quota, the largest size of a file")
+    text = explain(
+        RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 704 vs 598"), tmp_path
+    )
+    assert text is not None and text.startswith(
+        f"{tmp_path}: a write was cut short: a quota, the largest size of a file"
+    )

@@ -9,9 +9,7 @@ import pytest
 
 from rlsc_mcore.run.scratch import MARKER, PREFIX, is_private, private_cache, scratch_folder
 
-MAKE = (
-    "from rlsc_mcore.run.scratch import make_scratch; import os, signal; print(make_scratch('test'), flush=True); os.kill(os.getpid(), {})"
-)
+MAKE = "from rlsc_mcore.run.scratch import make_scratch; import os, signal; print(make_scratch('test'), flush=True); os.kill(os.getpid(), {})"
 
 
 def test_a_scratch_folder_is_private_and_goes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -21,7 +19,9 @@ def test_a_scratch_folder_is_private_and_goes(tmp_path: Path, monkeypatch: pytes
     assert not list(tmp_path.iterdir())
 
 
-def test_what_a_killed_process_left_goes_at_the_next_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_a_killed_process_left_goes_at_the_next_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     done = subprocess.run([sys.executable, "-c", MAKE.format(9)], capture_output=True, text=True, check=False)
