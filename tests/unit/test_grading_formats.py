@@ -1,4 +1,3 @@
-# ruff: noqa: E501 - the spellings of one letter stand together
 """Every benchmark's own answer format, by hand-made right and wrong pairs; the graders in parallel agree with
 themselves alone."""
 

@@ -1,4 +1,3 @@
-# ruff: noqa: E501 - one gold answer with all its spellings is one line
 """One rule for each kind of answer: spellings of one value that are equal, and near misses that are not."""
 
 from collections.abc import Iterator
