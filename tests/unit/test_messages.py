@@ -47,7 +47,9 @@ def test_nan_and_bits_of_floats() -> None:
     assert restored[:-1] == values[:-1] and restored[-1] != restored[-1]
 
 
-@pytest.mark.parametrize("value", [os.getcwd, object(), {1, 2}, pytest], ids=str)
+@pytest.mark.parametrize(
+    "value", [os.getcwd, object(), {1, 2}, pytest], ids=lambda value: type(value).__name__
+)
 def test_other_types_are_refused(value: Any) -> None:
     with pytest.raises(TypeError, match="is not sent between ranks"):
         encode(value)
@@ -74,7 +76,9 @@ class _Runs:
 
 
 @pytest.mark.parametrize(
-    "function", [os.mkdir, eval, exec, __import__, getattr, torch.load, pickle.loads], ids=str
+    "function",
+    [os.mkdir, eval, exec, __import__, getattr, torch.load, pickle.loads],
+    ids=lambda value: value.__name__,
 )
 def test_a_pickle_of_code_is_refused(tmp_path: Path, function: Any) -> None:
     import io
