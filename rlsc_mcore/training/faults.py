@@ -1,5 +1,5 @@
-"""Failures in one line: which phase ran out of memory and what to lower, which rank is gone, which batch is
-not finite."""
+"""Report a failure in one line: the phase that ran out of memory with the options to lower, or the lost
+rank."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,7 +14,7 @@ from rlsc_mcore.rollout.engine import GenerationInterrupted
 from rlsc_mcore.run.machine_errors import explain
 from rlsc_mcore.run.status import write_end
 
-# What to lower, by the phase that asked for too much.
+# The options to lower, by the phase that ran out of memory.
 REMEDIES = {
     "start-up": "lower rollout.kv_cache_gib or rollout.max_num_seqs, or raise parallel.tp",
     "rollout": "lower rollout.max_num_seqs, rollout.max_num_batched_tokens or rollout.kv_cache_gib, or turn on "
@@ -34,16 +34,16 @@ _PEER_IS_GONE = (
     "gloo",
     "recvValue failed",
 )
-_current: list[Watchdog] = []  # this process's, once a session has begun
+_current: list[Watchdog] = []  # the watchdog of this process, empty before a session starts
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Tell whether an error is a failed allocation, on a GPU or the host."""
+    """Return whether an error is a failed memory allocation, on a GPU or on the host."""
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "DefaultCPUAllocator" in str(error)
 
 
 def start_watchdog(config: Config, groups: Groups) -> Watchdog:
-    """Begin to watch this rank and its neighbour; `reported` speaks for it from now on."""
+    """Start the watchdog of this rank, which also watches the next rank; `reported` uses it from then on."""
 
     def end(message: str) -> None:
         write_end(Path(config.run_dir), "crash", message=message)
@@ -56,16 +56,17 @@ def start_watchdog(config: Config, groups: Groups) -> Watchdog:
 
 @contextmanager
 def reported() -> Iterator[None]:
-    """Tell the other ranks of a failure inside the block.
+    """Report a failure inside the block to the other ranks.
 
-    Turns a failed allocation into a `RunError` that names the phase and what to lower. Where a peer's loss is
-    what failed, the watchdog's verdict, which names that peer, ends the process.
+    Turns a failed allocation into a `RunError` that names the phase and the options to lower. If the failure
+    comes from a lost rank, this function waits for the watchdog's failure report, which names that rank and
+    ends the process.
     """
     try:
         yield
     except GenerationInterrupted:
         raise
-    except ConfigError as error:  # found on one rank only, the others would wait for it
+    except ConfigError as error:  # may be raised on one rank only: the other ranks would wait for it
         if _current:
             _current[0].fail(_first_line(error))
         raise

@@ -1,8 +1,9 @@
-"""Record what a run reads, and compare it when the run is continued.
+"""Record the inputs of a run, and compare them when the run is resumed.
 
-RUN/inputs.json holds the date that prompts may show and one digest per kind of input. A run continues only
-with the inputs that it began with: other questions, prompts, stop tokens or model files would train and
-evaluate something else under the same name. The digests depend on contents alone, not on where the files lie.
+RUN/inputs.json holds the date that prompts may show and one digest per kind of input. A run is resumed only
+with the inputs that it started with: other questions, prompts, stop tokens or model files would train and
+evaluate something else under the same name. The digests depend on contents only, not on the location of the
+files.
 """
 
 import hashlib
@@ -21,7 +22,7 @@ from rlsc_mcore.run.files import write_atomically
 from rlsc_mcore.run.folder import INPUTS_FILE
 from rlsc_mcore.types import Question
 
-WHOLE_FILE_BYTES = 64 << 20  # larger weight files are sampled
+WHOLE_FILE_BYTES = 64 << 20  # of all weight files together; larger ones are sampled
 SAMPLE_BYTES = 4096
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -32,7 +33,7 @@ TOKENIZER_FILES = (
     "merges.txt",
     "tokenizer.model",
 )
-# What a changed digest means to the user: the option, and what it gives.
+# The option behind each digest, and the kind of input that it sets.
 MEANINGS = {
     "questions": "data.path (questions)",
     "prompts": "data.template (prompts of the questions)",
@@ -47,16 +48,16 @@ MEANINGS = {
 
 @dataclass(frozen=True)
 class InputRecord:
-    """What a run reads: `digests` has one sha256 per name of `MEANINGS`."""
+    """Hold the date and the digests of a run's inputs; `digests` has one SHA-256 per name of `MEANINGS`."""
 
     date: str  # ISO format; the day that a chat template may show
     digests: dict[str, str]
 
 
 def prompt_date(run_dir: Path | None) -> datetime:
-    """Return the day on which the run in `run_dir` began, or today at midnight where there is none yet.
+    """Return the day on which the run in `run_dir` started, or today at midnight if there is no run yet.
 
-    Chat templates may show the day; a run that continues on another one asks with the day that it began with.
+    Chat templates may show the day. A run that is resumed on another day keeps the day on which it started.
     """
     record = None if run_dir is None else read_record(run_dir)
     if record is not None:
@@ -72,7 +73,7 @@ def digest_inputs(
     evaluation_prompts: Sequence[Sequence[int]],
     stop_token_ids: Sequence[int],
 ) -> dict[str, str]:
-    """Return one digest per name of `MEANINGS`; `folder` is the model's."""
+    """Return one digest per name of `MEANINGS`; `folder` is the model's folder."""
     return {
         "questions": questions_fingerprint(questions),
         "prompts": _hash_json(list(map(list, prompts))),
@@ -86,7 +87,7 @@ def digest_inputs(
 
 
 def check_unchanged(run_dir: Path, digests: Mapping[str, str]) -> None:
-    """Raise `ConfigError` naming every input of the run in `run_dir` that differs from the recorded one."""
+    """Raise `ConfigError` naming every input of the run in `run_dir` that differs from the record."""
     record = read_record(run_dir)
     if record is None:
         return
@@ -104,9 +105,9 @@ def check_unchanged(run_dir: Path, digests: Mapping[str, str]) -> None:
 
 
 def claim_inputs(run_dir: Path, record: InputRecord, groups: Groups) -> None:
-    """Write the record of a new run; collective over the world.
+    """Write the record of a new run on the main rank; collective over the world.
 
-    Raises `ConfigError` on every rank where the ranks read different inputs, as they do when a file differs
+    Raises `ConfigError` on every rank if the ranks read different inputs, for example if a file differs
     between nodes.
     """
     first, *others = groups.gather_objects(record)
@@ -123,7 +124,7 @@ def claim_inputs(run_dir: Path, record: InputRecord, groups: Groups) -> None:
 
 
 def read_record(run_dir: Path) -> InputRecord | None:
-    """Read RUN/inputs.json; None where there is none. Raises `ConfigError` where it is damaged."""
+    """Read RUN/inputs.json; return None if the file does not exist. Raises `ConfigError` if it is damaged."""
     file = run_dir / INPUTS_FILE
     if not file.is_file():
         return None
@@ -142,7 +143,7 @@ def _hash_json(value: Any) -> str:
 
 
 def _hash_tokenizer(folder: Path) -> str:
-    """Hash the tokenizer's files, without chat templates: the prompts show what those give."""
+    """Hash the tokenizer's files without their chat templates, whose effect the prompts show."""
     digest = hashlib.sha256()
     for name in TOKENIZER_FILES:
         file = folder / name
@@ -158,7 +159,7 @@ def _hash_tokenizer(folder: Path) -> str:
 
 
 def _hash_weights(folder: Path) -> str:
-    """Hash the weight files: small ones whole; of large ones the header and three samples of every tensor."""
+    """Hash the weight files: whole if they are small together, else header and samples of every tensor."""
     digest = hashlib.sha256()
     files = weight_files(folder)
     whole = sum(file.stat().st_size for file in files) <= WHOLE_FILE_BYTES
@@ -174,7 +175,7 @@ def _whole(file: Path) -> Iterable[bytes]:
 
 
 def _samples(file: Path) -> Iterable[bytes]:
-    """Yield the header, and of every tensor `SAMPLE_BYTES` at its start, middle and end."""
+    """Yield the header, then `SAMPLE_BYTES` at the start, middle and end of every tensor."""
     with file.open("rb") as content:
         length = int.from_bytes(content.read(8), "little")
         header = content.read(length)

@@ -1,5 +1,4 @@
-"""What a run reads before anything is built or written: model folder, tokenizer, questions; every bad input
-ends here."""
+"""Read and check model folder, tokenizer and questions before anything is built or written."""
 
 import itertools
 import json
@@ -37,36 +36,35 @@ from rlsc_mcore.types import Question
 
 @dataclass(frozen=True)
 class RunInputs:
-    """A run's model folder and data, checked against its configuration."""
+    """Hold a run's model folder and data, checked against its configuration."""
 
     model_folder: Path
     architecture: Architecture
     tokenizer: Any
-    questions: list[Question]  # empty for an evaluation alone
+    questions: list[Question]  # empty for an evaluation without training
     prompts: list[list[int]]
     evaluation_questions: list[Question]  # empty without evaluation.path
     evaluation_prompts: list[list[int]]
-    max_model_len: int  # longest prompt and answer in tokens
+    max_model_len: int  # tokens of the longest prompt plus the longest answer
     stop_token_ids: list[int]
     sampler: QuestionSampler
-    record: InputRecord | None  # what a run that continues compares; None for an evaluation alone
-    warnings: tuple[str, ...]  # what is read, but may not be what was meant
+    record: InputRecord | None  # compared on resume; None for an evaluation without training
+    warnings: tuple[str, ...]  # about inputs that are accepted but may be mistakes
 
     @property
     def fingerprint(self) -> str:
-        """Digest of the training questions."""
+        """Return the digest of the training questions."""
         return questions_fingerprint(self.questions)
 
 
 def read_inputs(
     config: Config, backend: Backend, asked_prompts: Sequence[list[int]] | None = None
 ) -> RunInputs:
-    """Read and check everything; no collective, nothing is written. Raises `ConfigError` naming field or
-    file.
+    """Read and check all inputs; writes nothing, no collective. Raises `ConfigError` naming field or file.
 
-    `asked_prompts` are all prompts of an evaluation without training, in token ids: the questions of the
-    configuration are then not read. Where `config.run_dir` holds the run already, its inputs must be those
-    that it began with.
+    `asked_prompts` are all prompts of an evaluation without training, as token ids; the questions of the
+    configuration are then not read. If `config.run_dir` already holds the run, its inputs must equal those
+    that it started with.
     """
     folder = resolve_model_folder(config.model.path)
     architecture = read_architecture(folder)
@@ -77,7 +75,7 @@ def read_inputs(
     check_parallel(architecture, config.rollout.tp or config.parallel.tp, folder, "rollout.tp")
     check_stages(architecture, config.parallel, folder)
     check_head_dim(architecture, backend, folder)
-    # Refuse what cannot be had.
+    # Refuse options that this machine does not support.
     uses_transformer_engine(config.model, backend)
     check_fp8(config.model, backend)
     check_optimizer(config, backend)
@@ -158,7 +156,7 @@ def _end_warnings(stop_token_ids: Sequence[int], folder: Path) -> list[str]:
 
 
 def _room_warnings(prompts: Sequence[Sequence[int]], limit: int, max_new_tokens: int) -> list[str]:
-    """Say how many prompts leave less than `max_new_tokens` of the context for their answers."""
+    """Report how many prompts leave less than `max_new_tokens` of the context for their answers."""
     short = [len(prompt) for prompt in prompts if len(prompt) + max_new_tokens > limit]
     if not short:
         return []
@@ -172,8 +170,10 @@ def _room_warnings(prompts: Sequence[Sequence[int]], limit: int, max_new_tokens:
 def _control_warnings(
     questions: Sequence[Question], tokenizer: Any, data: DataConfig, field: str, path: str
 ) -> list[str]:
-    """Refuse control tokens in the questions' text, naming file and line; warn where the template passes text
-    as it is."""
+    """Refuse control tokens in the questions' text, naming file and line.
+
+    With the template "none", which passes text unchanged, return a warning instead.
+    """
     found = find_control_tokens(questions, tokenizer)
     if not found:
         return []
@@ -210,10 +210,10 @@ def _evaluation_questions(config: Config) -> list[Question]:
 
 
 def _stop_token_ids(folder: Path, tokenizer: Any) -> list[int]:
-    """Return the ids that end an answer: the tokenizer's, those of generation_config.json and those of
+    """Return the ids that end an answer: those of the tokenizer, of generation_config.json and of
     config.json.
 
-    Raises `ConfigError` naming the file where `eos_token_id` is neither an id nor a list of ids.
+    Raises `ConfigError` naming the file if `eos_token_id` is neither an id nor a list of ids.
     """
     ids = [] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]
     for name in ("generation_config.json", "config.json"):

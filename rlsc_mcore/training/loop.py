@@ -1,5 +1,4 @@
-"""THE loop: questions -> rollouts -> packed batches -> weighted loss -> optimizer step -> hot swap -> next
-rollouts."""
+"""Run the training loop: questions -> rollouts -> packed batches -> weighted loss -> update -> hot swap."""
 
 from time import perf_counter
 from typing import Any
@@ -9,12 +8,12 @@ from rlsc_mcore.training.session import Session
 
 
 def train(session: Session) -> dict[str, Any] | None:
-    """Run the steps that are left; returns the before and after evaluation, or None when a stop signal ended
-    the run early.
+    """Run the remaining steps; return the evaluations before and after, or None if a stop signal ended the
+    run.
 
-    The run is saved every `training.save_every` steps, at the end, and when it is stopped. A stop during
-    sampling discards all of that step's answers: they are sampled again, bit for bit, after resuming
-    (docs/hot_swap.md says why none are kept). An evaluation that was stopped is made then too.
+    The run is saved every `training.save_every` steps, at the end, and after a stop signal. A stop during
+    sampling discards all answers of that step: the resumed run samples them again, bit for bit
+    (docs/hot_swap.md gives the reason). The resumed run also makes an evaluation that a stop interrupted.
     """
     start = perf_counter()
     last, every = session.config.training.num_steps, session.config.training.save_every

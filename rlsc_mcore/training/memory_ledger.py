@@ -1,4 +1,4 @@
-"""The hand-over of memory between trainer and engine, measured at every border of a step's phases."""
+"""Measure the memory of trainer and engine at every phase boundary of a step and warn of memory leaks."""
 
 from rlsc_mcore.observability.memory_pools import STEPS_OF_GROWTH, Table, residue_warnings, worst_of
 from rlsc_mcore.parallel.backend import Backend
@@ -8,24 +8,29 @@ from rlsc_mcore.training.step import Trainer
 
 
 class MemoryLedger:
-    """This step's table (see `observability.memory`), and those of the steps before that a growth is judged
-    by."""
+    """Keep the memory table of the current step and those of recent steps, which show growth.
+
+    See `observability.memory_pools` for the tables.
+    """
 
     def __init__(self, trainer: Trainer, engine: RolloutEngine, backend: Backend) -> None:
         self._trainer, self._engine, self._backend = trainer, engine, backend
         self._graph_pool = engine.graph_pool()
         self._table: Table = {}
-        self._history: list[Table] = []  # of this process: another one's memory is not comparable
+        self._history: list[Table] = []  # of this process only: others are not comparable
 
     def measure(self, border: str) -> None:
-        """Account for all memory at `border`; a later call for the same border replaces it."""
+        """Measure all memory at the phase boundary `border`; a later call for the same boundary replaces the
+        row."""
         trainer = self._trainer.memory()
         engine = self._engine.memory(trainer["weights"].keys())
         self._table[border] = self._backend.account_memory({**trainer, **engine}, self._graph_pool)
 
     def close_step(self, groups: Groups) -> tuple[Table, list[str]]:
-        """Return the step's table of the fullest rank, pool by pool, and what grows; collective over the
-        world."""
+        """Return the step's table and a warning for every pool that grows; collective over the world.
+
+        Each entry of the table is that of the fullest rank.
+        """
         table = worst_of(groups.gather_objects(self._table))
         self._table = {}
         self._history = [*self._history[-STEPS_OF_GROWTH:], table]

@@ -1,4 +1,4 @@
-"""A step's row of metrics.jsonl, from its rollouts and scores."""
+"""Compute a step's row of metrics.jsonl from its rollouts and scores."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -31,8 +31,9 @@ def step_row(
 ) -> dict[str, Any]:
     """Summarise one step over all ranks, as fields of `StepMetrics`; collective over the world.
 
-    `rollouts` are those of this rank's engine. Only sums, counts and extremes travel. F, the quantiles,
-    alpha's share and the effective samples are over the rollouts that have a token to train.
+    `rollouts` are those of this rank's engine. The ranks exchange only sums, counts, minima and maxima. F,
+    the quantiles, alpha's share and the effective samples cover the rollouts that have at least one trained
+    token.
     """
     num_samples, response_tokens, truncated, boxed = groups.sums_over_engines(
         [
@@ -81,12 +82,12 @@ def step_row(
         "train_tokens_per_s": round(num_tokens / max(1e-9, seconds["train"]), 1),
         "train_tokens": int(num_tokens),
         "packing": {
-            # Of the tokens of all rollouts: spared because identical answers share one pass.
+            # Fraction of all rollouts' tokens that is not computed, because identical answers share one pass.
             "merged_share": 1.0 - exchange.num_tokens / max(1, exchange.num_tokens_unmerged),
-            # Of the tokens computed: filler up to a multiple of the tensor-parallel size.
+            # Fraction of the computed tokens that pads batches to a multiple of the tensor-parallel size.
             "padding_share": 1.0 - exchange.num_tokens * len(outcome.updates) / max(1, num_tokens),
             "moved_share": exchange.moved_share,
-            # By how much the rank with the most FLOPs exceeds the mean: as sampled, and as trained.
+            # FLOPs of the busiest rank / mean - 1: as sampled, and as trained.
             "imbalance_sampled": exchange.imbalance_sampled,
             "imbalance": exchange.imbalance,
         },
@@ -95,7 +96,12 @@ def step_row(
 
 
 def _gaps(scores: SequenceScores, groups: Groups) -> dict[str, float]:
-    """|trainer - engine| log-prob: mean, 99th percentile (nearest rank) and largest over tokens; of answers' signed sums likewise."""
+    """Compute |trainer - engine| log-prob over tokens and over answers; collective over the data-parallel
+    group.
+
+    Over tokens: mean, 99th percentile (nearest rank) and maximum. Over answers, of the absolute value of the
+    signed sum: mean and maximum.
+    """
     tokens, sequences = scores.token_gaps, scores.gap_sums.abs()
     sums = torch.tensor(
         [len(tokens), float(tokens.double().sum()), len(sequences), float(sequences.sum())],
@@ -114,8 +120,10 @@ def _gaps(scores: SequenceScores, groups: Groups) -> dict[str, float]:
 
 
 def _quantiles(values: torch.Tensor, multiplicity: torch.Tensor, groups: Groups) -> dict[str, float]:
-    """Smallest, largest and linearly interpolated quantiles over samples: a sequence sampled k times counts k
-    times."""
+    """Compute minimum, maximum and linearly interpolated quantiles over samples.
+
+    A sequence sampled k times counts k times. Collective over the data-parallel group.
+    """
     counts = multiplicity.long()
     count = int(groups.reduce_over_dp(counts.sum()))
     if not count:
@@ -137,15 +145,15 @@ def _quantiles(values: torch.Tensor, multiplicity: torch.Tensor, groups: Groups)
 def order_statistics(
     values: torch.Tensor, counts: torch.Tensor, ranks: Sequence[int], groups: Groups
 ) -> list[float]:
-    """Return the values of the given ranks, from 0, in the sorted values of all data-parallel ranks; exact.
+    """Return the values at the given ranks, from 0, in the sorted values of all data-parallel ranks; exact.
 
-    `values` float64 [N] on the host, of which each counts `counts` (int64 [N]) times. Collective over the
-    data-parallel group: eight sums of 256 counts per rank asked for, whatever N is. A radix selection: each
-    pass fixes 8 more bits of every answer.
+    `values` is float64 [N] on the host; each value occurs `counts` (int64 [N]) times. Collective over the
+    data-parallel group: eight all-reduces of 256 counts per requested rank, for any N. The algorithm is a
+    radix selection: each pass fixes 8 more bits of every result.
     """
     bits = values.contiguous().view(torch.int64)
-    # Integers in the order of the floats, from 0 on: the sign flips negative ones, and the top bit moves them
-    # below the others.
+    # Map the floats to integers of the same order, from 0 on: all bits of negative values are flipped, and the
+    # top bit of the others, which places them above.
     keys = torch.where(bits < 0, ~bits, bits ^ torch.iinfo(torch.int64).min)
     prefixes, left = [0] * len(ranks), list(ranks)
     for shift in range(56, -1, -8):

@@ -1,8 +1,8 @@
-"""Optimizer state on the host while the engine samples: moments and fp32 masters out, and back, bit for bit.
+"""Offload the optimizer state (moments and fp32 master weights) to the host while the engine samples.
 
-Megatron-Core 0.16.1 has `offload_to_cpu` for it, which also moves the parameters of a float32 model: they are
-views of the buffer that the engine aliases, and come back as tensors of their own, so that no later update
-reaches the model.
+The state returns bit for bit. `offload_to_cpu` of Megatron-Core 0.16.1 also moves the parameters of a float32
+model, which are views of the buffer that the engine aliases. They return as separate tensors, so later
+updates do not reach the model; this module leaves them in place.
 """
 
 from collections.abc import Collection, Iterator
@@ -12,10 +12,9 @@ import torch
 
 
 def state_tensors(optimizer: Any, kept: Collection[int]) -> list[torch.Tensor]:
-    """List the tensors of Megatron's (chained) optimizer in a fixed order: masters, then moments, none in a
-    storage of `kept`.
+    """List the tensors of Megatron's (chained) optimizer in a fixed order: master weights, then moments.
 
-    `kept` are addresses of the parameter buffers' storages.
+    `kept` are the addresses of the parameter buffers' storages; tensors in these storages are left out.
     """
     found: dict[int, torch.Tensor] = {}
     for tensor in _all_tensors(optimizer):
@@ -25,27 +24,27 @@ def state_tensors(optimizer: Any, kept: Collection[int]) -> list[torch.Tensor]:
 
 
 class StateOffload:
-    """Moves the state between its device and the host. The tensors stay the same objects: what holds them
-    sees them move.
+    """Move the optimizer state between its device and the host.
 
-    On the host they can be read (a checkpoint is written from there), not stepped.
+    The tensor objects stay the same: the optimizer keeps its references and sees the new storage. On the host
+    the state can be read (a checkpoint is written from there); an update needs it on the device.
     """
 
     def __init__(self, optimizer: Any, kept: Collection[int], *, pin: bool) -> None:
-        """`pin` page-locks the host's copy, which is allocated once: several times the speed to and from a
-        GPU."""
+        """`pin` page-locks the copy on the host, which is allocated once; transfers to and from a GPU are
+        several times faster with it."""
         self._optimizer, self._kept, self._pin = optimizer, kept, pin
         self._host: list[torch.Tensor] = []
         self._moved: list[tuple[torch.Tensor, torch.device]] = []
 
     @property
     def is_out(self) -> bool:
-        """Whether the state lies on the host."""
+        """Return whether the state is on the host."""
         return bool(self._moved)
 
     @torch.no_grad()
     def out(self) -> None:
-        """Copy the state to the host and free it on its device."""
+        """Copy the state to the host and free its device memory."""
         if self.is_out:
             return
         tensors = state_tensors(self._optimizer, self._kept)
@@ -60,7 +59,7 @@ class StateOffload:
 
     @torch.no_grad()
     def back(self) -> None:
-        """Copy the state to memory of its device, newly allocated."""
+        """Copy the state back to its device, into newly allocated memory."""
         moved, self._moved = self._moved, []
         for tensor, device in moved:
             home = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)

@@ -1,5 +1,4 @@
-"""Run a step's micro-batches in Megatron's schedule: 1F1B over pipeline stages, one after another without a
-pipeline."""
+"""Run a step's micro-batches in Megatron's schedule: 1F1B over pipeline stages, else one after another."""
 
 from collections.abc import Callable
 from typing import Any
@@ -21,11 +20,11 @@ def run_schedule(
     """Run forward and (unless `forward_only`) backward over the micro-batches; collective over the pipeline
     group.
 
-    `forward(i)` runs the model on micro-batch i. On the last stage it returns (a tensor, what to keep): the
-    tensor is the loss, whose gradient begins as 1. On other stages it returns the hidden states that travel
-    on. Returns what the last stage kept, in order, and nothing on other stages. All stages must pass the same
-    number of micro-batches of the same lengths. Gradients are summed over micro-batches into the buffers of
-    `ddp`; where reduction is overlapped, it begins in the last backward pass.
+    `forward(i)` runs the model on micro-batch i. On the last stage it returns (tensor, value to keep); the
+    tensor is the loss, and backward starts from it with gradient 1. On other stages it returns the hidden
+    states for the next stage. Returns the kept values in order on the last stage and an empty list on the
+    others. All stages must pass the same number of micro-batches of the same lengths. Gradients are summed
+    over micro-batches into the buffers of `ddp`. An overlapped reduction starts in the last backward pass.
     """
     if num_micro_batches == 0:
         return []
@@ -33,8 +32,8 @@ def run_schedule(
 
     def keep(output: tuple[torch.Tensor, Any]) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
         kept.append(output[1])
-        # Of a triple, under `calculate_per_token_loss`, Megatron divides the loss neither by tokens nor by
-        # micro-batches.
+        # With `calculate_per_token_loss`, Megatron divides the loss of a triple neither by the number of
+        # tokens nor by the number of micro-batches.
         return output[0], torch.ones((), dtype=torch.int), {}
 
     def forward_step(micro_batches: Any, model: Any) -> tuple[Any, Callable[..., Any]]:
@@ -49,7 +48,7 @@ def run_schedule(
         data_iterator=iter(range(num_micro_batches)),
         model=[ddp],
         num_microbatches=num_micro_batches,
-        seq_length=1,  # lengths vary: shapes travel before tensors
+        seq_length=1,  # lengths vary: each stage sends the shape before the tensor
         micro_batch_size=1,
         forward_only=forward_only,
     )

@@ -1,4 +1,24 @@
-"""One optimizer step on one batch of rollouts: score, weight, backward, clip, update."""
+"""Take one optimizer step on one batch of rollouts: score, weight, backward, clip, update.
+
+The calls that one micro-batch passes through; `->` is what a call receives, `<-` what it returns:
+
+    Trainer.step, _accumulate                     -> batches: list of PackedBatch         <- global loss
+     run_schedule, forward(i)                     -> i, the index of a batch              <- (loss, log p)
+      DistributedDataParallel.forward             -> batch, head                          <- (loss, log p)
+       PolicyModel.forward                        -> batch, head                          <- (loss, log p)
+        GPTModel.forward                          -> token_ids [1, T], cu_seqlens         <- (loss, log p)
+         head                                     -> hidden [T / tp, H], weight [Vp, H]   <- (loss, log p)
+          linear_weighted_loss                    -> the same, target_ids, response_mask  <- (loss, log p)
+           coefficients (coefficient_fn)          -> log p [C] of a chunk of sequences    <- c [C]
+            WeightedObjective.token_coefficients  -> the same, multiplicity, advantages   <- c [C], float32
+
+The loss is -sum_t c_t log p_t, float64 []; log p is float32 [T] and detached. `_weighted_loss` defines `head`
+and `coefficients` as closures. `PolicyModel._postprocess` calls `head` on the last pipeline stage; the other
+stages return their hidden states. `linear_weighted_loss` computes the gradients of hidden and weight during
+forward, and adds that of the weight to its `main_grad`. The schedule starts backward at the loss with gradient
+1: it passes the gradient of hidden through the layers and fills the gradient buffers of `ddp`. An objective
+that trains the entropy uses `entropy_head`, which has no coefficients.
+"""
 
 import math
 from collections.abc import Callable, Sequence
@@ -30,15 +50,15 @@ from rlsc_mcore.training.optimizer import (
 from rlsc_mcore.training.pipeline import run_schedule
 from rlsc_mcore.types import PackedBatch, SequenceScores, StepOutcome, Update
 
-FP8_ROWS = 16  # TransformerEngine's fp8 products want so many rows at a time
+FP8_ROWS = 16  # TransformerEngine's fp8 products need a multiple of this many rows
 
 
 @dataclass(frozen=True)
 class _FirstPass:
-    """What the first pass over a step's rollouts fixes for the later ones, per batch: p_old and the
-    questions' normalisers.
+    """Hold the results of the first pass over a step's rollouts that later passes reuse, one entry per batch.
 
-    Both lie on the last pipeline stage; the lists are empty on the others.
+    The results are p_old and the normalisers of the questions. They exist on the last pipeline stage; the
+    lists are empty on the other stages.
     """
 
     log_probs: list[torch.Tensor]  # float32 [T]
@@ -46,12 +66,12 @@ class _FirstPass:
 
 
 class Trainer:
-    """The policy with its data-parallel wrapper and optimizer."""
+    """Own the policy, its data-parallel wrapper and its optimizer on this rank, and train them."""
 
     def __init__(
         self, config: Config, folder: Any, backend: Backend, groups: Groups, *, load: bool = True
     ) -> None:
-        """Build everything on this rank; collective over the world."""
+        """Build policy, wrapper and optimizer on this rank; collective over the world."""
         self.config, self.backend, self.groups = config, backend, groups
         self.policy: Policy = build_policy(config, folder, backend, groups, load=load)
         self.ddp: DistributedDataParallel = wrap_data_parallel(self.policy, config, backend)
@@ -59,8 +79,8 @@ class Trainer:
         self.offload: StateOffload | None = None
         if config.optimizer.offload_during_rollout:
             self.offload = StateOffload(self.optimizer, self.memory()["weights"].keys(), pin=backend.is_cuda)
-        # Every batch has a multiple of so many tokens: equal shares for sequence parallelism, of 16 rows for
-        # fp8 products.
+        # The token count of every batch is a multiple of this: sequence parallelism needs equal shares, and
+        # fp8 products need shares of a multiple of 16 rows.
         self.token_multiple = groups.tp_size * (1 if config.model.fp8 == "none" else FP8_ROWS)
         trained = config.algorithm.log_prob_temperature
         self.log_prob_temperature = config.rollout.temperature if trained == "sampling" else 1.0
@@ -74,10 +94,11 @@ class Trainer:
     ) -> StepOutcome:
         """Take `training.updates_per_rollout` optimizer updates on this rank's micro-batches.
 
-        Every update sees all of them; its weights are those of the policy that sampled, from the first pass.
-        `num_samples` counts the step's rollouts over all ranks. Gradients are summed over the data-parallel
-        group, so they depend neither on how rollouts are spread over ranks nor on the micro-batch size. Stops
-        at an update that is skipped. Mutates parameters and optimizer; collective over the world.
+        Every update uses all micro-batches. The weights of all updates come from the first pass, that is from
+        the policy that sampled. `num_samples` counts the step's rollouts over all ranks. Gradients are summed
+        over the data-parallel group: the result depends neither on the distribution of the rollouts over
+        ranks nor on the micro-batch size. The step ends after the first update that is skipped. Mutates
+        parameters and optimizer; collective over the world.
         """
         if self.offload is not None:
             self.offload.back()
@@ -85,7 +106,7 @@ class Trainer:
         if not batches and self.config.parallel.overlap_grad_reduce:
             batches = [
                 padding_batch(self.token_multiple)
-            ]  # the peers' reductions begin in the backward pass: have one
+            ]  # the other ranks reduce gradients in their backward pass: this rank must take part
         batches = [batch.to(self.backend.device) for batch in batches]
         lr = learning_rate(self.config.optimizer, step, self.config.training.num_steps)
         set_learning_rate(self.optimizer, lr)
@@ -101,8 +122,8 @@ class Trainer:
                 updated, grad_norm = self._update(total)
             updates.append(Update(total, grad_norm, updated))
         if self.config.parallel.overlap_param_gather:
-            # Other ranks' parameters are stale until gathered, and the engine reads them without a forward
-            # pass of ours.
+            # Parameters that other ranks updated are stale until they are gathered. The engine reads them
+            # before the trainer's next forward pass, which would gather them.
             self.ddp.start_param_sync(force_sync=True)
         assert first is not None
         return StepOutcome(
@@ -113,13 +134,14 @@ class Trainer:
         )
 
     def release_memory(self) -> None:
-        """Free what only training needs, before the engine wakes.
+        """Free the memory that only training needs, before the engine wakes.
 
         Frees gradients, fp8 copies of the weights, cached workspaces and, if configured, the optimizer's
-        state. The gradient buffers keep their views and lose their storage; the next pass allocates it again.
-        cuBLAS keeps its own workspaces: the engine's captured graphs use them.
+        state on the device. The gradient buffers keep their views and lose their storage; the next pass
+        allocates it again. The workspaces of cuBLAS stay allocated, because the engine's captured graphs use
+        them.
         """
-        # drops the optimizer's views of the buffers, and its float32 copies of bfloat16 gradients
+        # Drops the optimizer's views of the buffers and its float32 copies of bfloat16 gradients.
         self.optimizer.zero_grad()
         self.ddp.offload_grad_buffers(synchronize=False, empty_cache=False)
         if self.offload is not None:
@@ -129,8 +151,10 @@ class Trainer:
         self.backend.release_cached_memory()
 
     def memory(self) -> dict[str, dict[int, int]]:
-        """Return the storages of weights, gradients and optimizer on this rank's device, address -> bytes;
-        each has one owner."""
+        """Return the storages of weights, gradients and optimizer on this rank's device, address -> bytes.
+
+        Every storage belongs to one of the three.
+        """
         model, device = self.policy.model, self.backend.device
         weights = storages([*model.parameters(), *model.buffers()])
         buffers = [*self.ddp.buffers, *self.ddp.expert_parallel_buffers]
@@ -149,11 +173,10 @@ class Trainer:
         objective: WeightedObjective,
         on_batch: Callable[[], None] = lambda: None,
     ) -> tuple[torch.Tensor, SequenceScores]:
-        """Run forward and backward over this rank's micro-batches, on the device, and sum the gradients over
-        all ranks.
+        """Run forward and backward over this rank's micro-batches and sum the gradients over all ranks.
 
-        Returns this rank's loss (float64 []) and its sequences' scores. Mutates the gradient buffers;
-        collective over the world.
+        The batches must be on the device. Returns this rank's loss (float64 []) and the scores of its
+        sequences. Mutates the gradient buffers; collective over the world.
         """
         loss, first = self._accumulate(batches, objective, None, on_batch)
         return loss, self._scores(batches, first, objective)
@@ -165,10 +188,13 @@ class Trainer:
         first: _FirstPass | None,
         on_batch: Callable[[], None],
     ) -> tuple[torch.Tensor, _FirstPass]:
-        """One pass; with `first` given, the weights are those of that pass. The loss is the same on all
-        pipeline stages."""
+        """Run one forward and backward pass over all micro-batches.
+
+        If `first` is given, the weights are those of that pass. The returned loss is the same on all pipeline
+        stages.
+        """
         with self.backend.megatron():
-            self.ddp.restore_grad_buffers(synchronize=False)  # where `release_memory` freed them
+            self.ddp.restore_grad_buffers(synchronize=False)  # `release_memory` may have freed them
             self.ddp.zero_grad_buffer()
             self.optimizer.zero_grad()
             normalizers: list[torch.Tensor | None] = (
@@ -179,8 +205,8 @@ class Trainer:
             elif objective.needs_group:
                 self.policy.model.set_is_first_microbatch()
                 normalizers = [*self._group_normalizers(batches, objective)]
-            # TransformerEngine's layers keep fp8 copies of the weights until they are told that a pass is the
-            # first on new ones.
+            # TransformerEngine's layers reuse their fp8 copies of the weights until this call marks the next
+            # pass as the first on new weights.
             self.policy.model.set_is_first_microbatch()
 
             def forward(index: int) -> Any:
@@ -207,10 +233,11 @@ class Trainer:
 
     @torch.no_grad()
     def token_log_probs(self, batches: Sequence[PackedBatch]) -> list[torch.Tensor]:
-        """Score batches at the trained temperature; collective over the ranks of a model group.
+        """Score batches at the trained temperature, without gradients; collective over the ranks of a model
+        group.
 
-        Returns float32 [T] per batch, 0 outside the response mask; an empty list on pipeline stages before
-        the last.
+        Returns float32 [T] per batch, 0 outside the response mask. Pipeline stages before the last return an
+        empty list.
         """
         batches = [batch.to(self.backend.device) for batch in batches]
 
@@ -240,7 +267,7 @@ class Trainer:
         normalizer: torch.Tensor | None,
         old_log_probs: torch.Tensor | None,
     ) -> Any:
-        """Run forward: (loss, float32 [T] log-probs) on the last pipeline stage, hidden states on the
+        """Run forward; return (loss, float32 [T] log-probs) on the last pipeline stage, hidden states on the
         others."""
         old_live = (
             None
@@ -293,11 +320,12 @@ class Trainer:
     def _group_normalizers(
         self, batches: Sequence[PackedBatch], objective: WeightedObjective
     ) -> list[torch.Tensor]:
-        """Score all samples first (no gradient), because a weight needs its whole question; the policy is the
-        same in both passes.
+        """Score all samples without gradients and compute the normaliser of each question.
 
-        A question's samples may lie on several ranks: their log-probs are gathered over the data-parallel
-        group. Returns one tensor per batch on the last pipeline stage, none on the others.
+        A weight depends on all samples of its question, so they are scored before the pass that trains. The
+        policy is the same in both passes. The samples of a question may be on several ranks: their log-probs
+        are gathered over the data-parallel group. Returns one tensor per batch on the last pipeline stage and
+        an empty list on the others.
         """
         scored = self.token_log_probs(batches)
         if not self.groups.is_last_stage:
@@ -307,8 +335,8 @@ class Trainer:
             sequence_sums(log_probs, batch.response_mask, batch.cu_seqlens)
             for log_probs, batch in zip(scored, batches, strict=True)
         ]
-        # An answer with nothing to train (cut, or an end token alone) competes with no other: log p = 0 would
-        # be all of the weight.
+        # An answer without trained tokens (cut, or only an end token) is excluded from its question: its
+        # log p = 0 would take all of the weight.
         groups = [batch.group_ids.masked_fill(_untrained(batch), -1) for batch in batches]
         mine = torch.stack(
             [
@@ -327,11 +355,13 @@ class Trainer:
         return list(joined[before : before + mine.shape[1]].split([len(part) for part in sums]))
 
     def _update(self, loss: float) -> tuple[bool, float]:
-        """Clip and step; leaves parameters and moments untouched when the loss or the gradient norm is not
-        finite."""
+        """Clip the gradients and update; return (updated, gradient norm).
+
+        Leaves parameters and moments unchanged if the loss or the gradient norm is not finite.
+        """
         self.optimizer.prepare_grads()
         grad_norm = float(self.optimizer.get_grad_norm())
-        if not (math.isfinite(grad_norm) and math.isfinite(loss)):  # both are the same on every rank
+        if not (math.isfinite(grad_norm) and math.isfinite(loss)):  # both values are equal on every rank
             return False, grad_norm
         largest = self.config.optimizer.clip_grad
         if largest > 0:
@@ -359,7 +389,7 @@ def _untrained(batch: PackedBatch) -> torch.Tensor:
 def _collect(
     batches: Sequence[PackedBatch], first: _FirstPass, objective: WeightedObjective
 ) -> SequenceScores:
-    """Reduce the step's token log-probs to per-sequence numbers and bring them to the host in one go."""
+    """Reduce the step's token log-probs to numbers per sequence and copy them to the host."""
     rows: list[torch.Tensor] = []
     gaps = [torch.zeros(0)]
     for batch, token_log_probs, normalizer in zip(batches, first.log_probs, first.normalizers, strict=True):

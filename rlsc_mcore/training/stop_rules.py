@@ -1,4 +1,4 @@
-"""End a run whose steps change nothing or whose engine samples another policy than the trainer's."""
+"""Stop a run when its steps change no weight or when its engine samples a policy other than the trainer's."""
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -12,7 +12,7 @@ Rows = Sequence[Mapping[str, Any]]  # of metrics.jsonl
 
 
 def compared_dtype(config: Config) -> str:
-    """Return the data type whose limits hold for the difference between trainer and engine."""
+    """Return the data type that sets the limits for the difference between trainer and engine."""
     return coarser(config.model.dtype, config.rollout.dtype or config.model.dtype)
 
 
@@ -22,7 +22,10 @@ def skipped_steps(rows: Rows) -> list[int]:
 
 
 def count_mismatched_steps(rows: Rows, config: Config) -> int:
-    """Count the last steps in a row whose answers other weights sampled; 0 where such steps only warn."""
+    """Count the most recent consecutive steps whose answers were sampled by other weights than the trainer's.
+
+    Returns 0 if `observability.max_mismatched_steps` is 0; such steps then only cause a warning.
+    """
     options = config.observability
     if not options.max_mismatched_steps:
         return 0
@@ -30,8 +33,11 @@ def count_mismatched_steps(rows: Rows, config: Config) -> int:
 
 
 def stop_when_skipping(rows: Rows, config: Config, run_dir: Path, save: Callable[[], None]) -> None:
-    """Call `save` and raise `CollectiveRunError` after too many steps in a row without an update; resuming
-    continues the count."""
+    """Call `save` and raise `CollectiveRunError` after `training.max_skipped_steps` consecutive skipped
+    steps.
+
+    A resumed run continues the count.
+    """
     limit = config.training.max_skipped_steps
     last = rows[-limit:]
     if len(last) == limit and all(row["skipped"] for row in last):
@@ -45,7 +51,7 @@ def stop_when_skipping(rows: Rows, config: Config, run_dir: Path, save: Callable
 
 
 def stop_when_mismatched(rows: Rows, config: Config, finish_saving: Callable[[], None]) -> None:
-    """Call `finish_saving` and raise `CollectiveRunError` after too many mismatched steps in a row."""
+    """Call `finish_saving` and raise `CollectiveRunError` after too many consecutive mismatched steps."""
     count = count_mismatched_steps(rows, config)
     if not count or count < config.observability.max_mismatched_steps:
         return
