@@ -1,13 +1,13 @@
-"""Checkpoints: Megatron's distributed format plus a few facts, complete or not there at all.
+"""Save and load checkpoints in Megatron's distributed format; a checkpoint folder appears only when complete.
 
     RUN/checkpoints/step_000010/         Megatron dist_checkpointing: weights, fp32 masters, moments
-    RUN/checkpoints/step_000010/common.json     the optimizer's numbers that are no tensors
+    RUN/checkpoints/step_000010/common.json     the optimizer's values that are not tensors
     RUN/checkpoints/step_000010/state.json      step, policy version, random state, question fingerprint
     RUN/checkpoints/step_000010/manifest.json   size and SHA-256 of every other file
-    RUN/checkpoints/latest                      a hint: the name above, moved by rename when all of it is on disk
-    RUN/checkpoints/best                        the name of the best by `training.keep_best`
+    RUN/checkpoints/latest                      a hint: the name above, set by rename once all files are on disk
+    RUN/checkpoints/best                        the name of the best checkpoint by `training.keep_best`
 
-Sampling needs no state: question order and every answer's seed are functions of (seed, step).
+Sampling needs no saved state: question order and the seeds of all answers are functions of (seed, step).
 """
 
 import base64
@@ -59,20 +59,20 @@ from rlsc_mcore.training.optimizer_state import load_groups, sharded_optimizer, 
 from rlsc_mcore.training.step import Trainer
 
 _EXTRA_STATE = "_extra_state"
-# Without this, Megatron-Core 0.16.1 prefixes the keys of an optimizer that is not distributed.
+# Megatron-Core 0.16.1 prefixes the keys of an optimizer that is not distributed unless this is set.
 _WHOLE_STATE = {"chained_optim_avoid_prefix": True}
 logging.getLogger(filesystem_async.__name__).setLevel(
     logging.CRITICAL
-)  # a failed write is reported once, as a CheckpointError
+)  # CheckpointError already reports a failed write
 
 
 @dataclass
 class _Save:
-    """A checkpoint on its way to disk: what this rank still writes, and what all ranks do once everyone has
-    written."""
+    """Hold a checkpoint that is being written: what this rank still writes, and what the ranks do after all
+    wrote."""
 
     state: RunState
-    request: Any  # Megatron's: metadata and result exchange come with its finalize functions
+    request: Any  # Megatron's request; its finalize functions write metadata and exchange results
     scores: Mapping[int, float]
     buckets: list[Any] = field(
         default_factory=list
@@ -81,11 +81,11 @@ class _Save:
     thread: threading.Thread | None = None
 
     def write(self) -> None:
-        """Write this rank's files and take their digests; runs in a thread of its own, touches nothing of the
-        trainer.
+        """Write this rank's files and compute their digests; runs in its own thread and touches no trainer
+        state.
 
-        Megatron's writer forks a process per file, in a process that holds CUDA and an engine; its inner
-        function does not.
+        Megatron's writer forks a process per file, from a process that holds CUDA and an engine. This calls
+        the writer's inner function, which does not fork.
         """
         if self.request.async_fn is None:  # nothing to write on this rank
             return
@@ -110,13 +110,12 @@ class _Save:
                 break
         self.request.async_fn_args[-1].put(
             written
-        )  # Megatron's finalize function reads it, and tells all ranks of a failure
+        )  # Megatron's finalize function reads it and reports a failure to all ranks
         self.buckets = []
 
 
 class CheckpointSaver:
-    """Saves a run's checkpoints, one at a time; with `asynchronous` the writing happens beside the
-    training."""
+    """Save a run's checkpoints, one at a time; `asynchronous` writes them while training continues."""
 
     def __init__(
         self,
@@ -138,10 +137,11 @@ class CheckpointSaver:
     def save(self, step: int, policy_version: int, scores: Mapping[int, float] | None = None) -> Path:
         """Save the checkpoint of `step`; collective over the world.
 
-        Returns where it will be: the folder appears by one rename, and `latest` names it, when every rank has
-        written its part; before that the trainer may go on. `scores` (by step) decide which is the best.
-        Raises `CheckpointError` when this or the save before it cannot be written (the disk is full): the
-        last complete checkpoint stays as it is.
+        Returns the final path. When every rank has written its part, one rename creates that folder and
+        `latest` names it. With `asynchronous` the call returns before that and training may continue.
+        `scores` (by step) determine the best checkpoint. Raises `CheckpointError` if this save or the one
+        before it cannot be written (for example on a full disk); the last complete checkpoint stays
+        unchanged.
         """
         self.finish()
         final = self._final(step)
@@ -157,7 +157,8 @@ class CheckpointSaver:
         return final
 
     def poll(self) -> None:
-        """Complete a save that every rank has written; collective over the world while one is on its way."""
+        """Complete the current save if every rank has written its files; collective over the world during a
+        save."""
         if self._save is None:
             return
         thread = self._save.thread
@@ -165,7 +166,7 @@ class CheckpointSaver:
             self.finish()
 
     def finish(self) -> None:
-        """Wait for the save that is on its way and complete it; collective over the world."""
+        """Wait for the current save and complete it; collective over the world."""
         save, self._save = self._save, None
         if save is None:
             return
@@ -177,13 +178,13 @@ class CheckpointSaver:
     def _make_folder(self, step: int) -> None:
         if self._trainer.groups.is_main:
             shutil.rmtree(self._partial(step), ignore_errors=True)
-            self.folder.mkdir(exist_ok=True)  # not its parents: a run folder that was moved away stays away
+            self.folder.mkdir(exist_ok=True)  # not the run folder itself: it may have been moved
             self._partial(step).mkdir()
 
     def _begin(self, state: RunState, scores: Mapping[int, float]) -> None:
         trainer = self._trainer
-        # The results never leave this process; Megatron would start a multiprocessing manager by spawn for
-        # them, which imports the entry script again.
+        # All results stay in this process. Megatron would start a multiprocessing manager for them by spawn,
+        # which imports the entry script again.
         filesystem_async._results_queue = queue.Queue()
         with trainer.backend.megatron(), no_pickles(), _failing_late():
             sharded = sharded_state(trainer, is_loading=False)
@@ -200,7 +201,7 @@ class CheckpointSaver:
         if not self._asynchronous:
             save.write()
             return
-        # Tensors that lie on the host already are the trainer's own, which its next step overwrites.
+        # Tensors that are already on the host belong to the trainer, whose next step overwrites them.
         if not trainer.backend.is_cuda or trainer.offload is not None:
             save.buckets = [
                 (file, key, (data, [(i, t.clone()) for i, t in tensors]))
@@ -233,8 +234,11 @@ class CheckpointSaver:
         delete_older(self.folder, keep=self._keep_last, newest=final, best=best)
 
     def _together(self, step: int, act: Callable[[], None]) -> None:
-        """Run one part of a save; where it fails on a rank, all give up with its reason and the half-written
-        folder goes."""
+        """Run one part of a save on every rank; collective over the world.
+
+        If it fails on one rank, all ranks raise `CheckpointError` with that rank's reason, and the main rank
+        deletes the incomplete folder.
+        """
         failure: BaseException | None = None
         try:
             act()
@@ -276,11 +280,11 @@ def save_checkpoint(
 
 
 def load_checkpoint(checkpoint: Path, trainer: Trainer) -> RunState:
-    """Fill the trainer's weights and optimizer from `checkpoint`, whatever layout wrote it; collective over
-    the world.
+    """Load the trainer's weights and optimizer from `checkpoint`; collective over the world.
 
-    Mutates parameters, optimizer state and torch's random state. Raises `CheckpointError` on every rank,
-    before anything is changed, when a file is damaged; the ranks share the reading.
+    The checkpoint may come from any parallel layout. The ranks share the verification of its files. Mutates
+    parameters, optimizer state and torch's random state. Raises `CheckpointError` on every rank if a file is
+    damaged, before anything is changed.
     """
     groups = trainer.groups
     problem: tuple[str, str] | None = None
@@ -330,10 +334,10 @@ def load_checkpoint(checkpoint: Path, trainer: Trainer) -> RunState:
 
 
 def resume(checkpoint: Path, trainer: Trainer, warn: Callable[[str], None]) -> RunState:
-    """Load `checkpoint` or, where it is damaged, the one before it, saying so; collective over the world.
+    """Load `checkpoint` or, if it is damaged, an earlier one with a warning; collective over the world.
 
-    A damaged folder is renamed to `*.damaged` and `latest` moves back. Raises `CheckpointError` when none is
-    whole.
+    A damaged folder is renamed to `*.damaged`, and `latest` then names the checkpoint before it. Raises
+    `CheckpointError` if no checkpoint is intact.
     """
     groups = trainer.groups
     while True:
@@ -348,8 +352,10 @@ def resume(checkpoint: Path, trainer: Trainer, warn: Callable[[str], None]) -> R
 
 
 def _raise_together(groups: Groups, problem: tuple[str, str] | None) -> None:
-    """Raise on every rank what one of them has found, a newer or an unreadable checkpoint before a damaged
-    one."""
+    """Raise the problem that any rank found on every rank; collective over the world.
+
+    If the ranks found several, a newer checkpoint comes first, then an unreadable one, then a damaged one.
+    """
     problems = dict(each for each in groups.gather_objects(problem) if each is not None)
     for kind in (NewerCheckpoint, UnreadableCheckpoint, CheckpointError):
         if kind.__name__ in problems:
@@ -358,10 +364,9 @@ def _raise_together(groups: Groups, problem: tuple[str, str] | None) -> None:
 
 @contextmanager
 def _failing_late() -> Iterator[None]:
-    """Hold back what Megatron's writing of small files raises on this rank until the end of the block.
+    """Delay exceptions from Megatron's writing of small files on this rank until the end of the block.
 
-    Between those writes all ranks meet in collectives: a rank that left at once would keep the others
-    waiting.
+    All ranks meet in collectives between those writes: a rank that left early would block the others.
     """
     failures: list[Exception] = []
     writers = [
@@ -377,7 +382,7 @@ def _failing_late() -> Iterator[None]:
                 return write(*arguments)
             except Exception as error:
                 failures.append(error)
-            return arguments[-1]  # a plan goes on as it came; the others return nothing
+            return arguments[-1]  # a plan is returned unchanged; the other writers return nothing
 
         return call
 
@@ -396,8 +401,8 @@ def _failing_late() -> Iterator[None]:
 def sharded_state(trainer: Trainer, *, is_loading: bool) -> dict[str, Any]:
     group = parallel_state.get_data_parallel_group(with_context_parallel=True)
     model = trainer.ddp.module.sharded_state_dict(metadata={"dp_cp_group": group})
-    # Layers' extra state (fp8 scales) is stored as pickles, which a load would have to execute: it is left
-    # out.
+    # The layers' extra state (fp8 scales) is left out: it is stored as pickles, which a load would have to
+    # execute.
     model = {name: value for name, value in model.items() if not name.endswith(_EXTRA_STATE)}
     if trainer.config.optimizer.distributed:
         optimizer = sharded_optimizer(trainer.optimizer, model)

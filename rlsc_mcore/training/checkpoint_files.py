@@ -1,5 +1,5 @@
-"""The files of a checkpoint: their manifest, the pointers to them, which are kept, and what may be
-unpickled."""
+"""Read and write the files of a checkpoint: manifest, pointers, state, and metadata without free
+unpickling."""
 
 import base64
 import contextlib
@@ -28,12 +28,12 @@ from rlsc_mcore.run.machine_errors import explain
 
 STATE = "state.json"
 METADATA = ".metadata"
-COMMON = "common.json"  # the optimizer's numbers that are no tensors
+COMMON = "common.json"  # the optimizer's values that are not tensors
 FORMAT_FIELD, FIRST_FORMAT, FORMAT = (
     "format",
     1,
     2,
-)  # 1: numbers of the optimizer in common.pt, without the field
+)  # format 1: the optimizer's values are in common.pt, and the field is missing
 DAMAGED = ".damaged"
 ELSEWHERE = "another rank failed"
 # The only globals that a checkpoint's .metadata may name; anything else is refused before it is unpickled.
@@ -50,21 +50,23 @@ _METADATA_GLOBALS = {
 
 
 class CheckpointError(CollectiveRunError):
-    """A checkpoint that could not be written or is damaged; the message names the file."""
+    """A checkpoint could not be written or is damaged; the message names the file."""
 
 
 class UnreadableCheckpoint(CollectiveRunError):
-    """A checkpoint that this process may not or cannot read now; it is not damaged and stays as it is."""
+    """This process cannot read a checkpoint now; the checkpoint is not damaged and stays unchanged."""
 
 
 class NewerCheckpoint(ConfigError):
-    """A whole checkpoint of a newer version of this program; it stays as it is."""
+    """A newer version of this program wrote the checkpoint; the checkpoint stays unchanged."""
 
 
 @dataclass(frozen=True)
 class RunState:
-    """What a checkpoint knows beside tensors; a field that is added needs a default, one that older versions
-    miss a new FORMAT."""
+    """Hold the values of a checkpoint that are not tensors.
+
+    A new field needs a default value. A field that older versions cannot do without needs a new FORMAT.
+    """
 
     step: int  # optimizer steps done
     policy_version: int
@@ -73,10 +75,10 @@ class RunState:
 
 
 def read_state(checkpoint: Path) -> RunState:
-    """Read a checkpoint's facts.
+    """Read state.json of a checkpoint.
 
-    Raises `CheckpointError` when the file is missing or damaged, and `NewerCheckpoint` when a newer version
-    wrote it.
+    Raises `CheckpointError` if the file is missing or damaged, and `NewerCheckpoint` if a newer version wrote
+    it.
     """
     file = checkpoint / STATE
     facts = _read_object(file)
@@ -119,16 +121,15 @@ def _decode_rng(file: Path, text: Any) -> None:
 
 
 def write_state(file: Path, state: RunState) -> None:
-    """Write a checkpoint's facts with the number of their format."""
+    """Write state.json of a checkpoint, with the number of its format."""
     write_json(file, {FORMAT_FIELD: FORMAT, **asdict(state)})
 
 
 def verify_files(checkpoint: Path, rank: int = 0, world_size: int = 1) -> None:
-    """Compare files with the manifest, every `world_size`-th from `rank` on; files that it does not name are
-    not read.
+    """Compare the files in the manifest with their digests, every `world_size`-th file starting at `rank`.
 
-    Raises `CheckpointError` naming the first file that differs, and `UnreadableCheckpoint` where this user
-    may not read one.
+    Files that the manifest does not name are not read. Raises `CheckpointError` naming the first file that
+    differs, and `UnreadableCheckpoint` if this user may not read a file.
     """
     wanted = _read_object(checkpoint / MANIFEST)
     if not wanted.keys() >= {METADATA, STATE}:
@@ -144,8 +145,7 @@ def verify_files(checkpoint: Path, rank: int = 0, world_size: int = 1) -> None:
 
 
 def _raise_unless_damage(error: OSError, file: Path) -> None:
-    """Raise `UnreadableCheckpoint` where `error` tells of a permission or a mount; a missing file is
-    damage."""
+    """Raise `UnreadableCheckpoint` unless `error` reports a missing file, which counts as damage."""
     if not isinstance(error, (FileNotFoundError, NotADirectoryError, IsADirectoryError)):
         raise UnreadableCheckpoint(explain(error) or f"{file}: {error}") from None
 
@@ -164,13 +164,13 @@ def _read_object(file: Path) -> dict[str, Any]:
 
 
 def digest(file: Path) -> dict[str, Any]:
-    """Return a file's size and SHA-256, as the manifest holds them."""
+    """Return the size and SHA-256 of a file in the form of the manifest."""
     with file.open("rb") as content:
         return {"bytes": file.stat().st_size, "sha256": hashlib.file_digest(content, "sha256").hexdigest()}
 
 
 def write_manifest(folder: Path, known: Mapping[str, dict[str, Any]]) -> None:
-    """Write the manifest of `folder`; only files whose digest is not `known` yet are read."""
+    """Write the manifest of `folder`; reads only the files whose digest is not in `known`."""
     names = sorted(file.name for file in folder.iterdir() if file.name != MANIFEST)
     write_json(
         folder / MANIFEST, {name: known[name] if name in known else digest(folder / name) for name in names}
@@ -186,7 +186,7 @@ def write_json(file: Path, value: Any) -> None:
 
 
 def point(folder: Path, pointer: str, name: str) -> None:
-    """Let the file `pointer` (`latest`, `best`) name a checkpoint, by one rename."""
+    """Write a checkpoint's name to the pointer file `pointer` (`latest`, `best`), by one rename."""
     partial = folder / (pointer + ".partial")
     with partial.open("w", encoding="utf-8") as out:
         out.write(name + "\n")
@@ -196,7 +196,7 @@ def point(folder: Path, pointer: str, name: str) -> None:
 
 
 def best_checkpoint(folder: Path, scores: Mapping[int, float]) -> Path | None:
-    """Return the complete checkpoint with the highest score, the later one of equals; None where none has a
+    """Return the complete checkpoint with the highest score, the latest of equal ones; None if none has a
     score."""
     steps = {path: checkpoint_step(path) or 0 for path in all_checkpoints(folder)}
     scored = [path for path, step in steps.items() if step in scores]
@@ -204,8 +204,8 @@ def best_checkpoint(folder: Path, scores: Mapping[int, float]) -> Path | None:
 
 
 def delete_older(folder: Path, *, keep: int, newest: Path, best: Path | None = None) -> None:
-    """Delete what is neither among the last `keep` (the newest included) nor the best, and what was left
-    half-written."""
+    """Delete all checkpoints except the last `keep` (`newest` included) and `best`, and all incomplete
+    folders."""
     others = [path for path in all_checkpoints(folder) if path != newest]
     for path in others[: max(0, len(others) - (keep - 1))]:
         if path != best:
@@ -216,10 +216,10 @@ def delete_older(folder: Path, *, keep: int, newest: Path, best: Path | None = N
 
 
 def set_aside(checkpoint: Path) -> Path | None:
-    """Rename a damaged checkpoint and let `latest` name the one before it, which is returned; None where
-    there is none.
+    """Rename a damaged checkpoint, point `latest` at the one before it and return that; None if there is
+    none.
 
-    A file system that refuses the renaming keeps the damaged folder: the next save of that step replaces it.
+    If the file system refuses the rename, the damaged folder stays; the next save of that step replaces it.
     """
     folder = checkpoint.parent
     step = checkpoint_step(checkpoint) or 0
@@ -235,13 +235,13 @@ def set_aside(checkpoint: Path) -> Path | None:
 
 
 def write_failure(error: BaseException, folder: Path, rank: int) -> tuple[int, str]:
-    """Say in one line why a checkpoint could not be written, and on which rank (`rank` unless the error knows
-    better).
+    """Return the rank on which a checkpoint could not be written and the reason in one line.
 
-    torch's writer reports a full disk in its own words.
+    The rank is `rank` unless the error names another one. The reason for a failure in torch's writer, such as
+    a full disk, is taken from torch's report.
     """
     if isinstance(error, CheckpointException):
-        if not error.failures:  # only the rank that coordinates the save learns them
+        if not error.failures:  # only the rank that coordinates the save receives them
             return rank, ELSEWHERE
         rank, (error, _) = next(iter(error.failures.items()))
     cause = explain(error, folder)
@@ -274,9 +274,10 @@ class _MetadataUnpickler(pickle.Unpickler):
 
 
 def read_metadata(file: Path) -> Any:
-    """Read the layout of a checkpoint's tensors, torch's one pickled file, by a list of allowed globals.
+    """Read the layout of a checkpoint's tensors, the only pickled file, with a list of allowed globals.
 
-    Raises `CheckpointError` for anything else and for values that are not tensors.
+    Raises `CheckpointError` for any other global, for values that are not tensors, and for a file name
+    outside the checkpoint.
     """
     try:
         with file.open("rb") as content:
@@ -301,8 +302,8 @@ def read_metadata(file: Path) -> Any:
 
 
 class _MetadataReader:
-    """Stands for the module `pickle` where torch reads a checkpoint's metadata: it never unpickles anything
-    else."""
+    """Replace the module `pickle` in torch's checkpoint reader, so that it unpickles metadata by the
+    allow-list only."""
 
     @staticmethod
     def load(content: Any) -> Any:
@@ -315,10 +316,10 @@ class _MetadataReader:
 
 @contextlib.contextmanager
 def no_pickles() -> Iterator[None]:
-    """Read and write checkpoints inside the block without unpickling: metadata by an allow-list, small values
+    """Read and write checkpoints inside the block without free unpickling: metadata by an allow-list, values
     as JSON.
 
-    Tensors are read by torch's restricted reader whatever its environment variables say. Mutates torch and
+    Tensors are read by torch's restricted reader, whatever its environment variables say. Mutates torch and
     Megatron-Core until the end of the block.
     """
     patched: Any = filesystem
@@ -346,8 +347,8 @@ def _save_common(values: Any, folder: Any) -> None:
 
 
 def check_backend(checkpoint: Path) -> None:
-    """Raise `CheckpointError` unless Megatron-Core's description of the files is the one that is written
-    here."""
+    """Raise `CheckpointError` unless metadata.json names the format that this program writes (torch_dist,
+    version 1)."""
     file = checkpoint / "metadata.json"
     facts = _read_object(file)
     if (facts.get("sharded_backend"), facts.get("sharded_backend_version")) != ("torch_dist", 1):
@@ -357,9 +358,9 @@ def check_backend(checkpoint: Path) -> None:
 
 
 def read_common(checkpoint: Path) -> Any:
-    """Read the optimizer's numbers; raises `CheckpointError` when they are damaged.
+    """Read the optimizer's values that are not tensors; raises `CheckpointError` if they are damaged.
 
-    A checkpoint of format 1 has them in torch's own format, which is read by its restricted reader.
+    A checkpoint of format 1 stores them in torch's own format, which torch's restricted reader reads.
     """
     file = checkpoint / COMMON
     old = checkpoint / "common.pt"

@@ -1,4 +1,4 @@
-"""Megatron-Core's data-parallel wrapper and optimizer, and the learning rate of a step."""
+"""Build Megatron-Core's data-parallel wrapper and optimizer, and compute the learning rate of a step."""
 
 import functools
 import gc
@@ -22,11 +22,11 @@ from rlsc_mcore.planning.memory import UPDATE_PART_ELEMENTS
 
 
 def wrap_data_parallel(policy: Policy, config: Config, backend: Backend) -> DistributedDataParallel:
-    """Wrap the policy so that gradients are accumulated and summed over data-parallel ranks in
+    """Wrap the policy in DDP, which accumulates and reduces gradients over data-parallel ranks in
     `optimizer.grad_dtype`.
 
-    Mutates the policy's parameters: their storage moves into one contiguous buffer (before an engine aliases
-    them).
+    Mutates the policy's parameters: their storage moves into one contiguous buffer. This must happen before
+    an engine aliases them.
     """
     with backend.megatron():
         return DistributedDataParallel(
@@ -37,8 +37,8 @@ def wrap_data_parallel(policy: Policy, config: Config, backend: Backend) -> Dist
                 overlap_grad_reduce=config.parallel.overlap_grad_reduce,
                 overlap_param_gather=config.parallel.overlap_param_gather,
                 bucket_size=config.parallel.bucket_size,
-                # A NaN is found in the gradient norm, where the step can still be skipped; this check would
-                # only crash.
+                # This check would end the run. The gradient norm also detects a NaN, and then the step is
+                # skipped.
                 check_for_nan_in_grad=False,
             ),
             policy.model,
@@ -46,7 +46,7 @@ def wrap_data_parallel(policy: Policy, config: Config, backend: Backend) -> Dist
 
 
 def check_optimizer(config: Config, backend: Backend) -> None:
-    """Raise `ConfigError` for optimizer options that cannot run here."""
+    """Raise `ConfigError` for optimizer options that this machine or their combination does not allow."""
     options = config.optimizer
     if options.cpu_offload and not backend.is_cuda:
         raise ConfigError("optimizer.cpu_offload: there is no GPU whose memory it would spare; set it to 0")
@@ -71,10 +71,10 @@ def check_optimizer(config: Config, backend: Backend) -> None:
 
 
 def build_optimizer(config: Config, ddp: DistributedDataParallel, backend: Backend) -> Any:
-    """Build AdamW on Megatron's mixed-precision, optionally distributed optimizer (fp32 master weights for
-    bfloat16).
+    """Build AdamW in Megatron's mixed-precision optimizer, optionally distributed, with fp32 master weights
+    for bfloat16.
 
-    Its moments exist from the start, so that a run that is stopped before its first step can be saved.
+    The moments are allocated here, so that a run that is stopped before its first step can be saved.
     """
     check_optimizer(config, backend)
     with backend.megatron():
@@ -82,7 +82,8 @@ def build_optimizer(config: Config, ddp: DistributedDataParallel, backend: Backe
             megatron_optimizer_config(config), [ddp], use_gloo_process_groups=False
         )
         if config.optimizer.cpu_offload:
-            # Megatron builds it twice; the first holds fp32 copies of whole parameters, and itself by cycles
+            # Megatron builds it twice. The first one holds fp32 copies of whole parameters until its reference
+            # cycles are collected.
             gc.collect()
         for member in members(optimizer):
             initialize_state(member)
@@ -90,7 +91,7 @@ def build_optimizer(config: Config, ddp: DistributedDataParallel, backend: Backe
 
 
 def megatron_optimizer_config(config: Config) -> MegatronOptimizerConfig:
-    """Translate `config` to Megatron's configuration of the optimizer."""
+    """Translate `config` to Megatron's optimizer configuration."""
     options, dtype = config.optimizer, DTYPES[config.model.dtype]
     extra: dict[str, Any] = {}
     if options.precision_aware:
@@ -99,12 +100,12 @@ def megatron_optimizer_config(config: Config) -> MegatronOptimizerConfig:
             exp_avg_dtype=torch.bfloat16,
             exp_avg_sq_dtype=torch.bfloat16,
             main_grads_dtype=DTYPES[options.grad_dtype],
-            # Megatron-Core 0.16.1 saves the 16-bit remainders as if they were weights, and cannot load them.
+            # Megatron-Core 0.16.1 saves the 16-bit remainders like weights and cannot load them.
             store_param_remainders=False,
         )
     if options.cpu_offload:
-        # Without the precision-aware layout the fp32 masters would stay on the GPU beside their copies on the
-        # host.
+        # Without the precision-aware layout the fp32 master weights stay on the GPU in addition to their
+        # copies on the host.
         extra.update(
             use_precision_aware_optimizer=True,
             main_grads_dtype=DTYPES[options.grad_dtype],
@@ -131,15 +132,15 @@ def megatron_optimizer_config(config: Config) -> MegatronOptimizerConfig:
 
 
 def members(optimizer: Any) -> list[Any]:
-    """Return the optimizers that Megatron chained, or the one that it built."""
+    """Return the optimizers that Megatron chained, or the single one that it built."""
     return list(getattr(optimizer, "chained_optimizers", [optimizer]))
 
 
 def initialize_state(member: Any) -> None:
-    """Allocate the moments (zero), and the master weights that Adam itself keeps, of one of Megatron's
-    optimizers.
+    """Allocate the moments (zero) of one of Megatron's optimizers, and the master weights that Adam itself
+    keeps.
 
-    Mutates its state. Megatron's own `init_state_fn` is None for an optimizer on the host, and misses an
+    Mutates its state. Megatron's own `init_state_fn` is None for an optimizer on the host, and it omits an
     argument of TransformerEngine's `FusedAdam.initialize_state`.
     """
     inner = member.optimizer
@@ -173,12 +174,12 @@ def parameters_of(optimizer: Any) -> Iterator[torch.Tensor]:
 
 
 def step_in_parts(optimizer: Any, step: Callable[[], Any], largest: int = UPDATE_PART_ELEMENTS) -> None:
-    """Update `largest` elements, or one parameter, at a time: `step` sees the parameters of one part after
-    the other.
+    """Update the parameters in parts of at most `largest` elements, or of one parameter, with one `step` per
+    part.
 
     TransformerEngine's FusedAdam (2.12 and earlier) copies both bfloat16 moments of a whole parameter group
     to float32, 8 bytes per element, before it updates the group. Mutates parameters, state and the groups'
-    step counts like one call of `step`.
+    step counts in the same way as one call of `step`.
     """
     groups = optimizer.param_groups
     try:
@@ -206,8 +207,10 @@ def _parts(parameters: Sequence[torch.Tensor], largest: int) -> Iterator[list[to
 
 
 def clip_gradients(optimizer: Any, largest_norm: float, norm: float) -> None:
-    """Scale the gradients in place so that their global norm, `norm` before, is at most `largest_norm`; no
-    collective."""
+    """Scale the gradients in place so that their global norm is at most `largest_norm`; no collective.
+
+    `norm` is the global norm before.
+    """
     for member in members(optimizer):
         parameters = member.get_parameters()
         decoupled = bool(member.config.use_precision_aware_optimizer_no_fp8_or_ds_fp8)
@@ -220,8 +223,10 @@ def clip_gradients(optimizer: Any, largest_norm: float, norm: float) -> None:
 
 
 def learning_rate(options: OptimizerConfig, step: int, num_steps: int) -> float:
-    """Return the learning rate of `step` (from 0): linear warm-up, then constant or decayed to `min_lr` at
-    `num_steps`."""
+    """Return the learning rate of `step` (from 0).
+
+    Linear warm-up, then constant or decayed to `min_lr` at `num_steps`.
+    """
     if step < options.warmup_steps:
         return options.lr * (step + 1) / (options.warmup_steps + 1)
     if options.schedule == "constant":

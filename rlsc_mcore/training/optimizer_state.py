@@ -1,10 +1,11 @@
-"""Checkpoint layout of the distributed optimizer: every rank writes and reads its own slices, in place.
+"""Describe the distributed optimizer's state for checkpoints: every rank writes and reads its own slices in
+place.
 
 A data-parallel rank holds a contiguous range of each flattened parameter shard. That range is described as at
-most 2 N - 1 boxes of the whole N-dimensional tensor, so the checkpoint does not depend on the layout that
-wrote it, and no rank gathers another rank's state. Megatron-Core 0.16.1's `fully_reshardable` format writes
-the same keys and shapes, so this module reads its checkpoints too; it gathers whole shards on the host of
-every rank, and corrupts several padded buckets.
+most 2 N - 1 boxes of the whole N-dimensional tensor. So the checkpoint does not depend on the parallel
+layout, and no rank gathers the state of another rank. The `fully_reshardable` format of Megatron-Core 0.16.1
+has the same keys and shapes, so this module reads its checkpoints too. That format gathers whole shards on
+the host of every rank, and it corrupts several padded buckets.
 """
 
 import math
@@ -26,7 +27,7 @@ PREFIX = "optimizer.state"
 
 @dataclass(frozen=True)
 class Box:
-    """A part [start, stop) of a flattened tensor that is a box of the tensor."""
+    """Describe elements [start, stop) of a flattened tensor that form a box of the tensor."""
 
     start: int
     stop: int
@@ -60,21 +61,21 @@ def boxes(shape: tuple[int, ...], start: int, stop: int) -> Iterator[Box]:
 
 
 def sharded_optimizer(optimizer: Any, model: dict[str, Any]) -> dict[str, Any]:
-    """Describe the state that this rank holds of a distributed optimizer, for saving or for loading in place;
-    no collective.
+    """Describe this rank's state of a distributed optimizer, for saving or for loading in place; no
+    collective.
 
     `model` is the sharded state of the model, whose tensors are the parameters. The tensors of the result are
-    views of the optimizer's own.
+    views of the optimizer's own tensors.
     """
     places = _places(model)
     return {str(index): _sharded_member(member, places) for index, member in enumerate(members(optimizer))}
 
 
 def sharded_weights(optimizer: Any, model: dict[str, Any]) -> dict[str, Any]:
-    """Describe the part of the weights that this data-parallel rank saves: the range that its optimizer
-    updates; no collective.
+    """Describe the part of the weights that this data-parallel rank saves; no collective.
 
-    So all ranks write equal parts. What is no parameter of the optimizer stays as it is in `model`.
+    That part is the range that its optimizer updates, so all ranks write equal parts. Entries of `model` that
+    are not parameters of the optimizer are returned unchanged.
     """
     places = _places(model)
     trained = _all_parameters(members(optimizer))
@@ -93,14 +94,13 @@ def sharded_weights(optimizer: Any, model: dict[str, Any]) -> dict[str, Any]:
 
 
 def load_groups(optimizer: Any, loaded: dict[str, Any]) -> None:
-    """Take the hyperparameters and step counts of `loaded`, whose tensors were read in place; mutates the
-    optimizer's groups.
+    """Set the hyperparameters and step counts from `loaded`, whose tensors were already read in place.
 
-    Raises ValueError where the checkpoint has no such parameter group.
+    Mutates the optimizer's groups. Raises ValueError if the checkpoint lacks one of the parameter groups.
     """
     for index, member in enumerate(members(optimizer)):
         own = loaded.get(str(index), {})
-        # Checkpoints of Megatron's own layout have no index where there is one optimizer.
+        # In Megatron's own layout a single optimizer has no index.
         saved = own if "optimizer" in own else loaded
         by_identity = {_identity(group): group for group in saved["optimizer"]["param_groups"]}
         for group in member.optimizer.param_groups:
@@ -119,7 +119,7 @@ def load_groups(optimizer: Any, loaded: dict[str, Any]) -> None:
 
 @dataclass(frozen=True)
 class _Place:
-    """A contiguous range of a flattened parameter and the tensor of the checkpoint that it belongs to."""
+    """Hold a contiguous range of a flattened parameter and the checkpoint tensor that stores it."""
 
     start: int
     stop: int
@@ -127,8 +127,10 @@ class _Place:
 
 
 def _places(model: dict[str, Any]) -> dict[torch.Tensor, list[_Place]]:
-    """Map every parameter to its places: one, or several where one parameter is saved as several tensors
-    (gate and up)."""
+    """Map every parameter to its places in the checkpoint.
+
+    A parameter that is saved as several tensors (gate and up) has several places.
+    """
     places: dict[torch.Tensor, list[_Place]] = {}
     for entry in nested_values(model):
         if not isinstance(entry, (ShardedTensor, ShardedTensorFactory)) or not isinstance(
@@ -151,8 +153,10 @@ def _places(model: dict[str, Any]) -> dict[torch.Tensor, list[_Place]]:
 
 
 def _pieces(flat: torch.Tensor, start: int, places: list[_Place], prefix: str) -> dict[str, ShardedTensor]:
-    """Describe `flat`, elements [start, start + len(flat)) of a flattened parameter, as boxes of its
-    checkpoint tensors."""
+    """Describe `flat` as boxes of the checkpoint tensors of its parameter.
+
+    `flat` holds elements [start, start + len(flat)) of the flattened parameter.
+    """
     described: dict[str, ShardedTensor] = {}
     for place in places:
         first, last = max(start, place.start), min(start + flat.numel(), place.stop)
@@ -170,7 +174,7 @@ def _pieces(flat: torch.Tensor, start: int, places: list[_Place], prefix: str) -
                 global_offset=tuple(
                     base + offset for base, offset in zip(tensor.global_offset, offsets, strict=True)
                 ),
-                axis_fragmentations=None,  # boxes are no regular grid
+                axis_fragmentations=None,  # boxes do not form a regular grid
                 replica_id=_own_replica(tensor.replica_id),
                 allow_shape_mismatch=tensor.allow_shape_mismatch,
             )
@@ -178,12 +182,12 @@ def _pieces(flat: torch.Tensor, start: int, places: list[_Place], prefix: str) -
 
 
 def _own_replica(replica_id: Any) -> Any:
-    """Drop the data-parallel part of a replica id: a range is held by one data-parallel rank."""
+    """Remove the data-parallel part of a replica id, because one data-parallel rank holds a range."""
     return (*replica_id[:-1], 0) if isinstance(replica_id, tuple) else replica_id
 
 
 def _local_ranges(member: Any) -> Iterator[tuple[torch.nn.Parameter, tuple[int, int]]]:
-    """Yield the parameters of which this rank holds a range, and the range in the flattened parameter."""
+    """Yield each parameter of which this rank holds a range, with the range in the flattened parameter."""
     for by_dtype in member.gbuf_ranges:
         for buckets in by_dtype.values():
             for bucket in buckets:
@@ -211,8 +215,10 @@ def _sharded_member(member: Any, places: dict[torch.Tensor, list[_Place]]) -> di
 
 
 def _local_state(member: Any, parameter: torch.nn.Parameter) -> dict[str, torch.Tensor]:
-    """Return this rank's flat master weights and moments of a parameter, the optimizer's own tensors in their
-    own data types."""
+    """Return this rank's flat master weights and moments of a parameter.
+
+    They are the optimizer's own tensors in their own data types.
+    """
     group, order = member.model_param_group_index_map[parameter]
     key = member.optimizer.param_groups[group]["params"][order]
     state = member.optimizer.state[key]
@@ -224,7 +230,7 @@ def _identity(group: dict[str, Any]) -> tuple[Any, ...]:
 
 
 def _step(inner: Any) -> int:
-    """Return the number of updates that Adam's bias correction counts."""
+    """Return the number of updates that Adam's bias correction uses."""
     if isinstance(inner, HybridDeviceOptimizer):
         counts = [
             int(state["step"])
@@ -234,7 +240,7 @@ def _step(inner: Any) -> int:
         ]
         counts += [int(group.get("step", 0)) for group in getattr(inner.gpu_optimizer, "param_groups", [])]
     else:
-        # A rank without elements of a group may leave that group's count behind.
+        # The count of a group may lag on a rank that holds no elements of that group.
         counts = [int(group.get("step", 0)) for group in inner.param_groups]
     return max(counts, default=0)
 
@@ -243,8 +249,8 @@ def _set_step(inner: Any, group: dict[str, Any], step: int) -> None:
     if not isinstance(inner, HybridDeviceOptimizer):
         group["step"] = step
         return
-    # The hybrid optimizer copies its own group's values over the GPU optimizer's before every update: it must
-    # have no "step".
+    # Before every update the hybrid optimizer copies the values of its own group to the GPU optimizer, so
+    # that group must not contain "step".
     group.pop("step", None)
     for sub in inner.cpu_optimizers:
         for state in sub.state.values():

@@ -1,4 +1,4 @@
-"""Write what a run leaves in its folder: the resolved configuration, the rollouts, a skipped batch."""
+"""Write a run's files in its directory: the resolved configuration, the rollouts and skipped batches."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,13 +20,13 @@ if TYPE_CHECKING:
 
 
 def claim_run_folder(run_dir: Path, config: Config, groups: "Groups", *, resuming: bool) -> Owner | None:
-    """Refuse a folder of another run, own ours and write the resolved configuration; collective over the
+    """Take ownership of the directory of the run and write the resolved configuration; collective over the
     world.
 
-    Returns the ownership on the main rank, None on the others. Raises `ConfigError` on every rank: before
-    anything is written where the folder holds another configuration (unless `resuming`) or an `export` that
-    this program did not make, where another process owns the folder (`FolderInUse`), and where it cannot be
-    written.
+    Returns the owner on the main rank, None on the others. Raises `ConfigError` on every rank, before the
+    configuration is written: if the directory holds a run with another configuration (unless `resuming`) or
+    an `export` that this program did not make, if another process owns it (`FolderInUse`), and if it cannot
+    be written.
     """
     file = run_dir / CONFIG_FILE
     if file.is_file() and not resuming:
@@ -85,8 +85,8 @@ ROLLOUTS = "rollouts"
 
 
 def dump_batch(run_dir: Path, step: int, sequences: Sequence[UniqueSequence], groups: Groups) -> Path:
-    """Write this data-parallel rank's sequences of a step that was skipped, token by token; returns the
-    folder."""
+    """Write this data-parallel rank's sequences of a skipped step, token by token, and return the
+    directory."""
     folder = run_dir / SKIPPED_FOLDER
     if groups.member == 0:
         folder.mkdir(exist_ok=True)
