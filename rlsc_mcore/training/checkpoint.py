@@ -4,8 +4,8 @@
     RUN/checkpoints/step_000010/common.json     the optimizer's values that are not tensors
     RUN/checkpoints/step_000010/state.json      step, policy version, random state, question fingerprint
     RUN/checkpoints/step_000010/manifest.json   size and SHA-256 of every other file
-    RUN/checkpoints/latest                      a hint: the name above, set by rename once all files are on disk
-    RUN/checkpoints/best                        the name of the best checkpoint by `training.keep_best`
+    RUN/checkpoints/latest               a hint: the name above, set by rename once all files are on disk
+    RUN/checkpoints/best                 the name of the best checkpoint by `training.keep_best`
 
 Sampling needs no saved state: question order and the seeds of all answers are functions of (seed, step).
 """

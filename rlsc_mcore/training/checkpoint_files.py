@@ -237,8 +237,8 @@ def set_aside(checkpoint: Path) -> Path | None:
 def write_failure(error: BaseException, folder: Path, rank: int) -> tuple[int, str]:
     """Return the rank on which a checkpoint could not be written and the reason in one line.
 
-    The rank is `rank` unless the error names another one. The reason for a failure in torch's writer, such as
-    a full disk, is taken from torch's report.
+    The rank is `rank`, or the first failed rank that a `CheckpointException` names. torch's writer reports a
+    full disk in its own words; `explain` recognises them.
     """
     if isinstance(error, CheckpointException):
         if not error.failures:  # only the rank that coordinates the save receives them

@@ -1,10 +1,10 @@
-"""Move rollouts from the engines that sampled them to the ranks that train them: equal FLOPs for every
-data-parallel rank.
+"""Send rollouts from the engines that sampled them to the ranks that train them, with balanced FLOPs per
+rank.
 
-Headers of 72 bytes per answer go to all ranks, so that all of them compute the same plan. Tokens and
-log-probs travel once, as int32 and float32, from a rank of the engine that sampled them to each rank that
-trains them. Prompts are known everywhere. Text travels only for objectives with a reward, to the one engine
-that rewards all answers of a question.
+Headers of 72 bytes per answer go to all ranks, so that every rank computes the same plan. Tokens and
+log-probs are sent once, as int32 and float32, from a rank of the sampling engine to each rank that trains
+them. All ranks know all prompts. Text is sent only for objectives with a reward, to the one engine that
+rewards all answers of a question.
 """
 
 import hashlib
@@ -21,7 +21,7 @@ from rlsc_mcore.objectives import OBJECTIVES
 from rlsc_mcore.parallel.groups import Groups
 from rlsc_mcore.types import Question, Rollout, UniqueSequence
 
-Asked = tuple[int, int]  # question index, how often it was asked before within the step
+Asked = tuple[int, int]  # question index, number of its earlier occurrences in the step
 MarkTrained = Callable[[Rollout], tuple[bool, ...]]  # which response tokens are trained
 # Columns of a header, int64.
 PLACE, SAMPLE, QUESTION, LENGTH, TRAINED, TRUNCATED, VERSION, DIGEST, DIGEST_2 = range(9)
@@ -29,25 +29,25 @@ PLACE, SAMPLE, QUESTION, LENGTH, TRAINED, TRUNCATED, VERSION, DIGEST, DIGEST_2 =
 
 @dataclass(frozen=True)
 class Exchange:
-    """What this rank trains, and what the exchange was worth."""
+    """Hold the sequences that this rank trains, and statistics of the exchange."""
 
     sequences: list[UniqueSequence]
     num_sequences: int  # distinct sequences that are trained, over all ranks
     num_distinct: int  # distinct sequences that were sampled
     num_tokens: int  # their tokens, prompts included
-    num_tokens_unmerged: int  # tokens there would be without merging identical answers
-    moved_share: float  # of the distinct sequences
-    imbalance_sampled: float  # largest rank's FLOPs / mean - 1, had every rank trained what it sampled
-    imbalance: float  # the same, as trained
-    engine_imbalance: float  # tokens of the engine that sampled most / mean - 1
+    num_tokens_unmerged: int  # the same if identical answers were not merged
+    moved_share: float  # fraction of the sequences that change their data-parallel rank
+    imbalance_sampled: float  # max / mean - 1 of the ranks' FLOPs, before sequences move
+    imbalance: float  # the same, after sequences moved
+    engine_imbalance: float  # max / mean - 1 of the engines' sampled tokens
 
 
 @dataclass(frozen=True)
 class _Sequence:
-    """A distinct answer of the step, from the headers alone."""
+    """Describe a distinct answer of the step, from the headers only."""
 
-    engine: int  # that sampled it first
-    position: int  # among that engine's rollouts
+    engine: int  # the engine that sampled it first
+    position: int  # index in that engine's rollouts
     header: Sequence[int]
     multiplicity: int
     advantage: float
@@ -55,7 +55,7 @@ class _Sequence:
 
 @dataclass(frozen=True)
 class _Transfer:
-    """What one rank sends to another: the sequences' numbers in the step, in order."""
+    """List the sequences that one rank sends to another, by their numbers in the step, in order."""
 
     source: int
     target: int
@@ -72,14 +72,14 @@ def redistribute(
     groups: Groups,
     rewards: Mapping[tuple[int, int], float] | None = None,
 ) -> Exchange:
-    """Merge identical answers of the step and spread the distinct ones by estimated FLOPs; collective over
-    the world.
+    """Merge identical answers and spread the distinct ones over ranks by estimated FLOPs; collective over the
+    world.
 
-    `rollouts` are those of this rank's engine, equal on all its ranks. `places` gives the place in the step
-    of every (question, how often it was asked before within the step), `options` how many samples of a
-    question are trained, `prompts` the prompt of every question index, `rewards` the advantage of every
-    trained (place, sample); see `gather_advantages`. Sequences are ordered by place and sample, and their
-    questions numbered over all ranks.
+    `rollouts` are those of this rank's engine, equal on all its ranks. `places` maps (question, number of
+    earlier occurrences in the step) to the position in the step. `options` says how many samples of a
+    question are trained. `prompts` holds the prompt of every question index. `rewards` holds the advantage of
+    every trained (position, sample); see `gather_advantages`. Sequences are ordered by position and sample.
+    Their questions are numbered over all ranks.
     """
     own = _headers(rollouts, places, options.num_samples, mark_trained)
     tables = [table.tolist() for table in groups.gather_tables_over_engines(torch.from_numpy(own))]
@@ -125,11 +125,11 @@ def gather_advantages(
     questions: Sequence[Question],
     groups: Groups,
 ) -> dict[tuple[int, int], float] | None:
-    """Reward the step's answers; collective over the ranks of one place per engine. None where the objective
-    has no reward.
+    """Reward the step's answers; collective over `engines_group`. Returns None if the objective has no
+    reward.
 
-    All answers of a question are rewarded together, by engine `question % engines`: the others send it their
-    text. Returns the advantage of every answer that is trained, by (place, sample).
+    Engine `question % num_engines` rewards all answers of a question together; the other engines send it
+    their text. Returns the advantage of every trained answer, by (position in the step, sample).
     """
     if OBJECTIVES[algorithm.objective].reward is None:
         return None
@@ -162,7 +162,7 @@ def gather_advantages(
 def _headers(
     rollouts: Sequence[Rollout], places: Mapping[Asked, int], num_samples: int, mark_trained: MarkTrained
 ) -> "np.ndarray[tuple[int, int], np.dtype[np.int64]]":
-    """Describe this engine's answers: int64 [answers, 9]."""
+    """Describe this engine's answers as headers: int64 [answers, 9]."""
     table = np.zeros((len(rollouts), DIGEST_2 + 1), dtype=np.int64)
     for row, rollout in zip(table, rollouts, strict=True):
         tokens = np.asarray(rollout.response_ids, dtype=np.int32)
@@ -179,7 +179,7 @@ def _merge(
     options: RolloutConfig,
     rewards: Mapping[tuple[int, int], float] | None,
 ) -> list[_Sequence]:
-    """Merge equal answers to one question that are trained; the first by place and sample stands for all of
+    """Merge identical trained answers to one question; the first by position and sample represents all of
     them."""
     num_trained = options.num_trained or options.num_samples
     answers = [
@@ -203,17 +203,19 @@ def _merge(
 
 
 def _owner(engine: int, number: int, groups: Groups) -> int:
-    """Return a data-parallel rank whose trainer ranks include ranks of the engine; an engine over several
-    takes turns."""
+    """Return a data-parallel rank whose trainer ranks include ranks of the engine.
+
+    If the engine spans several data-parallel ranks, its sequences alternate between them by `number`.
+    """
     first = engine * groups.engine_tp_size % (groups.world_size // groups.pp_size) // groups.tp_size
     return (first + number % max(1, groups.engine_tp_size // groups.tp_size)) % groups.dp_size
 
 
 def _transfers(sequences: Sequence[_Sequence], targets: Sequence[int], groups: Groups) -> list[_Transfer]:
-    """List what leaves or reaches this rank, by source and target.
+    """List the transfers that this rank sends or receives, by source and target.
 
-    A rank of the sampling engine keeps what it trains; every other target has one source, the engine's ranks
-    in turn.
+    A rank of the sampling engine keeps the sequences that it trains. Any other target receives each sequence
+    from one source; the engine's ranks alternate as sources.
     """
     size = groups.engine_tp_size
     numbers: dict[tuple[int, int], list[int]] = {}
@@ -234,8 +236,10 @@ def _send_tokens(
     prompts: Sequence[Sequence[int]],
     groups: Groups,
 ) -> dict[int, Rollout]:
-    """Send tokens and log-probs to the ranks that train them; returns what arrived, without text, by number
-    in the step."""
+    """Send tokens and log-probs to the ranks that train them; collective over the world.
+
+    Returns the received rollouts, without text, by their number in the step.
+    """
     if groups.world_size == groups.engine_tp_size:  # one engine: every rank has all answers
         return {}
     outgoing: list[list[np.ndarray]] = [[] for _ in range(groups.world_size)]

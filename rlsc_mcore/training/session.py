@@ -1,4 +1,4 @@
-"""Everything a run holds, and the stages that the loop calls; options live in here, not in the loop."""
+"""Build the parts of a run and implement the stages that the loop calls, with all their options."""
 
 import dataclasses
 import json
@@ -46,7 +46,7 @@ from rlsc_mcore.weight_sync.verify import compare_with_export
 
 
 class Session:
-    """A run on this rank: data, trainer, engine, and what has been written so far."""
+    """Hold a run on this rank: data, trainer, engine and the state of its outputs."""
 
     def __init__(
         self,
@@ -56,13 +56,13 @@ class Session:
         resume_from: Path | None = None,
         asked_prompts: Sequence[list[int]] | None = None,
     ) -> None:
-        """Check all input, then build trainer and engine and, with `resume_from`, load that checkpoint;
-        collective over the world.
+        """Check all inputs, build trainer and engine, and load `resume_from` if it is given; collective over
+        the world.
 
-        `asked_prompts` are the prompts of an evaluation without training, which reads no questions of the
-        configuration. Raises `ConfigError` before anything is built or written when an input is bad, and
-        `GenerationInterrupted` on a stop signal while it builds: nothing was trained, what was saved before
-        is as it was.
+        `asked_prompts` are the prompts of an evaluation without training, which reads no questions from the
+        configuration. Raises `ConfigError` for a bad input before anything is built or written. Raises
+        `GenerationInterrupted` on a stop signal during the build: nothing is trained, and earlier checkpoints
+        are unchanged.
         """
         self.config, self.stop = config, stop
         self.run_dir = Path(config.run_dir)
@@ -111,7 +111,7 @@ class Session:
             keep_best=config.training.keep_best != "none",
         )
         self.check_stop()
-        self.trainer.release_memory()  # the engine takes its share of what is free now
+        self.trainer.release_memory()  # the engine sizes its KV cache by the memory that is free now
         self.engine = RolloutEngine(
             config,
             self.inputs.model_folder,
@@ -137,16 +137,17 @@ class Session:
         self.timer = PhaseTimer(self.backend.synchronize, self.gpu.enter)
         self.memory = MemoryLedger(self.trainer, self.engine, self.backend)
         self._warned: set[str] = set()
-        self._places: dict[Asked, int] = {}  # of the step that was sampled last
+        self._places: dict[Asked, int] = {}  # of the most recently sampled step
         self.check_stop()
         self.stop.begin()
 
     # ------------------------------------------------------------------ stages of one step
 
     def sample(self, step: int) -> list[Rollout]:
-        """Sample the step's questions, spread over the engines, and return what this rank's engine sampled.
+        """Sample the step's questions, spread over the engines, and return the rollouts of this rank's
+        engine.
 
-        Collective over the world. Raises `GenerationInterrupted` on a stop signal, on every rank.
+        Collective over the world. Raises `GenerationInterrupted` on every rank after a stop signal.
         """
         self.timer = PhaseTimer(self.backend.synchronize, self.gpu.enter)
         self.status.phase("rollout", step)
@@ -175,7 +176,7 @@ class Session:
                     on_tokens=self.status.counting(self._progress(bar)),
                     should_stop=AbortPoll(self.stop, self.groups),
                 )
-            except GenerationInterrupted:  # the other ranks may still be sampling: all of them meet below
+            except GenerationInterrupted:  # other ranks may still sample: all of them meet in check_stop
                 rollouts = []
         self.check_stop()
         self.memory.measure("rollout")
@@ -183,8 +184,10 @@ class Session:
         return rollouts
 
     def train(self, step: int, rollouts: Sequence[Rollout]) -> StepOutcome:
-        """Spread the rollouts over the ranks, pack them and train; refuses rollouts of other weights than the
-        current ones."""
+        """Spread the rollouts over the ranks, pack them and train; collective over the world.
+
+        Asserts that the current weights sampled the rollouts.
+        """
         stale = {rollout.policy_version for rollout in rollouts} - {self.swap.policy_version}
         assert not stale, f"rollouts of policy version {sorted(stale)} at version {self.swap.policy_version}"
         self.status.phase("training", step)
@@ -238,7 +241,7 @@ class Session:
         return advance
 
     def hot_swap(self) -> None:
-        """Bring the engine to the new weights."""
+        """Update the engine to the trainer's new weights; collective over the model group."""
         self.status.phase("swap")
         with self.timer.phase("swap"):
             self.trainer.release_memory()
@@ -248,12 +251,13 @@ class Session:
         self.memory.measure("swap")
 
     def record(self, step: int, rollouts: Sequence[Rollout], outcome: StepOutcome) -> None:
-        """Write the step's metrics and answers, and raise its alarms; collective over the world."""
+        """Write the step's metrics and answers, print its warnings and apply the stop rules; collective over
+        the world."""
         row = step_row(
             self.config,
             self.groups,
             step,
-            self.swap.policy_version - 1,  # the rollouts are of the weights before the hot swap
+            self.swap.policy_version - 1,  # the weights before the hot swap sampled the rollouts
             rollouts,
             self.exchange,
             outcome,
@@ -268,7 +272,7 @@ class Session:
             + mismatch_warnings(row, compared_dtype(self.config))
             + grown
         )
-        # A rank stands for the ranks of its engine, whose rollouts are the same.
+        # All ranks of an engine hold the same rollouts, so each counts its share of the tokens.
         row["gpu"] = self.gpu.take(
             sum(len(rollout.response_ids) for rollout in rollouts) // self.groups.engine_tp_size
         )
@@ -286,7 +290,7 @@ class Session:
             f"step {step + 1}/{self.config.training.num_steps}  {console_line(row)}  {seconds:.1f} s"
         )
         for warning in row["warnings"]:
-            if warning.split(":")[0] not in self._warned:  # told once; metrics.jsonl has it at every step
+            if warning.split(":")[0] not in self._warned:  # print once; metrics.jsonl has every step
                 self.report.warn(warning)
                 self._warned.add(warning.split(":")[0])
         self.saver.poll()
@@ -298,10 +302,10 @@ class Session:
         self.saver.finish()
 
     def save(self, step: int) -> None:
-        """Checkpoint after `step` optimizer steps, unless that is saved already; collective over the world.
+        """Write a checkpoint after `step` optimizer steps unless it exists; collective over the world.
 
-        Mismatched steps are not: the checkpoint before them stays the last, until agreement returns or the
-        run's last step is done.
+        Mismatched steps are not saved: the checkpoint before them stays the last one until trainer and engine
+        agree again or the last step of the run is done.
         """
         if count_mismatched_steps(self.metrics.rows, self.config) and step < self.config.training.num_steps:
             self.report.warn(
@@ -314,10 +318,10 @@ class Session:
         self.saver.save(step, self.swap.policy_version, scores)
 
     def evaluate(self, name: str) -> dict[str, Any] | None:
-        """Evaluate the engine's current weights, once per run and `name` ("before", "after"); None without
+        """Evaluate the engine's current weights under `name` ("before" or "after"); None without
         evaluation.path.
 
-        Raises `GenerationInterrupted` on a stop signal.
+        An existing result of "before" is read instead. Raises `GenerationInterrupted` on a stop signal.
         """
         if self.config.evaluation.path is None:
             return None
@@ -341,10 +345,10 @@ class Session:
         return result["scores"]
 
     def export(self, output: Path) -> int:
-        """Write the policy as a Hugging Face folder and compare every engine parameter with it; collective
+        """Write the policy as a Hugging Face folder and compare it with every engine parameter; collective
         over the world.
 
-        Returns the number of engine parameters compared; raises `SwapMismatch` on the first difference.
+        Returns the number of compared engine parameters. Raises `SwapMismatch` at the first difference.
         """
         self.status.phase("export")
         write_policy(
@@ -356,13 +360,13 @@ class Session:
         )
 
     def check_stop(self) -> None:
-        """Raise `GenerationInterrupted` on every rank once any rank got a stop signal; collective over the
-        world."""
+        """Raise `GenerationInterrupted` on every rank after any rank received a stop signal; collective over
+        the world."""
         if self.groups.any(bool(self.stop)):
             raise GenerationInterrupted
 
     def close(self) -> None:
-        """Flush metrics, stop watching the other ranks and stop the engine; collective over the world."""
+        """Flush the metrics, then stop watchdog and engine; collective over the world."""
         self.groups.barrier()
         self.watchdog.close()
         self.metrics.close()
@@ -372,8 +376,8 @@ class Session:
     # ------------------------------------------------------------------ setting up
 
     def _load(self, resume_from: Path) -> None:
-        # A run goes on from an earlier checkpoint where the last is damaged; elsewhere that would be other
-        # weights than asked for.
+        # Within its own directory a run falls back to an earlier checkpoint if the last is damaged. For a
+        # checkpoint from elsewhere that would load other weights than the user chose.
         if resume_from.is_relative_to(self.run_dir):
             state = checkpoint.resume(resume_from, self.trainer, self.report.warn)
         else:

@@ -1,8 +1,8 @@
-"""Stop signals: remembered, and acted upon where the run can be saved.
+"""Record stop signals and act on them at points where the run can be saved.
 
-Python runs signal handlers between two instructions of the main thread only. A thread that reads the signals'
-wake-up pipe acts where the main thread cannot: a second SIGINT while a library computes, and a stop while the
-ranks still wait for each other.
+Python runs signal handlers only in the main thread, between two instructions. A thread that reads the wake-up
+pipe of the signals acts when the main thread cannot: on a second SIGINT while a library computes, and on a
+stop signal while the ranks wait for each other at the start.
 """
 
 import _thread
@@ -23,11 +23,10 @@ if TYPE_CHECKING:
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 ENGINE_STEPS_BETWEEN_AGREEMENTS = 8  # a fraction of a second of decoding
 SECONDS_BETWEEN_LOOKS = 0.5  # one request to the store takes about 0.1 ms
-# A launcher passes a terminal's SIGINT on to ranks that got it from the terminal already: the pair counts as
-# one.
+# Ranks receive a terminal's SIGINT from the terminal and again from the launcher: the two count as one.
 SAME_REQUEST_S = 0.02
 SAME_REQUEST_OF_LAUNCHER_S = 3.0
-# How long the main thread may take to leave by itself before the process is ended from beside it.
+# Seconds that the main thread has to leave by itself before a thread ends the process.
 INTERRUPT_GRACE_S = 5.0
 START_GRACE_S, START_GRACE_OF_RANKS_S = 8.0, 20.0
 INTERRUPTED_CODE = 128 + signal.SIGINT
@@ -35,7 +34,7 @@ _polls = itertools.count()
 
 
 class Interrupted(KeyboardInterrupt):
-    """A stop signal that ends a command at once; `str` is the line that says what was kept."""
+    """A stop signal ends a command at once; `str` is the line that says what was kept."""
 
     def __init__(self, number: int, text: str = "") -> None:
         super().__init__(text)
@@ -43,15 +42,15 @@ class Interrupted(KeyboardInterrupt):
 
     @property
     def code(self) -> int:
-        """The exit code that shells use for this signal."""
+        """Return the exit code that shells use for this signal."""
         return 128 + self.number
 
 
 @contextmanager
 def interruptible() -> Iterator[None]:
-    """Raise `Interrupted` at a stop signal inside the block, so that what is half done is cleaned up.
+    """Raise `Interrupted` at a stop signal inside the block, so that incomplete work is cleaned up.
 
-    Without effect outside the main thread. Signals that are ignored (nohup) stay ignored.
+    No effect outside the main thread. Signals that are ignored (nohup) stay ignored.
     """
 
     def interrupt(number: int, frame: FrameType | None) -> None:
@@ -62,15 +61,15 @@ def interruptible() -> Iterator[None]:
 
 
 class StopRequest:
-    """Set by SIGINT, SIGTERM, SIGHUP, SIGUSR1 or SIGUSR2; a second SIGINT interrupts at once.
+    """Record SIGINT, SIGTERM, SIGHUP, SIGUSR1 or SIGUSR2; a second SIGINT interrupts at once.
 
-    Until `begin`, nothing has been trained: a stop that the main thread does not act upon within seconds ends
-    the process.
+    Before `begin` nothing is trained: if the main thread does not act on a stop signal within seconds, a
+    thread ends the process.
     """
 
     def __init__(self, on_end: Callable[[str | None], None] = lambda signal_name: None) -> None:
-        """`on_end` records the end before the thread ends the process: the signal's name, or None when it was
-        interrupted."""
+        """`on_end` is called before a thread ends the process, with the signal's name, or None after a second
+        SIGINT."""
         self.signal_name: str | None = None
         self.on_end = on_end
         self._first: float | None = None  # when the first signal came
@@ -82,17 +81,19 @@ class StopRequest:
 
     @property
     def code(self) -> int:
-        """The exit code of a command that this request ended before it was complete."""
+        """Return the exit code of a command that this request ended before it was complete."""
         return 128 + (signal.Signals[self.signal_name] if self.signal_name else signal.SIGTERM)
 
     def begin(self) -> None:
-        """Say that from now on a stop must wait until the run is saved."""
+        """Mark the start of training: from now on a stop signal waits until the run is saved."""
         self._has_begun = True
 
     @contextmanager
     def listening(self) -> Iterator["StopRequest"]:
-        """Catch the stop signals inside the block; the previous handlers come back after it. SIGHUP stays
-        ignored under nohup."""
+        """Handle the stop signals inside the block and restore the previous handlers after it.
+
+        SIGHUP stays ignored under nohup.
+        """
         reader, writer = os.pipe()
         os.set_blocking(writer, False)
         self._left.clear()
@@ -104,7 +105,7 @@ class StopRequest:
         finally:
             self._left.set()
             signal.set_wakeup_fd(previous)
-            os.close(writer)  # ends the thread, which closes its side
+            os.close(writer)  # ends the thread, which closes the reader
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
         if self._is_interrupting:
@@ -174,24 +175,24 @@ def _handlers(
 
 def _say(text: str) -> None:
     if int(os.environ.get("RANK") or 0) == 0:
-        with contextlib.suppress(OSError, ValueError):  # a terminal that is gone
+        with contextlib.suppress(OSError, ValueError):  # the terminal may be closed
             print(text, flush=True)
 
 
 class AbortPoll:
-    """Asked before every engine step of one phase: shall this rank leave the engine? Made on every rank when
-    the phase begins.
+    """Decide before every engine step of one phase whether this rank leaves the engine; collective over its
+    ranks.
 
-    One rank's signal takes all ranks out, within a second or two: it is left in the store that the ranks met
-    at, where the others look for it. The ranks of one engine run in lockstep and must leave at the same step:
-    they agree every few calls. Collective over the engine's ranks.
+    Every rank creates one when the phase begins. A signal on one rank stops all ranks within a second or two:
+    the rank sets a key in the rendezvous store, which the others poll. The ranks of one engine run in
+    lockstep and must leave at the same step, so they agree every few calls.
     """
 
     def __init__(self, stop: StopRequest, groups: "Groups") -> None:
         self._stop, self._groups = stop, groups
         self._calls, self._looked = 0, time.monotonic()
         self._is_heard = self._is_told = False
-        # Every rank makes its polls in the same order; an elastic restart goes on with the store of before.
+        # Every rank creates its polls in the same order. An elastic restart keeps the same store.
         self._key = f"rlsc_stop_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}_{next(_polls)}"
 
     def __call__(self) -> bool:
@@ -203,12 +204,12 @@ class AbortPoll:
         return self._groups.any_in_engine(self._anywhere())
 
     def _anywhere(self) -> bool:
-        """Whether this rank was signalled, or another that has said so."""
+        """Return whether this rank received a stop signal, or another rank reported one in the store."""
         if self._groups.world_size == 1:
             return bool(self._stop)
         with contextlib.suppress(
             Exception
-        ):  # a store that is gone has no news; the watchdog tells whose end that is
+        ):  # the store may already be closed; the watchdog reports that failure
             if self._stop and not self._is_told:
                 self._groups.store().set(self._key, "1")
                 self._is_told = True
