@@ -1,19 +1,19 @@
-"""The one place that knows whether there is a GPU: device, collectives, and what Megatron-Core needs to run
-without one.
+"""Choose device and collectives, and patch Megatron-Core so that it runs without a GPU.
 
-Megatron-Core 0.16.1 names CUDA in four ways; each has one remedy, applied only when torch sees no GPU:
+Megatron-Core 0.16.1 names CUDA in four ways; each has one patch, applied only when torch sees no GPU:
 
-1. ``device=torch.cuda.current_device()``: `current_device` answers ``torch.device("cpu")``;
-2. ``device="cuda"`` literals and ``tensor.cuda()``: a torch function mode maps them to the CPU (`Backend.megatron`);
-3. ``tensor.type() == "torch.cuda.FloatTensor"``: the same mode answers with the CUDA spelling;
-4. the CUDA random state in recomputation: nothing to save, the tracker is Megatron's own no-op one.
+1. ``device=torch.cuda.current_device()``: `current_device` returns ``torch.device("cpu")``;
+2. ``device="cuda"`` literals and ``tensor.cuda()``: a torch function mode maps them to the CPU
+   (`Backend.megatron`);
+3. ``tensor.type() == "torch.cuda.FloatTensor"``: the same mode returns the CUDA type name;
+4. the CUDA random state in recomputation: it is empty, and Megatron's own no-op tracker is used.
 
-And wherever TransformerEngine and Apex are absent (a CPU, or a GPU without them) one more:
+A fifth patch applies where neither TransformerEngine nor Apex is installed (a CPU, or a GPU without them):
 
-5. TransformerEngine's FusedAdam keeps ``step`` in the parameter group, and Megatron's distributed optimizer can load only
-   such a checkpoint; `TorchFusedAdam` is its twin in plain torch.
+5. TransformerEngine's FusedAdam keeps ``step`` in the parameter group, and Megatron's distributed optimizer
+   can load only such a checkpoint; `TorchFusedAdam` has the same layout in plain torch.
 
-Only these functions are patched: replacing, say, `torch.cuda.Stream` breaks other libraries' imports.
+Only these functions are patched: replacing, for example, `torch.cuda.Stream` breaks other libraries' imports.
 """
 
 import contextlib
@@ -36,7 +36,7 @@ _CUDA_SPELLINGS = ("cuda", torch.device("cuda"))
 
 
 class _MegatronOnCpu(TorchFunctionMode):
-    """Inside a scope, read ``"cuda"`` as the CPU and multiply float32 matrices with what is faster here."""
+    """Inside a scope, map ``"cuda"`` to the CPU and multiply float32 matrices with the faster library."""
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
@@ -61,8 +61,8 @@ class _MegatronOnCpu(TorchFunctionMode):
 
 
 class Backend:
-    """Device, collective library and scopes of this process; made once by `get_backend`, before Megatron-Core
-    is used."""
+    """Hold device, collective library and scopes of this process; created once by `get_backend`, before
+    Megatron-Core is used."""
 
     def __init__(self) -> None:
         self.is_cuda = torch.cuda.is_available()
@@ -79,7 +79,7 @@ class Backend:
         self._use_torch_adam_where_alone()
 
     def megatron(self) -> contextlib.AbstractContextManager[Any]:
-        """Scope of everything that Megatron computes: its ``"cuda"`` literals and CUDA type names mean this
+        """Return the scope for all Megatron code: its ``"cuda"`` literals and CUDA type names refer to this
         process's device."""
         return contextlib.nullcontext() if self.is_cuda else _MegatronOnCpu()
 
@@ -93,17 +93,16 @@ class Backend:
         )
 
     def synchronize(self) -> None:
-        """Wait for the device, so that a phase's clock stops when its work has."""
+        """Wait for the device, so that a phase's time includes its device work."""
         if self.is_cuda:
             torch.cuda.synchronize()
 
     def release_cached_memory(self) -> None:
-        """Give back what the allocator keeps of freed memory: to the device, before the engine claims it, or
-        to the system.
+        """Release freed memory that the allocator caches: on a GPU to the device, on a CPU to the system.
 
-        glibc keeps what was freed below a block in use. What still grows afterwards are two caches of
-        prepared kernels, one entry per shape: torch's (LRU_CACHE_CAPACITY) and oneDNN's
-        (ONEDNN_PRIMITIVE_CACHE_CAPACITY). `quiet_libraries` bounds both.
+        glibc keeps freed memory below a block in use. Two caches of prepared kernels still grow, by one entry
+        per shape: torch's (LRU_CACHE_CAPACITY) and oneDNN's (ONEDNN_PRIMITIVE_CACHE_CAPACITY).
+        `quiet_libraries` limits both.
         """
         if self.is_cuda:
             torch.cuda.empty_cache()
@@ -112,7 +111,7 @@ class Backend:
                 ctypes.CDLL(None).malloc_trim(0)
 
     def adam_source(self) -> str:
-        """Name the fused Adam that Megatron-Core took: TransformerEngine's, else Apex's, else torch's."""
+        """Name the fused Adam that Megatron-Core uses: TransformerEngine's, else Apex's, else torch's."""
         import megatron.core.optimizer as optimizer
 
         package = optimizer.Adam.__module__.partition(".")[0]
@@ -123,8 +122,8 @@ class Backend:
         return "torch's fused Adam (neither TransformerEngine nor Apex imports)"
 
     def memory_bytes(self) -> dict[str, int]:
-        """Measure memory now: resident set of the process and, on a GPU, allocated, reserved, peak and free
-        device bytes."""
+        """Measure the memory in use: resident set of the process and, on a GPU, allocated, reserved, peak and
+        free bytes."""
         with open("/proc/self/statm", encoding="ascii") as statm:
             memory = {"host_resident": int(statm.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")}
         if self.is_cuda:
@@ -137,8 +136,10 @@ class Backend:
     def account_memory(
         self, owned: Mapping[str, Mapping[int, int]], graph_pool: tuple[int, int] | None
     ) -> Pools:
-        """Tell who holds the memory now; see `observability.memory`. Waits for the device; a few ms of the
-        host on a GPU."""
+        """Return the current memory by owner; see `observability.memory_pools`.
+
+        On a GPU this waits for the device and takes a few ms on the host.
+        """
         if not self.is_cuda:
             with open("/proc/meminfo", encoding="ascii") as meminfo:
                 kib = next(int(line.split()[1]) for line in meminfo if line.startswith("MemAvailable:"))
@@ -166,7 +167,7 @@ class Backend:
 
     @staticmethod
     def _multiply_with_onednn_in_backward() -> None:
-        """Enter the scope inside Megatron's linear backward: autograd runs it outside of any function
+        """Enter the scope inside Megatron's linear backward, because autograd runs it outside any function
         mode."""
         from megatron.core.tensor_parallel.layers import (
             LinearWithGradAccumulationAndAsyncCommunication as Linear,
@@ -192,10 +193,10 @@ class Backend:
 
 
 def local_device_index(local_rank: int, visible: int) -> int:
-    """Return which of the `visible` GPUs a process takes: the only one where its task is bound to it, else
-    that of its local rank.
+    """Return the index of the GPU that a process uses: the only visible one, else that of its local rank.
 
-    Raises `ConfigError` where there are fewer GPUs than processes.
+    A launcher that binds one GPU to each task makes only one visible. Raises `ConfigError` if there are fewer
+    GPUs than processes.
     """
     if visible == 1:
         return 0
@@ -209,5 +210,5 @@ def local_device_index(local_rank: int, visible: int) -> int:
 
 @functools.cache
 def get_backend() -> Backend:
-    """Return this process's backend; the first call accommodates Megatron-Core (see the module's text)."""
+    """Return this process's backend; the first call patches Megatron-Core (see the module docstring)."""
     return Backend()

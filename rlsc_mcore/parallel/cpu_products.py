@@ -7,25 +7,25 @@ import torch
 
 @functools.cache
 def multiplies_with_onednn() -> bool:
-    """Tell whether float32 products of a CPU go through oneDNN instead of torch's BLAS: where there is
-    AVX-512.
+    """Return whether float32 products on a CPU use oneDNN instead of torch's BLAS; True with AVX-512.
 
-    torch's MKL takes its AVX2 path on AMD processors: with AVX-512 oneDNN ran 2.1 to 2.6 times faster there,
-    and as fast on Intel's. Where AVX2 is all there is, MKL is ahead: 1.0 to 1.7 times in the products of a
-    weight's gradient, twice with few rows.
+    torch's MKL uses its AVX2 path on AMD processors: with AVX-512 oneDNN ran 2.1 to 2.6 times faster there,
+    and equally fast on Intel's. With AVX2 only, MKL is faster: 1.0 to 1.7 times in the products of a weight's
+    gradient, twice with few rows.
     """
     return torch.backends.cpu.get_cpu_capability() == "AVX512"
 
 
 def cpu_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """Compute x @ weight.T + bias on a CPU from the weight as it lies (no packed copy); no autograd."""
+    """Compute x @ weight.T + bias on a CPU from the weight in its given layout (no packed copy); no
+    autograd."""
     if x.dtype is not torch.float32 or not x.numel() or not multiplies_with_onednn():
         return torch.nn.functional.linear(x, weight, bias)
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
 def product_or_none(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor | None:
-    """a @ b with oneDNN, or None where torch should multiply."""
+    """Compute a @ b with oneDNN; return None if torch should compute it."""
     if (
         not multiplies_with_onednn()
         or b.dim() != 2

@@ -1,4 +1,4 @@
-"""Process groups: the only reader of Megatron's parallel state."""
+"""Create the process groups and wrap their collectives; no other module reads Megatron's parallel state."""
 
 import os
 from collections.abc import Sequence
@@ -18,23 +18,24 @@ from rlsc_mcore.parallel.rendezvous import TIMEOUT_VARIABLE as RENDEZVOUS_VARIAB
 from rlsc_mcore.parallel.rendezvous import is_launched, meet
 from rlsc_mcore.parallel.watchdog import seconds_from_environment
 
-# Seconds after which a rank that waits for others gives up, so that a hung rank ends the run; data-parallel
-# ranks wait for the one whose answers take longest.
+# Seconds after which a collective fails, so that a hung rank ends the run. Data-parallel ranks wait this long
+# for the rank whose answers take longest.
 TIMEOUT_VARIABLE, DEFAULT_TIMEOUT_S = "RLSC_COLLECTIVE_TIMEOUT_S", 1800.0
 _host_groups: dict[
     tuple[int, tuple[int, ...]], dist.ProcessGroup
-] = {}  # of this process, by its world and the ranks
+] = {}  # groups of this process, by its world and the ranks
 
 
 @dataclass(frozen=True)
 class Groups:
-    """This rank's tensor-, pipeline- and data-parallel rank, size and process group, and those of its engine.
+    """Hold this rank's tensor-, pipeline- and data-parallel rank, size and process group, and those of its
+    engine.
 
     Ranks are numbered tensor-parallel first, then data-parallel, then by pipeline stage (Megatron's order),
-    so that the ranks of a tensor-parallel group are consecutive. Ranks [i E, (i + 1) E) share engine i of
-    tensor-parallel size E: part of one tensor-parallel group, or several of them whole. The ranks that
-    together hold one copy of the trainer's weights are its model group: P stages of T ranks, member `pp_rank
-    * T + tp_rank`.
+    so the ranks of a tensor-parallel group are consecutive. Ranks [i E, (i + 1) E) share engine i of
+    tensor-parallel size E: they are a part of one tensor-parallel group, or several whole groups. The model
+    group contains the ranks that together hold one copy of the trainer's weights: P stages of T ranks, member
+    `pp_rank * T + tp_rank`.
     """
 
     rank: int
@@ -47,43 +48,43 @@ class Groups:
     dp_group: dist.ProcessGroup
     pp_rank: int
     pp_size: int
-    pp_group: dist.ProcessGroup  # the stages that hold this rank's tensor-parallel part, first stage first
+    pp_group: dist.ProcessGroup  # the stages with this rank's tensor-parallel rank, first stage first
     model_group: (
         dist.ProcessGroup
     )  # the ranks that together hold one copy of the trainer's weights, in member order
-    model_host_group: dist.ProcessGroup  # the same over gloo: flags from host to host, no device involved
+    model_host_group: dist.ProcessGroup  # the same ranks over gloo, for values on the host
     engine_tp_size: int
     engine_host_group: dist.ProcessGroup  # the ranks of this rank's engine, over gloo
-    engines_group: dist.ProcessGroup  # this rank's counterparts in all engines, over gloo
+    engines_group: dist.ProcessGroup  # the ranks with this rank's index in each engine, over gloo
 
     @property
     def is_main(self) -> bool:
-        """True on the rank that writes files and prints."""
+        """Return True on the rank that writes files and prints."""
         return self.rank == 0
 
     @property
     def member(self) -> int:
-        """This rank's place in its model group."""
+        """Return this rank's index in its model group."""
         return self.pp_rank * self.tp_size + self.tp_rank
 
     @property
     def is_last_stage(self) -> bool:
-        """True on the ranks that hold the output head."""
+        """Return True on the ranks that hold the output head."""
         return self.pp_rank == self.pp_size - 1
 
     @property
     def engine_tp_rank(self) -> int:
-        """This rank's place inside its engine."""
+        """Return this rank's index in its engine."""
         return self.rank % self.engine_tp_size
 
     @property
     def engine_index(self) -> int:
-        """Which of the engines this rank belongs to."""
+        """Return the index of this rank's engine."""
         return self.rank // self.engine_tp_size
 
     @property
     def num_engines(self) -> int:
-        """Engines that answer different questions at the same time."""
+        """Return the number of engines, which sample at the same time."""
         return self.world_size // self.engine_tp_size
 
     def any(self, flag: bool) -> bool:
@@ -96,12 +97,12 @@ class Groups:
         return flag if self.tp_size * self.pp_size == 1 else _any(flag, self.model_host_group)
 
     def any_in_engine(self, flag: bool) -> bool:
-        """Return whether `flag` is set on any rank of this rank's engine; collective over those ranks, on the
+        """Return whether `flag` is set on any rank of this rank's engine; collective over its ranks, on the
         host."""
         return flag if self.engine_tp_size == 1 else _any(flag, self.engine_host_group)
 
     def max(self, value: float) -> float:
-        """Return the largest `value` over the world; collective over the world."""
+        """Return the maximum of `value` over all ranks; collective over the world."""
         if self.world_size == 1:
             return value
         tensor = torch.tensor([value], dtype=torch.float64, device=self._device())
@@ -109,16 +110,16 @@ class Groups:
         return float(tensor.item())
 
     def sums_over_engines(self, values: Sequence[float]) -> list[float]:
-        """Sum each of `values` over the engines, one rank of each; collective over this rank's counterparts,
-        on the host."""
+        """Sum each of `values` over all engines, one rank of each; collective over `engines_group`, on the
+        host."""
         tensor = torch.tensor(values, dtype=torch.float64)
         if self.num_engines > 1:
             dist.all_reduce(tensor, group=self.engines_group)
         return tensor.tolist()
 
     def reduce_over_dp(self, tensor: torch.Tensor, op: Any = dist.ReduceOp.SUM) -> torch.Tensor:
-        """Return the reduction of a host tensor over the data-parallel group, on the host; collective over
-        that group."""
+        """Reduce a host tensor over the data-parallel group and return the result on the host; collective
+        over that group."""
         if self.dp_size == 1:
             return tensor
         on_device = tensor.to(self._device(), copy=True)
@@ -132,23 +133,22 @@ class Groups:
         return tensor
 
     def gather_objects(self, value: Any) -> list[Any]:
-        """Collect `value` of every rank in rank order; collective over the world."""
+        """Gather `value` from all ranks in rank order; collective over the world."""
         return _gather_objects(value, None, self.world_size)
 
     def gather_objects_over_dp(self, value: Any) -> list[Any]:
-        """Collect `value` of every data-parallel rank in rank order; collective over that group."""
+        """Gather `value` from all data-parallel ranks in rank order; collective over that group."""
         return _gather_objects(value, self.dp_group, self.dp_size)
 
     def gather_objects_over_model(self, value: Any) -> list[Any]:
-        """Collect `value` of every rank of the model group in member order; collective over that group, on
-        the host."""
+        """Gather `value` from the model group in member order; collective over that group, on the host."""
         return _gather_objects(value, self.model_host_group, self.tp_size * self.pp_size)
 
     def from_last_stage(self, value: Any) -> Any:
         """Return the last pipeline stage's `value` on every stage; collective over the pipeline group.
 
-        `value` of the other stages is not looked at. A tensor must have the same shape and type on every
-        stage and is written in place; any other value is sent as `parallel.messages` has it.
+        The `value` of other stages is ignored. A tensor must have the same shape and type on every stage and
+        is written in place. Any other value is sent in the encoding of `parallel.messages`.
         """
         if self.pp_size == 1:
             return value
@@ -165,8 +165,7 @@ class Groups:
         return decode(content.cpu().numpy().tobytes())
 
     def model_ranks(self, dp_rank: int) -> list[int]:
-        """Return the ranks of the world that train what data-parallel rank `dp_rank` trains, in member
-        order."""
+        """Return the ranks of the model group of data-parallel rank `dp_rank`, in member order."""
         per_stage = self.world_size // self.pp_size
         return [
             stage * per_stage + dp_rank * self.tp_size + place
@@ -175,10 +174,9 @@ class Groups:
         ]
 
     def gather_tables_over_engines(self, table: torch.Tensor) -> list[torch.Tensor]:
-        """Collect the host tables [rows, columns] of this rank's counterparts in all engines, in engine
-        order.
+        """Gather host tables [rows, columns] over `engines_group`, in engine order.
 
-        The number of rows may differ. Collective over those ranks, on the host.
+        The numbers of rows may differ. Collective over that group, on the host.
         """
         if self.num_engines == 1:
             return [table]
@@ -193,10 +191,9 @@ class Groups:
         return [gathered[engine * longest :][:count] for engine, count in enumerate(counts.tolist())]
 
     def exchange_objects_over_engines(self, parts: Sequence[Any]) -> list[Any]:
-        """Send `parts[i]` to this rank's counterpart in engine i and return what each of them sent, in engine
-        order.
+        """Send `parts[i]` to this rank's counterpart in engine i; return the parts received, in engine order.
 
-        Collective over those ranks, on the host.
+        Collective over `engines_group`, on the host.
         """
         if self.num_engines == 1:
             return list(parts)
@@ -213,8 +210,11 @@ class Groups:
         return [decode(part.numpy().tobytes()) for part in received.split(theirs.tolist())]
 
     def exchange_over_world(self, parts: Sequence[torch.Tensor], sizes: Sequence[int]) -> list[torch.Tensor]:
-        """Send host tensor `parts[r]` (int32) to rank r and return the `sizes[r]` elements that it sent;
-        collective over the world."""
+        """Send host tensor `parts[r]` (int32) to rank r; return the `sizes[r]` elements received from each
+        rank r.
+
+        Collective over the world.
+        """
         device = self._device()
         received = torch.empty(sum(sizes), dtype=torch.int32, device=device)
         dist.all_to_all_single(
@@ -223,13 +223,12 @@ class Groups:
         return list(received.cpu().split(list(sizes)))
 
     def gather_objects_over_engines(self, value: Any) -> list[Any]:
-        """Collect `value` of this rank's counterpart in every engine, in engine order; collective over those
-        ranks."""
+        """Gather `value` in engine order; collective over `engines_group`."""
         return _gather_objects(value, self.engines_group, self.num_engines)
 
     @staticmethod
     def store() -> Any:
-        """Return the key-value store that the ranks met at: a note left there is no collective."""
+        """Return the rendezvous store (key-value); reading and writing it is no collective."""
         return dist.distributed_c10d._get_default_store()
 
     def barrier(self) -> None:
@@ -247,13 +246,12 @@ class Groups:
 
 
 def initialize_groups(backend: Backend, tp: int, engine_tp: int | None = None, *, pp: int = 1) -> Groups:
-    """Join the process group that torchrun (or nobody: one rank) set up, and split it into tp x dp x pp;
-    collective over the world.
+    """Initialise the process group and split it into tp x dp x pp; collective over the world.
 
     `engine_tp` is the engines' tensor-parallel size, by default `tp`. Without a launcher's environment the
-    process is a world of one. On one node every socket is on the loopback interface
-    (`rendezvous.use_loopback`). Raises `ConfigError` when the world size is no multiple of tp x pp and of
-    `engine_tp`, and `RunError` when ranks are missing.
+    world has one rank. On one node every socket is on the loopback interface (`rendezvous.use_loopback`).
+    Raises `ConfigError` if the world size is not a multiple of tp x pp and of `engine_tp`, and `RunError` if
+    ranks are missing.
     """
     engine_tp = engine_tp or tp
     assert max(tp, engine_tp) % min(tp, engine_tp) == 0, (
@@ -263,7 +261,7 @@ def initialize_groups(backend: Backend, tp: int, engine_tp: int | None = None, *
     sizes = [("parallel.tp", tp, f"{tp} does"), ("rollout.tp", engine_tp, f"{engine_tp} does")]
     if pp > 1:
         sizes.insert(1, ("parallel.pp", tp * pp, f"parallel.tp {tp} x parallel.pp {pp} = {tp * pp} do"))
-    for option, size, subject in sizes:  # before joining: who leaves then breaks the others' joining
+    for option, size, subject in sizes:  # before joining: a rank that leaves later breaks the rendezvous
         if world_size % size:
             raise ConfigError(f"{option}: {subject} not divide the {world_size} processes that were started")
     if not dist.is_initialized():
@@ -273,19 +271,19 @@ def initialize_groups(backend: Backend, tp: int, engine_tp: int | None = None, *
         )
         store.set_timeout(
             timeout
-        )  # of what groups exchange through it later: ranks come to that at very different times
+        )  # groups use the store later, and ranks reach that point at very different times
         device = backend.device if backend.is_cuda else None
         dist.init_process_group(
             backend.collectives, store=store, rank=rank, world_size=world, timeout=timeout, device_id=device
         )
-    # Before Megatron's groups: see `_host_group`.
+    # Must precede Megatron's groups: see `_host_group`.
     model_host_group, engine_host_group, engines_group = _make_host_groups(world_size, tp, pp, engine_tp)
     if not parallel_state.model_parallel_is_initialized():
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=tp,
             pipeline_model_parallel_size=pp,
             distributed_timeout_minutes=_timeout_s() / 60,
-            create_gloo_process_groups=False,  # nothing gathers over the data-parallel ranks' hosts
+            create_gloo_process_groups=False,  # no collective runs over the data-parallel ranks' hosts
         )
     dp_group, model_group = (
         parallel_state.get_data_parallel_group(),
@@ -337,7 +335,7 @@ def _gather_objects(value: Any, group: dist.ProcessGroup | None, size: int) -> l
 
 
 def world_size_of_launcher() -> int:
-    """Return the number of ranks that a launcher says it started; 1 without one."""
+    """Return the number of ranks that the launcher reports, 1 without a launcher."""
     text = os.environ.get("WORLD_SIZE", "") if is_launched() else "1"
     if not (text.isascii() and text.isdecimal() and int(text)):
         raise ConfigError(
@@ -351,10 +349,10 @@ def _timeout_s() -> float:
 
 
 def _make_host_groups(world_size: int, tp: int, pp: int, engine_tp: int) -> list[dist.ProcessGroup | None]:
-    """Make this rank's gloo groups: its model group, its engine, its counterparts in all engines.
+    """Create this rank's gloo groups: its model group, its engine, its counterparts in all engines.
 
-    None where a group of Megatron's will do: over gloo its own of the same ranks, and the model group where
-    it is one rank.
+    An entry is None if an existing group can be used: Megatron's own group of the same ranks over gloo, the
+    model group for an engine of the same ranks, and any group for a model group of one rank.
     """
     rank, per_stage = dist.get_rank(), world_size // pp
     first = rank % per_stage // tp * tp
@@ -371,17 +369,17 @@ def _make_host_groups(world_size: int, tp: int, pp: int, engine_tp: int) -> list
 
 
 def _host_group(ranks: list[int]) -> dist.ProcessGroup:
-    """Return the gloo group of `ranks`, of which this rank is one; collective over those ranks only, the
-    first time.
+    """Return the gloo group of `ranks`, which include this rank; collective over those ranks on the first
+    call.
 
-    torch names such a group after its ranks and the number of groups that this rank is in: that must be equal
-    on all of them. It is before Megatron's groups are made; afterwards the stages of a pipeline are in
-    different numbers of groups.
+    torch derives the name of such a group from its ranks and from the number of groups that this rank is in,
+    so that number must be equal on all of them. It is equal before Megatron's groups exist. Afterwards the
+    stages of a pipeline are in different numbers of groups.
     """
     key = (id(dist.group.WORLD), tuple(ranks))
     if key not in _host_groups:
         timeout = timedelta(seconds=_timeout_s())
         made = dist.new_group(ranks, timeout=timeout, backend="gloo", use_local_synchronization=True)
-        assert isinstance(made, dist.ProcessGroup)  # torch's marker of a rank outside of the group is none
+        assert isinstance(made, dist.ProcessGroup)  # torch returns another type outside the group
         _host_groups[key] = made
     return _host_groups[key]

@@ -1,5 +1,5 @@
-"""Hold what differs between the supported versions of Megatron-Core: 0.16.1 and, on Python 3.12 and newer,
-0.19.2."""
+"""Contain the differences between the supported versions of Megatron-Core: 0.16.1 and, on Python 3.12 and
+newer, 0.19.2."""
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -12,12 +12,11 @@ from megatron.core.dist_checkpointing import serialization
 _IS_0_19 = int(__version__.split(".")[1]) >= 19
 
 SAVE_OPTIONS: dict[str, Any] = {"async_strategy": "mcore"} if _IS_0_19 else {}
-"""Options of `dist_checkpointing.save`: the default writer of 0.19 is that of a package which is not needed
-here."""
+"""Options of `dist_checkpointing.save`: the default writer of 0.19 needs a package that is not required here."""
 
 
 class _CommonState:
-    """Write the unsharded state of a checkpoint where 0.19 would pickle it into a file of tensors."""
+    """Write the unsharded state of a checkpoint, which 0.19 would pickle into a file of tensors."""
 
     @staticmethod
     def save_common(values: Any, folder: Any) -> None:
@@ -41,8 +40,8 @@ def common_state_as(save: Callable[[Any, Any], None], load: Callable[[Any], Any]
     """Save and load the unsharded state of checkpoints with these functions inside the block, instead of by
     pickle.
 
-    `save` gets (values, folder) on every rank, `load` gets (folder). Mutates Megatron-Core until the end of
-    the block.
+    `save` receives (values, folder) on every rank, `load` receives (folder). Mutates Megatron-Core until the
+    end of the block.
     """
     patches = _patches_0_19(save, load) if _IS_0_19 else _patches_0_16(save, load)
     originals = [(owner, name, vars(owner)[name]) for owner, name, _ in patches]
@@ -68,7 +67,8 @@ def _patches_0_16(save: Callable[[Any, Any], None], load: Callable[[Any], Any]) 
 
 
 def _patches_0_19(save: Callable[[Any, Any], None], load: Callable[[Any], Any]) -> list[tuple[Any, str, Any]]:
-    """Take the state out of the sharded objects, into which 0.19 puts it, before they are written."""
+    """Return the patches for 0.19, which remove the state from the sharded objects before these are
+    written."""
     from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 
     write_shards = TorchDistSaveShardedStrategy.async_save
@@ -88,10 +88,10 @@ def _patches_0_19(save: Callable[[Any, Any], None], load: Callable[[Any], Any]) 
 
 
 def use_cpu_streams() -> None:
-    """Make `torch.cuda.current_stream` return the CPU's stream, for a process without a GPU; nothing for
-    Megatron-Core 0.16.
+    """Make `torch.cuda.current_stream` return the CPU's stream, for a process without a GPU.
 
-    The gradient reduction of 0.19 asks for the current stream even where it then waits for no event.
+    No effect with Megatron-Core 0.16. The gradient reduction of 0.19 requests the current stream even if it
+    then waits for no event.
     """
     if _IS_0_19:
         torch.cuda.current_stream = lambda device=None: torch.cpu.current_stream()  # type: ignore[assignment,return-value]

@@ -1,9 +1,8 @@
-"""Send values between ranks without pickle: containers, numbers, text, tensors and this package's
-dataclasses, as msgpack.
+"""Send values between ranks as msgpack: containers, numbers, text, tensors and this package's dataclasses.
 
-Whoever reaches a rank's port could otherwise send a pickle that runs code. Libraries pickle too
-(Megatron-Core exchanges the layout of a checkpoint that way): `restrict_unpickling` limits what torch's
-object collectives may build to data.
+Pickle is not used: anyone who reaches a rank's port could send a pickle that runs code. Libraries also use
+pickle (Megatron-Core exchanges the layout of a checkpoint with it): `restrict_unpickling` limits torch's
+object collectives to types that hold data.
 """
 
 import base64
@@ -75,13 +74,15 @@ def encode(value: Any) -> bytes:
     """Encode `value` as msgpack; raises TypeError for a type that is not data."""
     try:
         return msgspec.msgpack.encode(_plain(value))
-    except (UnicodeEncodeError, ValueError):  # half of a surrogate pair in an answer
+    except (UnicodeEncodeError, ValueError):  # an answer may hold half of a surrogate pair
         return msgspec.msgpack.encode(_plain(value, escapes=True))
 
 
 def decode(content: bytes) -> Any:
-    """Return what `encode` was given; builds nothing but containers, numbers, text, tensors and dataclasses
-    of this package."""
+    """Return the value that `encode` received.
+
+    Creates only containers, numbers, text, tensors and dataclasses of this package.
+    """
     return _restored(msgspec.msgpack.decode(content))
 
 
@@ -93,7 +94,7 @@ def to_json(value: Any) -> str:
 
 
 def from_json(text: str) -> Any:
-    """Return what `to_json` was given; raises ValueError for other text."""
+    """Return the value that `to_json` received; raises ValueError for other text."""
     try:
         return _restored(json.loads(text))
     except (KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -101,7 +102,7 @@ def from_json(text: str) -> Any:
 
 
 def _plain(value: Any, *, escapes: bool = False) -> Any:
-    """Turn `value` into what msgpack and JSON know; other types become `{kind: content}`."""
+    """Convert `value` to types that msgpack and JSON support; other types become `{kind: content}`."""
     kind = type(value)
     if kind is str and escapes:
         return {_TEXT: value.encode("utf-8", "surrogatepass")}
@@ -112,7 +113,7 @@ def _plain(value: Any, *, escapes: bool = False) -> Any:
         if set(map(type, value)) <= {
             int,
             float,
-        }:  # long lists of tokens and log-probs, without a call for each
+        }:  # fast path for long lists of tokens and log-probs
             return {tag: list(value)}
         return {tag: [_plain(item, escapes=escapes) for item in value]}
     if kind is dict:
@@ -193,8 +194,8 @@ def _dataclass(module: str, name: str, fields: dict[str, Any]) -> Any:
 
 
 class DataUnpickler(pickle.Unpickler):
-    """Unpickles data of checkpoint formats and nothing else; raises UnpicklingError naming what else was
-    asked for."""
+    """Unpickle only data of checkpoint formats; raises UnpicklingError naming any other global in the
+    pickle."""
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) in _DATA_GLOBALS:
@@ -222,7 +223,7 @@ def _load_tensor(content: bytes) -> Any:
 
 
 def restrict_unpickling() -> None:
-    """Let torch's object collectives build data only; to be called before ranks meet. Mutates
+    """Restrict torch's object collectives to data; call it before the rendezvous. Mutates
     `torch.distributed`."""
     from torch.distributed import distributed_c10d
 

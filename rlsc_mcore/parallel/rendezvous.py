@@ -1,7 +1,7 @@
-"""Let the ranks meet within a time limit, and name who is missing where they do not.
+"""Connect the ranks within a time limit, and name the missing ranks if it expires.
 
-On one node every socket is on the loopback interface: gloo, the store and NCCL's bootstrap ask nobody for a
-password.
+On one node every socket is on the loopback interface, because gloo, the store and NCCL's bootstrap have no
+authentication.
 """
 
 import errno
@@ -23,19 +23,21 @@ _SHOWN = 8
 
 
 def is_launched() -> bool:
-    """Tell whether torchrun or srun's launch script started this process as a rank."""
+    """Return whether torchrun or the launch script for srun started this process as a rank."""
     return "RANK" in os.environ
 
 
 def is_one_node() -> bool:
-    """Tell whether all ranks are on this machine: what torchrun and the launch script say, else a world of
-    one."""
+    """Return whether all ranks are on this machine, from the variables of torchrun or the launch script.
+
+    Without these variables the answer is True for a world of one rank only.
+    """
     world = os.environ.get("WORLD_SIZE", "1")
     return os.environ.get("LOCAL_WORLD_SIZE", "1" if world == "1" else "") == world
 
 
 def use_loopback() -> None:
-    """Keep the sockets of a single node on the loopback interface, unless the user names another; mutates the
+    """Bind the sockets of a single node to the loopback interface unless the user names another; mutates the
     environment."""
     if is_one_node():
         for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", "TP_SOCKET_IFNAME"):
@@ -43,10 +45,10 @@ def use_loopback() -> None:
 
 
 def share_one_listener() -> None:
-    """Let all gloo groups of one rank share one device: one loopback socket and its thread instead of one for
-    each group.
+    """Let all single-rank gloo groups share one device: one loopback socket and thread instead of one per
+    group.
 
-    Megatron-Core makes 33 groups for a world of one. Mutates `torch.distributed`.
+    Megatron-Core creates 33 groups in a world of one. Mutates `torch.distributed`.
     """
     from torch.distributed import distributed_c10d
 
@@ -56,13 +58,13 @@ def share_one_listener() -> None:
     devices: list[Any] = []
 
     class Sharing(metaclass=_SharingType, original=original, devices=devices):
-        """Stands for `ProcessGroupGloo`."""
+        """Replace `ProcessGroupGloo`."""
 
     distributed_c10d.ProcessGroupGloo = Sharing  # type: ignore[assignment,misc]
 
 
 class _SharingType(type):
-    """Makes gloo groups as `ProcessGroupGloo` does, those of one rank on a shared device."""
+    """Create gloo groups like `ProcessGroupGloo`, but put groups of one rank on a shared device."""
 
     def __new__(cls, name: str, bases: tuple[type, ...], body: dict[str, Any], **options: Any) -> Any:
         return super().__new__(cls, name, bases, body)
@@ -92,14 +94,14 @@ class _SharingType(type):
 
 
 def meet(timeout_s: float, *, needs_address: bool = False) -> tuple[Any, int, int]:
-    """Return the store that all ranks have come to, this rank and the world's size; collective over the
-    world.
+    """Return the rendezvous store, this rank and the world size after all ranks have joined; collective over
+    the world.
 
-    Without a launcher it is a world of one, whose store is in memory, or on a free loopback port for NCCL
-    (`needs_address`). Raises `ConfigError` for variables that no launcher sets so, and `RunError` naming the
-    address and the missing ranks after `timeout_s` seconds.
+    Without a launcher the world has one rank. Its store is in memory, or on a free loopback port for NCCL
+    (`needs_address`). Raises `ConfigError` for invalid launcher variables, and `RunError` naming the address
+    and the missing ranks after `timeout_s` seconds.
     """
-    stores: Any = dist  # its types are not exported
+    stores: Any = dist  # torch does not export the store types
     restrict_unpickling()
     use_loopback()
     share_one_listener()
@@ -156,10 +158,10 @@ def _open_store(address: str, port: int, rank: int, world: int, timeout_s: float
 
 
 def _listen(port: int) -> tuple[int, int]:
-    """Open the store's socket on the loopback interface (port 0: a free one); torch's own would listen on
-    every address.
+    """Open the store's socket on the loopback interface (port 0: a free port); return its file descriptor and
+    port.
 
-    Returns the file descriptor and the port.
+    torch itself would listen on all addresses.
     """
     listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -198,7 +200,7 @@ def _wait_for_all(store: Any, place: str, rank: int, world: int, timeout_s: floa
         raise RunError(
             f"rendezvous at {place}: the store of rank 0 does not answer rank {rank}: {reason}"
         ) from None
-    if rank == 0:  # it may hold the store that the others are still asking
+    if rank == 0:  # its process may host the store, which other ranks still read
         time.sleep(20 * _POLL_S)
     names = ", ".join(map(str, missing[:_SHOWN])) + (", ..." if len(missing) > _SHOWN else "")
     late = f"{len(missing)} of {world} ranks did not come within {timeout_s:.0f} s ({TIMEOUT_VARIABLE})"

@@ -1,4 +1,4 @@
-"""AdamW with the state layout of TransformerEngine's FusedAdam, in plain torch."""
+"""Implement AdamW with the state layout of TransformerEngine's FusedAdam, in plain torch."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ from torch.optim.adam import adam
 
 
 class TorchFusedAdam(torch.optim.Optimizer):
-    """AdamW with the state layout of TransformerEngine's FusedAdam (``step`` an int in the parameter
+    """AdamW whose state has the layout of TransformerEngine's FusedAdam (``step`` is an int in the parameter
     group)."""
 
     def __init__(

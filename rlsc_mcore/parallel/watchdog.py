@@ -1,9 +1,9 @@
-"""A rank that dies or hangs ends the run: every rank beats, its neighbour listens, the first verdict is
-everybody's.
+"""Detect dead and hung ranks. The first failure report ends all ranks and is printed once.
 
-Beats and the verdict live in the store that the ranks met at. A beat carries what its rank does (phase, step,
-the collective it waits in), so that the message can name who is waited for. torch's own time limits know none
-of it, and act much later.
+Each rank writes a heartbeat to the rendezvous store and reads the heartbeat of the next rank. The failure
+report is stored there too. A heartbeat contains the activity of its rank (phase, step, current collective),
+so that the report can name the rank that the others wait for. torch's own timeouts do not know the activity,
+and they expire much later.
 """
 
 import contextlib
@@ -22,26 +22,29 @@ from rlsc_mcore.config import ConfigError
 
 DEAD_VARIABLE, DEFAULT_DEAD_AFTER_S = "RLSC_DEAD_AFTER_S", 60.0
 BEATS_PER_LIMIT = 6
-SLOW_PHASES = {"start-up": 4.0}  # compiling and capturing tell no progress
+SLOW_PHASES = {"start-up": 4.0}  # compilation and graph capture report no progress
 _VERDICT = "verdict"
 _OWN = ("rlsc_mcore", "megatron")
 
 
 class Watchdog:
-    """What this rank does, and the thread that tells the others; without peers there is no thread."""
+    """Track this rank's activity and send heartbeats from a thread; a single rank starts no thread."""
 
     def __init__(
         self, rank: int, world_size: int, *, hang_after_s: float, end: Callable[[str], None]
     ) -> None:
-        """`hang_after_s`: longest time without progress. `end` hears the message before the process exits
-        with code 1."""
+        """Start the watchdog thread if there are other ranks.
+
+        `hang_after_s` is the longest time without progress. `end` receives the message before the process
+        exits with code 1.
+        """
         self.phase_name, self.step = "start-up", 0
         self._rank, self._world_size, self._hang_after_s, self._end = rank, world_size, hang_after_s, end
         self._dead_after_s = seconds_from_environment(DEAD_VARIABLE, DEFAULT_DEAD_AFTER_S)
         self._interval_s = min(5.0, self._dead_after_s / BEATS_PER_LIMIT)
         self._main, self._progress = threading.main_thread().ident, time.monotonic()
         self._closed = threading.Event()
-        self._lost_a_peer = False  # this rank waits for a verdict: it does not hang
+        self._lost_a_peer = False  # this rank waits for a failure report: it does not hang
         self._store: Any = None  # a torch store; its types are not exported
         if world_size > 1:
             address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
@@ -54,32 +57,36 @@ class Watchdog:
             threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
 
     def phase(self, name: str, step: int | None = None) -> None:
-        """Say what this rank does from now on."""
+        """Set the phase, and the step if given; counts as progress."""
         self.phase_name, self.step = name, self.step if step is None else step
         self.progress()
 
     def progress(self) -> None:
-        """Say that the phase goes on."""
+        """Record progress within the current phase."""
         self._progress = time.monotonic()
 
     def fail(self, text: str) -> None:
-        """Tell the others that this rank fails, and why; they end without a message of their own."""
+        """Store this rank's failure and its reason for the other ranks, which end without a message of their
+        own."""
         if self._store is not None and not self._closed.is_set():
             self._closed.set()
-            with contextlib.suppress(Exception):  # a store that is gone has no listeners
+            with contextlib.suppress(Exception):  # the store may already be closed
                 self._store.compare_set(
                     _VERDICT, "", f"rank {self._rank} failed in phase {self._doing()}: {text}"
                 )
 
     def wait_for_verdict(self) -> None:
-        """Give the thread time to find the rank whose loss this one has just noticed; it ends the process
-        when it does."""
+        """Wait until the watchdog thread finds the rank whose loss caused an error here; the thread then ends
+        the process.
+
+        Returns if no lost rank is found in that time.
+        """
         if self._store is not None:
             self._lost_a_peer = True
             time.sleep(self._dead_after_s + 3 * self._interval_s)
 
     def close(self) -> None:
-        """Stop watching, once no rank waits for another any more."""
+        """Stop watching; call it when no rank waits for another any more."""
         self._closed.set()
 
     # ------------------------------------------------------------------ the thread
@@ -87,7 +94,7 @@ class Watchdog:
     def _watch(self) -> None:
         neighbour = (self._rank + 1) % self._world_size
         count, last, seen = 0, "", time.monotonic()
-        # The first beat at once: a rank that stops before it would never be missed.
+        # Send the first heartbeat at once, so that a rank that stops early is detected soon.
         while not self._closed.wait(self._interval_s if count else 0.0):
             count += 1
             try:
@@ -113,14 +120,14 @@ class Watchdog:
                         f"{silent:.0f} s ago"
                     )
             except Exception as error:
-                # The end of the run takes the store with it: see whether this rank's own end follows.
+                # The store closes at the end of the run: wait to see whether this rank ends normally.
                 if self._closed.wait(2 * self._interval_s):
                     return
                 text = f"the ranks' meeting point ({os.environ['MASTER_ADDR']}, rank 0's process or torchrun's) is gone: {_one_line(error)}"
                 self._exit(f"{text}; rank {self._rank} was in phase {self._doing()}", is_mine=self._rank <= 1)
 
     def _judge(self, text: str) -> None:
-        mine = f"{self._rank}: {text}"  # two ranks may say the same
+        mine = f"{self._rank}: {text}"  # the rank makes equal reports of two ranks distinguishable
         self._exit(text, is_mine=self._store.compare_set(_VERDICT, "", mine).decode() == mine)
 
     def _exit(self, text: str, *, is_mine: bool) -> None:
@@ -131,7 +138,7 @@ class Watchdog:
         if self._rank == 0:
             time.sleep(
                 3 * self._interval_s
-            )  # its process may hold the store that the others read the verdict from
+            )  # its process may host the store from which the others read the report
         os._exit(1)
 
     # ------------------------------------------------------------------ what a rank does
@@ -166,8 +173,8 @@ class Watchdog:
         if not busy:
             return f"no rank advances, each waits for the others: {phases}"
         if not behind and not waiting and dist.get_backend() == "nccl":
-            # A collective returns at once there, and a host that waits for its result looks like one that
-            # computes.
+            # With NCCL a collective returns at once, so a host that waits for its result looks like a host
+            # that computes.
             return f"no rank advances, and no rank is behind in a collective (see NCCL's flight recorder): {phases}"
         rank, beat = max(busy.items(), key=lambda item: item[1]["idle"])
         text = f"rank {rank} hangs: no progress for {beat['idle']:.0f} s in phase {_place(beat)}"
@@ -180,22 +187,24 @@ class Watchdog:
 
 
 def collective_counts() -> dict[str, int]:
-    """Return how many collectives this rank has begun in each of its process groups, by the group's name
-    (equal on its ranks)."""
+    """Return how many collectives this rank has started in each of its process groups, by group name.
+
+    The name of a group is equal on all its ranks.
+    """
     counts: dict[str, int] = {}
     names: dict[Any, str] = dict(dist.distributed_c10d._world.pg_names)
     for group, name in names.items():
-        with contextlib.suppress(Exception):  # a group that is being torn down, or a library without counts
+        with contextlib.suppress(Exception):  # the group may be closing, or its library may have no counts
             if group.size() > 1:
                 counts[name] = group._get_sequence_number_for_group()
     return counts
 
 
 def behind_and_ahead(counts: Mapping[int, Mapping[str, int]]) -> tuple[set[int], set[int]]:
-    """Compare the collectives that ranks (the keys) have begun; return the ranks that are waited for, and
-    those that wait.
+    """Compare the collectives that the ranks (the keys) have started; return the ranks that others wait for,
+    and the ranks that wait.
 
-    A rank that waits in one group, and so is late in another, is not to blame for the latter.
+    A rank that waits in one group is late in other groups because of that, so it is not among the first.
     """
     behind: set[int] = set()
     ahead: set[int] = set()
@@ -209,7 +218,7 @@ def behind_and_ahead(counts: Mapping[int, Mapping[str, int]]) -> tuple[set[int],
 
 
 def seconds_from_environment(name: str, default: float) -> float:
-    """Read a number of seconds; raises ConfigError naming the variable."""
+    """Read a number of seconds from an environment variable; raises ConfigError naming the variable."""
     text = os.environ.get(name, str(default))
     try:
         seconds = float(text)
@@ -228,7 +237,8 @@ def _place(beat: dict[str, Any]) -> str:
 
 
 def _where(thread: int | None) -> tuple[str, str]:
-    """The collective that a thread is in ("" if none) and the innermost function of ours around it."""
+    """Return the collective that a thread is in ("" if none) and the innermost function of this package
+    around it."""
     frame = sys._current_frames().get(thread or -1)
     collective = place = ""
     while frame is not None:
