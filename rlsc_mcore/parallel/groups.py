@@ -351,8 +351,8 @@ def _timeout_s() -> float:
 def _make_host_groups(world_size: int, tp: int, pp: int, engine_tp: int) -> list[dist.ProcessGroup | None]:
     """Create this rank's gloo groups: its model group, its engine, its counterparts in all engines.
 
-    An entry is None if an existing group can be used: Megatron's own group of the same ranks over gloo, the
-    model group for an engine of the same ranks, and any group for a model group of one rank.
+    An entry is None if another group serves instead: Megatron's group of the same ranks if it uses gloo, the
+    model group for an engine of the same ranks, and Megatron's model group if it has one rank.
     """
     rank, per_stage = dist.get_rank(), world_size // pp
     first = rank % per_stage // tp * tp

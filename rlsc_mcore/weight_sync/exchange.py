@@ -1,5 +1,7 @@
-"""The part of a hot swap that crosses ranks: static buckets, gathered in one buffer while the other is
-unpacked."""
+"""Exchange the weights of a hot swap between ranks in static buckets.
+
+Two buffers alternate: the collective of one bucket fills a buffer while the other buffer is unpacked.
+"""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -17,7 +19,7 @@ ALIGNED_ELEMENTS = 8  # 16 bytes of the shortest type
 
 @dataclass(frozen=True)
 class _Piece:
-    """A block, or part of one, and where in its bucket it begins."""
+    """Describe a block, or a part of one, and its offset in its bucket."""
 
     weight: MovedWeight
     block: Block
@@ -32,22 +34,22 @@ class _Piece:
 
 @dataclass(frozen=True)
 class _Bucket:
-    """Everything that happens between one send and its unpacking; bound to one of the two buffers."""
+    """Hold the copies and transfers of one bucket; bound to one of the two buffers."""
 
     pack: BlockCopy
     unpack: BlockCopy
-    num_elements: int  # of the largest part of the bucket, over the ranks of the group
+    num_elements: int  # elements of the bucket's largest part, over the ranks of the group
     sends: tuple[tuple[int, torch.Tensor], ...]  # (rank of the world, part)
     receives: tuple[tuple[int, torch.Tensor], ...]
 
 
 class WeightExchange:
-    """Moves what this rank's engine needs from the other ranks of its model group; built once, holds its two
-    buffers.
+    """Receive the weights that this rank's engine needs from the other ranks of its model group.
 
-    Without a pipeline and with engines of one rank each, every rank needs all of every other's shard: one
-    all-gather per bucket. Else ranks need different parts: one batch of sends and receives per bucket. No
-    sizes or names travel.
+    It is built once and keeps its two buffers. Without a pipeline and with engines of one rank each, every
+    rank needs the whole shard of every other rank: one all-gather per bucket. Otherwise ranks need different
+    parts: one batch of sends and receives per bucket. Sizes and names are not sent, because every rank
+    computes them.
     """
 
     def __init__(
@@ -57,16 +59,18 @@ class WeightExchange:
         group: dist.ProcessGroup,
         bucket_bytes: int = BUCKET_BYTES,
     ) -> None:
-        """Build buckets and buffers; `parameters` are the engine's own tensors. Allocates on their device, no
-        collective."""
+        """Build buckets and buffers; no collective.
+
+        `parameters` are the engine's own tensors; the buffers are allocated on their device.
+        """
         self._group, self._plan = group, plan
         self._tensors = parameters
         place = plan.place
         self._all_gather = place.engine_size == 1 and place.num_stages == 1
         self._others = [rank for rank in range(place.num_members) if rank != place.member]
         capacity = max(1, bucket_bytes // plan.dtype.itemsize)
-        # streams[s][d]: what rank s sends to rank d, cut into buckets; every rank of the group computes the
-        # same lists.
+        # streams[s][d]: the buckets that rank s sends to rank d. Every rank of the group computes the same
+        # lists.
         ranks = range(place.num_members)
         wanted = _blocks_by_pair(plan.moved, place.num_members)
         streams = [[list(_buckets(wanted[s][d], capacity)) for d in ranks] for s in ranks]
@@ -75,7 +79,7 @@ class WeightExchange:
             max(_size(_at(buckets, number)) for row in streams for buckets in row) for number in range(count)
         ]
         outgoing, incoming = streams[place.member], [streams[s][place.member] for s in ranks]
-        # Ranks that want the same are sent the same part of the buffer.
+        # Ranks that need the same blocks receive the same part of the send buffer.
         self._part_of: dict[int, int] = {}
         parts: dict[Any, int] = {}
         for rank in self._others:
@@ -84,7 +88,7 @@ class WeightExchange:
             )
             self._part_of[rank] = parts.setdefault(content, len(parts)) if content else 0
         num_parts = max(1, len(parts))
-        # An all-gather fills a part for every rank; else only those that send to this one have a part.
+        # An all-gather fills one part per rank. Otherwise only ranks that send to this rank have a part.
         sources = ranks if self._all_gather else [rank for rank in self._others if incoming[rank]]
         self._slot_of = {rank: slot for slot, rank in enumerate(sources)}
         device = next(iter(parameters.values())).device
@@ -105,7 +109,7 @@ class WeightExchange:
     def _make(
         self, slot: int, size: int, outgoing: dict[int, list[_Piece]], incoming: dict[int, list[_Piece]]
     ) -> _Bucket:
-        """Bind one bucket, whose largest part has `size` elements, to buffer `slot`."""
+        """Build one bucket, whose largest part has `size` elements, on buffer `slot`."""
         unique = {self._part_of[rank]: pieces for rank, pieces in outgoing.items()}
         packed, shards, unpacked, received = [], [], [], []
         for part, pieces in unique.items():
@@ -140,12 +144,12 @@ class WeightExchange:
 
     @property
     def num_buckets(self) -> int:
-        """Collectives per swap."""
+        """Return the number of buckets, each of which takes one collective per swap."""
         return len(self._buckets)
 
     @property
     def buffer_bytes(self) -> int:
-        """Bytes that both buffers hold as long as the exchange lives."""
+        """Return the bytes of both buffers, which stay allocated."""
         return sum(buffer.numel() * buffer.element_size() for buffer in (*self._send, *self._receive))
 
     @torch.no_grad()
@@ -156,7 +160,7 @@ class WeightExchange:
             bucket.pack.run()
             works = self._start(bucket, number % 2)
             if pending is not None:
-                _finish(*pending)  # unpacked while the next bucket travels
+                _finish(*pending)  # overlaps with the transfer of the next bucket
             pending = bucket, works
         if pending is not None:
             _finish(*pending)
@@ -186,7 +190,7 @@ def _finish(bucket: _Bucket, works: Sequence[Any]) -> None:
 def _blocks_by_pair(
     moved: Sequence[MovedWeight], num_ranks: int
 ) -> list[list[list[tuple[MovedWeight, Block]]]]:
-    """Sort the blocks that cross ranks: [source][target], in the order of `moved`."""
+    """Group the blocks that cross ranks as [source][target], in the order of `moved`."""
     pairs: list[list[list[tuple[MovedWeight, Block]]]] = [
         [[] for _ in range(num_ranks)] for _ in range(num_ranks)
     ]
@@ -199,8 +203,10 @@ def _blocks_by_pair(
 
 
 def _buckets(blocks: Sequence[tuple[MovedWeight, Block]], capacity: int) -> Iterator[list[_Piece]]:
-    """Cut what one rank sends to another into buckets of at most `capacity` elements (one index may be
-    more)."""
+    """Cut the blocks that one rank sends to another into buckets of at most `capacity` elements.
+
+    A bucket with a single index of a large weight may exceed `capacity`.
+    """
     pieces: list[_Piece] = []
     filled = 0
     for weight, block in blocks:
@@ -235,7 +241,7 @@ def _size(pieces: list[_Piece]) -> int:
 
 
 def _aligned(num_elements: int) -> int:
-    """Where the next piece may begin: at an address that vector loads can read."""
+    """Round up to the next offset whose address vector loads can read."""
     return -(-num_elements // ALIGNED_ELEMENTS) * ALIGNED_ELEMENTS
 
 

@@ -1,9 +1,8 @@
-"""The static plan of a hot swap: for every parameter of this rank's engine, which bytes of which trainer rank
-it is made of.
+"""Plan a hot swap: for every parameter of this rank's engine, list the source blocks on the trainer ranks.
 
-Both sides cut the same logical tensors: Megatron's rank t of T and vLLM's rank e of E each hold intervals of
-the query, key and value rows, of the gate and up rows, or of one tensor's rows or columns. Where two
-intervals meet, a block is copied.
+Both sides shard the same logical tensors. Megatron's tensor-parallel rank t of T and vLLM's rank e of E each
+hold intervals of the query, key and value rows, of the gate and up rows, or of the rows or columns of one
+tensor. Where two intervals overlap, a block is copied. The plan is static.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,9 +16,10 @@ from rlsc_mcore.model.weight_map import BoundWeight
 
 @dataclass(frozen=True)
 class Place:
-    """This rank's place in its model group, and the engine rank (of E) of every member of that group.
+    """Describe this rank's position in its model group, and the engine rank (of E) of every member of the
+    group.
 
-    A model group is P pipeline stages of T tensor-parallel ranks; member `stage * T + tp_rank`.
+    A model group has P pipeline stages of T tensor-parallel ranks; member `stage * T + tp_rank`.
     """
 
     tp_rank: int
@@ -31,36 +31,41 @@ class Place:
 
     @property
     def member(self) -> int:
-        """This rank's place in the model group."""
+        """Return this rank's index in the model group."""
         return self.stage * self.tp_size + self.tp_rank
 
     @property
     def num_members(self) -> int:
-        """Ranks of the model group."""
+        """Return the number of ranks in the model group."""
         return self.num_stages * self.tp_size
 
     @property
     def engine_rank(self) -> int:
-        """This rank's own place inside its engine."""
+        """Return this rank's index in its engine."""
         return self.engine_ranks[self.member]
 
     @property
     def holds_engine(self) -> bool:
-        """True where the trainer's shards on this rank are its engine's: no rank needs another one's
-        bytes."""
+        """Return True if this rank's trainer shards equal its engine's shards, so that no bytes cross
+        ranks."""
         return self.num_stages == 1 and self.tp_size == self.engine_size
 
     def source_stage(self, stages: Sequence[int], member: int) -> int:
-        """Return the stage that `member` takes a weight from, of the `stages` that hold it: its own where it
-        is one of them."""
+        """Return the stage that supplies a weight to `member`: its own stage if that is among `stages`, else
+        one of them.
+
+        `stages` are the pipeline stages that hold the weight.
+        """
         own = member // self.tp_size
         return own if own in stages else stages[own % len(stages)]
 
 
 @dataclass(frozen=True)
 class Interval:
-    """Indices [start, stop) of a logical section (0, 1, 2: q, k, v or gate, up), found at `local` in a rank's
-    shard."""
+    """Describe indices [start, stop) of a logical section, which begin at `local` in a rank's shard.
+
+    Sections 0, 1, 2 are q, k, v; sections 0, 1 are gate and up.
+    """
 
     section: int
     start: int
@@ -70,8 +75,10 @@ class Interval:
 
 @dataclass(frozen=True)
 class Block:
-    """`length` indices of a shard's sharded dimension: from `source_start` on member `source_rank` to
-    `target_start`."""
+    """Describe a copy of `length` indices along a shard's sharded dimension.
+
+    They begin at `source_start` on member `source_rank` and at `target_start` in the engine's parameter.
+    """
 
     source_rank: int  # place in the model group
     source_start: int
@@ -81,7 +88,7 @@ class Block:
 
 @dataclass(frozen=True)
 class AliasWeight:
-    """Engine and trainer share one storage; an optimizer step is a swap."""
+    """A parameter whose storage engine and trainer share; every optimizer step updates both."""
 
     engine_name: str
     source: torch.Tensor  # the trainer's parameter, or a view of its rows
@@ -89,8 +96,8 @@ class AliasWeight:
 
 @dataclass(frozen=True)
 class CopiedWeight:
-    """The engine keeps its own tensor; each swap rewrites it from `blocks`, of this rank's shard and, if need
-    be, of others'."""
+    """A parameter that the engine stores itself; each swap rewrites it from `blocks` of this rank's or other
+    shards."""
 
     engine_name: str
     source: (
@@ -102,23 +109,25 @@ class CopiedWeight:
 
 @dataclass(frozen=True)
 class MovedWeight:
-    """A parameter of which some rank of the model group needs another one's bytes, whatever becomes of it on
-    this rank."""
+    """A parameter for which at least one rank of the model group needs bytes from another rank.
+
+    Every rank of the group lists it, also a rank that shares or copies it locally.
+    """
 
     engine_name: str
     source: (
         torch.Tensor
     )  # this rank's shard; on the meta device where another pipeline stage holds the weight
     axis: int
-    wanted: tuple[tuple[Block, ...], ...]  # [P T]: what the engine of each member needs
+    wanted: tuple[tuple[Block, ...], ...]  # [P T]: the blocks that the engine of each member needs
 
 
 @dataclass(frozen=True)
 class SwapPlan:
-    """What becomes of every engine parameter of this rank."""
+    """The action for every engine parameter of this rank."""
 
     place: Place
-    dtype: torch.dtype  # of the engine's parameters
+    dtype: torch.dtype  # type of the engine's parameters
     aliases: tuple[AliasWeight, ...]
     copies: tuple[CopiedWeight, ...]
     moved: tuple[MovedWeight, ...]  # the same parameters, in the same order, on every rank of the model group
@@ -132,11 +141,11 @@ def build_plan(
 ) -> SwapPlan:
     """Plan the swap for one rank; pure arithmetic, no collective.
 
-    `weights` are those of all pipeline stages in one order (`Policy.model_weights`). `engine_shapes` gives
-    shape and type of every parameter of the engine on this rank. A parameter whose bytes lie in one piece of
-    this rank's shard and in the same type is aliased, every other one copied. Raises `ValueError` naming the
-    parameter when one is missing on either side, has another shape than its rule says, or the engine mixes
-    types.
+    `weights` are those of all pipeline stages in one order (`Policy.model_weights`). `engine_shapes` maps
+    every engine parameter of this rank to its shape and type. A parameter whose bytes are one contiguous
+    piece of this rank's shard, in the same type, is aliased; all others are copied. Raises `ValueError`
+    naming the parameter if it is missing on either side or has an unexpected shape, and if the engine's
+    parameters have several types.
     """
     aliases: list[AliasWeight] = []
     copies: list[CopiedWeight] = []
@@ -190,10 +199,11 @@ def build_plan(
 
 
 def _blocks(weight: BoundWeight, architecture: Architecture, place: Place, member: int) -> tuple[Block, ...]:
-    """Return what the engine of `member` needs of one weight, by source and then by place in the source."""
+    """Return the blocks of one weight that the engine of `member` needs, by source and then by position in
+    the source."""
     first = (
         place.source_stage(weight.stages, member) * place.tp_size
-    )  # member of tensor-parallel rank 0 of the source's stage
+    )  # member index of tensor-parallel rank 0 in the source stage
     if weight.tp_dim is None:
         return (Block(first + member % place.tp_size, 0, 0, weight.parameter.shape[0]),)
     total = weight.parameter.shape[weight.tp_dim] * place.tp_size
@@ -213,7 +223,7 @@ def _blocks(weight: BoundWeight, architecture: Architecture, place: Place, membe
 
 
 def _append(blocks: list[Block], block: Block) -> None:
-    """Append, or lengthen the last block where this one follows it on both sides."""
+    """Append `block`, or extend the last block if `block` continues it in source and target."""
     last = blocks[-1] if blocks else None
     if (
         last is not None
@@ -227,7 +237,7 @@ def _append(blocks: list[Block], block: Block) -> None:
 
 
 def _sections(weight: BoundWeight, architecture: Architecture, total: int) -> tuple[int, ...]:
-    """Sizes of the logical sections along the sharded dimension."""
+    """Return the sizes of the logical sections along the sharded dimension."""
     if weight.layout == "qkv":
         keys = architecture.num_kv_heads * architecture.head_dim
         return architecture.num_heads * architecture.head_dim, keys, keys
@@ -237,7 +247,7 @@ def _sections(weight: BoundWeight, architecture: Architecture, total: int) -> tu
 def _engine_intervals(
     weight: BoundWeight, architecture: Architecture, total: int, size: int, rank: int
 ) -> list[Interval]:
-    """vLLM's shard: its part of every section, one after another."""
+    """Return the intervals of vLLM's shard: its share of every section, one after another."""
     intervals, local = [], 0
     for section, rows in enumerate(_sections(weight, architecture, total)):
         share = rows // size
@@ -249,7 +259,8 @@ def _engine_intervals(
 def _trainer_intervals(
     weight: BoundWeight, architecture: Architecture, total: int, size: int, rank: int
 ) -> Iterator[Interval]:
-    """Megatron's shard: per query group its queries, key and value; other layouts are vLLM's."""
+    """Yield the intervals of Megatron's shard: queries, key and value of each query group; else the layout of
+    vLLM."""
     if weight.layout != "qkv":
         yield from _engine_intervals(weight, architecture, total, size, rank)
         return

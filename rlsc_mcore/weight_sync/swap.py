@@ -1,5 +1,5 @@
-"""Execute the plan: bind the engine to the trainer once, rewrite what it copies at each swap, verify, bump
-the version."""
+"""Run the swap plan: bind the engine to the trainer once; at each swap rewrite copied parameters and verify
+them."""
 
 from collections.abc import Mapping
 from typing import Literal
@@ -21,7 +21,7 @@ Verify = Literal["off", "checksum", "full"]
 
 
 class HotSwap:
-    """Keeps one engine on the trainer's current weights."""
+    """Keep one engine on the trainer's current weights."""
 
     def __init__(self, policy: Policy, groups: Groups) -> None:
         self.policy_version = 0
@@ -40,7 +40,7 @@ class HotSwap:
         )
         self._plan: SwapPlan | None = None
         self._engine_parameters: Mapping[str, nn.Parameter] = {}
-        self._tensors: dict[str, torch.Tensor] = {}  # the engine's, as they were bound
+        self._tensors: dict[str, torch.Tensor] = {}  # the engine's tensors, as bound
         self._sampler: RowSampler | None = None
         self._local: BlockCopy | None = None
         self._exchange: WeightExchange | None = None
@@ -48,12 +48,12 @@ class HotSwap:
 
     @torch.no_grad()
     def bind(self, module: nn.Module) -> None:
-        """Point the engine's parameters at the trainer's where both agree; called while vLLM loads, before
-        `fill`.
+        """Point the engine's parameters at the trainer's where the layouts agree; called while vLLM loads,
+        before `fill`.
 
-        Mutates `module`. Later re-pointing would be invisible to captured CUDA graphs, so this happens
-        exactly once. What the engine keeps for itself is zero until `fill`: buffers and index tables that
-        were allocated here would lie in vLLM's sleep pool and die with it.
+        Mutates `module`. Captured CUDA graphs would not see later changes of the pointers, so this happens
+        exactly once. The engine's own parameters are zero until `fill`. Buffers and index tables are not
+        allocated here: they would be part of vLLM's sleep pool, which frees them.
         """
         assert self._plan is None, "an engine is bound once"
         self._engine_parameters = dict(module.named_parameters())
@@ -70,10 +70,10 @@ class HotSwap:
 
     @torch.no_grad()
     def fill(self) -> None:
-        """Write the engine's own tensors for the first time, after it was built; collective over the model
-        group.
+        """Write the engine's own tensors for the first time, after the engine is built; collective over the
+        model group.
 
-        Allocates the exchange's buffers (none where no bytes cross ranks).
+        Allocates the buffers of the exchange (none if no bytes cross ranks).
         """
         plan = self._bound_plan()
         targets, sources = [], []
@@ -89,7 +89,7 @@ class HotSwap:
         self._local = BlockCopy(targets, sources)
         if plan.moved:
             self._exchange = WeightExchange(plan, self._tensors, self._groups.model_group)
-        # With unequal layouts the ranks of a group copy different tensors, but must sample the same ones.
+        # With different layouts the ranks of a group copy different tensors, but all must sample the same rows.
         copied_names = {copied.engine_name for copied in plan.copies}
         holds_engine = self.place.holds_engine
         weights = [
@@ -102,12 +102,12 @@ class HotSwap:
 
     @torch.no_grad()
     def swap(self, engine: RolloutEngine, *, verify: Verify = "checksum") -> None:
-        """Bring the engine to the trainer's weights and bump `policy_version`; collective over the model
-        group.
+        """Update the engine to the trainer's weights and increment `policy_version`; collective over the
+        model group.
 
-        Wakes a sleeping engine around it and resets its prefix cache. The trainer's parameters must be whole:
-        an overlapped parameter gather has been waited for. `verify`: see `rollout.verify_swap`; raises
-        `SwapMismatch` on every rank of the group once one of them sees a difference.
+        Wakes a sleeping engine and resets its prefix cache. The trainer's parameters must be complete: the
+        caller waits for an overlapped parameter gather first. `verify`: see `rollout.verify_swap`. Raises
+        `SwapMismatch` on every rank of the group if one of them finds a difference.
         """
         with engine.waking():
             self._refresh()
@@ -119,11 +119,11 @@ class HotSwap:
         self.policy_version += 1
 
     def num_aliased(self) -> int:
-        """Return how many engine parameters share the trainer's storage."""
+        """Return the number of engine parameters that share the trainer's storage."""
         return sum(self._is_shared(alias.engine_name, alias.source) for alias in self._bound_plan().aliases)
 
     def num_copied(self) -> int:
-        """Return how many engine parameters are rewritten at each swap."""
+        """Return the number of engine parameters that each swap rewrites."""
         return len(self._bound_plan().copies)
 
     def own_bytes(self) -> int:
@@ -132,7 +132,7 @@ class HotSwap:
         return own + (self._exchange.buffer_bytes if self._exchange is not None else 0)
 
     def describe(self) -> str:
-        """Say in a few words how the engine gets its weights."""
+        """Describe in a few words how the engine receives its weights."""
         how = (
             "received or rewritten"
             if self.place.num_stages > 1
@@ -146,7 +146,7 @@ class HotSwap:
 
     @torch.no_grad()
     def verify_checksums(self) -> None:
-        """Check that shared parameters still are, and the checksums of sampled rows; collective over the
+        """Check the addresses of shared parameters and the checksums of sampled rows; collective over the
         model group."""
         plan = self._bound_plan()
         lost = [
@@ -175,7 +175,8 @@ class HotSwap:
 
     @torch.no_grad()
     def verify_full(self) -> None:
-        """Compare every engine parameter with what an export would write; collective over the model group."""
+        """Compare every engine parameter with the tensors that an export writes; collective over the model
+        group."""
         policy, groups = self._policy, self._groups
         weights = policy.model_weights
         exported = export_weights(

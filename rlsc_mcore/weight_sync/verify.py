@@ -1,8 +1,7 @@
-"""What a hot swap is checked against: storage addresses, checksums of sampled rows, and the export, element
-by element.
+"""Verify a hot swap by storage addresses, checksums of sampled rows, or a comparison with the export.
 
-None of it reads the swap's plan: rows are found by the two layouts' own rules, so that a wrong plan cannot
-hide.
+The verification is independent of the swap's plan: row positions are recomputed from the Megatron and vLLM
+layouts, so an error in the plan is detected.
 """
 
 import math
@@ -25,7 +24,7 @@ from rlsc_mcore.weight_sync.plan import Place
 _Slice = tuple[
     int, torch.Tensor, int
 ]  # position in the list of checksums, row or part of it, its first column
-NUM_SAMPLED_ROWS = 32  # per swap; successive swaps take other rows, of all copied tensors in turn
+NUM_SAMPLED_ROWS = 32  # per swap; successive swaps sample other rows and cycle through all copied tensors
 
 
 class SwapMismatch(RunError):
@@ -34,23 +33,25 @@ class SwapMismatch(RunError):
 
 @dataclass(frozen=True)
 class SampledRow:
-    """One row of a Hugging Face tensor, at its places in the two shards of a rank (None: another rank's)."""
+    """Describe one row of a Hugging Face tensor and its index in the two shards of this rank.
+
+    An index is None if another rank holds the row.
+    """
 
     weight: BoundWeight
-    name: str  # Hugging Face's
-    row: int  # of the Hugging Face tensor
+    name: str  # name in the Hugging Face checkpoint
+    row: int  # index in the Hugging Face tensor
     trainer_row: int | None
     engine_row: int | None
 
 
 class RowSampler:
-    """Chooses the rows that each swap compares: the same, in the same order, on every rank of a model
-    group."""
+    """Choose the rows that each swap compares: equal, and in equal order, on all ranks of a model group."""
 
     def __init__(self, weights: Sequence[BoundWeight], architecture: Architecture, place: Place) -> None:
         tensors = [(weight, section) for weight in weights for section in range(len(weight.hf))]
-        # Strided, so that every swap takes rows from all over the model: of each layer kind and of each
-        # pipeline stage.
+        # The stride spreads the rows of one swap over the whole model: over all kinds of layers and all
+        # pipeline stages.
         stride = _coprime_stride(len(tensors))
         self._tensors = [tensors[number * stride % len(tensors)] for number in range(len(tensors))]
         self._num_rows = [
@@ -59,7 +60,7 @@ class RowSampler:
         self._architecture, self._place = architecture, place
 
     def rows(self, swap_number: int) -> list[SampledRow]:
-        """Return `NUM_SAMPLED_ROWS` rows; successive swaps go on through the tensors."""
+        """Return `NUM_SAMPLED_ROWS` rows; each swap continues with the next tensors."""
         generator = random.Random(swap_number)
         first = swap_number * NUM_SAMPLED_ROWS
         sampled = []
@@ -73,8 +74,10 @@ class RowSampler:
 
 
 def _coprime_stride(count: int) -> int:
-    """Return a step near `count` x 0.62 that visits all of `count` places: the golden ratio spreads any
-    number of them."""
+    """Return a stride near `count` x 0.618 that visits all `count` positions.
+
+    The golden ratio spreads any number of visits evenly.
+    """
     return next((step for step in range(int(0.618 * count), 0, -1) if math.gcd(step, count) == 1), 1)
 
 
@@ -86,11 +89,11 @@ def compare_checksums(
     group: dist.ProcessGroup,
     dtype: torch.dtype,
 ) -> list[SampledRow]:
-    """Return the sampled rows that differ between engine and trainer on this rank.
+    """Return the sampled rows whose checksums differ between engine and trainer on this rank.
 
-    With equal layouts a rank holds what its engine needs: no communication. Else one sum of int64 checksums
-    over the model group; a row whose columns are sharded is compared in as many parts as the larger of the
-    two sizes.
+    With equal layouts (`Place.holds_engine`) no communication is needed. Otherwise int64 checksums are
+    all-reduced once over the model group. A row whose columns are sharded is compared in parts; their number
+    is the larger of the two tensor-parallel sizes.
     """
     held, needed = _parts(sampled, parameters, place)
     parts = max(place.tp_size, place.engine_size)
@@ -122,11 +125,10 @@ def compare_with_tensors(
     place: Place,
     rank: int,
 ) -> int:
-    """Compare every engine parameter of this rank with exported whole tensors, one at a time; returns how
-    many were compared.
+    """Compare every engine parameter of this rank with exported whole tensors; return the number compared.
 
-    `exported` must be consumed by every rank of the model group (it gathers). Raises `SwapMismatch` at the
-    end, for the first tensor that differs, so that no rank leaves a gather early.
+    `exported` gathers, so every rank of the model group must iterate over all of it. `SwapMismatch` for the
+    first differing tensor is therefore raised at the end, so that no rank leaves a gather early.
     """
     stream = iter(exported)
     found: SwapMismatch | None = None
@@ -154,9 +156,9 @@ def compare_with_tensors(
 def compare_with_export(
     module: nn.Module, weights: Sequence[BoundWeight], folder: Path, place: Place, rank: int
 ) -> int:
-    """Compare every engine parameter of this rank with an exported folder; returns how many were compared.
+    """Compare every engine parameter of this rank with an exported directory; return the number compared.
 
-    Raises `SwapMismatch` naming tensor, rank and first differing index, or a parameter that was not exported.
+    Raises `SwapMismatch` naming tensor, rank and first differing index, or a parameter that the export lacks.
     """
     source = SafetensorsFolder(folder)
     engine = dict(module.named_parameters())
@@ -178,8 +180,10 @@ def _compare(
     rank: int,
     source: str,
 ) -> None:
-    """Compare one parameter, laid out by vLLM's own rule: the engine rank's share of each Hugging Face
-    tensor, stacked."""
+    """Compare one parameter with the Hugging Face tensors in vLLM's layout.
+
+    That layout stacks the engine rank's share of each tensor.
+    """
     shares = [_engine_share(weight, name, read, shape(name), actual, place) for name in weight.hf]
     expected = torch.cat(shares).to(actual)
     compared = (
@@ -214,7 +218,7 @@ def _engine_share(
 
 
 def _num_rows(weight: BoundWeight, section: int, architecture: Architecture, place: Place) -> int:
-    """Rows of the section's Hugging Face tensor."""
+    """Return the number of rows of the section's Hugging Face tensor."""
     if weight.layout == "qkv":
         return (architecture.num_kv_heads if section else architecture.num_heads) * architecture.head_dim
     if weight.is_vocabulary:
@@ -226,7 +230,8 @@ def _num_rows(weight: BoundWeight, section: int, architecture: Architecture, pla
 def _trainer_row(
     weight: BoundWeight, section: int, row: int, architecture: Architecture, place: Place
 ) -> int | None:
-    """Where Megatron's shard of this rank has a row of the Hugging Face tensor."""
+    """Return the index of a Hugging Face tensor's row in Megatron's shard of this rank, None if another rank
+    holds it."""
     if weight.tp_dim != 0:
         return row
     if weight.layout == "qkv":
@@ -245,7 +250,10 @@ def _trainer_row(
 def _engine_row(
     weight: BoundWeight, section: int, row: int, architecture: Architecture, place: Place
 ) -> int | None:
-    """Where vLLM's shard of this rank has it: the shares of q, k and v (gate and up) one after another."""
+    """Return the row's index in vLLM's shard of this rank, None if another rank holds it.
+
+    The shard stacks the shares of q, k and v (or gate and up).
+    """
     if weight.tp_dim != 0:
         return row
     sizes = [_num_rows(weight, number, architecture, place) for number in range(len(weight.hf))]
@@ -259,7 +267,7 @@ def _engine_row(
 def _checksums_of(
     held: Sequence[_Slice], needed: Sequence[_Slice], dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Checksums of both sides; one launch where they are of one type."""
+    """Return the checksums of both sides; one kernel launch if they have the same type."""
 
     def checksums(slices: Sequence[_Slice]) -> torch.Tensor:
         return row_checksums([row for _, row, _ in slices], [first for _, _, first in slices], dtype)
@@ -273,12 +281,12 @@ def _checksums_of(
 def _parts(
     sampled: Sequence[SampledRow], parameters: Mapping[str, torch.Tensor], place: Place
 ) -> tuple[list[_Slice], list[_Slice]]:
-    """What the trainer's and the engine's shard hold of the sampled rows."""
+    """Return the parts of the sampled rows in the trainer's shard and in the engine's shard."""
     parts = max(place.tp_size, place.engine_size)
     held: list[_Slice] = []
     needed: list[_Slice] = []
     for number, sample in enumerate(sampled):
-        # In a sum over the group, a row that several ranks hold counts once.
+        # Several ranks may hold a row; the sum over the group must count it once.
         first_stage = sample.weight.stages[0]
         replicated_elsewhere = place.stage != first_stage or (
             sample.weight.tp_dim is None and place.tp_rank > 0
