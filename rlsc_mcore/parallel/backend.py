@@ -107,7 +107,7 @@ class Backend:
         if self.is_cuda:
             torch.cuda.empty_cache()
         else:
-            with contextlib.suppress(AttributeError):  # not glibc
+            with contextlib.suppress(AttributeError):  # only glibc has malloc_trim
                 ctypes.CDLL(None).malloc_trim(0)
 
     def adam_source(self) -> str:

@@ -45,7 +45,7 @@ class Watchdog:
         self._main, self._progress = threading.main_thread().ident, time.monotonic()
         self._closed = threading.Event()
         self._lost_a_peer = False  # this rank waits for a failure report: it does not hang
-        self._store: Any = None  # a torch store; its types are not exported
+        self._store: Any = None  # a torch store; torch does not export its type
         if world_size > 1:
             address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
             stores: Any = dist

@@ -306,7 +306,7 @@ def load_checkpoint(checkpoint: Path, trainer: Trainer) -> RunState:
         except (Exception, CheckpointException) as error:
             is_agreed = groups.world_size == 1 or isinstance(
                 error, CheckpointException
-            )  # which torch raises on every rank
+            )  # torch raises a CheckpointException on every rank
             if (
                 not is_agreed
                 or explain(error) is not None

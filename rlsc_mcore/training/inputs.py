@@ -45,7 +45,7 @@ class RunInputs:
     prompts: list[list[int]]
     evaluation_questions: list[Question]  # empty without evaluation.path
     evaluation_prompts: list[list[int]]
-    max_model_len: int  # tokens of the longest prompt plus the longest answer
+    max_model_len: int  # longest prompt plus longest answer, in tokens
     stop_token_ids: list[int]
     sampler: QuestionSampler
     record: InputRecord | None  # compared on resume; None for an evaluation without training

@@ -34,8 +34,8 @@ class Exchange:
     sequences: list[UniqueSequence]
     num_sequences: int  # distinct sequences that are trained, over all ranks
     num_distinct: int  # distinct sequences that were sampled
-    num_tokens: int  # their tokens, prompts included
-    num_tokens_unmerged: int  # the same if identical answers were not merged
+    num_tokens: int  # tokens of the trained sequences, prompts included
+    num_tokens_unmerged: int  # the same without merging identical answers
     moved_share: float  # fraction of the sequences that change their data-parallel rank
     imbalance_sampled: float  # max / mean - 1 of the ranks' FLOPs, before sequences move
     imbalance: float  # the same, after sequences moved

@@ -137,7 +137,7 @@ class Session:
         self.timer = PhaseTimer(self.backend.synchronize, self.gpu.enter)
         self.memory = MemoryLedger(self.trainer, self.engine, self.backend)
         self._warned: set[str] = set()
-        self._places: dict[Asked, int] = {}  # of the most recently sampled step
+        self._places: dict[Asked, int] = {}  # position of each question in the last sampled step
         self.check_stop()
         self.stop.begin()
 
