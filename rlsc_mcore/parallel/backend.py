@@ -61,8 +61,10 @@ class _MegatronOnCpu(TorchFunctionMode):
 
 
 class Backend:
-    """Hold device, collective library and scopes of this process; created once by `get_backend`, before
-    Megatron-Core is used."""
+    """Hold device, collective library and scopes of this process.
+
+    Created once by `get_backend`, before Megatron-Core is used.
+    """
 
     def __init__(self) -> None:
         self.is_cuda = torch.cuda.is_available()
@@ -79,8 +81,10 @@ class Backend:
         self._use_torch_adam_where_alone()
 
     def megatron(self) -> contextlib.AbstractContextManager[Any]:
-        """Return the scope for all Megatron code: its ``"cuda"`` literals and CUDA type names refer to this
-        process's device."""
+        """Return the scope in which "cuda" literals and CUDA type names mean this process's device.
+
+        All Megatron code runs inside it.
+        """
         return contextlib.nullcontext() if self.is_cuda else _MegatronOnCpu()
 
     def seed(self, seed: int) -> None:
@@ -122,8 +126,10 @@ class Backend:
         return "torch's fused Adam (neither TransformerEngine nor Apex imports)"
 
     def memory_bytes(self) -> dict[str, int]:
-        """Measure the memory in use: resident set of the process and, on a GPU, allocated, reserved, peak and
-        free bytes."""
+        """Measure the resident set of the process and, on a GPU, device memory.
+
+        The device values are allocated, reserved, peak and free bytes.
+        """
         with open("/proc/self/statm", encoding="ascii") as statm:
             memory = {"host_resident": int(statm.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")}
         if self.is_cuda:
@@ -167,8 +173,7 @@ class Backend:
 
     @staticmethod
     def _multiply_with_onednn_in_backward() -> None:
-        """Enter the scope inside Megatron's linear backward, because autograd runs it outside any function
-        mode."""
+        """Enter the scope in Megatron's linear backward: autograd runs it outside function modes."""
         from megatron.core.tensor_parallel.layers import (
             LinearWithGradAccumulationAndAsyncCommunication as Linear,
         )

@@ -17,8 +17,10 @@ def multiplies_with_onednn() -> bool:
 
 
 def cpu_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """Compute x @ weight.T + bias on a CPU from the weight in its given layout (no packed copy); no
-    autograd."""
+    """Compute x @ weight.T + bias on a CPU from the weight in its given layout (no packed copy).
+
+    No autograd.
+    """
     if x.dtype is not torch.float32 or not x.numel() or not multiplies_with_onednn():
         return torch.nn.functional.linear(x, weight, bias)
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")

@@ -28,8 +28,7 @@ _host_groups: dict[
 
 @dataclass(frozen=True)
 class Groups:
-    """Hold this rank's tensor-, pipeline- and data-parallel rank, size and process group, and those of its
-    engine.
+    """Hold ranks, sizes and process groups of this rank's tensor, pipeline and data parallelism and engine.
 
     Ranks are numbered tensor-parallel first, then data-parallel, then by pipeline stage (Megatron's order),
     so the ranks of a tensor-parallel group are consecutive. Ranks [i E, (i + 1) E) share engine i of
@@ -92,13 +91,17 @@ class Groups:
         return self.max(float(flag)) > 0
 
     def any_in_model(self, flag: bool) -> bool:
-        """Return whether `flag` is set on any rank of the model group; collective over that group, on the
-        host."""
+        """Return whether `flag` is set on any rank of the model group.
+
+        Collective over that group, on the host.
+        """
         return flag if self.tp_size * self.pp_size == 1 else _any(flag, self.model_host_group)
 
     def any_in_engine(self, flag: bool) -> bool:
-        """Return whether `flag` is set on any rank of this rank's engine; collective over its ranks, on the
-        host."""
+        """Return whether `flag` is set on any rank of this rank's engine.
+
+        Collective over its ranks, on the host.
+        """
         return flag if self.engine_tp_size == 1 else _any(flag, self.engine_host_group)
 
     def max(self, value: float) -> float:
@@ -110,16 +113,20 @@ class Groups:
         return float(tensor.item())
 
     def sums_over_engines(self, values: Sequence[float]) -> list[float]:
-        """Sum each of `values` over all engines, one rank of each; collective over `engines_group`, on the
-        host."""
+        """Sum each of `values` over all engines, one rank of each.
+
+        Collective over `engines_group`, on the host.
+        """
         tensor = torch.tensor(values, dtype=torch.float64)
         if self.num_engines > 1:
             dist.all_reduce(tensor, group=self.engines_group)
         return tensor.tolist()
 
     def reduce_over_dp(self, tensor: torch.Tensor, op: Any = dist.ReduceOp.SUM) -> torch.Tensor:
-        """Reduce a host tensor over the data-parallel group and return the result on the host; collective
-        over that group."""
+        """Reduce a host tensor over the data-parallel group and return the result on the host.
+
+        Collective over that group.
+        """
         if self.dp_size == 1:
             return tensor
         on_device = tensor.to(self._device(), copy=True)
@@ -210,8 +217,7 @@ class Groups:
         return [decode(part.numpy().tobytes()) for part in received.split(theirs.tolist())]
 
     def exchange_over_world(self, parts: Sequence[torch.Tensor], sizes: Sequence[int]) -> list[torch.Tensor]:
-        """Send host tensor `parts[r]` (int32) to rank r; return the `sizes[r]` elements received from each
-        rank r.
+        """Send host tensor `parts[r]` (int32) to rank r; return the `sizes[r]` elements it sent.
 
         Collective over the world.
         """
@@ -369,12 +375,11 @@ def _make_host_groups(world_size: int, tp: int, pp: int, engine_tp: int) -> list
 
 
 def _host_group(ranks: list[int]) -> dist.ProcessGroup:
-    """Return the gloo group of `ranks`, which include this rank; collective over those ranks on the first
-    call.
+    """Return the gloo group of `ranks`, which include this rank.
 
-    torch derives the name of such a group from its ranks and from the number of groups that this rank is in,
-    so that number must be equal on all of them. It is equal before Megatron's groups exist. Afterwards the
-    stages of a pipeline are in different numbers of groups.
+    Collective over those ranks on the first call. torch derives the name of such a group from its ranks and
+    from the number of groups that this rank is in, so that number must be equal on all of them. It is equal
+    before Megatron's groups exist. Afterwards the stages of a pipeline are in different numbers of groups.
     """
     key = (id(dist.group.WORLD), tuple(ranks))
     if key not in _host_groups:

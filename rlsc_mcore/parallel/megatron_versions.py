@@ -1,5 +1,7 @@
-"""Contain the differences between the supported versions of Megatron-Core: 0.16.1 and, on Python 3.12 and
-newer, 0.19.2."""
+"""Contain the differences between the supported versions of Megatron-Core.
+
+These are 0.16.1 and, on Python 3.12 and newer, 0.19.2.
+"""
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -37,11 +39,10 @@ COMMON_STATE_WRITER = _common_writer()
 
 @contextlib.contextmanager
 def common_state_as(save: Callable[[Any, Any], None], load: Callable[[Any], Any]) -> Iterator[None]:
-    """Save and load the unsharded state of checkpoints with these functions inside the block, instead of by
-    pickle.
+    """Save and load the unsharded state of checkpoints with these functions, not by pickle.
 
-    `save` receives (values, folder) on every rank, `load` receives (folder). Mutates Megatron-Core until the
-    end of the block.
+    They replace Megatron's inside the block. `save` receives (values, folder) on every rank, `load` receives
+    (folder). Mutates Megatron-Core until the end of the block.
     """
     patches = _patches_0_19(save, load) if _IS_0_19 else _patches_0_16(save, load)
     originals = [(owner, name, vars(owner)[name]) for owner, name, _ in patches]
@@ -67,8 +68,7 @@ def _patches_0_16(save: Callable[[Any, Any], None], load: Callable[[Any], Any]) 
 
 
 def _patches_0_19(save: Callable[[Any, Any], None], load: Callable[[Any], Any]) -> list[tuple[Any, str, Any]]:
-    """Return the patches for 0.19, which remove the state from the sharded objects before these are
-    written."""
+    """Return the patches for 0.19: take the state out of the sharded objects before they are written."""
     from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 
     write_shards = TorchDistSaveShardedStrategy.async_save

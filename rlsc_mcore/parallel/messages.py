@@ -194,8 +194,10 @@ def _dataclass(module: str, name: str, fields: dict[str, Any]) -> Any:
 
 
 class DataUnpickler(pickle.Unpickler):
-    """Unpickle only data of checkpoint formats; raises UnpicklingError naming any other global in the
-    pickle."""
+    """Unpickle only data of checkpoint formats.
+
+    Raises UnpicklingError naming any other global in the pickle.
+    """
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) in _DATA_GLOBALS:
@@ -223,8 +225,10 @@ def _load_tensor(content: bytes) -> Any:
 
 
 def restrict_unpickling() -> None:
-    """Restrict torch's object collectives to data; call it before the rendezvous. Mutates
-    `torch.distributed`."""
+    """Restrict torch's object collectives to data; call it before the rendezvous.
+
+    Mutates `torch.distributed`.
+    """
     from torch.distributed import distributed_c10d
 
     distributed_c10d._unpickler = DataUnpickler

@@ -37,16 +37,17 @@ def is_one_node() -> bool:
 
 
 def use_loopback() -> None:
-    """Bind the sockets of a single node to the loopback interface unless the user names another; mutates the
-    environment."""
+    """Bind the sockets of a single node to the loopback interface unless the user names another.
+
+    Mutates the environment.
+    """
     if is_one_node():
         for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", "TP_SOCKET_IFNAME"):
             os.environ.setdefault(name, "lo")
 
 
 def share_one_listener() -> None:
-    """Let all single-rank gloo groups share one device: one loopback socket and thread instead of one per
-    group.
+    """Let all single-rank gloo groups share one device, that is one loopback socket and thread.
 
     Megatron-Core creates 33 groups in a world of one. Mutates `torch.distributed`.
     """
@@ -94,12 +95,11 @@ class _SharingType(type):
 
 
 def meet(timeout_s: float, *, needs_address: bool = False) -> tuple[Any, int, int]:
-    """Return the rendezvous store, this rank and the world size after all ranks have joined; collective over
-    the world.
+    """Return the rendezvous store, this rank and the world size after all ranks have joined.
 
-    Without a launcher the world has one rank. Its store is in memory, or on a free loopback port for NCCL
-    (`needs_address`). Raises `ConfigError` for invalid launcher variables, and `RunError` naming the address
-    and the missing ranks after `timeout_s` seconds.
+    Collective over the world. Without a launcher the world has one rank. Its store is in memory, or on a free
+    loopback port for NCCL (`needs_address`). Raises `ConfigError` for invalid launcher variables, and
+    `RunError` naming the address and the missing ranks after `timeout_s` seconds.
     """
     stores: Any = dist  # torch does not export the store types
     restrict_unpickling()
@@ -158,10 +158,9 @@ def _open_store(address: str, port: int, rank: int, world: int, timeout_s: float
 
 
 def _listen(port: int) -> tuple[int, int]:
-    """Open the store's socket on the loopback interface (port 0: a free port); return its file descriptor and
-    port.
+    """Open the store's socket on the loopback interface; return its file descriptor and port.
 
-    torch itself would listen on all addresses.
+    Port 0 selects a free port. torch itself would listen on all addresses.
     """
     listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

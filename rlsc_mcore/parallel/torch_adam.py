@@ -7,8 +7,7 @@ from torch.optim.adam import adam
 
 
 class TorchFusedAdam(torch.optim.Optimizer):
-    """AdamW whose state has the layout of TransformerEngine's FusedAdam (``step`` is an int in the parameter
-    group)."""
+    """AdamW with TransformerEngine's state layout: ``step`` is an int in the parameter group."""
 
     def __init__(
         self,

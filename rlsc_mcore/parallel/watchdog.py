@@ -66,8 +66,7 @@ class Watchdog:
         self._progress = time.monotonic()
 
     def fail(self, text: str) -> None:
-        """Store this rank's failure and its reason for the other ranks, which end without a message of their
-        own."""
+        """Store this rank's failure and its reason; the other ranks end without own messages."""
         if self._store is not None and not self._closed.is_set():
             self._closed.set()
             with contextlib.suppress(Exception):  # the store may already be closed
@@ -76,10 +75,9 @@ class Watchdog:
                 )
 
     def wait_for_verdict(self) -> None:
-        """Wait until the watchdog thread finds the rank whose loss caused an error here; the thread then ends
-        the process.
+        """Wait until the watchdog thread finds the lost rank that caused an error here.
 
-        Returns if no lost rank is found in that time.
+        The thread then ends the process. Returns if no lost rank is found in that time.
         """
         if self._store is not None:
             self._lost_a_peer = True
@@ -201,10 +199,10 @@ def collective_counts() -> dict[str, int]:
 
 
 def behind_and_ahead(counts: Mapping[int, Mapping[str, int]]) -> tuple[set[int], set[int]]:
-    """Compare the collectives that the ranks (the keys) have started; return the ranks that others wait for,
-    and the ranks that wait.
+    """Return the ranks that others wait for and the ranks that wait, from their collective counts.
 
-    A rank that waits in one group is late in other groups because of that, so it is not among the first.
+    The keys of `counts` are ranks. A rank that waits in one group is late in other groups because of that, so
+    it is not among the first.
     """
     behind: set[int] = set()
     ahead: set[int] = set()
@@ -237,8 +235,10 @@ def _place(beat: dict[str, Any]) -> str:
 
 
 def _where(thread: int | None) -> tuple[str, str]:
-    """Return the collective that a thread is in ("" if none) and the innermost function of this package
-    around it."""
+    """Return the collective that a thread is in and the innermost function of this package around it.
+
+    The first is "" if the thread is in no collective.
+    """
     frame = sys._current_frames().get(thread or -1)
     collective = place = ""
     while frame is not None:

@@ -186,23 +186,29 @@ class RolloutEngine:
         return results
 
     def reset_prefix_cache(self) -> None:
-        """Clear the prefix cache, whose entries were computed with other weights; fails if requests are
-        unfinished."""
+        """Clear the prefix cache, whose entries belong to other weights.
+
+        Fails if requests are unfinished.
+        """
         assert self._llm.reset_prefix_cache(), (
             "vLLM refused to reset its prefix cache: requests are unfinished"
         )
 
     def sleep(self) -> None:
-        """Free the KV cache and, at level 2, the engine's own weights while the trainer works; no effect on a
-        CPU."""
+        """Free the KV cache and, at level 2, the engine's own weights while the trainer works.
+
+        No effect on a CPU.
+        """
         if self._sleep_level:
             self._llm.sleep(level=self._sleep_level)
             self._asleep = True
 
     @contextmanager
     def waking(self) -> Iterator[None]:
-        """Wake a sleeping engine in two parts: its weights before the block, which may write them, and the KV
-        cache after it."""
+        """Wake a sleeping engine: its weights before the block, its KV cache after it.
+
+        The block may write the weights.
+        """
         if self._asleep:
             self._backend.release_cached_memory()
             self._llm.wake_up(tags=["weights"])
@@ -370,8 +376,10 @@ def parameters_without_storage() -> Iterator[None]:
 
 
 def allocate_storage(parameter: torch.Tensor) -> None:
-    """Allocate uninitialised memory for a parameter that `parameters_without_storage` freed; mutates only
-    that one."""
+    """Allocate uninitialised memory for a parameter that `parameters_without_storage` freed.
+
+    Mutates only that parameter.
+    """
     storage = parameter.untyped_storage()
     needed = int(parameter.storage_offset() + parameter.numel()) * parameter.element_size()
     if storage.nbytes() < needed:
@@ -400,12 +408,11 @@ def _tied_as_configured() -> Iterator[None]:
 def kv_cache_bytes(
     rollout: RolloutConfig, *, free_bytes: int | None, max_model_len: int, kv_bytes_per_token: int
 ) -> int:
-    """Return the size of the KV cache: as configured, else room for `max_num_seqs` longest sequences, within
-    limits.
+    """Return the size of the KV cache: as configured, else for `max_num_seqs` longest sequences.
 
-    `free_bytes` is the free device memory beside the resident trainer, of which the cache takes a limited
-    fraction. It is None on a CPU, where a fixed limit applies. Raises `ConfigError` if one longest sequence
-    does not fit.
+    Without a configured size, the size stays within limits. `free_bytes` is the free device memory beside the
+    resident trainer, of which the cache takes a limited fraction. It is None on a CPU, where a fixed limit
+    applies. Raises `ConfigError` if one longest sequence does not fit.
     """
     blocks_per_sequence = -(-max_model_len // CPU_BLOCK_SIZE) + 1
     wanted = max(
@@ -450,8 +457,10 @@ def _prepare_cpu() -> None:
 
 
 def _register_model_classes() -> None:
-    """Register the supported models by class. By name, vLLM inspects each in a subprocess (10 s with an empty
-    cache)."""
+    """Register the supported models by class.
+
+    By name, vLLM inspects each in a subprocess (10 s with an empty cache).
+    """
     from vllm import ModelRegistry
 
     for family in FAMILIES.values():
@@ -460,8 +469,10 @@ def _register_model_classes() -> None:
 
 
 def _refuse_together(groups: Groups, check: Callable[[], None]) -> None:
-    """Run a check on every rank; raise `ConfigError` on all ranks if it fails on one. Collective over the
-    world."""
+    """Run a check on every rank and raise `ConfigError` on all ranks if it fails on one.
+
+    Collective over the world.
+    """
     problem = ""
     try:
         check()

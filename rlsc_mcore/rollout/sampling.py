@@ -12,8 +12,10 @@ _SEED_SPACE = 2**62  # `seed + sample index` in the engine must fit a signed 64-
 
 
 def sample_seed(run_seed: int, purpose: str, step: int, question_index: int) -> int:
-    """Return the seed of a question's first answer; answer i uses this + i. The result depends on the
-    arguments only."""
+    """Return the seed of a question's first answer; answer i uses this + i.
+
+    The result depends only on the arguments.
+    """
     text = f"{run_seed}/{purpose}/{step}/{question_index}"
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") % _SEED_SPACE
 
@@ -21,12 +23,12 @@ def sample_seed(run_seed: int, purpose: str, step: int, question_index: int) -> 
 def spread_samples(
     num_questions: int, num_samples: int, num_engines: int, engine: int
 ) -> list[tuple[int, range]]:
-    """Return the (question position, samples) pairs of `engine`: an equal part of the samples of every
-    question.
+    """Return the (question position, samples) pairs of `engine`.
 
-    The engines' loads then differ only by chance, because no engine samples all answers of a question with
-    long answers. With more engines than samples, an engine takes single samples of some questions. The
-    samples of a pair are consecutive and form one request.
+    Every engine samples an equal part of the samples of every question. The engines' loads then differ only
+    by chance, because no engine samples all answers of a question with long answers. With more engines than
+    samples, an engine takes single samples of some questions. The samples of a pair are consecutive and form
+    one request.
     """
     blocks = min(num_samples, num_engines)
     # Shift the blocks by one engine per question, so that the larger of unequal blocks alternate.

@@ -100,8 +100,7 @@ def name_segments_by_run() -> None:
 
 
 def unlink_segments() -> None:
-    """Unlink this rank's segments after all ranks have attached, so that no segment stays, however the run
-    ends."""
+    """Unlink this rank's segments after all ranks have attached, so that none stays after the run."""
     from vllm.distributed.device_communicators.cpu_communicator import _CPUSHMDistributed
     from vllm.distributed.parallel_state import get_pp_group, get_tp_group
 

@@ -68,8 +68,7 @@ logging.getLogger(filesystem_async.__name__).setLevel(
 
 @dataclass
 class _Save:
-    """Hold a checkpoint that is being written: what this rank still writes, and what the ranks do after all
-    wrote."""
+    """Hold a checkpoint that is being written, for this rank's writing and for the steps after it."""
 
     state: RunState
     request: Any  # Megatron's request; its finalize functions write metadata and exchange results
@@ -81,11 +80,10 @@ class _Save:
     thread: threading.Thread | None = None
 
     def write(self) -> None:
-        """Write this rank's files and compute their digests; runs in its own thread and touches no trainer
-        state.
+        """Write this rank's files and compute their digests.
 
-        Megatron's writer forks a process per file, from a process that holds CUDA and an engine. This calls
-        the writer's inner function, which does not fork.
+        Runs in its own thread and touches no trainer state. Megatron's writer forks a process per file, from
+        a process that holds CUDA and an engine. This calls the writer's inner function, which does not fork.
         """
         if self.request.async_fn is None:  # nothing to write on this rank
             return
@@ -157,8 +155,10 @@ class CheckpointSaver:
         return final
 
     def poll(self) -> None:
-        """Complete the current save if every rank has written its files; collective over the world during a
-        save."""
+        """Complete the current save if every rank has written its files.
+
+        Collective over the world during a save.
+        """
         if self._save is None:
             return
         thread = self._save.thread

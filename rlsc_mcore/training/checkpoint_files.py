@@ -1,5 +1,7 @@
-"""Read and write the files of a checkpoint: manifest, pointers, state, and metadata without free
-unpickling."""
+"""Read and write the files of a checkpoint; metadata is unpickled by an allow-list only.
+
+The files are the manifest, the pointers `latest` and `best`, the state and the metadata.
+"""
 
 import base64
 import contextlib
@@ -196,16 +198,20 @@ def point(folder: Path, pointer: str, name: str) -> None:
 
 
 def best_checkpoint(folder: Path, scores: Mapping[int, float]) -> Path | None:
-    """Return the complete checkpoint with the highest score, the latest of equal ones; None if none has a
-    score."""
+    """Return the complete checkpoint with the highest score, the latest of equal ones.
+
+    Returns None if no checkpoint has a score.
+    """
     steps = {path: checkpoint_step(path) or 0 for path in all_checkpoints(folder)}
     scored = [path for path, step in steps.items() if step in scores]
     return max(scored, key=lambda path: (scores[steps[path]], steps[path]), default=None)
 
 
 def delete_older(folder: Path, *, keep: int, newest: Path, best: Path | None = None) -> None:
-    """Delete all checkpoints except the last `keep` (`newest` included) and `best`, and all incomplete
-    folders."""
+    """Delete all incomplete folders and all checkpoints except the last `keep` and `best`.
+
+    The last `keep` include `newest`.
+    """
     others = [path for path in all_checkpoints(folder) if path != newest]
     for path in others[: max(0, len(others) - (keep - 1))]:
         if path != best:
@@ -216,10 +222,10 @@ def delete_older(folder: Path, *, keep: int, newest: Path, best: Path | None = N
 
 
 def set_aside(checkpoint: Path) -> Path | None:
-    """Rename a damaged checkpoint, point `latest` at the one before it and return that; None if there is
-    none.
+    """Rename a damaged checkpoint, point `latest` at the one before it and return that one.
 
-    If the file system refuses the rename, the damaged folder stays; the next save of that step replaces it.
+    Returns None if there is no earlier checkpoint. If the file system refuses the rename, the damaged folder
+    stays; the next save of that step replaces it.
     """
     folder = checkpoint.parent
     step = checkpoint_step(checkpoint) or 0
@@ -302,8 +308,7 @@ def read_metadata(file: Path) -> Any:
 
 
 class _MetadataReader:
-    """Replace the module `pickle` in torch's checkpoint reader, so that it unpickles metadata by the
-    allow-list only."""
+    """Replace the module `pickle` in torch's checkpoint reader by unpickling with the allow-list."""
 
     @staticmethod
     def load(content: Any) -> Any:
@@ -316,11 +321,11 @@ class _MetadataReader:
 
 @contextlib.contextmanager
 def no_pickles() -> Iterator[None]:
-    """Read and write checkpoints inside the block without free unpickling: metadata by an allow-list, values
-    as JSON.
+    """Read and write checkpoints inside the block without free unpickling.
 
-    Tensors are read by torch's restricted reader, whatever its environment variables say. Mutates torch and
-    Megatron-Core until the end of the block.
+    Metadata is unpickled by an allow-list; values that are not tensors are JSON. Tensors are read by torch's
+    restricted reader, whatever its environment variables say. Mutates torch and Megatron-Core until the end
+    of the block.
     """
     patched: Any = filesystem
     originals: tuple[Any, ...] = (patched.pickle, torch.load)
@@ -347,8 +352,7 @@ def _save_common(values: Any, folder: Any) -> None:
 
 
 def check_backend(checkpoint: Path) -> None:
-    """Raise `CheckpointError` unless metadata.json names the format that this program writes (torch_dist,
-    version 1)."""
+    """Raise `CheckpointError` unless metadata.json names the format torch_dist, version 1."""
     file = checkpoint / "metadata.json"
     facts = _read_object(file)
     if (facts.get("sharded_backend"), facts.get("sharded_backend_version")) != ("torch_dist", 1):

@@ -16,11 +16,11 @@ from rlsc_mcore.training.step import Trainer
 
 
 def export_run(run_dir: Path, output: Path, checkpoint: str = LATEST) -> Path:
-    """Write the weights of a run's checkpoint to `output` and return the checkpoint; collective over the
-    world.
+    """Write the weights of a run's checkpoint to `output` and return the checkpoint.
 
-    No engine is built. `checkpoint` is read as in `find_checkpoint`. Raises `ConfigError` if `output` exists
-    and is no earlier export, and if it is or contains the run or the model that is read.
+    Collective over the world. No engine is built. `checkpoint` is read as in `find_checkpoint`. Raises
+    `ConfigError` if `output` exists and is no earlier export, and if it is or contains the run or the model
+    that is read.
     """
     file = run_dir / "config.yaml"
     if not file.is_file():
@@ -38,8 +38,10 @@ def export_run(run_dir: Path, output: Path, checkpoint: str = LATEST) -> Path:
 
 
 def write_policy(policy: Policy, model_folder: Path, output: Path, dtype: str, groups: Groups) -> None:
-    """Write a policy as a Hugging Face folder with the tokenizer of `model_folder`; collective over the ranks
-    of a model group."""
+    """Write a policy as a Hugging Face folder with the tokenizer of `model_folder`.
+
+    Collective over the ranks of a model group.
+    """
     tensors = export_weights(
         policy.model_weights, policy.architecture, groups.tp_group, groups.tp_size, groups.pp_group
     )

@@ -1,5 +1,7 @@
-"""Report a failure in one line: the phase that ran out of memory with the options to lower, or the lost
-rank."""
+"""Report a failure in one line: a phase that ran out of memory, or a lost rank.
+
+For a failed allocation the line names the options to lower.
+"""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -210,8 +210,7 @@ def _evaluation_questions(config: Config) -> list[Question]:
 
 
 def _stop_token_ids(folder: Path, tokenizer: Any) -> list[int]:
-    """Return the ids that end an answer: those of the tokenizer, of generation_config.json and of
-    config.json.
+    """Return the ids that end an answer: of the tokenizer, generation_config.json and config.json.
 
     Raises `ConfigError` naming the file if `eos_token_id` is neither an id nor a list of ids.
     """

@@ -8,12 +8,12 @@ from rlsc_mcore.training.session import Session
 
 
 def train(session: Session) -> dict[str, Any] | None:
-    """Run the remaining steps; return the evaluations before and after, or None if a stop signal ended the
-    run.
+    """Run the remaining steps and return the evaluations before and after.
 
-    The run is saved every `training.save_every` steps, at the end, and after a stop signal. A stop during
-    sampling discards all answers of that step: the resumed run samples them again, bit for bit
-    (docs/hot_swap.md gives the reason). The resumed run also makes an evaluation that a stop interrupted.
+    Returns None if a stop signal ended the run. The run is saved every `training.save_every` steps, at the
+    end, and after a stop signal. A stop during sampling discards all answers of that step: the resumed run
+    samples them again, bit for bit (docs/hot_swap.md gives the reason). The resumed run also makes an
+    evaluation that a stop interrupted.
     """
     start = perf_counter()
     last, every = session.config.training.num_steps, session.config.training.save_every

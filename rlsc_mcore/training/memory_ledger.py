@@ -20,8 +20,10 @@ class MemoryLedger:
         self._history: list[Table] = []  # of this process only: others are not comparable
 
     def measure(self, border: str) -> None:
-        """Measure all memory at the phase boundary `border`; a later call for the same boundary replaces the
-        row."""
+        """Measure all memory at the phase boundary `border`.
+
+        A later call for the same boundary replaces the row.
+        """
         trainer = self._trainer.memory()
         engine = self._engine.memory(trainer["weights"].keys())
         self._table[border] = self._backend.account_memory({**trainer, **engine}, self._graph_pool)

@@ -96,11 +96,10 @@ def step_row(
 
 
 def _gaps(scores: SequenceScores, groups: Groups) -> dict[str, float]:
-    """Compute |trainer - engine| log-prob over tokens and over answers; collective over the data-parallel
-    group.
+    """Compute |trainer - engine| log-prob over tokens and over answers.
 
-    Over tokens: mean, 99th percentile (nearest rank) and maximum. Over answers, of the absolute value of the
-    signed sum: mean and maximum.
+    Collective over the data-parallel group. Over tokens: mean, 99th percentile (nearest rank) and maximum.
+    Over answers, of the absolute value of the signed sum: mean and maximum.
     """
     tokens, sequences = scores.token_gaps, scores.gap_sums.abs()
     sums = torch.tensor(

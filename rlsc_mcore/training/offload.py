@@ -31,8 +31,10 @@ class StateOffload:
     """
 
     def __init__(self, optimizer: Any, kept: Collection[int], *, pin: bool) -> None:
-        """`pin` page-locks the copy on the host, which is allocated once; transfers to and from a GPU are
-        several times faster with it."""
+        """Prepare the offload; `pin` page-locks the copy on the host.
+
+        The copy is allocated once. With `pin`, transfers to and from a GPU are several times faster.
+        """
         self._optimizer, self._kept, self._pin = optimizer, kept, pin
         self._host: list[torch.Tensor] = []
         self._moved: list[tuple[torch.Tensor, torch.device]] = []

@@ -22,8 +22,7 @@ from rlsc_mcore.planning.memory import UPDATE_PART_ELEMENTS
 
 
 def wrap_data_parallel(policy: Policy, config: Config, backend: Backend) -> DistributedDataParallel:
-    """Wrap the policy in DDP, which accumulates and reduces gradients over data-parallel ranks in
-    `optimizer.grad_dtype`.
+    """Wrap the policy in Megatron's DDP; gradients are accumulated and reduced in `optimizer.grad_dtype`.
 
     Mutates the policy's parameters: their storage moves into one contiguous buffer. This must happen before
     an engine aliases them.
@@ -71,10 +70,10 @@ def check_optimizer(config: Config, backend: Backend) -> None:
 
 
 def build_optimizer(config: Config, ddp: DistributedDataParallel, backend: Backend) -> Any:
-    """Build AdamW in Megatron's mixed-precision optimizer, optionally distributed, with fp32 master weights
-    for bfloat16.
+    """Build AdamW in Megatron's mixed-precision optimizer, which may be distributed.
 
-    The moments are allocated here, so that a run that is stopped before its first step can be saved.
+    bfloat16 parameters get fp32 master weights. The moments are allocated here, so that a run that is stopped
+    before its first step can be saved.
     """
     check_optimizer(config, backend)
     with backend.megatron():
@@ -137,8 +136,7 @@ def members(optimizer: Any) -> list[Any]:
 
 
 def initialize_state(member: Any) -> None:
-    """Allocate the moments (zero) of one of Megatron's optimizers, and the master weights that Adam itself
-    keeps.
+    """Allocate the moments (zero) of a Megatron optimizer and the master weights that its Adam keeps.
 
     Mutates its state. Megatron's own `init_state_fn` is None for an optimizer on the host, and it omits an
     argument of TransformerEngine's `FusedAdam.initialize_state`.
@@ -174,8 +172,7 @@ def parameters_of(optimizer: Any) -> Iterator[torch.Tensor]:
 
 
 def step_in_parts(optimizer: Any, step: Callable[[], Any], largest: int = UPDATE_PART_ELEMENTS) -> None:
-    """Update the parameters in parts of at most `largest` elements, or of one parameter, with one `step` per
-    part.
+    """Call `step` once per part of at most `largest` elements, or of one parameter.
 
     TransformerEngine's FusedAdam (2.12 and earlier) copies both bfloat16 moments of a whole parameter group
     to float32, 8 bytes per element, before it updates the group. Mutates parameters, state and the groups'

@@ -1,11 +1,11 @@
-"""Describe the distributed optimizer's state for checkpoints: every rank writes and reads its own slices in
-place.
+"""Describe the distributed optimizer's state for checkpoints.
 
-A data-parallel rank holds a contiguous range of each flattened parameter shard. That range is described as at
-most 2 N - 1 boxes of the whole N-dimensional tensor. So the checkpoint does not depend on the parallel
-layout, and no rank gathers the state of another rank. The `fully_reshardable` format of Megatron-Core 0.16.1
-has the same keys and shapes, so this module reads its checkpoints too. That format gathers whole shards on
-the host of every rank, and it corrupts several padded buckets.
+Every rank writes and reads its own slices in place. A data-parallel rank holds a contiguous range of each
+flattened parameter shard. That range is described as at most 2 N - 1 boxes of the whole N-dimensional tensor.
+So the checkpoint does not depend on the parallel layout, and no rank gathers the state of another rank. The
+`fully_reshardable` format of Megatron-Core 0.16.1 has the same keys and shapes, so this module reads its
+checkpoints too. That format gathers whole shards on the host of every rank, and it corrupts several padded
+buckets.
 """
 
 import math
@@ -61,11 +61,10 @@ def boxes(shape: tuple[int, ...], start: int, stop: int) -> Iterator[Box]:
 
 
 def sharded_optimizer(optimizer: Any, model: dict[str, Any]) -> dict[str, Any]:
-    """Describe this rank's state of a distributed optimizer, for saving or for loading in place; no
-    collective.
+    """Describe this rank's state of a distributed optimizer, for saving or for loading in place.
 
-    `model` is the sharded state of the model, whose tensors are the parameters. The tensors of the result are
-    views of the optimizer's own tensors.
+    No collective. `model` is the sharded state of the model, whose tensors are the parameters. The tensors of
+    the result are views of the optimizer's own tensors.
     """
     places = _places(model)
     return {str(index): _sharded_member(member, places) for index, member in enumerate(members(optimizer))}

@@ -20,13 +20,12 @@ if TYPE_CHECKING:
 
 
 def claim_run_folder(run_dir: Path, config: Config, groups: "Groups", *, resuming: bool) -> Owner | None:
-    """Take ownership of the directory of the run and write the resolved configuration; collective over the
-    world.
+    """Take ownership of the directory of the run and write the resolved configuration.
 
-    Returns the owner on the main rank, None on the others. Raises `ConfigError` on every rank, before the
-    configuration is written: if the directory holds a run with another configuration (unless `resuming`) or
-    an `export` that this program did not make, if another process owns it (`FolderInUse`), and if it cannot
-    be written.
+    Collective over the world. Returns the owner on the main rank, None on the others. Raises `ConfigError` on
+    every rank, before the configuration is written: if the directory holds a run with another configuration
+    (unless `resuming`) or an `export` that this program did not make, if another process owns it
+    (`FolderInUse`), and if it cannot be written.
     """
     file = run_dir / CONFIG_FILE
     if file.is_file() and not resuming:
@@ -85,8 +84,7 @@ ROLLOUTS = "rollouts"
 
 
 def dump_batch(run_dir: Path, step: int, sequences: Sequence[UniqueSequence], groups: Groups) -> Path:
-    """Write this data-parallel rank's sequences of a skipped step, token by token, and return the
-    directory."""
+    """Write this data-parallel rank's sequences of a skipped step, token by token; return the folder."""
     folder = run_dir / SKIPPED_FOLDER
     if groups.member == 0:
         folder.mkdir(exist_ok=True)

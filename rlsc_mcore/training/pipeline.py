@@ -17,14 +17,14 @@ def run_schedule(
     forward_only: bool = False,
     on_batch: Callable[[], None] = lambda: None,
 ) -> list[Any]:
-    """Run forward and (unless `forward_only`) backward over the micro-batches; collective over the pipeline
-    group.
+    """Run forward and (unless `forward_only`) backward over the micro-batches.
 
-    `forward(i)` runs the model on micro-batch i. On the last stage it returns (tensor, value to keep); the
-    tensor is the loss, and backward starts from it with gradient 1. On other stages it returns the hidden
-    states for the next stage. Returns the kept values in order on the last stage and an empty list on the
-    others. All stages must pass the same number of micro-batches of the same lengths. Gradients are summed
-    over micro-batches into the buffers of `ddp`. An overlapped reduction starts in the last backward pass.
+    Collective over the pipeline group. `forward(i)` runs the model on micro-batch i. On the last stage it
+    returns (tensor, value to keep); the tensor is the loss, and backward starts from it with gradient 1. On
+    other stages it returns the hidden states for the next stage. Returns the kept values in order on the last
+    stage and an empty list on the others. All stages must pass the same number of micro-batches of the same
+    lengths. Gradients are summed over micro-batches into the buffers of `ddp`. An overlapped reduction starts
+    in the last backward pass.
     """
     if num_micro_batches == 0:
         return []

@@ -1,5 +1,4 @@
-"""Send rollouts from the engines that sampled them to the ranks that train them, with balanced FLOPs per
-rank.
+"""Send rollouts from the engines that sampled them to the ranks that train them, balanced by FLOPs.
 
 Headers of 72 bytes per answer go to all ranks, so that every rank computes the same plan. Tokens and
 log-probs are sent once, as int32 and float32, from a rank of the sampling engine to each rank that trains
@@ -72,14 +71,13 @@ def redistribute(
     groups: Groups,
     rewards: Mapping[tuple[int, int], float] | None = None,
 ) -> Exchange:
-    """Merge identical answers and spread the distinct ones over ranks by estimated FLOPs; collective over the
-    world.
+    """Merge identical answers and spread the distinct ones over ranks by estimated FLOPs.
 
-    `rollouts` are those of this rank's engine, equal on all its ranks. `places` maps (question, number of
-    earlier occurrences in the step) to the position in the step. `options` says how many samples of a
-    question are trained. `prompts` holds the prompt of every question index. `rewards` holds the advantage of
-    every trained (position, sample); see `gather_advantages`. Sequences are ordered by position and sample.
-    Their questions are numbered over all ranks.
+    Collective over the world. `rollouts` are those of this rank's engine, equal on all its ranks. `places`
+    maps (question, number of earlier occurrences in the step) to the position in the step. `options` says how
+    many samples of a question are trained. `prompts` holds the prompt of every question index. `rewards`
+    holds the advantage of every trained (position, sample); see `gather_advantages`. Sequences are ordered by
+    position and sample. Their questions are numbered over all ranks.
     """
     own = _headers(rollouts, places, options.num_samples, mark_trained)
     tables = [table.tolist() for table in groups.gather_tables_over_engines(torch.from_numpy(own))]
@@ -125,11 +123,11 @@ def gather_advantages(
     questions: Sequence[Question],
     groups: Groups,
 ) -> dict[tuple[int, int], float] | None:
-    """Reward the step's answers; collective over `engines_group`. Returns None if the objective has no
-    reward.
+    """Reward the step's answers; collective over `engines_group`.
 
-    Engine `question % num_engines` rewards all answers of a question together; the other engines send it
-    their text. Returns the advantage of every trained answer, by (position in the step, sample).
+    Returns None if the objective has no reward. Engine `question % num_engines` rewards all answers of a
+    question together; the other engines send it their text. Returns the advantage of every trained answer, by
+    (position in the step, sample).
     """
     if OBJECTIVES[algorithm.objective].reward is None:
         return None
@@ -179,8 +177,7 @@ def _merge(
     options: RolloutConfig,
     rewards: Mapping[tuple[int, int], float] | None,
 ) -> list[_Sequence]:
-    """Merge identical trained answers to one question; the first by position and sample represents all of
-    them."""
+    """Merge identical trained answers to one question into the first by position and sample."""
     num_trained = options.num_trained or options.num_samples
     answers = [
         (row, engine, position)

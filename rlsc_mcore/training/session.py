@@ -56,13 +56,12 @@ class Session:
         resume_from: Path | None = None,
         asked_prompts: Sequence[list[int]] | None = None,
     ) -> None:
-        """Check all inputs, build trainer and engine, and load `resume_from` if it is given; collective over
-        the world.
+        """Check all inputs, build trainer and engine, and load `resume_from` if it is given.
 
-        `asked_prompts` are the prompts of an evaluation without training, which reads no questions from the
-        configuration. Raises `ConfigError` for a bad input before anything is built or written. Raises
-        `GenerationInterrupted` on a stop signal during the build: nothing is trained, and earlier checkpoints
-        are unchanged.
+        Collective over the world. `asked_prompts` are the prompts of an evaluation without training, which
+        reads no questions from the configuration. Raises `ConfigError` for a bad input before anything is
+        built or written. Raises `GenerationInterrupted` on a stop signal during the build: nothing is
+        trained, and earlier checkpoints are unchanged.
         """
         self.config, self.stop = config, stop
         self.run_dir = Path(config.run_dir)
@@ -144,8 +143,7 @@ class Session:
     # ------------------------------------------------------------------ stages of one step
 
     def sample(self, step: int) -> list[Rollout]:
-        """Sample the step's questions, spread over the engines, and return the rollouts of this rank's
-        engine.
+        """Sample the step's questions over all engines and return the rollouts of this rank's engine.
 
         Collective over the world. Raises `GenerationInterrupted` on every rank after a stop signal.
         """
@@ -251,8 +249,10 @@ class Session:
         self.memory.measure("swap")
 
     def record(self, step: int, rollouts: Sequence[Rollout], outcome: StepOutcome) -> None:
-        """Write the step's metrics and answers, print its warnings and apply the stop rules; collective over
-        the world."""
+        """Write the step's metrics and answers, print its warnings and apply the stop rules.
+
+        Collective over the world.
+        """
         row = step_row(
             self.config,
             self.groups,
@@ -318,10 +318,10 @@ class Session:
         self.saver.save(step, self.swap.policy_version, scores)
 
     def evaluate(self, name: str) -> dict[str, Any] | None:
-        """Evaluate the engine's current weights under `name` ("before" or "after"); None without
-        evaluation.path.
+        """Evaluate the engine's current weights under `name` ("before" or "after").
 
-        An existing result of "before" is read instead. Raises `GenerationInterrupted` on a stop signal.
+        Returns None without evaluation.path. An existing result of "before" is read instead. Raises
+        `GenerationInterrupted` on a stop signal.
         """
         if self.config.evaluation.path is None:
             return None
@@ -345,10 +345,10 @@ class Session:
         return result["scores"]
 
     def export(self, output: Path) -> int:
-        """Write the policy as a Hugging Face folder and compare it with every engine parameter; collective
-        over the world.
+        """Write the policy as a Hugging Face folder and compare it with every engine parameter.
 
-        Returns the number of compared engine parameters. Raises `SwapMismatch` at the first difference.
+        Collective over the world. Returns the number of compared engine parameters. Raises `SwapMismatch` at
+        the first difference.
         """
         self.status.phase("export")
         write_policy(
@@ -360,8 +360,10 @@ class Session:
         )
 
     def check_stop(self) -> None:
-        """Raise `GenerationInterrupted` on every rank after any rank received a stop signal; collective over
-        the world."""
+        """Raise `GenerationInterrupted` on every rank after any rank received a stop signal.
+
+        Collective over the world.
+        """
         if self.groups.any(bool(self.stop)):
             raise GenerationInterrupted
 

@@ -68,8 +68,10 @@ class StopRequest:
     """
 
     def __init__(self, on_end: Callable[[str | None], None] = lambda signal_name: None) -> None:
-        """`on_end` is called before a thread ends the process, with the signal's name, or None after a second
-        SIGINT."""
+        """Register `on_end`, which is called before a thread ends the process.
+
+        It receives the signal's name, or None after a second SIGINT.
+        """
         self.signal_name: str | None = None
         self.on_end = on_end
         self._first: float | None = None  # when the first signal came
@@ -180,12 +182,12 @@ def _say(text: str) -> None:
 
 
 class AbortPoll:
-    """Decide before every engine step of one phase whether this rank leaves the engine; collective over its
-    ranks.
+    """Decide before every engine step of one phase whether this rank leaves the engine.
 
-    Every rank creates one when the phase begins. A signal on one rank stops all ranks within a second or two:
-    the rank sets a key in the rendezvous store, which the others poll. The ranks of one engine run in
-    lockstep and must leave at the same step, so they agree every few calls.
+    Collective over the engine's ranks. Every rank creates one when the phase begins. A signal on one rank
+    stops all ranks within a second or two: the rank sets a key in the rendezvous store, which the others
+    poll. The ranks of one engine run in lockstep and must leave at the same step, so they agree every few
+    calls.
     """
 
     def __init__(self, stop: StopRequest, groups: "Groups") -> None:

@@ -233,11 +233,10 @@ class Trainer:
 
     @torch.no_grad()
     def token_log_probs(self, batches: Sequence[PackedBatch]) -> list[torch.Tensor]:
-        """Score batches at the trained temperature, without gradients; collective over the ranks of a model
-        group.
+        """Score batches at the trained temperature, without gradients.
 
-        Returns float32 [T] per batch, 0 outside the response mask. Pipeline stages before the last return an
-        empty list.
+        Collective over the ranks of a model group. Returns float32 [T] per batch, 0 outside the response
+        mask. Pipeline stages before the last return an empty list.
         """
         batches = [batch.to(self.backend.device) for batch in batches]
 
@@ -267,8 +266,7 @@ class Trainer:
         normalizer: torch.Tensor | None,
         old_log_probs: torch.Tensor | None,
     ) -> Any:
-        """Run forward; return (loss, float32 [T] log-probs) on the last pipeline stage, hidden states on the
-        others."""
+        """Run forward; return (loss, float32 [T] log-probs), or hidden states before the last stage."""
         old_live = (
             None
             if old_log_probs is None

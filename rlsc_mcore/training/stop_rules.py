@@ -33,10 +33,9 @@ def count_mismatched_steps(rows: Rows, config: Config) -> int:
 
 
 def stop_when_skipping(rows: Rows, config: Config, run_dir: Path, save: Callable[[], None]) -> None:
-    """Call `save` and raise `CollectiveRunError` after `training.max_skipped_steps` consecutive skipped
-    steps.
+    """Call `save` and raise `CollectiveRunError` after too many consecutive skipped steps.
 
-    A resumed run continues the count.
+    `training.max_skipped_steps` is the limit. A resumed run continues the count.
     """
     limit = config.training.max_skipped_steps
     last = rows[-limit:]

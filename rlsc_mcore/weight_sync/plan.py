@@ -16,8 +16,7 @@ from rlsc_mcore.model.weight_map import BoundWeight
 
 @dataclass(frozen=True)
 class Place:
-    """Describe this rank's position in its model group, and the engine rank (of E) of every member of the
-    group.
+    """Describe this rank's position in its model group and the engine rank (of E) of each member.
 
     A model group has P pipeline stages of T tensor-parallel ranks; member `stage * T + tp_rank`.
     """
@@ -46,13 +45,11 @@ class Place:
 
     @property
     def holds_engine(self) -> bool:
-        """Return True if this rank's trainer shards equal its engine's shards, so that no bytes cross
-        ranks."""
+        """Return True if this rank's trainer shards equal its engine's: no bytes cross ranks."""
         return self.num_stages == 1 and self.tp_size == self.engine_size
 
     def source_stage(self, stages: Sequence[int], member: int) -> int:
-        """Return the stage that supplies a weight to `member`: its own stage if that is among `stages`, else
-        one of them.
+        """Return the stage that supplies a weight to `member`: its own if among `stages`, else one of them.
 
         `stages` are the pipeline stages that hold the weight.
         """
@@ -96,8 +93,10 @@ class AliasWeight:
 
 @dataclass(frozen=True)
 class CopiedWeight:
-    """A parameter that the engine stores itself; each swap rewrites it from `blocks` of this rank's or other
-    shards."""
+    """A parameter that the engine stores itself; each swap rewrites it from `blocks`.
+
+    The blocks come from this rank's shard or from other ranks' shards.
+    """
 
     engine_name: str
     source: (
@@ -199,8 +198,7 @@ def build_plan(
 
 
 def _blocks(weight: BoundWeight, architecture: Architecture, place: Place, member: int) -> tuple[Block, ...]:
-    """Return the blocks of one weight that the engine of `member` needs, by source and then by position in
-    the source."""
+    """Return the blocks of one weight that the engine of `member` needs, by position in the source."""
     first = (
         place.source_stage(weight.stages, member) * place.tp_size
     )  # member index of tensor-parallel rank 0 in the source stage
@@ -259,8 +257,10 @@ def _engine_intervals(
 def _trainer_intervals(
     weight: BoundWeight, architecture: Architecture, total: int, size: int, rank: int
 ) -> Iterator[Interval]:
-    """Yield the intervals of Megatron's shard: queries, key and value of each query group; else the layout of
-    vLLM."""
+    """Yield the intervals of Megatron's shard: queries, key and value of each query group.
+
+    Layouts other than qkv equal vLLM's.
+    """
     if weight.layout != "qkv":
         yield from _engine_intervals(weight, architecture, total, size, rank)
         return

@@ -1,5 +1,4 @@
-"""Run the swap plan: bind the engine to the trainer once; at each swap rewrite copied parameters and verify
-them."""
+"""Run the swap plan: bind the engine once, then rewrite and verify its parameters at each swap."""
 
 from collections.abc import Mapping
 from typing import Literal
@@ -48,12 +47,12 @@ class HotSwap:
 
     @torch.no_grad()
     def bind(self, module: nn.Module) -> None:
-        """Point the engine's parameters at the trainer's where the layouts agree; called while vLLM loads,
-        before `fill`.
+        """Point the engine's parameters at the trainer's where the layouts agree.
 
-        Mutates `module`. Captured CUDA graphs would not see later changes of the pointers, so this happens
-        exactly once. The engine's own parameters are zero until `fill`. Buffers and index tables are not
-        allocated here: they would be part of vLLM's sleep pool, which frees them.
+        vLLM calls this while it loads, before `fill`. Mutates `module`. Captured CUDA graphs would not see
+        later changes of the pointers, so this happens exactly once. The engine's own parameters are zero
+        until `fill`. Buffers and index tables are not allocated here: they would be part of vLLM's sleep
+        pool, which frees them.
         """
         assert self._plan is None, "an engine is bound once"
         self._engine_parameters = dict(module.named_parameters())
@@ -70,10 +69,10 @@ class HotSwap:
 
     @torch.no_grad()
     def fill(self) -> None:
-        """Write the engine's own tensors for the first time, after the engine is built; collective over the
-        model group.
+        """Write the engine's own tensors for the first time; collective over the model group.
 
-        Allocates the buffers of the exchange (none if no bytes cross ranks).
+        Call it after the engine is built. Allocates the buffers of the exchange (none if no bytes cross
+        ranks).
         """
         plan = self._bound_plan()
         targets, sources = [], []
@@ -102,12 +101,12 @@ class HotSwap:
 
     @torch.no_grad()
     def swap(self, engine: RolloutEngine, *, verify: Verify = "checksum") -> None:
-        """Update the engine to the trainer's weights and increment `policy_version`; collective over the
-        model group.
+        """Update the engine to the trainer's weights and increment `policy_version`.
 
-        Wakes a sleeping engine and resets its prefix cache. The trainer's parameters must be complete: the
-        caller waits for an overlapped parameter gather first. `verify`: see `rollout.verify_swap`. Raises
-        `SwapMismatch` on every rank of the group if one of them finds a difference.
+        Collective over the model group. Wakes a sleeping engine and resets its prefix cache. The trainer's
+        parameters must be complete: the caller waits for an overlapped parameter gather first. `verify`: see
+        `rollout.verify_swap`. Raises `SwapMismatch` on every rank of the group if one of them finds a
+        difference.
         """
         with engine.waking():
             self._refresh()
@@ -146,8 +145,10 @@ class HotSwap:
 
     @torch.no_grad()
     def verify_checksums(self) -> None:
-        """Check the addresses of shared parameters and the checksums of sampled rows; collective over the
-        model group."""
+        """Check the addresses of shared parameters and the checksums of sampled rows.
+
+        Collective over the model group.
+        """
         plan = self._bound_plan()
         lost = [
             alias.engine_name
@@ -175,8 +176,10 @@ class HotSwap:
 
     @torch.no_grad()
     def verify_full(self) -> None:
-        """Compare every engine parameter with the tensors that an export writes; collective over the model
-        group."""
+        """Compare every engine parameter with the tensors that an export writes.
+
+        Collective over the model group.
+        """
         policy, groups = self._policy, self._groups
         weights = policy.model_weights
         exported = export_weights(

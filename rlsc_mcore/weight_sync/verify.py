@@ -230,8 +230,7 @@ def _num_rows(weight: BoundWeight, section: int, architecture: Architecture, pla
 def _trainer_row(
     weight: BoundWeight, section: int, row: int, architecture: Architecture, place: Place
 ) -> int | None:
-    """Return the index of a Hugging Face tensor's row in Megatron's shard of this rank, None if another rank
-    holds it."""
+    """Return the index of a Hugging Face row in this rank's Megatron shard; None if another has it."""
     if weight.tp_dim != 0:
         return row
     if weight.layout == "qkv":
