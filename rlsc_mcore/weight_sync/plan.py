@@ -198,7 +198,10 @@ def build_plan(
 
 
 def _blocks(weight: BoundWeight, architecture: Architecture, place: Place, member: int) -> tuple[Block, ...]:
-    """Return the blocks of one weight that the engine of `member` needs, by position in the source."""
+    """Return the blocks of one weight that the engine of `member` needs.
+
+    They are ordered by source rank and then by position in the source.
+    """
     first = (
         place.source_stage(weight.stages, member) * place.tp_size
     )  # member index of tensor-parallel rank 0 in the source stage
