@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     ObjectiveName = str
 else:
     ObjectiveName = Literal[tuple(OBJECTIVES)]
-LOWEST_TEMPERATURE = 0.01  # vLLM raises a temperature between 0 and this to it
+LOWEST_TEMPERATURE = 0.01  # vLLM raises any lower temperature above 0 to this value
 TEMPLATES = ("chat", "qwen25-math", "evalchemy", "evalchemy-chat", "none")
 
 
@@ -24,17 +24,16 @@ class ConfigError(Exception):
 
 
 class RunError(RuntimeError):
-    """A run that cannot go on: one line that says what happened and what is safe. The command line exits with
-    code 1."""
+    """A failure during a run: one line that says what happened and which results are safe. The command line
+    exits with code 1."""
 
 
 class CollectiveRunError(RunError):
-    """A `RunError` that every rank raises, with the same line: rank 0 prints it."""
+    """A `RunError` that every rank raises with the same text. Only rank 0 prints it."""
 
 
 def check_answers_per_step(config: "Config", dp_size: int) -> None:
-    """Raise `ConfigError` where a step samples fewer answers than there are data-parallel ranks to train
-    them."""
+    """Raise `ConfigError` if a step samples fewer answers than there are data-parallel ranks."""
     questions, samples = config.data.questions_per_step, config.rollout.num_samples
     if questions * samples < dp_size:
         raise ConfigError(
@@ -50,29 +49,28 @@ def _check(condition: bool, name: str, expected: str, value: object) -> None:
 
 
 def _is_given(text: str) -> bool:
-    """Whether a required text is there; `null` of a YAML file arrives as None's name."""
+    """Return whether a required text is set. `null` in a YAML file arrives as the text `None`."""
     return bool(text.strip()) and text != "None"
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """The policy."""
+    """The trained model."""
 
     path: str
     """Hugging Face folder (config.json, *.safetensors, tokenizer), a hub name, or `embedded:tiny_qwen2`."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    """Type of the parameters in the forward pass, of trainer and engine alike. bfloat16 keeps fp32 master
-    weights."""
+    """Data type of the parameters in trainer and engine. bfloat16 keeps float32 master weights."""
     layers: Literal["auto", "transformer_engine", "torch"] = "auto"
-    """Layer implementation: TransformerEngine on a GPU in bfloat16 where it imports, else torch SDPA; naming
-    TransformerEngine makes its absence an error."""
+    """Layer implementation. `auto`: TransformerEngine on a GPU with bfloat16 if it imports, else torch SDPA.
+    `transformer_engine`: an error if it is not available."""
     fp8: Literal["none", "hybrid", "e4m3"] = "none"
-    """Format of the layers' matrix products in training: `hybrid` is e4m3 forward and e5m2 backward.
-    TransformerEngine layers on a GPU of compute capability 8.9 or more; weights and the engine stay in
+    """Format of the layers' matrix products in training. `hybrid`: e4m3 forward and e5m2 backward. Needs
+    TransformerEngine layers and a GPU of compute capability 8.9 or more. Weights and the engine stay in
     bfloat16."""
     trust_remote_code: bool = False
-    """Let the tokenizer's folder run its own Python code. Off: nothing supplied with a model is executed or
-    unpickled."""
+    """Let the tokenizer's folder run its own Python code. If off, no code of the model folder is executed and
+    nothing is unpickled."""
 
     def __post_init__(self) -> None:
         _check(_is_given(self.path), "model.path", "a model folder or hub name", self.path)
@@ -83,18 +81,18 @@ class DataConfig:
     """Questions and how they become prompts."""
 
     path: str
-    """JSONL file, a hub data set name, or `embedded:train|validation|test`. One object per line, with
-    `problem` or `question` and, where evaluated, `answer`."""
+    """JSONL file, a hub data set name, or `embedded:train|validation|test`. One JSON object per line with
+    `problem` or `question`, and `answer` if it is evaluated."""
     template: str = "chat"
-    """Prompt template: `chat` is the model's own chat template; `qwen25-math` adds the system line that asks
-    for step-by-step reasoning and \\boxed{}; `evalchemy` is the paper's case-study prompt as plain text,
-    `evalchemy-chat` the same as a user's turn of the model's own chat template, which is how Evalchemy asks;
-    `none` passes the question as it is; a file ending in .jinja is rendered with `question` and `bos_token`
-    and spells out every special token."""
+    """Prompt template. `chat`: the model's own chat template. `qwen25-math`: a system line that requests
+    step-by-step reasoning and \\boxed{}. `evalchemy`: the paper's case-study prompt as plain text.
+    `evalchemy-chat`: the same text as a user turn of the model's chat template, as in Evalchemy. `none`: the
+    question alone. A file ending in .jinja: rendered with `question` and `bos_token`; it must contain every
+    special token itself."""
     questions_per_step: int = 8
-    """Questions sampled from per step, over all data-parallel ranks (the paper does not state it)."""
+    """Questions per step, over all data-parallel ranks (the paper does not state it)."""
     shuffle: bool = True
-    """Visit the questions in a new random order each epoch (seeded); off keeps the file's order."""
+    """Visit the questions in a new seeded random order each epoch. If off, use the order of the file."""
     split: str = "train"
     """Split to read when `path` is a hub data set."""
 
@@ -113,42 +111,41 @@ class RolloutConfig:
     num_samples: int = 16
     """G, answers sampled per question (paper: 16)."""
     num_trained: int | None = None
-    """Samples per question that are trained, the first of `num_samples`; all of them count for rewards that
-    compare the samples of a question. By default all are trained."""
+    """Samples per question that are trained: the first of `num_samples`. Rewards that compare the samples of
+    a question use all of them. Default: all are trained."""
     temperature: float = 0.5
-    """Sampling temperature (paper: 0.5), at least 0.01: the engine samples nothing colder."""
+    """Sampling temperature (paper: 0.5). At least 0.01, the lowest temperature of the engine."""
     top_p: float = 1.0
-    """Nucleus threshold (not stated in the paper; 1.0 = off). Below 1 the samples no longer come from the
-    softmax whose log-probabilities are trained, and the trainer-engine comparison is reported as null."""
+    """Nucleus sampling threshold (not stated in the paper; 1.0 = off). Below 1, samples do not come from the
+    softmax whose log-probabilities are trained, and the trainer-engine comparison is null."""
     max_new_tokens: int = 3072
-    """Longest answer in tokens; longer ones are cut and count as truncated (paper: 3072)."""
+    """Maximum length of an answer in tokens (paper: 3072). Longer answers are cut and count as truncated."""
     max_model_len: int | None = None
-    """Longest prompt + answer in tokens; by default the model's context, at most what the data and
+    """Maximum length of prompt + answer in tokens. Default: the model's context, at most what the data and
     `max_new_tokens` need."""
     max_num_seqs: int = 256
-    """Sequences that the engine decodes at once."""
+    """Maximum number of sequences that the engine decodes at once."""
     max_num_batched_tokens: int = 8192
-    """Tokens per engine step; raised to `max_model_len` where that is longer."""
+    """Maximum number of tokens per engine step. Raised to `max_model_len` if that is larger."""
     tp: int | None = None
-    """Tensor-parallel size of the engines; by default `parallel.tp`. Engines of fewer ranks than the
-    trainer's groups sample faster for small models, and hold a copy of their weights that every hot swap
-    gathers."""
+    """Tensor-parallel size of the engines; default: `parallel.tp`. Engines with fewer ranks than the trainer
+    sample faster for small models. They hold their own copy of the weights, which every hot swap gathers."""
     dtype: Literal["float32", "bfloat16"] | None = None
-    """Numbers the engine computes with; by default `model.dtype`. Another type keeps a converted copy of all
+    """Data type of the engine; default: `model.dtype`. A different type needs a converted copy of all
     weights."""
     verify_swap: Literal["off", "checksum", "full"] = "checksum"
-    """What each hot swap compares between engine and trainer: nothing, that the shared storage is shared and
-    checksums of sampled rows, or every element of every parameter against what an export would write (slow;
-    for debugging)."""
+    """Verification of each hot swap. `off`: none. `checksum`: check that shared storage is shared, and
+    compare checksums of sampled rows. `full`: compare every element of every parameter with its exported
+    value (slow; for debugging)."""
     kv_cache_gib: float | None = None
-    """KV cache in GiB. By default what `max_num_seqs` longest sequences need, on a GPU at most 40 % of what
-    is free beside the trainer when the engine is built, on a CPU at most 4 GiB."""
+    """Size of the KV cache in GiB. Default: room for `max_num_seqs` sequences of the maximum length; at most
+    40 % of the GPU memory that is free beside the trainer when the engine is built, or 4 GiB on a CPU."""
     enforce_eager: bool = False
     """Run the engine without CUDA graphs (slower; for debugging). A CPU always runs eagerly."""
     sleep_level: Literal[0, 1, 2] = 2
-    """What the engine frees while training (GPU): 0 nothing, 1 KV cache (weights move to the host), 2 KV
-    cache and its own weights. The default is 2: parameters alias the trainer's and the few others are
-    rewritten at each swap (docs/hot_swap.md)."""
+    """Memory that the engine frees while training (GPU). 0: nothing. 1: the KV cache; weights move to the
+    host. 2: the KV cache and the engine's own weights. At level 2, parameters that alias the trainer's stay,
+    and each swap rewrites the others (docs/hot_swap.md)."""
 
     def __post_init__(self) -> None:
         _check(self.num_samples >= 1, "rollout.num_samples", "at least 1", self.num_samples)
@@ -187,46 +184,46 @@ class RolloutConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class AlgorithmConfig:
-    """RLSC itself (arXiv 2506.06395): weights of the sampled answers and the loss."""
+    """RLSC (arXiv 2506.06395): weights of the sampled answers, and the loss."""
 
     objective: Annotated[ObjectiveName, tyro.conf.arg(help=describe_objectives())] = "rlsc"
-    """What the sampled answers are trained for; the help text is made from the table in objectives.py."""
+    """Training objective. The help text comes from the table in objectives.py."""
     alpha: float = 0.1
-    """Smoothing added to every weight (paper: 0.1). On answers of hundreds of tokens the confidence
-    underflows against it and alpha is the whole weight: watch `alpha_share` in metrics.jsonl."""
+    """Constant added to every weight (paper: 0.1). For answers of hundreds of tokens the confidence is tiny
+    compared with it, so the weight is alpha alone; see `alpha_share` in metrics.jsonl."""
     confidence: Confidence = "sequence"
-    """`sequence`: p(y|x), the paper's; `length_normalized`: exp(mean log p), no pull to short answers;
-    `token`: every token by its own probability; `group_softmax`: softmax of log p over the G answers of a
-    question."""
+    """Confidence of an answer. `sequence`: p(y|x), as in the paper. `length_normalized`: exp(mean log p),
+    which does not favor short answers. `token`: each token by its own probability. `group_softmax`: softmax
+    of log p over the G answers of a question."""
     log_prob_temperature: LogProbTemperature = "sampling"
-    """Temperature of the softmax whose log p is trained. `sampling` (Algorithm 1 of the paper) divides the
-    logits by `rollout.temperature`: the loss is then the gradient of F for the policy that was sampled, and
-    the alpha term has zero expectation (noise). `1.0` trains the untempered policy towards its own
-    low-temperature samples: the alpha term sharpens too. `sampling` is the default because it is what the
-    paper states and what F is defined on."""
+    """Temperature of the softmax whose log p is trained. `sampling` (default; Algorithm 1 of the paper):
+    divide the logits by `rollout.temperature`. The loss is then the gradient of F of the sampled policy, and
+    the alpha term has zero expectation. `1.0`: train the untempered policy toward its own low-temperature
+    samples; the alpha term then sharpens too."""
     reduction: Literal["mean", "sum"] = "mean"
-    """Mean or sum over the samples of a step (not stated in the paper). AdamW is nearly invariant to it,
-    clipping is not."""
+    """Mean or sum over the samples of a step (not stated in the paper). AdamW is nearly invariant to this
+    choice; gradient clipping is not."""
     train_end_token: bool = True
-    """Count the end-of-text token as part of the answer: the policy is trained to stop where its samples
-    stopped."""
+    """Train the end-of-text token as part of the answer."""
     rewards: Literal["boxed", "any"] = "boxed"
-    """Which answer objectives with a reward compare: `boxed` the last box, so that they teach the box too;
-    `any` the box, else what "the answer is" states, else the last number (as TTRL's own code does)."""
+    """Answer that objectives with a reward compare. `boxed`: the last box, so the box is trained too. `any`:
+    the box, else the answer after "the answer is", else the last number (as in TTRL's code)."""
     advantage: Literal["centered", "standardized"] = "centered"
-    """Advantage of objectives with a reward: the reward minus the question's mean, or that divided by the
-    standard deviation of the question's rewards (as GRPO does). A question whose rewards are all equal trains
-    nothing."""
+    """Advantage of objectives with a reward. `centered`: the reward minus the question's mean reward.
+    `standardized`: that difference divided by the standard deviation of the question's rewards (as in GRPO).
+    A question whose rewards are all equal has advantage 0."""
     clip_low: float = 0.2
-    """Objectives with a reward, from the second update on: tokens of a negative advantage whose probability
-    ratio to the policy that sampled is below 1 - clip_low are not trained (PPO's clipping)."""
+    """Lower clipping range (PPO), for objectives with a reward from the second update on. Tokens with a
+    negative advantage are not trained if their probability ratio to the policy that sampled is below 1 -
+    clip_low."""
     clip_high: float = 0.2
-    """The same for tokens of a positive advantage whose ratio is above 1 + clip_high (DAPO uses 0.28)."""
+    """Upper clipping range. Tokens with a positive advantage are not trained if their probability ratio is
+    above 1 + clip_high (DAPO uses 0.28)."""
     kl: float = 0.0
-    """Objectives with a reward, from the second update on: coefficient of the k3 estimate of the KL
-    divergence from the policy that sampled, added to each token's loss."""
+    """Coefficient of the KL divergence from the policy that sampled (k3 estimate), added to each token's
+    loss. For objectives with a reward, from the second update on."""
     train_truncated: bool = True
-    """Train on answers cut at `max_new_tokens` too. They are counted as truncated either way."""
+    """Train on answers that were cut at `max_new_tokens`. They count as truncated in either case."""
 
     def __post_init__(self) -> None:
         _check(self.alpha >= 0, "algorithm.alpha", "at least 0", self.alpha)
@@ -241,7 +238,7 @@ class AlgorithmConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """AdamW on Megatron-Core's optimizer."""
+    """AdamW, run by Megatron-Core's optimizer."""
 
     lr: float = 1e-5
     """Peak learning rate (paper: 1e-5)."""
@@ -255,30 +252,29 @@ class OptimizerConfig:
     """Decoupled weight decay ("standard" in the paper; torch's AdamW default). Biases and norms are not
     decayed."""
     clip_grad: float = 1.0
-    """Largest global gradient norm; 0 turns clipping off (not stated in the paper)."""
+    """Maximum global gradient norm; 0 turns clipping off (not stated in the paper)."""
     warmup_steps: int = 0
     """Steps of linear warm-up (not stated in the paper)."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """Learning rate after warm-up: constant, or decayed to `min_lr` at `training.num_steps`."""
+    """Learning rate after warm-up: constant, or decayed until `training.num_steps` to `min_lr`."""
     min_lr: float = 0.0
-    """Where the decay ends."""
+    """Learning rate at the end of the decay."""
     distributed: bool = True
-    """Shard optimizer states and fp32 master weights over the data-parallel ranks (Megatron's distributed
+    """Shard optimizer states and float32 master weights over the data-parallel ranks (Megatron's distributed
     optimizer)."""
     precision_aware: bool = False
-    """Keep Adam's moments in bfloat16 beside fp32 master weights (TransformerEngine's FusedAdam: a GPU,
-    `distributed`)."""
+    """Store Adam's moments in bfloat16, with float32 master weights (TransformerEngine's FusedAdam). Needs a
+    GPU and `distributed`."""
     grad_dtype: Literal["float32", "bfloat16"] = "float32"
-    """Data type in which gradients are accumulated over micro-batches and summed over the data-parallel
-    ranks. bfloat16 halves the memory and the traffic of gradients and rounds every sum (needs `model.dtype`
-    bfloat16)."""
+    """Data type in which gradients are accumulated over micro-batches and reduced over the data-parallel
+    ranks. bfloat16 halves gradient memory and traffic, rounds every sum, and needs `model.dtype` bfloat16."""
     cpu_offload: float = 0.0
-    """Share of the parameters whose optimizer state lives in host memory and is updated there (a GPU,
-    `distributed`); 0 is none, 1 all."""
+    """Fraction of the parameters whose optimizer state is kept and updated in host memory: 0 none, 1 all.
+    Needs a GPU and `distributed`."""
     offload_during_rollout: bool = False
-    """Move the optimizer's state (moments, fp32 master weights) to page-locked host memory while the engine
-    samples, which leaves its place to the KV cache (a GPU). Costs two copies per step; the update stays on
-    the GPU."""
+    """Offload the optimizer state (moments, float32 master weights) to page-locked host memory while the
+    engine samples. The freed GPU memory is available to the KV cache. Needs a GPU and costs two copies per
+    step; the update runs on the GPU."""
 
     def __post_init__(self) -> None:
         _check(self.lr > 0, "optimizer.lr", "more than 0", self.lr)
@@ -306,31 +302,32 @@ class OptimizerConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelConfig:
-    """How the model is spread over ranks; data parallel size = world size / (tp x pp)."""
+    """Parallel layout; data-parallel size = world size / (tp x pp)."""
 
     tp: int = 1
-    """Tensor-parallel size of the trainer and, unless `rollout.tp` says otherwise, of the engines; sequence
+    """Tensor-parallel size of the trainer, and of the engines unless `rollout.tp` is set. Sequence
     parallelism is on for tp > 1."""
     pp: int = 1
-    """Pipeline-parallel size of the trainer: stages of consecutive layers, run in Megatron's 1F1B
-    schedule. Engines stay tensor-parallel: each holds all layers, and receives those of other stages at
-    every hot swap."""
+    """Pipeline-parallel size of the trainer: stages of consecutive layers, run in Megatron's 1F1B schedule.
+    Each engine stays tensor-parallel and holds all layers; every hot swap sends it the layers of the other
+    stages."""
     stage_layers: tuple[int, ...] | None = None
-    """Layers of each pipeline stage, first stage first; by default stages of equal work, where the output
-    head counts as the layers that cost as much."""
+    """Number of layers of each pipeline stage, first stage first. Default: stages of equal estimated cost,
+    including the output head."""
     overlap_grad_reduce: bool = False
-    """Reduce gradients over the data-parallel ranks bucket by bucket, while the last micro-batch's backward
-    pass still runs."""
+    """Reduce gradients over the data-parallel ranks bucket by bucket, during the backward pass of the last
+    micro-batch."""
     overlap_param_gather: bool = False
-    """Gather updated parameters bucket by bucket in the next forward pass (with `overlap_grad_reduce` and
-    `optimizer.distributed`). Of use for `training.updates_per_rollout` > 1: before a hot swap all are
-    gathered."""
+    """All-gather updated parameters bucket by bucket during the next forward pass. Needs
+    `overlap_grad_reduce` and `optimizer.distributed`. Helps only if `training.updates_per_rollout` > 1,
+    because all parameters are gathered before a hot swap."""
     hang_timeout_s: float = 1200.0
-    """Seconds without progress in a phase after which the run is ended by the rank that notices, naming who
-    hangs (start-up: four times that). A rank that is gone ends the run after RLSC_DEAD_AFTER_S (60)."""
+    """Seconds without progress in a phase after which a rank counts as hung (start-up: four times as long).
+    The rank that detects it reports which rank hangs and stops the run. A dead rank stops the run after
+    RLSC_DEAD_AFTER_S seconds (default 60)."""
     bucket_size: int | None = None
-    """Parameters per bucket of `overlap_grad_reduce`; by default the larger of 40 million and 1 million per
-    rank."""
+    """Parameters per bucket of `overlap_grad_reduce`. Default: 40 million, or 1 million per rank if that is
+    more."""
 
     def __post_init__(self) -> None:
         _check(self.tp >= 1, "parallel.tp", "at least 1", self.tp)
@@ -354,32 +351,32 @@ class TrainingConfig:
     """The training loop."""
 
     num_steps: int = 10
-    """Steps, one batch of rollouts each (paper: 10 or 20)."""
+    """Number of steps, one batch of rollouts each (paper: 10 or 20)."""
     updates_per_rollout: int = 1
-    """Optimizer updates on each batch of rollouts (paper: 1), at the step's learning rate. Each sees the
-    whole batch with the weights of the policy that sampled it (p_old, from the first pass)."""
+    """Optimizer updates on each batch of rollouts (paper: 1), at the step's learning rate. Each update uses
+    the whole batch, with the weights from the policy that sampled it (p_old, from the first pass)."""
     seed: int = 0
-    """Seed of everything random: question order and every sampled answer."""
+    """Random seed of the question order and of every sampled answer."""
     tokens_per_micro_batch: int = 16384
-    """Packed tokens per forward/backward pass. Gradients do not depend on it; a longer sequence gets a pass
-    of its own."""
+    """Maximum number of packed tokens per forward/backward pass. A longer sequence gets its own pass.
+    Gradients do not depend on it."""
     max_skipped_steps: int = 3
-    """Steps in a row whose loss or gradient norm is not finite, and that are skipped, before the run saves
-    and stops."""
+    """Save and stop the run after this many skipped steps in a row. A step is skipped if its loss or gradient
+    norm is not finite."""
     recompute: Literal["none", "selective", "full"] = "none"
-    """What the backward pass computes again instead of keeping it: nothing, the MLP of each layer
-    (`selective`), or each whole layer (`full`). `rlsc plan` counts what each saves and costs."""
+    """Activations that the backward pass recomputes: none, the MLP of each layer (`selective`), or every
+    whole layer (`full`). `rlsc plan` shows the memory and time of each."""
     save_every: int = 5
-    """Steps between checkpoints; 0 saves only at the end and when stopped."""
+    """Steps between checkpoints. 0: save only at the end and when the run is stopped."""
     keep_last: int = 2
-    """Checkpoints kept; older ones are deleted after the next is complete."""
+    """Number of checkpoints to keep. Older ones are deleted when the next one is complete."""
     keep_best: Literal["none", "f_estimate", "boxed_share", "effective_samples"] = "none"
-    """Keep also the checkpoint whose weights sampled best by this number of metrics.jsonl (none of them is
-    accuracy). A checkpoint is judged by the step after it; `checkpoints/best` names it, and `rlsc export` and
-    `rlsc eval` take it by `--checkpoint best`."""
+    """Also keep the checkpoint with the highest value of this metric of metrics.jsonl; none of the metrics is
+    accuracy. The step after a checkpoint measures it. `checkpoints/best` names it; select it in `rlsc export`
+    and `rlsc eval` with `--checkpoint best`."""
     async_save: bool = False
-    """Write checkpoints beside the training, from a copy in host memory; `latest` moves when every rank has
-    written."""
+    """Write checkpoints asynchronously, from a copy in host memory. `latest` changes when every rank has
+    written its part."""
 
     def __post_init__(self) -> None:
         _check(self.num_steps >= 1, "training.num_steps", "at least 1", self.num_steps)
@@ -405,24 +402,24 @@ class TrainingConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationConfig:
-    """Before/after evaluation on held-out questions, with the same engine."""
+    """Evaluation on held-out questions before and after training, with the same engine."""
 
     path: str | None = None
-    """JSONL file (or `embedded:test`) with `answer`; None evaluates nothing."""
+    """JSONL file with `answer`, or `embedded:test`. None: no evaluation."""
     num_samples: int = 4
     """Answers per question at each temperature."""
     temperatures: tuple[float, ...] = (0.5, 1.0)
-    """Temperatures sampled at (each at least 0.01), beside one greedy answer."""
+    """Sampling temperatures, each at least 0.01. One greedy answer is added."""
     max_questions: int | None = None
-    """Use only the first so many questions."""
+    """Evaluate only this many questions, from the start of the file."""
     grader: Literal["boxed", "lenient", "qwen"] = "boxed"
-    """What counts as right: `boxed` the last box; `lenient` also a stated answer or the last number where
-    nothing is boxed; `qwen` what the evaluation script of Qwen2.5-Math accepts (relative 1e-4, percentages,
-    last number)."""
+    """Grading rule. `boxed`: the last box. `lenient`: if nothing is boxed, a stated answer or the last
+    number. `qwen`: the rules of Qwen2.5-Math's evaluation script (relative tolerance 1e-4, percentages, last
+    number)."""
     top_p: float = 1.0
-    """Sample from the most probable tokens whose probabilities sum to this; 1 samples from all."""
+    """Nucleus sampling threshold; 1 samples from all tokens."""
     stop: tuple[str, ...] = ()
-    """Strings that end an answer, beside the end tokens; the answer is graded without them."""
+    """Strings that end an answer, in addition to the end tokens. They are removed before grading."""
 
     def __post_init__(self) -> None:
         _check(0 < self.top_p <= 1, "evaluation.top_p", "more than 0 and at most 1", self.top_p)
@@ -446,33 +443,33 @@ class OpsConfig:
     """Kernels of the log-prob reduction and the weighted cross-entropy."""
 
     backend: Literal["auto", "reference", "cpp", "triton", "cuda"] = "auto"
-    """Implementation; `auto` takes the fastest that runs on this device, `reference` plain PyTorch. Results
-    agree."""
+    """Kernel implementation. `auto`: the fastest available on this device. `reference`: plain PyTorch. The
+    results agree."""
 
     logits_dtype: Literal["float32", "model"] = "float32"
-    """Data type of the logits, in scoring, in the loss and in the engine. `float32`: the head multiplies
-    operands of `model.dtype` and does not round the logits. `model`: logits of `model.dtype`; with bfloat16
-    the log-probability of a long answer is wrong in its first digits. The engine follows where its vLLM has
-    `head_dtype` for generation, otherwise it samples from `model.dtype`."""
+    """Data type of the logits in scoring, in the loss and in the engine. `float32`: the head multiplies
+    operands of `model.dtype` and does not round the logits. `model`: logits of `model.dtype`; in bfloat16 the
+    log-probability of a long answer is wrong in its first digits. The engine uses the same type if its vLLM
+    supports `head_dtype` for generation, else `model.dtype`."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ObservabilityConfig:
-    """What a run writes beside its checkpoints."""
+    """Files and reports of a run, except checkpoints."""
 
     tensorboard: bool = True
-    """Write the metrics of metrics.jsonl as TensorBoard events too."""
+    """Also write the metrics of metrics.jsonl as TensorBoard events."""
     wandb_project: str | None = None
-    """Log the metrics of metrics.jsonl to this Weights & Biases project too (`pip install wandb`;
-    WANDB_MODE=offline needs no network). A resumed run goes on in the same one."""
+    """Also log the metrics of metrics.jsonl to this Weights & Biases project (`pip install wandb`;
+    WANDB_MODE=offline needs no network). A resumed run continues the same W&B run."""
     save_rollouts: bool = True
     """Write every sampled answer to rollouts/step_*.jsonl."""
     max_log_prob_gap: float | None = None
-    """Mean |trainer - engine| log-prob per token above which a step counts as mismatched; by default 0.001 in
-    float32, 0.4 in bfloat16. Warnings come earlier."""
+    """Threshold of the mean |trainer - engine| log-prob per token. A step above it counts as mismatched.
+    Default: 0.001 in float32, 0.4 in bfloat16. Warnings start below it."""
     max_mismatched_steps: int = 3
-    """Mismatched steps in a row after which the run stops, leaving the last checkpoint as it is; 0 only
-    warns."""
+    """Stop the run after this many mismatched steps in a row; the last checkpoint is not changed. 0: only
+    warn."""
 
     def __post_init__(self) -> None:
         gap = self.max_log_prob_gap
@@ -490,7 +487,7 @@ class Config:
     """One run of `rlsc train`."""
 
     run_dir: str
-    """Folder of the run: resolved config, metrics.jsonl, checkpoints, rollouts, summary.json."""
+    """Directory of the run: resolved config, metrics.jsonl, checkpoints, rollouts, summary.json."""
     model: ModelConfig
     data: DataConfig
     rollout: RolloutConfig = field(default_factory=RolloutConfig)

@@ -1,7 +1,7 @@
-"""Read, write and compare configurations: YAML files and command-line flags; imports no torch.
+"""Read, write and compare configurations: YAML files and command-line flags. Imports no torch.
 
-A YAML file is read as a list of flags (`optimizer: {lr: 1e-5}` is the same text as `--optimizer.lr 1e-5`), so
-the file and the command line share one parser, one source of types and one style of error message.
+A YAML file is converted to flags: `optimizer: {lr: 1e-5}` becomes `--optimizer.lr 1e-5`. The file and the
+command line therefore share one parser, the same types and the same error messages.
 """
 
 import contextlib
@@ -20,7 +20,7 @@ import yaml
 from rlsc_mcore.config import Config, ConfigError
 from rlsc_mcore.objectives import OBJECTIVES
 
-# YAML's spellings of Python's words
+# YAML spellings of Python constants
 _YAML_WORDS = {
     "null": "None",
     "Null": "None",
@@ -33,14 +33,14 @@ _YAML_WORDS = {
 _SECTIONS = frozenset(
     name for name, kind in typing.get_type_hints(Config).items() if dataclasses.is_dataclass(kind)
 )
-_DEEPEST = 8  # levels of mappings in a file; a file that refers to itself would have no end
+_DEEPEST = 8  # levels of nested mappings; ends the recursion of a file that refers to itself
 
 
 def parse_config(flags: Sequence[str], *, prog: str = "rlsc train", description: str | None = None) -> Config:
     """Build a `Config` from flags (`--optimizer.lr 1e-5 ...`); a later flag wins.
 
-    Raises `ConfigError` naming the field on an unknown flag, a missing field, a value of the wrong type or
-    out of range.
+    Raises `ConfigError` naming the field for an unknown flag, a missing field, or a value of the wrong type
+    or out of range.
     """
     printed = io.StringIO()
     try:
@@ -61,7 +61,7 @@ def parse_config(flags: Sequence[str], *, prog: str = "rlsc train", description:
 def read_flags(file: Path) -> list[str]:
     """Read a YAML configuration file as a list of flags.
 
-    Raises `ConfigError` naming the file (and the line, where YAML knows it) when it is absent or not a YAML
+    Raises `ConfigError` naming the file (and the line if known) when it does not exist or is not a YAML
     mapping.
     """
     if not file.is_file():
@@ -88,7 +88,7 @@ def read_flags(file: Path) -> list[str]:
 
 
 def load_config(file: Path, overrides: Sequence[str] = ()) -> Config:
-    """Build a `Config` from a YAML file and flags that win over it."""
+    """Build a `Config` from a YAML file and flags; a flag overrides the file."""
     return parse_config([*read_flags(file), *overrides])
 
 
@@ -112,7 +112,8 @@ def changed_fields(old: Config, new: Config) -> list[str]:
 
 
 def _objective_defaults(flags: Sequence[str]) -> list[str]:
-    """Return defaults that the objective changes, to stand before the flags, which win over them."""
+    """Return the default flags of the chosen objective. They come before the given flags, which override
+    them."""
     values = []
     for flag, following in itertools.zip_longest(flags, flags[1:], fillvalue=""):
         name, separator, after = flag.partition("=")
@@ -123,11 +124,11 @@ def _objective_defaults(flags: Sequence[str]) -> list[str]:
 
 
 def _one_line(box: str) -> str:
-    """Reduce tyro's framed, wrapped error to what it says before its hints."""
+    """Reduce tyro's boxed, wrapped error to its message, without the hints."""
     lines = [line.strip("│ ") for line in box.splitlines()]
     frame = [
         i for i, line in enumerate(lines) if "──" in line or "----" in line
-    ]  # first the title's, then one before the hints
+    ]  # the first frame line holds the title; the second precedes the hints
     said = " ".join(lines[frame[0] + 1 : frame[1]] if len(frame) > 1 else lines)
     if said.startswith("Missing from"):
         return "missing " + ", ".join(line.split()[0] for line in lines if re.match(r"--\w", line))
@@ -140,8 +141,8 @@ def _leaves(
 ) -> Iterator[tuple[str, list[str], int]]:
     """Yield every value of a mapping as (flag, arguments, line).
 
-    Raises `ConfigError` naming `source` and the line at a key that stands twice in one mapping, and at what
-    is no option.
+    Raises `ConfigError` naming `source` and the line for a key that occurs twice in one mapping, and for a
+    node that is not an option.
     """
     lines: dict[str, int] = {}
     for key, value in mapping.value:
@@ -171,12 +172,12 @@ def _leaves(
         elif (
             depth > 1 or key.value not in _SECTIONS or _text(value) != "None"
         ):  # a section without options is empty
-            # With "=", a value that begins with a dash is not taken for a flag.
+            # The "=" keeps a value that begins with a dash from being parsed as a flag.
             yield name, [f"{name}={_text(value)}"], line
 
 
 def _text(node: yaml.ScalarNode) -> str:
-    """Return a scalar as it is written, so that 1e-5 and `no` are read by their declared types.
+    """Return the text of a scalar, so that the declared type of the field decides how 1e-5 or `no` is read.
 
     Unquoted null, true and false become Python's words.
     """
