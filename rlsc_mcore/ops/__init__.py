@@ -1,4 +1,4 @@
-"""Log-probabilities and the weighted loss of a language-model head: fused, masked, vocab-parallel, exact
+"""Fused token log-probabilities and weighted loss of a language-model head: masked, vocab-parallel, and exact
 where p -> 1."""
 
 from rlsc_mcore.ops.dispatch import Choice, describe_backends

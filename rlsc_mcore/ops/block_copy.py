@@ -1,4 +1,4 @@
-"""Many rectangles copied at once: on a GPU one launch however many there are, on a CPU torch's own loop."""
+"""Copy many rectangles of memory at once: few kernel launches on a GPU, torch's own loop on a CPU."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -8,20 +8,18 @@ from torch import Tensor
 
 from rlsc_mcore.ops.triton_rows import why_not
 
-ALIGNMENT_BYTES = 16  # of one vector load
-ROW_ELEMENTS = (
-    1024  # a contiguous block is cut into rows of this many elements, so that all lanes of a program work
-)
+ALIGNMENT_BYTES = 16  # required by a vector load
+ROW_ELEMENTS = 1024  # row length of a contiguous block; keeps all lanes of a program busy
 
 
 class BlockCopy:
-    """Copies `sources` into `targets` whenever it is run, converting between floating types.
+    """Copies `sources` into `targets` on every `run`, converting between floating types.
 
-    Built once: both lists hold views of one or two dimensions whose innermost stride is 1 (all sources of one
-    type, all targets of one type), and the storage must stay where it is. Blocks must not overlap. On a CUDA
-    device with Triton, `run` is one kernel launch for all blocks that 16-byte loads can read and one for the
-    others; elsewhere it is `torch._foreach_copy_`. Raises `ValueError` when the lists, shapes, types or
-    devices disagree.
+    Both lists hold views of one or two dimensions with innermost stride 1. All sources have one dtype and all
+    targets have one dtype. The storage must not move after construction, and blocks must not overlap. On a
+    CUDA device with Triton, `run` takes one kernel launch for all blocks that allow 16-byte loads and one for
+    the others; elsewhere it calls `torch._foreach_copy_`. Raises `ValueError` if lengths, shapes, dtypes or
+    devices do not match.
     """
 
     def __init__(self, targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
@@ -83,8 +81,8 @@ def _check(number: int, target: Tensor, source: Tensor, first_target: Tensor, fi
 
 
 def _rectangle(target: Tensor, source: Tensor) -> tuple[tuple[int, ...], bool]:
-    """(source address, target address, rows, columns, source row stride, target row stride) and whether
-    vectors can be loaded."""
+    """Return (source address, target address, rows, columns, source row stride, target row stride), and
+    whether 16-byte vectors can be loaded."""
     if target.is_contiguous() and source.is_contiguous():
         columns = ROW_ELEMENTS if target.numel() % ROW_ELEMENTS == 0 else target.numel()
         rows, strides = target.numel() // columns, (columns, columns)
@@ -94,7 +92,7 @@ def _rectangle(target: Tensor, source: Tensor) -> tuple[tuple[int, ...], bool]:
         (rows, columns), strides = target.shape, (source.stride(0), target.stride(0))
     vector = ALIGNMENT_BYTES // min(
         target.element_size(), source.element_size()
-    )  # elements that both sides can move at once
+    )  # elements per vector load of both sides
     addresses = all(tensor.data_ptr() % ALIGNMENT_BYTES == 0 for tensor in (target, source))
     aligned = addresses and all(size % vector == 0 for size in (columns, *strides))
     return (source.data_ptr(), target.data_ptr(), rows, columns, *strides), aligned

@@ -1,8 +1,8 @@
-"""The one rule that picks an implementation of a row op.
+"""Select the implementation of a row op.
 
-`auto` walks PREFERENCE of the tensor's device and takes the first backend that offers the op and runs there.
-A named backend is used for every op that it offers, and its absence is an error; the ops that it does not
-offer are chosen as by `auto`. float64 is computed by the reference alone.
+`auto` takes the first backend in PREFERENCE[device] that offers the op and can run there. A named backend is
+used for every op that it offers; RuntimeError if it cannot run. Ops that it does not offer are selected as
+with `auto`. float64 input always uses the reference.
 """
 
 import functools
@@ -48,8 +48,8 @@ MODULES = {
 
 
 class Choice(NamedTuple):
-    """One line of `rlsc doctor`: which backend `auto` takes for an op on a device, and why not the ones
-    before it."""
+    """One line of `rlsc doctor`: the backend that `auto` takes for an op on a device, and why the preferred
+    ones cannot run."""
 
     op: str
     device: str
@@ -59,10 +59,10 @@ class Choice(NamedTuple):
 
 @functools.cache
 def select(op: str, device: torch.device, dtype: torch.dtype, backend: str = "auto") -> Callable[..., Any]:
-    """Return the function that computes `op` on `device`; RuntimeError where a named backend cannot, with the
-    reason.
+    """Return the function that computes `op` on `device`; RuntimeError with the reason if a named backend
+    cannot run.
 
-    Remembered for the life of the process: every call of an op asks.
+    Cached for the life of the process, because every call of an op needs it.
     """
     if dtype == torch.float64 or backend == "reference":
         return getattr(import_module(MODULES["reference"]), op)
@@ -76,7 +76,7 @@ def select(op: str, device: torch.device, dtype: torch.dtype, backend: str = "au
 
 
 def choose(op: str, device_type: str) -> Choice:
-    """Return what `auto` takes for `op` on a device type."""
+    """Return the backend that `auto` takes for `op` on a device type."""
     reasons: list[str] = []
     for backend in PREFERENCE.get(device_type, ("reference",)):
         if op not in OFFERS[backend]:
@@ -98,6 +98,6 @@ def why_not(backend: str, op: str, device_type: str) -> str | None:
 
 
 def describe_backends() -> list[Choice]:
-    """List what `auto` takes for every op on every device of this machine."""
+    """List the backend that `auto` takes for every op on every device of this machine."""
     devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
     return [choose(op, device) for device in devices for op in OPS]

@@ -1,4 +1,10 @@
-"""The language-model head on chunks of live tokens: gathers, products and where their gradients go."""
+"""Run the language-model head on chunks of live tokens: gathers, matrix products, and delivery of their
+gradients.
+
+Shape suffixes: T all tokens, N live tokens (those in the mask), C tokens of one chunk or piece, H hidden
+size, Vp vocabulary rows of this rank with padding, V a block of them, R tensor-parallel ranks, k statistics,
+1 a dimension of size 1.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,7 +22,8 @@ from rlsc_mcore.ops.vocab_parallel import PendingScores, Scores, check_shard, gr
 
 @dataclass(frozen=True)
 class HeadCall:
-    """What one call of a fused head keeps fixed over its chunks, and the row ops with it."""
+    """Arguments that are fixed over the chunks of one fused-head call, and the row ops with these
+    arguments."""
 
     shard: VocabShard
     group: dist.ProcessGroup | None
@@ -45,7 +52,7 @@ class HeadCall:
         return torch.ops.rlsc.rest_softmax_(logits_CVp, targets_C, *self.shard.as_arguments(), self.backend)
 
     def set_target_(self, rows_CVp: Tensor, targets_C: Tensor, values_C: Tensor) -> None:
-        """Overwrite each row's target element where this rank holds it."""
+        """Overwrite the target's element of each row if this rank holds it."""
         column_C = targets_C - self.shard.start
         owned_C = (targets_C >= 0) & (column_C >= 0) & (column_C < self.shard.num_columns)
         column_C1 = torch.where(owned_C, column_C, 0)[:, None]
@@ -55,14 +62,15 @@ class HeadCall:
         )
 
 
-COLUMNS_AT_ONCE = 8192  # of the weight that a CPU converts to another type
+COLUMNS_AT_ONCE = 8192  # rows of the weight that a CPU converts to another dtype at once
 
 
 def head_product(hidden_CH: Tensor, weight_VpH: Tensor, logits_CVp: Tensor) -> Tensor:
     """Write hidden weight^T to `logits_CVp` and return it.
 
-    Logits of a wider type than the operands' are summed and stored in it, and never rounded to the operands'.
-    A CPU has no such product: there the operands are converted, a block of the weight at a time.
+    If the logits have a wider dtype than the operands, products are summed and stored in the logits' dtype
+    without rounding to the operands'. A CPU has no such product; there the operands are converted first, the
+    weight in blocks.
     """
     if logits_CVp.dtype == hidden_CH.dtype:
         return torch.mm(hidden_CH, weight_VpH.t(), out=logits_CVp)
@@ -77,8 +85,7 @@ def head_product(hidden_CH: Tensor, weight_VpH: Tensor, logits_CVp: Tensor) -> T
 
 
 def check_logits_dtype(logits_dtype: torch.dtype | None, operands: torch.dtype) -> torch.dtype:
-    """Return the type of the logits, by default the operands'; ValueError for one that is neither theirs nor
-    float32."""
+    """Return the dtype of the logits, default the operands'; ValueError if it is neither that nor float32."""
     if logits_dtype is None or logits_dtype == operands or operands == torch.float64:
         return operands
     if logits_dtype != torch.float32:
@@ -97,7 +104,7 @@ def score_pieces(
 ) -> Scores:
     """Score live tokens piece by piece in one buffer of logits.
 
-    A piece's statistics are in flight while the next piece's product runs.
+    One piece's statistics are gathered while the next piece's product runs.
     """
     pending = []
     for start, stop in pieces:
@@ -124,7 +131,7 @@ def check_head(
     group: dist.ProcessGroup | None,
     sequence_parallel: bool,
 ) -> None:
-    """Raise ValueError where the arguments of a fused head do not fit together."""
+    """Raise ValueError if the arguments of a fused head do not match."""
     check_shard(vocab_start, group)
     num_tokens = target_ids_T.shape[0]
     ranks = group_size(group) if sequence_parallel else 1
@@ -149,8 +156,7 @@ def check_head(
 
 
 def gather_hidden(hidden_TH: Tensor, group: dist.ProcessGroup | None, sequence_parallel: bool) -> Tensor:
-    """Return all tokens' hidden states: under sequence parallelism all-gathered over `group` (one
-    collective)."""
+    """Return the hidden states of all tokens; one all-gather over `group` under sequence parallelism."""
     if not sequence_parallel or group is None or group.size() == 1:
         return hidden_TH
     gathered = hidden_TH.new_empty(hidden_TH.shape[0] * group.size(), hidden_TH.shape[1])
@@ -159,8 +165,8 @@ def gather_hidden(hidden_TH: Tensor, group: dist.ProcessGroup | None, sequence_p
 
 
 def reduce_hidden_grad(grad_TH: Tensor, group: dist.ProcessGroup | None, sequence_parallel: bool) -> Tensor:
-    """Sum the ranks' partial gradients of the hidden states over `group`: reduce-scattered under sequence
-    parallelism, else all-reduced."""
+    """Sum the ranks' partial gradients of the hidden states over `group`: reduce-scatter under sequence
+    parallelism, else all-reduce."""
     if group is None or group.size() == 1:
         return grad_TH
     if not sequence_parallel:
@@ -172,20 +178,20 @@ def reduce_hidden_grad(grad_TH: Tensor, group: dist.ProcessGroup | None, sequenc
 
 
 def has_main_grad(weight: Tensor) -> bool:
-    """Whether Megatron's data parallelism keeps this parameter's gradient in `main_grad` and knows the
-    added-already flag."""
+    """Return whether Megatron keeps this parameter's gradient in `main_grad` and reads
+    `grad_added_to_main_grad`."""
     return getattr(weight, "main_grad", None) is not None and hasattr(weight, "grad_added_to_main_grad")
 
 
 class WeightGradient:
-    """Sums the chunks' weight gradients, dlogits^T hidden, in float32 and in order, without rounding a
-    product first."""
+    """Accumulates the chunks' weight gradients, dlogits^T hidden, in float32 in a fixed order, without
+    rounding the products."""
 
     def __init__(self, weight_VpH: Tensor, buffer_VpH: Tensor | None = None) -> None:
         """Start at zero, or add to `buffer_VpH` (Megatron's main_grad)."""
         self._beta = (
             0.0 if buffer_VpH is None else 1.0
-        )  # 0: the first product is written over whatever memory was there
+        )  # 0: the first product overwrites uninitialized memory
         dtype = torch.float64 if weight_VpH.dtype == torch.float64 else torch.float32
         self._sum_VpH = torch.empty_like(weight_VpH, dtype=dtype) if buffer_VpH is None else buffer_VpH
 
@@ -208,12 +214,13 @@ class WeightGradient:
 def deliver_weight_grad(
     weight_VpH: Tensor, grad_VpH: Tensor | None, upstream: Tensor | None
 ) -> Tensor | None:
-    """Hand a weight's gradient times `upstream` to Megatron's float32 `main_grad` where it exists, else
-    return it for autograd.
+    """Add a weight's gradient times `upstream` to Megatron's float32 `main_grad` if it exists, else return it
+    for autograd.
 
-    `grad_VpH` None says that `main_grad` holds it already. Mutates `weight.main_grad` and
-    `weight.grad_added_to_main_grad`. What is returned then only fires Megatron's hook: a placeholder, zero
-    where `zero_out_wgrad` says that the hook adds it (a weight tied to the embedding).
+    `grad_VpH` None means that `main_grad` already holds the gradient. Mutates `weight.main_grad` and
+    `weight.grad_added_to_main_grad`. If `main_grad` exists, the returned tensor is a placeholder that
+    triggers Megatron's hook. The placeholder is zero if `zero_out_wgrad` says that the hook adds it (a weight
+    tied to the embedding).
     """
     weight: Any = weight_VpH
     if upstream is not None and upstream.device.type == "cpu" and upstream.item() == 1.0:

@@ -1,10 +1,13 @@
-"""The row ops as operators `torch.ops.rlsc.*`: one for every backend, with fakes for torch.compile and memory
-models.
+"""Register the row ops as `torch.ops.rlsc.*`: one operator for all backends, with fakes for torch.compile and
+memory models.
 
 reference.py defines what they compute; the last argument names the backend (dispatch.py). They have no
-derivative of their own: token_log_probs, the fused heads and sequence_sums are the differentiable functions.
-They are registered with torch.library.Library and not as custom_op, whose Python wrappers cost several times
-the call itself.
+derivative: the differentiable functions are token_log_probs, the fused heads and sequence_sums. They are
+registered with torch.library.Library because the Python wrappers of custom_op cost several times the call
+itself.
+
+Shape suffixes: T tokens (rows of logits), Vp vocabulary columns of this rank with padding, k statistics, R
+tensor-parallel ranks, S sequences.
 """
 
 from collections.abc import Callable
@@ -29,8 +32,8 @@ def _register(schema: str, run: Callable[..., Any], fake: Callable[..., Any]) ->
 
 
 def _overwrite(logits_TVp: Tensor) -> None:
-    """Announce that an op overwrites these logits; raise where autograd would not know, or where rows share
-    memory."""
+    """Mark logits as overwritten for autograd; RuntimeError if autograd tracks them, ValueError if their rows
+    share memory."""
     if logits_TVp.requires_grad and torch.is_grad_enabled():
         raise RuntimeError(
             "logits_TVp requires grad: expected logits that autograd does not track, because this op "
@@ -191,15 +194,15 @@ _register(
     _log_prob_stats,
     _fake_log_prob_stats,
 )
-# The same, and log p [T], on a rank that holds the whole vocabulary.
+# log_prob_stats and log p [T]; the rank must hold the whole vocabulary.
 _register(
     f"scored_stats(Tensor logits_TVp, Tensor targets_T, {SHARD}, bool with_entropy, str backend) -> (Tensor, "
     "Tensor)",
     _scored_stats,
     _fake_scored_stats,
 )
-# The gradient of the statistics with respect to the logits, in their dtype; dlogits_ overwrites the logits by
-# it.
+# The gradient of the statistics with respect to the logits, in their dtype; dlogits_ overwrites the logits
+# with it.
 _register(
     f"dlogits(Tensor logits_TVp, Tensor grad_stats_Tk, Tensor stats_Tk, Tensor targets_T, {SHARD}, str "
     "backend) -> Tensor",
@@ -212,33 +215,33 @@ _register(
     _dlogits_,
     lambda *_: None,
 )
-# Overwrite the logits by the softmax over the rest, -1 at the target; return their statistics.
+# Overwrite the logits with the softmax over the rest and -1 at the target; return their statistics.
 _register(
     f"rest_softmax_(Tensor(a!) logits_TVp, Tensor targets_T, {SHARD}, str backend) -> Tensor",
     _rest_softmax_,
     _fake_rest_softmax_,
 )
-# The same, written to rows of another type; the logits are lost.
+# rest_softmax_ written to rows of another dtype; the values of the logits are lost.
 _register(
     f"rest_softmax_into(Tensor(a!) logits_TVp, Tensor(b!) out_TVp, Tensor targets_T, {SHARD}, str backend) "
     "-> Tensor",
     _rest_softmax_into,
     _fake_rest_softmax_,
 )
-# Overwrite the logits of the whole vocabulary by the gradient of sum_t w_t log p_t; return log p [T].
+# Overwrite the logits of the whole vocabulary with the gradient of sum_t w_t log p_t; return log p [T].
 _register(
     f"log_prob_dlogits_(Tensor(a!) logits_TVp, Tensor targets_T, Tensor weights_T, {SHARD}, str backend) -> "
     "Tensor",
     _log_prob_dlogits_,
     _fake_log_prob_dlogits_,
 )
-# log p [T], 1 - p [T] and the ranks' shares [R, T] from all ranks' statistics.
+# Compute log p [T], 1 - p [T] and the ranks' shares [R, T] from all ranks' statistics.
 _register(
     "join_stats(Tensor stats_RTk, float inv_temperature, str backend) -> (Tensor, Tensor, Tensor)",
     _join_stats,
     _fake_join_stats,
 )
-# The gradient [T, k] of log p and entropy with respect to one rank's statistics.
+# Return the gradient [T, k] of log p and entropy with respect to one rank's statistics.
 _register(
     "join_backward(Tensor stats_RTk, int rank, float inv_temperature, Tensor? grad_log_probs_T, Tensor? "
     "grad_entropy_T, "
@@ -246,7 +249,7 @@ _register(
     _join_backward,
     lambda stats_RTk, *_: torch.empty_like(stats_RTk[0]),
 )
-# Each packed sequence's unmasked values, summed in float64: [S].
+# Sum the unmasked values of each packed sequence in float64: [S].
 _register(
     "sequence_sums(Tensor values_T, Tensor mask_T, Tensor cu_seqlens, str backend) -> Tensor",
     _sequence_sums,

@@ -1,8 +1,11 @@
-"""Log-probabilities straight from hidden states: the logits exist only one chunk of live tokens at a time.
+"""Compute token log-probabilities from hidden states, with the logits of one chunk of live tokens at a time.
 
-Forward is one product per chunk and one read of its logits; backward recomputes the chunk (4 products in
-all), because the weight of a token's log-probability may come from anywhere. Where it comes from the same
-pass, linear_loss.py needs 3.
+Forward: one product per chunk and one read of its logits. Backward recomputes each chunk (4 products in all),
+because the gradient of a token's log-probability may come from any later computation. linear_loss.py needs 3
+products when the weight comes from the same pass.
+
+Shape suffixes: T all tokens, N live tokens (those in the mask), C tokens of one chunk, H hidden size, Vp
+vocabulary rows of this rank with padding, R tensor-parallel ranks, k statistics.
 """
 
 from typing import Any
@@ -43,14 +46,14 @@ class _LinearTokenLogProbs(torch.autograd.Function):
         hidden_full_TH = gather_hidden(hidden_TH, call.group, call.sequence_parallel)
         buffer = hidden_TH.new_empty(longest(pieces), weight_VpH.shape[0], dtype=call.logits_dtype)
         scores = score_pieces(call, hidden_full_TH, weight_VpH, targets_T, live_N, pieces, buffer)
-        # Saved, so that autograd notices a change of the weight before backward recomputes the logits from
-        # it.
+        # save_for_backward lets autograd detect that the weight was changed before backward recomputes the
+        # logits.
         ctx.save_for_backward(hidden_TH, weight_VpH, targets_T, live_N, scores.stats_RTk)
         ctx.weight, ctx.call, ctx.pieces = (
             weight_VpH,
             call,
             pieces,
-        )  # the parameter itself: main_grad is its attribute
+        )  # the parameter itself, because main_grad is its attribute
         zeros_T = scores.log_probs_T.new_zeros(targets_T.shape[0])
         log_probs_T = zeros_T.index_copy(0, live_N, scores.log_probs_T)
         return log_probs_T, None if scores.entropy_T is None else zeros_T.index_copy(
@@ -83,7 +86,7 @@ class _LinearTokenLogProbs(torch.autograd.Function):
         buffer = hidden_TH.new_empty(size, dtype=call.logits_dtype)
         rounded = (
             buffer if buffer.dtype == hidden_TH.dtype else hidden_TH.new_empty(size)
-        )  # the products' operand
+        )  # operand of the products
         for start, stop in ctx.pieces:
             rows = slice(start, stop)
             hidden_CH = hidden_full_TH.index_select(0, live_N[rows])
@@ -120,19 +123,19 @@ def linear_token_log_probs(
     logits_dtype: torch.dtype | None = None,
     backend: Backend = "auto",
 ) -> Any:
-    """Compute log softmax(hidden weight^T / temperature) at the targets of the masked-in tokens, in chunks of
-    logits.
+    """Compute log softmax(hidden weight^T / temperature) at the targets of the tokens in the mask, in chunks.
 
-    hidden_TH: [T, H], or this rank's [T / tp, H] under `sequence_parallel`; weight_VpH: [Vp, H], same dtype,
-    this rank's rows from `vocab_start` (rows at or beyond `vocab_size` are padding); target_ids_T: int64 [T]
-    and mask_T: bool [T], all tokens on every rank. Returns float32 [T] (with entropy a pair), 0 where the
-    mask is False; those tokens never enter the head. `logits_dtype`: type of the logits, by default
-    hidden_TH's; float32 keeps what rounding them to bfloat16 loses. `chunk_tokens`: most rows of logits alive
-    at once (default: a fixed workspace); `num_live`: mask_T.sum() on the host, which spares one
-    device-to-host copy. Collectives over `group`: one all-gather of 12 (16) bytes per token and chunk; under
-    sequence parallelism an all-gather of hidden in each direction and a reduce-scatter of its gradient, else
-    an all-reduce of it. Mutates in backward: `weight.main_grad` (float32) and `grad_added_to_main_grad` where
-    Megatron put them on the weight.
+    hidden_TH: [T, H], or this rank's [T / tp, H] under `sequence_parallel`. weight_VpH: [Vp, H], same dtype,
+    this rank's rows from `vocab_start`; rows at or beyond `vocab_size` are padding. target_ids_T: int64 [T]
+    and mask_T: bool [T] hold all tokens on every rank. Returns float32 [T] (with entropy a pair), 0 outside
+    the mask; those tokens are not computed. `logits_dtype`: dtype of the logits, default hidden_TH's; float32
+    avoids the rounding of logits to bfloat16. `chunk_tokens`: maximum number of rows of logits at once
+    (default: a fixed workspace). `num_live`: mask_T.sum() on the host; avoids one device-to-host copy.
+
+    Collectives over `group`: one all-gather of 12 (with entropy 16) bytes per token and chunk; under sequence
+    parallelism an all-gather of hidden in each direction and a reduce-scatter of its gradient, else an
+    all-reduce of its gradient. Mutates in backward: `weight.main_grad` (float32) and
+    `grad_added_to_main_grad` if Megatron set them on the weight.
     """
     check_head(hidden_TH, weight_VpH, target_ids_T, mask_T, vocab_start, group, sequence_parallel)
     check_target_range(target_ids_T, vocab_size)

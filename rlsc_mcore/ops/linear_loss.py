@@ -1,17 +1,20 @@
-"""The whole objective from hidden states in one pass: loss = -sum_t c_t log p_t, with c_t computed from the
-same log p.
+"""Compute the weighted loss and its gradients from hidden states in one pass: loss = -sum_t c_t log p_t.
 
-A chunk of whole sequences makes its logits once. One kernel reads them once and overwrites them by the
-softmax over the rest, -1 at the target (`rest_softmax_`): all that is still unknown of a row's gradient - its
-coefficient, 1 - p, the other ranks' mass - is one number per token, s_t = c_t q_t share_t / temperature. So
-the coefficients are computed on the device from the chunk's own log-probabilities, and s_t is applied to the
-rows of the two products that follow:
+The coefficients c_t are computed from the same log p. The logits of a chunk of whole sequences are computed
+once. One kernel reads them once and overwrites them with E: the softmax over the rest, and -1 at the target
+(`rest_softmax_`). A row's gradient is then complete except for its coefficient, 1 - p and the other ranks'
+mass. These combine to one number per token, s_t = c_t q_t share_t / temperature with q = 1 - p, which scales
+the rows of the two following products:
 
     d hidden = s * (E weight)        d weight += E^T (s * hidden)
 
-3 products, one read and one write of the logits, no second pass, no host sync, any tensor-parallel size. A
-sequence longer than a chunk is reduced in pieces first and recomputed piece by piece once its coefficients
-are known (4 products).
+Cost: 3 matrix products, one read and one write of the logits, no second pass and no host synchronization, for
+any tensor-parallel size. A sequence longer than a chunk is first reduced in pieces; when its coefficients are
+known, each piece is recomputed (4 products).
+
+Shape suffixes: T all tokens, N live tokens (those in the mask), C tokens of one chunk or piece, S sequences,
+H hidden size, Vp vocabulary rows of this rank with padding, R tensor-parallel ranks, k statistics, 1 a
+dimension of size 1.
 """
 
 from collections.abc import Callable, Sequence
@@ -53,14 +56,15 @@ CoefficientFn = Callable[[Tensor, Tensor, Tensor, slice], Tensor]
 """(token_log_probs float32 [C] detached, mask bool [C], cu_seqlens int32 [S' + 1], sequences) -> c_t, float
 [C], on the device.
 
-The C tokens are the live tokens of the batch's sequences `sequences`, in order (so the mask is True
-throughout)."""
+`sequences` selects whole sequences of the batch; C counts their live tokens, in order. The mask is therefore
+True everywhere.
+"""
 
-SMALLEST_SHARE = {torch.float16: 2.0**-15}  # 1 / share is stored in the logits' dtype; 2^-100 elsewhere
+SMALLEST_SHARE = {torch.float16: 2.0**-15}  # 1 / share is stored in the rows' dtype; 2^-100 elsewhere
 
 
 class _Pass:
-    """One walk over the chunks: the loss, every token's log p and, where wanted, both gradients."""
+    """One pass over the chunks: computes the loss, log p of every token and, if requested, both gradients."""
 
     def __init__(
         self,
@@ -79,13 +83,11 @@ class _Pass:
         )
         self.grad_hidden_TH: Tensor | None = None
         self.grad_weight: WeightGradient | None = None
-        self.logits_buffer: Tensor | None = (
-            None  # where logits are of another type than the products' operands
-        )
+        self.logits_buffer: Tensor | None = None  # used if the logits have another dtype than the operands
 
     def run(self, chunks: Sequence[SequenceChunk], coefficient_fn: CoefficientFn) -> None:
-        """Walk the chunks in order; with several ranks one chunk's statistics are in flight while the next
-        one's product runs."""
+        """Process the chunks in order. With several ranks, one chunk's statistics are gathered while the next
+        chunk's product runs."""
         num_buffers = min(group_size(self.call.group), 2)
         rows = max((longest(chunk.pieces) for chunk in chunks), default=0)
         size = rows, self.weight_VpH.shape[0]
@@ -105,8 +107,8 @@ class _Pass:
     def start_chunk(
         self, chunk: SequenceChunk, buffer: Tensor, coefficient_fn: CoefficientFn
     ) -> Callable[[], None]:
-        """Make a chunk's logits, reduce and overwrite them; the returned rest of the work needs the other
-        ranks' statistics."""
+        """Compute, reduce and overwrite a chunk's logits, and start to gather its statistics; return the
+        function that finishes the chunk."""
         index = self.live_N[chunk.tokens]
         hidden_CH, targets_C = self.hidden_TH.index_select(0, index), self.targets_T[index]
         rest_CVp = buffer[: index.shape[0]]
@@ -141,8 +143,8 @@ class _Pass:
     def start_pieces(
         self, chunk: SequenceChunk, buffer: Tensor, coefficient_fn: CoefficientFn
     ) -> Callable[[], None]:
-        """Put off a chunk that does not fit one buffer, or that needs no gradient, until the one before it is
-        done."""
+        """Return the function that runs a chunk in pieces, after the previous chunk is finished. Used for a
+        chunk that does not fit one buffer or that needs no gradient."""
         return partial(self.run_pieces, chunk, buffer, coefficient_fn)
 
     def run_pieces(self, chunk: SequenceChunk, buffer: Tensor, coefficient_fn: CoefficientFn) -> None:
@@ -178,8 +180,8 @@ class _Pass:
             self.add_gradients(index, hidden_CH, logits_CVp, None)
 
     def weigh(self, chunk: SequenceChunk, log_probs_C: Tensor, coefficient_fn: CoefficientFn) -> Tensor:
-        """Compute a chunk's coefficients from its log p and add both to the outputs; no device-to-host
-        copy."""
+        """Compute a chunk's coefficients [C] from its log p, and update the loss and the log-probs; no
+        device-to-host copy."""
         first, last = chunk.sequences.start, chunk.sequences.stop
         cu_seqlens = self.cu_live[first : last + 1] - self.cu_live[first]
         coefficients_C = coefficient_fn(
@@ -197,8 +199,8 @@ class _Pass:
     def add_gradients(
         self, index: Tensor, hidden_CH: Tensor, dlogits_CVp: Tensor, scale_C1: Tensor | None
     ) -> None:
-        """Add a piece's two products; `scale_C1` completes the rows of dlogits where they are not complete
-        yet."""
+        """Add a piece's two products to the gradients; `scale_C1` is the missing factor of each row of
+        dlogits."""
         assert self.grad_hidden_TH is not None
         grad_CH = dlogits_CVp @ self.weight_VpH
         if scale_C1 is not None:
@@ -237,10 +239,10 @@ class _LinearWeightedLoss(torch.autograd.Function):
         grad_hidden_TH = walk.grad_hidden_TH
         if grad_hidden_TH is not None:
             grad_hidden_TH = reduce_hidden_grad(grad_hidden_TH, call.group, call.sequence_parallel)
-        # Saved as autograd saves tensors: freed by backward even where somebody keeps the loss.
+        # Saved through autograd, so that backward frees them even while the loss is still referenced.
         grad_weight_VpH = None if ctx.into_main_grad or walk.grad_weight is None else walk.grad_weight.total()
         ctx.save_for_backward(grad_hidden_TH, grad_weight_VpH)
-        ctx.weight = weight_VpH  # the parameter itself: main_grad is its attribute
+        ctx.weight = weight_VpH  # the parameter itself, because main_grad is its attribute
         log_probs_T = walk.log_probs_N.new_zeros(targets_T.shape[0]).index_copy_(0, live_N, walk.log_probs_N)
         ctx.mark_non_differentiable(log_probs_T)
         return walk.loss, log_probs_T
@@ -252,8 +254,8 @@ class _LinearWeightedLoss(torch.autograd.Function):
         if grad_loss is not None:
             grad_hidden_TH, grad_weight_VpH = ctx.saved_tensors
             if ctx.needs_input_grad[0]:
-                # One dim, so that the upstream gradient is not rounded to the hidden states' dtype before the
-                # product.
+                # Shape [1] instead of []: a tensor without dimensions would be rounded to the hidden states'
+                # dtype before the product.
                 upstream = grad_loss.to(working_dtype(grad_hidden_TH.dtype)).reshape(1)
                 grad_hidden = torch.mul(grad_hidden_TH, upstream, out=torch.empty_like(grad_hidden_TH))
             if ctx.needs_input_grad[1]:
@@ -281,24 +283,26 @@ def linear_weighted_loss(
     logits_dtype: torch.dtype | None = None,
     backend: Backend = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """Compute loss = -sum_t c_t log p_t over the masked-in tokens, c_t from the same pass, and both its
-    gradients with it.
+    """Compute loss = -sum_t c_t log p_t over the tokens in the mask, with c_t and both gradients from the
+    same pass.
 
-    hidden_TH: [T, H], or this rank's [T / tp, H] under `sequence_parallel`; weight_VpH: [Vp, H], same dtype,
-    this rank's rows from `vocab_start` (rows at or beyond `vocab_size` are padding); target_ids_T int64 [T],
-    mask_T bool [T] and cu_seqlens int32 [S + 1]: all tokens on every rank. `coefficient_fn` (see
-    CoefficientFn) sees whole sequences, and the whole batch at once with `whole_batch`; it must not wait for
-    the device. `chunk_tokens`: most rows of logits alive at once, a longer sequence is recomputed in pieces
-    (default: a fixed workspace); `live_counts`: the mask's count per sequence on the host, which spares the
-    only device-to-host copy. `logits_dtype`: type of the logits, by default hidden_TH's; float32 keeps what
-    rounding them to bfloat16 loses. `unit_upstream`: promise that backward comes once with gradient 1; the
-    weight's gradient is then added to `main_grad` during forward and no [Vp, H] buffer is held.
+    hidden_TH: [T, H], or this rank's [T / tp, H] under `sequence_parallel`. weight_VpH: [Vp, H], same dtype,
+    this rank's rows from `vocab_start`; rows at or beyond `vocab_size` are padding. target_ids_T int64 [T],
+    mask_T bool [T] and cu_seqlens int32 [S + 1] hold all tokens on every rank.
 
-    Returns (loss float64 [], token log-probs float32 [T], detached, 0 outside the mask), the same on every
-    rank of `group`. Collectives over `group`, all in forward: one all-gather of 12 bytes per token and chunk;
+    `coefficient_fn` (see CoefficientFn) receives whole sequences, or the whole batch at once with
+    `whole_batch`; it must not synchronize with the device. `chunk_tokens`: maximum number of rows of logits
+    at once (default: a fixed workspace); a longer sequence is recomputed in pieces. `live_counts`: tokens in
+    the mask per sequence, on the host; avoids the only device-to-host copy. `logits_dtype`: dtype of the
+    logits, default hidden_TH's; float32 avoids the rounding of logits to bfloat16. `unit_upstream`: the
+    caller promises one backward call with upstream gradient 1; the weight gradient is then added to
+    `main_grad` during forward, without a [Vp, H] buffer.
+
+    Returns (loss float64 [], token log-probs float32 [T], detached, 0 outside the mask), equal on every rank
+    of `group`. Collectives over `group`, all in forward: one all-gather of 12 bytes per token and chunk;
     under sequence parallelism an all-gather of hidden and a reduce-scatter of its gradient, else an
-    all-reduce of that gradient. Mutates: `weight.main_grad` (float32) and `grad_added_to_main_grad` where
-    Megatron put them on the weight.
+    all-reduce of that gradient. Mutates `weight.main_grad` (float32) and `grad_added_to_main_grad` if
+    Megatron set them on the weight.
     """
     check_head(hidden_TH, weight_VpH, target_ids_T, mask_T, vocab_start, group, sequence_parallel)
     check_target_range(target_ids_T, vocab_size)

@@ -1,4 +1,8 @@
-"""Log-probabilities of target tokens from vocab-parallel logits."""
+"""Compute log-probabilities of target tokens from vocab-parallel logits.
+
+Shape suffixes: T tokens (rows of logits), Vp vocabulary columns of this rank with padding, R tensor-parallel
+ranks, k statistics.
+"""
 
 from typing import Any, Literal, NamedTuple, overload
 
@@ -14,7 +18,7 @@ from rlsc_mcore.ops.vocab_parallel import Scores, check_shard, group_rank, join_
 
 
 class _Options(NamedTuple):
-    """What a call fixes beside its tensors."""
+    """Arguments of a call except its tensors."""
 
     shard: VocabShard
     group: dist.ProcessGroup | None
@@ -24,13 +28,13 @@ class _Options(NamedTuple):
 
 
 def _forward(logits_TVp: Tensor, targets_T: Tensor, options: _Options) -> Scores:
-    """Reduce the rows, and over a group gather the statistics."""
+    """Reduce the rows and all-gather their statistics over the group."""
     arguments = logits_TVp, targets_T, *options.shard.as_arguments(), options.with_entropy, options.backend
     return score(arguments, options.group).wait()
 
 
 class _TokenLogProbs(torch.autograd.Function):
-    """log p and entropy; backward needs no collective, because every rank holds the same loss."""
+    """Compute log p and entropy. Backward needs no collective, because every rank has the same loss."""
 
     @staticmethod
     def forward(
@@ -98,14 +102,14 @@ def token_log_probs(
     inplace_backward: bool = False,
     backend: Backend = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Compute log softmax(logits / temperature) at each row's target, and optionally the entropy of the row.
+    """Compute log softmax(logits / temperature) at each row's target, and optionally the entropy of each row.
 
-    logits_TVp: float32, float16 or bfloat16 [T, Vp], rows contiguous, this rank's columns from `vocab_start`;
-    columns at or beyond `vocab_size` are padding: ignored, gradient 0. target_ids_T: int64 [T], global ids; a
-    negative id is an ignored token (log p 0, gradient bitwise 0). Returns float32 [T], the same on every rank
-    of `group`; with entropy a pair. Collectives: one all-gather of 12 bytes per token (16 with entropy) over
-    `group` in forward, none in backward. Mutates: the logits in backward, where `inplace_backward` is set
-    (their gradient replaces them; they must not be used again).
+    logits_TVp: float32, float16 or bfloat16 [T, Vp] with contiguous rows, this rank's columns from
+    `vocab_start`. Columns at or beyond `vocab_size` are padding: ignored, gradient 0. target_ids_T: int64
+    [T], global ids; a negative id marks an ignored token (log p 0, gradient bitwise 0). Returns float32 [T],
+    equal on every rank of `group`; with entropy a pair. Collectives over `group`: one all-gather of 12 bytes
+    per token (16 with entropy) in forward, none in backward. Mutates the logits in backward if
+    `inplace_backward` is set: their gradient replaces them, so they must not be used again.
     """
     check_shard(vocab_start, group)
     check_rows(logits_TVp, target_ids_T, logits_TVp.shape[0], "logits_TVp")

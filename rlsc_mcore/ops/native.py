@@ -1,5 +1,8 @@
-"""The compiled row ops of csrc/, CPU and CUDA: loads the extension, allocates outputs, and says why it cannot
-run."""
+"""Call the compiled row ops of csrc/ on CPU and CUDA: load the extension, allocate outputs, report why it
+cannot run.
+
+Shape suffixes: T tokens (rows of logits), Vp vocabulary columns of this rank with padding, k statistics.
+"""
 
 import functools
 import importlib.util
@@ -10,16 +13,16 @@ from torch import Tensor
 
 from rlsc_mcore.ops.reference import num_stats
 
-VERSION = 5  # of csrc/bindings.cpp
+VERSION = 5  # must equal kVersion of csrc/bindings.cpp
 CLUSTER_OPS = ("rest_softmax_", "rest_softmax_into", "log_prob_dlogits_")
-ALIGNMENT_BYTES = 16  # of a bulk copy: row addresses and row strides
-LARGEST_ROW_BYTES = 8 * 225 * 1024  # 8 blocks of a cluster with the shared memory of one multiprocessor each
+ALIGNMENT_BYTES = 16  # required of row addresses and row strides by a bulk copy
+LARGEST_ROW_BYTES = 8 * 225 * 1024  # 8 blocks per cluster, each with the shared memory of a multiprocessor
 
 
 @functools.cache
 def load() -> str | None:
-    """Load rlsc_mcore._C once; return None, or why it is not there. It registers ops and has no Python module
-    of its own."""
+    """Load rlsc_mcore._C once; return None, or the reason why it is not available. It registers ops and has
+    no Python module."""
     spec = importlib.util.find_spec("rlsc_mcore._C")
     if spec is None or spec.origin is None:
         return "rlsc_mcore._C is not built (pip install --no-build-isolation with a C++ compiler)"
@@ -34,14 +37,14 @@ def load() -> str | None:
 
 
 def why_not(op: str, device_type: str) -> str | None:
-    """Return why the compiled `op` cannot run on a device type, None where it can."""
+    """Return why the compiled `op` cannot run on a device type; None if it can."""
     reason = load()
     if reason is not None:
         return reason
     key = {"cpu": "CPU", "cuda": "CUDA"}.get(device_type)
     native_op = {"scored_stats": "log_prob_stats"}.get(op, op)
     if op == "rest_softmax_into" and device_type == "cpu":
-        native_op = "rest_softmax_"  # and a copy
+        native_op = "rest_softmax_"  # followed by a copy
     if key is None or not torch._C._dispatch_has_kernel_for_dispatch_key(f"rlsc_native::{native_op}", key):
         return f"rlsc_mcore._C was built without {op} for {device_type}"
     if device_type == "cuda" and op in CLUSTER_OPS and torch.cuda.get_device_capability()[0] < 9:
@@ -125,8 +128,8 @@ def dlogits(
 
 
 def _other_implementation(op: str, logits_TVp: Tensor, num_columns: int) -> Callable[..., Tensor] | None:
-    """Return what takes rows that the cluster kernel cannot: not aligned for bulk copies, or too long for
-    shared memory."""
+    """Return the op for rows that the cluster kernel cannot take (not aligned for bulk copies, or larger than
+    shared memory); None if it can."""
     if not logits_TVp.is_cuda:
         return None
     size, stride = logits_TVp.element_size(), logits_TVp.stride(0) if logits_TVp.shape[0] > 1 else 0
@@ -160,8 +163,8 @@ def rest_softmax_into(
     vocab_start: int,
     num_columns: int,
 ) -> Tensor:
-    """Compiled `reference.rest_softmax_into`: on a GPU one read of the logits and one write of `out_TVp`, on
-    a CPU a copy more."""
+    """Compiled `reference.rest_softmax_into`. GPU: one read of the logits and one write of `out_TVp`. CPU: an
+    additional copy."""
     aligned_out = (
         out_TVp.data_ptr() % ALIGNMENT_BYTES == 0
         and out_TVp.stride(0) * out_TVp.element_size() % ALIGNMENT_BYTES == 0

@@ -1,45 +1,46 @@
-"""Plain PyTorch definition of every op of this package: the oracle of the kernels, and the fallback on any
-device.
+"""Define every op of this package in plain PyTorch: test oracle of the kernels and fallback on any device.
 
-A row of logits x is reduced to *target-excluded* statistics, here in float32 (float64 for float64 logits):
+Each row of logits x is reduced to *target-excluded* statistics in float32 (float64 for float64 logits). The
+"rest" of a row is all real columns of this rank except the target's:
 
-    top      = a number near the largest logit of the rest (all real columns of this rank but the target's), as a logit
+    top      = a number near the largest logit of the rest, as a logit
     log_sum  = log sum_{j != target} exp((x_j - top) / temperature)
-    target   = x_target, as a logit                 -inf on the ranks that do not hold the target's column
+    target   = x_target, as a logit; -inf on the ranks that do not hold the target's column
     rest_entropy (optional) = entropy of softmax(x_j / temperature, j != target)
 
-so that, with gap = (top - target) / temperature + log_sum, log p = -softplus(gap) and 1 - p = sigmoid(gap).
-Leaving the target out keeps their digits where p -> 1, where logsumexp - target cancels. Storing differences
-from `top` keeps them where all logits share a large offset. A rest without mass (no column, or every logit
--inf) is (-inf, -inf).
+With gap = (top - target) / temperature + log_sum: log p = -softplus(gap) and 1 - p = sigmoid(gap). Without
+the target in the sum, both stay accurate for p -> 1, where logsumexp - target cancels. Differences from `top`
+stay accurate when all logits share a large offset. An empty rest (no column, or every logit -inf) has
+(top, log_sum) = (-inf, -inf).
 
-Rows with a negative target are ignored: statistics (-inf, -inf, 0, 0), log p = 0, gradient exactly 0. A NaN
-or +inf logit of any other row gives log p = NaN, as torch.log_softmax does.
+Rows with a negative target are ignored: statistics (-inf, -inf, 0, 0), log p = 0, gradient exactly 0. In any
+other row a NaN or +inf logit gives log p = NaN, as in torch.log_softmax.
 
-Shape suffixes: T rows (tokens), V vocabulary columns, Vp the same with padding, k statistics, R
-tensor-parallel ranks.
+Shape suffixes: T tokens (rows of logits), Vp vocabulary columns of this rank with padding, k statistics (3,
+or 4 with entropy), R tensor-parallel ranks, S sequences, 1 a dimension of size 1.
 """
 
 import torch
 from torch import Tensor
 
 NEG_INF = float("-inf")
-LARGEST_GAP = 200.0  # beyond it p or 1 - p is 0 in every dtype; keeps 0 * inf out of the entropy
+LARGEST_GAP = 200.0  # beyond it p or 1 - p is 0 in every dtype; prevents 0 * inf in the entropy
 TOP, LOG_SUM, TARGET, REST_ENTROPY = range(4)  # columns of the statistics
 
 
 def working_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype that statistics are kept in: float64 for float64 logits, else float32."""
+    """Return the dtype of the statistics: float64 for float64 logits, else float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def num_stats(with_entropy: bool) -> int:
-    """Return how many statistics a row is reduced to."""
+    """Return the number of statistics per row."""
     return 4 if with_entropy else 3
 
 
 def _owned(targets_T: Tensor, vocab_start: int, num_columns: int) -> tuple[Tensor, Tensor]:
-    """Return which rows have their target among this rank's columns, and in which column (0 where not)."""
+    """Return which rows have their target on this rank (bool [T]), and its local column (int64 [T], 0
+    elsewhere)."""
     column_T = targets_T - vocab_start
     owned_T = (targets_T >= 0) & (column_T >= 0) & (column_T < num_columns)
     return owned_T, torch.where(owned_T, column_T, 0)
@@ -53,8 +54,8 @@ def log_prob_stats(
     num_columns: int,
     with_entropy: bool,
 ) -> Tensor:
-    """Reduce each row to (top, log_sum, target[, rest_entropy]): float32 [T, 3] or [T, 4], local to this
-    rank, no collective."""
+    """Reduce each row to (top, log_sum, target[, rest_entropy]): [T, 3] or [T, 4], for this rank's columns
+    only. No collective."""
     ignored_T = targets_T < 0
     shape = logits_TVp.shape[0], num_stats(with_entropy)
     stats = torch.zeros(shape, dtype=working_dtype(logits_TVp.dtype), device=logits_TVp.device)
@@ -88,7 +89,7 @@ def scored_stats(
     num_columns: int,
     with_entropy: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Return `log_prob_stats` and log p [T] for a rank that holds the whole vocabulary."""
+    """Return `log_prob_stats` and log p [T]. The rank must hold the whole vocabulary."""
     stats = log_prob_stats(logits_TVp, targets_T, inv_temperature, vocab_start, num_columns, with_entropy)
     return stats, join_stats(stats[None], inv_temperature)[0]
 
@@ -103,12 +104,12 @@ def dlogits(
     num_columns: int,
     out: Tensor | None = None,
 ) -> Tensor:
-    """Return the gradient of `log_prob_stats` with respect to the logits, in their dtype; 0 in padding
-    columns.
+    """Return the gradient of `log_prob_stats` with respect to the logits: [T, Vp] in the logits' dtype, 0 in
+    padding columns.
 
-    Written to `out` where given, which may be the logits themselves. `top` counts as a constant: what is
-    computed from the statistics must not depend on which number near the largest logit it is, and its
-    gradient is ignored.
+    Writes to `out` if given; `out` may be the logits. `top` is treated as a constant and its gradient is
+    ignored: results computed from the statistics must not depend on which number near the largest logit it
+    is.
 
     With q = softmax over the rest: dL/dx_j = q_j (g_log_sum - g_entropy (log q_j + rest_entropy)) /
     temperature and dL/dx_target = g_target.
@@ -138,12 +139,11 @@ def dlogits(
 def rest_softmax_(
     logits_TVp: Tensor, targets_T: Tensor, inv_temperature: float, vocab_start: int, num_columns: int
 ) -> Tensor:
-    """Overwrite each row by softmax over the rest, -1 at the target (0 in padding and ignored rows); return
-    its statistics.
+    """Overwrite each row with the softmax over the rest and -1 at the target; return the statistics [T, 3].
 
-    For one rank the gradient of sum_t w_t log p_t is this row times -w_t (1 - p_t) / temperature, so a weight
-    that is known only after the row was reduced can be applied to the rows of the two products that follow
-    instead of to the row itself.
+    Padding columns and ignored rows become 0. On a rank with the whole vocabulary, the gradient of sum_t w_t
+    log p_t is row t times -w_t (1 - p_t) / temperature. A weight that is known only after the reduction can
+    therefore scale the rows of the two following matrix products instead of the row itself.
     """
     stats = log_prob_stats(logits_TVp, targets_T, inv_temperature, vocab_start, num_columns, False)
     dlogits(
@@ -167,23 +167,23 @@ def rest_softmax_into(
     vocab_start: int,
     num_columns: int,
 ) -> Tensor:
-    """Write to `out_TVp`, of another float type, what `rest_softmax_` makes of the logits; these are
-    overwritten by anything."""
+    """Write the result of `rest_softmax_` to `out_TVp`, which may have another float dtype; return the
+    statistics. The logits are overwritten with undefined values."""
     stats = rest_softmax_(logits_TVp, targets_T, inv_temperature, vocab_start, num_columns)
     out_TVp.copy_(logits_TVp)
     return stats
 
 
 def unit_grad_stats(stats_Tk: Tensor, inv_temperature: float) -> Tensor:
-    """Return the gradient [T, k] with which `dlogits` writes q in the rest and -1 at the target."""
+    """Return the gradient [T, k] for which `dlogits` gives q in the rest and -1 at the target."""
     unit = torch.zeros_like(stats_Tk)
     unit[:, LOG_SUM], unit[:, TARGET] = 1.0 / inv_temperature, -1.0
     return unit
 
 
 def weighted_grad_stats(weights_T: Tensor, target_excluded_T: Tensor, inv_temperature: float) -> Tensor:
-    """Return the gradient [T, 3] of sum_t w_t log p_t with respect to the statistics of a rank that holds
-    every column."""
+    """Return the gradient [T, 3] of sum_t w_t log p_t with respect to the statistics. The rank must hold the
+    whole vocabulary."""
     slope_T = weights_T.to(target_excluded_T.dtype) * target_excluded_T
     return torch.stack([torch.zeros_like(slope_T), -slope_T, slope_T * inv_temperature], dim=1)
 
@@ -196,8 +196,8 @@ def log_prob_dlogits_(
     vocab_start: int,
     num_columns: int,
 ) -> Tensor:
-    """Overwrite the logits by the gradient of sum_t w_t log p_t and return log p [T] (the whole vocabulary on
-    this rank)."""
+    """Overwrite the logits with the gradient of sum_t w_t log p_t; return log p [T]. The rank must hold the
+    whole vocabulary."""
     stats = log_prob_stats(logits_TVp, targets_T, inv_temperature, vocab_start, num_columns, False)
     log_probs_T, target_excluded_T, _ = join_stats(stats[None], inv_temperature)
     grad_stats = weighted_grad_stats(weights_T, target_excluded_T, inv_temperature)
@@ -208,8 +208,8 @@ def log_prob_dlogits_(
 
 
 def join_mass(stats_RTk: Tensor, inv_temperature: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Join the ranks' statistics: each rank's log mass [R, T] and their logsumexp [T], from the largest top,
-    and the gap [T]."""
+    """Combine the ranks' statistics: return each rank's log mass [R, T] relative to the largest top, their
+    logsumexp [T], and the gap [T]."""
     top_RT, log_sum_RT = stats_RTk[:, :, TOP], stats_RTk[:, :, LOG_SUM]
     top_T, target_T = top_RT.amax(dim=0), stats_RTk[:, :, TARGET].amax(dim=0)
     mass_RT = torch.where(log_sum_RT == NEG_INF, NEG_INF, (top_RT - top_T) * inv_temperature + log_sum_RT)
@@ -219,8 +219,8 @@ def join_mass(stats_RTk: Tensor, inv_temperature: float) -> tuple[Tensor, Tensor
 
 
 def join_stats(stats_RTk: Tensor, inv_temperature: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Turn all ranks' statistics into log p [T], 1 - p [T] and each rank's share [R, T] of the mass outside
-    the target."""
+    """Compute log p [T], 1 - p [T] and each rank's share [R, T] of the mass outside the target from all
+    ranks' statistics."""
     mass_RT, total_T, gap_T = join_mass(stats_RTk, inv_temperature)
     shares_RT = torch.where(mass_RT == NEG_INF, 0.0, (mass_RT - total_T).exp())
     return 0.0 - softplus(gap_T), torch.sigmoid(gap_T), shares_RT
@@ -236,8 +236,8 @@ def join_backward(
     """Return the gradient [T, k] of log p and entropy with respect to the statistics of `rank`; 0 for top
     (see dlogits).
 
-    The target's gradient is that of its logit wherever it lies: a rank that does not hold it has no element
-    to write it to.
+    The target's gradient is the same on every rank. A rank that does not hold the target has no element to
+    write it to.
     """
     mass_RT, total_T, gap_T = join_mass(stats_RTk, inv_temperature)
     q_T = torch.sigmoid(gap_T)
@@ -262,20 +262,20 @@ def join_backward(
 
 
 def joined_rest_entropy(stats_RTk: Tensor, log_shares_RT: Tensor) -> Tensor:
-    """Return the entropy [T] of the softmax over the whole rest from the ranks' own: sum_r share_r
-    (rest_entropy_r - log share_r)."""
+    """Return the entropy [T] of the softmax over the rest of all ranks: sum_r share_r (rest_entropy_r - log
+    share_r)."""
     shares_RT = log_shares_RT.exp()
     finite_RT = torch.where(shares_RT == 0, 0.0, log_shares_RT)
     return (shares_RT * (stats_RTk[:, :, REST_ENTROPY] - finite_RT)).sum(dim=0)
 
 
 def softplus(gap_T: Tensor) -> Tensor:
-    """Return log(1 + exp(gap)) exactly; torch's own is linear above 20."""
+    """Return log(1 + exp(gap)) without torch's linear approximation above 20."""
     return torch.clamp_min(gap_T, 0.0) + torch.log1p(torch.exp(-gap_T.abs()))
 
 
 def sequence_sums(values_T: Tensor, mask_T: Tensor, cu_seqlens: Tensor) -> Tensor:
-    """Sum each packed sequence's unmasked values in float64, in token order: float64 [S]; 0 for an empty
+    """Sum the unmasked values of each packed sequence in token order: float64 [S]; 0 for an empty
     sequence."""
     live = torch.where(mask_T, values_T.double(), 0.0)
     return torch.segment_reduce(live, "sum", offsets=cu_seqlens.long(), initial=0.0, unsafe=True)

@@ -1,5 +1,5 @@
-"""Checksums of rows that lie anywhere in memory: equal exactly when (but for collisions) the bits are, and
-additive over columns."""
+"""Compute checksums of rows at any memory addresses. Equal bits give equal checksums, different bits differ
+except for collisions, and checksums are additive over columns."""
 
 from collections.abc import Sequence
 
@@ -21,9 +21,9 @@ def row_checksums(rows: Sequence[Tensor], first_columns: Sequence[int], dtype: t
     """Return int64 [len(rows)]: sum over a row's elements of (bits of the element as `dtype`) * (column + 1),
     modulo 2**64.
 
-    `rows` are one-dimensional views of stride 1, of one type, on one device; row i is columns
-    `first_columns[i]`, ... of a longer one, so that the parts' sums add up to the whole's, and two rows that
-    changed places are seen. With Triton on a CUDA device all rows are one launch.
+    `rows` are one-dimensional views of stride 1, of one dtype, on one device. Row i holds columns
+    `first_columns[i]`, ... of a longer row. The checksums of the parts add up to the checksum of the whole
+    row, and exchanging two parts changes it. With Triton on a CUDA device all rows take one kernel launch.
     """
     if not rows:
         return torch.zeros(0, dtype=torch.int64)
@@ -33,7 +33,7 @@ def row_checksums(rows: Sequence[Tensor], first_columns: Sequence[int], dtype: t
 
         table = [(row.data_ptr(), row.numel(), first) for row, first in zip(rows, first_columns, strict=True)]
         return triton_copy.row_checksums(torch.tensor(table, dtype=torch.int64).to(device), rows[0], dtype)
-    # All rows as one: a handful of operations, however many rows there are.
+    # All rows are concatenated, so the number of torch operations does not depend on the number of rows.
     lengths = torch.tensor([row.numel() for row in rows], device=device)
     ends = lengths.cumsum(0)
     bits = torch.cat(list(rows)).to(dtype).view(_BITS[dtype]).to(torch.int64)
@@ -41,5 +41,5 @@ def row_checksums(rows: Sequence[Tensor], first_columns: Sequence[int], dtype: t
     columns += (torch.tensor(list(first_columns), device=device) - (ends - lengths)).repeat_interleave(
         lengths
     )
-    totals = torch.nn.functional.pad((bits * columns).cumsum(0), (1, 0))  # wraps like the sums themselves
+    totals = torch.nn.functional.pad((bits * columns).cumsum(0), (1, 0))  # wraps like the checksums
     return totals[ends] - totals[ends - lengths]

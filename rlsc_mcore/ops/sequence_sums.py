@@ -1,4 +1,7 @@
-"""Masked sums of packed sequences in a fixed order."""
+"""Sum masked values of packed sequences in a fixed order.
+
+Shape suffixes: T packed tokens, S sequences.
+"""
 
 from typing import Any
 
@@ -11,7 +14,7 @@ from rlsc_mcore.ops.dispatch import Backend
 
 
 def per_token(values_S: Tensor, cu_seqlens: Tensor, num_tokens: int) -> Tensor:
-    """Repeat each sequence's value at its tokens: [T]; 0 behind the last offset. No device-to-host copy."""
+    """Repeat each sequence's value at its tokens: [T]; 0 after the last offset. No device-to-host copy."""
     token = torch.arange(num_tokens, device=values_S.device, dtype=cu_seqlens.dtype)
     sequence = torch.searchsorted(cu_seqlens[1:].contiguous(), token, right=True)
     return torch.cat([values_S, values_S.new_zeros(1)])[sequence]
@@ -35,11 +38,11 @@ class _SequenceSums(torch.autograd.Function):
 def sequence_sums(
     values_T: Tensor, mask_T: Tensor, cu_seqlens: Tensor, *, backend: Backend = "auto"
 ) -> Tensor:
-    """Sum each packed sequence's unmasked values: float64 [S], accumulated in float64 in a fixed order.
+    """Sum the unmasked values of each packed sequence: float64 [S], accumulated in float64 in a fixed order.
 
-    values_T: float32 or float64 [T]; mask_T: bool [T], False leaves a token out; cu_seqlens: int32 [S + 1],
-    rising, first 0; tokens behind the last offset belong to no sequence. An empty or fully masked sequence
-    sums to 0. Differentiable in values_T.
+    values_T: float32 or float64 [T]. mask_T: bool [T], False excludes a token. cu_seqlens: int32 [S + 1],
+    non-decreasing, starting at 0; tokens after the last offset belong to no sequence. An empty or fully
+    masked sequence sums to 0. Differentiable in values_T.
     """
     if values_T.dim() != 1 or values_T.dtype not in (torch.float32, torch.float64):
         raise ValueError(

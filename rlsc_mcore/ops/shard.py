@@ -1,4 +1,7 @@
-"""Which columns of the vocabulary a rank holds, and the checks that every op makes of its arguments."""
+"""Describe the vocabulary columns of a rank, and check the arguments of the ops.
+
+Shape suffixes: T tokens, Vp vocabulary columns (or weight rows) of this rank with padding.
+"""
 
 from dataclasses import dataclass
 
@@ -10,7 +13,7 @@ LOGIT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 @dataclass(frozen=True)
 class VocabShard:
-    """Columns [start, start + num_columns) of the true vocabulary; later columns of the rank's logits are
+    """Columns [start, start + num_columns) of the unpadded vocabulary. Later columns of the rank's logits are
     padding."""
 
     start: int
@@ -19,8 +22,8 @@ class VocabShard:
 
     @staticmethod
     def of(columns_Vp: int, vocab_size: int, vocab_start: int, temperature: float) -> "VocabShard":
-        """Build the shard of a rank whose logits have `columns_Vp` columns; ValueError for a temperature or
-        size that is not positive."""
+        """Build the shard of a rank whose logits have `columns_Vp` columns; ValueError if temperature or
+        sizes are out of range."""
         if not temperature > 0:
             raise ValueError(
                 f"temperature: expected more than 0, got {temperature}; greedy decoding has no "
@@ -34,13 +37,13 @@ class VocabShard:
         return VocabShard(vocab_start, min(max(vocab_size - vocab_start, 0), columns_Vp), 1.0 / temperature)
 
     def as_arguments(self) -> tuple[float, int, int]:
-        """Return what the row ops take: 1 / temperature, first column's id, number of real columns."""
+        """Return the shard arguments of the row ops: 1 / temperature, id of the first column, number of real
+        columns."""
         return self.inv_temperature, self.start, self.num_columns
 
 
 def check_rows(matrix: Tensor, target_ids_T: Tensor, num_rows: int, what: str) -> None:
-    """Raise ValueError where shapes, dtypes or devices of a matrix and its row targets do not fit
-    together."""
+    """Raise ValueError if shape, dtype, strides or device of a matrix and its row targets do not match."""
     if matrix.dim() != 2 or matrix.dtype not in LOGIT_DTYPES:
         raise ValueError(
             f"{what}: expected [T, columns] in float32, float16 or bfloat16, got {list(matrix.shape)} "
@@ -60,8 +63,8 @@ def check_rows(matrix: Tensor, target_ids_T: Tensor, num_rows: int, what: str) -
 
 
 def check_target_range(target_ids_T: Tensor, vocab_size: int) -> None:
-    """Raise ValueError for a target beyond the vocabulary; only where looking costs no device-to-host copy
-    and there is data."""
+    """Raise ValueError for a target beyond the vocabulary. Checks only plain tensors in CPU memory, to avoid
+    a device-to-host copy."""
     if torch.compiler.is_compiling() or type(target_ids_T) is not Tensor or target_ids_T.device.type != "cpu":
         return
     largest = int(target_ids_T.max()) if target_ids_T.numel() else 0

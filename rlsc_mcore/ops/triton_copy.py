@@ -1,5 +1,5 @@
 # mypy: disable-error-code=no-untyped-def
-"""Triton kernels of block_copy.py and row_checksums.py: every program finds its addresses in a table."""
+"""Triton kernels of block_copy.py and row_checksums.py. Every program reads its addresses from a table."""
 
 import itertools
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 ROWS, COLUMNS, WARPS = 8, 1024, 4  # of one tile
-PROGRAMS = 132 * 16  # each walks over tiles in strides of this many: enough to fill any of today's GPUs
+PROGRAMS = 132 * 16  # each program takes every PROGRAMS-th tile; enough to fill current GPUs
 CHECKSUM_BLOCK, CHECKSUM_WARPS = 1024, 4
 
 _TYPES = {
@@ -28,13 +28,13 @@ def copy_kernel(
     SOURCE: tl.constexpr, TARGET: tl.constexpr, ALIGNED: tl.constexpr, VECTOR: tl.constexpr, SEARCH_STEPS: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Copy tiles program_id, program_id + num_programs, ...; `first_tiles` [num_blocks + 1] is where each
-    block's tiles begin."""
+    """Copy tiles program_id, program_id + num_programs, ...; `first_tiles` [num_blocks + 1] holds the first
+    tile of each block."""
     tile = tl.program_id(0).to(tl.int64)
     while tile < num_tiles:
         low = 0
         high = num_blocks
-        for _ in tl.static_range(SEARCH_STEPS):  # the block whose tiles include this one
+        for _ in tl.static_range(SEARCH_STEPS):  # binary search for the block of this tile
             middle = (low + high) // 2
             is_before = tl.load(first_tiles + middle) <= tile
             low = tl.where(is_before, middle, low)
@@ -46,7 +46,7 @@ def copy_kernel(
         columns = tl.load(entry + 3)
         source_stride = tl.load(entry + 4)
         target_stride = tl.load(entry + 5)
-        if ALIGNED:  # only the host has seen the addresses: bytes for pointers, elements for the rest
+        if ALIGNED:  # hints from the host: pointers in bytes, the others in elements
             source = tl.multiple_of(source, 16)
             target = tl.multiple_of(target, 16)
             columns = tl.multiple_of(columns, VECTOR)
@@ -66,7 +66,8 @@ def copy_kernel(
 def checksum_kernel(
     table, sums, SOURCE: tl.constexpr, TYPE: tl.constexpr, BITS: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """One row per program: sum of the elements' bits times their column, counted from 1."""
+    """Compute the checksum of one row per program: sum of the elements' bits times their column, counted from
+    1."""
     entry = table + tl.program_id(0) * 3
     row = tl.load(entry).to(tl.pointer_type(SOURCE))
     length = tl.load(entry + 1)
@@ -84,8 +85,8 @@ def checksum_kernel(
 
 @dataclass(frozen=True)
 class CopyTable:
-    """Blocks on the device: int64 [n, 6] (see block_copy.py), and int64 [n + 1], where each block's tiles
-    begin."""
+    """Blocks on the device: int64 [n, 6] (see block_copy.py), and the first tile of each block, int64 [n +
+    1]."""
 
     blocks: Tensor
     first_tiles: Tensor
@@ -93,7 +94,7 @@ class CopyTable:
 
 
 def make_table(rectangles: Sequence[tuple[int, ...]], device: torch.device) -> CopyTable:
-    """Lay the blocks out for `copy_blocks`; allocates on `device`."""
+    """Build the table for `copy_blocks`; allocates on `device`."""
     tiles = [-(-rows // ROWS) * -(-columns // COLUMNS) for _, _, rows, columns, _, _ in rectangles]
     first_tiles = [0, *itertools.accumulate(tiles)]
     blocks = torch.tensor(rectangles, dtype=torch.int64)
@@ -103,8 +104,8 @@ def make_table(rectangles: Sequence[tuple[int, ...]], device: torch.device) -> C
 
 
 def copy_blocks(table: CopyTable, target: torch.dtype, source: torch.dtype, aligned: bool) -> None:
-    """Copy the blocks of `table` from type `source` to type `target`; `aligned` promises what block_copy.py
-    means by it."""
+    """Copy the blocks of `table` from dtype `source` to dtype `target`; `aligned` promises that 16-byte loads
+    are possible (block_copy.py)."""
     num_blocks = len(table.blocks)
     copy_kernel[(min(PROGRAMS, table.num_tiles),)](
         table.blocks, table.first_tiles, num_blocks, table.num_tiles,

@@ -1,12 +1,12 @@
 # mypy: disable-error-code=no-untyped-def
-"""The row ops as Triton kernels: any CUDA GPU from sm_80 on, and Triton's interpreter on a CPU
+"""Row ops as Triton kernels, for CUDA GPUs from sm_80 on and for Triton's interpreter on a CPU
 (TRITON_INTERPRET=1).
 
-Exponents are in base 2: 2^(x * scale - top) with scale = log2(e) / temperature is one fused multiply-add and
-one instruction for the power. `top` is rounded once per maximum, and fused_multiply_add tells by how much, so
-a common offset of the logits costs no digits. The target is left out of every sum (reference.py says why).
-NaN must stay NaN: a maximum passes it over, the sums keep it, and every test for an empty rest compares with
-0 or -inf exactly.
+Exponents are in base 2: 2^(x * scale - top) with scale = log2(e) / temperature takes one fused multiply-add
+and one power instruction. `top` is rounded once per maximum; fused_multiply_add computes the rounding error,
+so a common offset of the logits does not reduce accuracy. The target is excluded from every sum (see
+reference.py). NaN must propagate: a maximum ignores it, the sums keep it, and every test for an empty rest
+compares with 0 or -inf exactly.
 """
 
 import os
@@ -16,17 +16,15 @@ import triton.language as tl
 
 LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
 LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
-LOWEST: tl.constexpr = tl.constexpr(
-    -1.0e30
-)  # a running maximum before the first logit: finite, so that no inf - inf arises
+LOWEST: tl.constexpr = tl.constexpr(-1.0e30)  # initial running maximum; finite to prevent inf - inf
 LARGEST_GAP: tl.constexpr = tl.constexpr(200.0)  # see reference.py
 INTERPRETED: tl.constexpr = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 
 
 @triton.jit
 def fused_multiply_add(x, y, z):
-    """Return x * y + z rounded once; the interpreter's own rounds the product too, so that it goes through
-    float64 there."""
+    """Return x * y + z with one rounding. The interpreter rounds the product too, so it computes in
+    float64."""
     if INTERPRETED:
         result = (x.to(tl.float64) * y + z).to(tl.float32)
     else:
@@ -36,7 +34,7 @@ def fused_multiply_add(x, y, z):
 
 @triton.jit
 def _log1p(y):
-    """log(1 + y) for y in [0, 1] to float32's last digits, also for tiny y: 2 atanh(y / (2 + y)) as a
+    """Return log(1 + y) for y in [0, 1] in full float32 accuracy, also for tiny y: 2 atanh(y / (2 + y)) as a
     series."""
     s = y / (2.0 + y)
     t = s * s
@@ -47,8 +45,8 @@ def _log1p(y):
 
 @triton.jit
 def _log_prob(gap, target):
-    """(log p, 1 - p) from the rest's log mass minus the target's tempered logit; NaN for a target of +inf, as
-    in log_softmax."""
+    """Return (log p, 1 - p) from gap, the rest's log mass minus the target's tempered logit; NaN if the
+    target is +inf, as in log_softmax."""
     gap = tl.where(target == float("inf"), float("nan"), gap)
     y = tl.exp(-tl.abs(gap))
     log_p = 0.0 - (tl.maximum(gap, 0.0) + _log1p(y))
@@ -57,21 +55,21 @@ def _log_prob(gap, target):
 
 @triton.jit
 def _local_column(target, vocab_start, num_columns):
-    """The target's column on this rank as int32, -1 where another rank holds it: comparisons with 64 bits
-    cost two instructions."""
+    """Return the target's column on this rank as int32, -1 if another rank holds it. A 64-bit comparison
+    would take two instructions."""
     column = target - vocab_start
     return tl.where((column >= 0) & (column < num_columns), column, -1).to(tl.int32)
 
 
 @triton.jit
 def _target_logit(row_ptr, column):
-    """The target's logit where this rank holds it, else -inf."""
+    """Return the target's logit if this rank holds it, else -inf."""
     return tl.load(row_ptr + column, mask=column >= 0, other=float("-inf")).to(tl.float32)
 
 
 @triton.jit
 def _accumulate(x, largest, total, weighted, scale, WITH_ENTROPY: tl.constexpr):
-    """Add x [UNROLL, BLOCK] to each lane's running sums: (largest logit, sum of 2^depth, sum of 2^depth *
+    """Add x [UNROLL, BLOCK] to each lane's running values: (largest logit, sum of 2^depth, sum of 2^depth *
     depth)."""
     new_largest = tl.maximum(largest, tl.max(x, 0))
     top = new_largest * scale
@@ -91,8 +89,8 @@ def stats_kernel(
     logits, row_stride, targets, stats, log_probs, inv_temperature, vocab_start, num_columns,
     NUM_STATS: tl.constexpr, SCORED: tl.constexpr, BLOCK: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
-    """log_prob_stats, one row per program and one read; each of BLOCK lanes has its own (maximum, sum),
-    joined once at the end.
+    """log_prob_stats: one row per program and one read. Each of BLOCK lanes keeps its own (maximum, sum);
+    they are combined once at the end.
 
     SCORED: the rank holds the whole vocabulary, and log p is written too.
     """
@@ -119,12 +117,12 @@ def stats_kernel(
     full = num_columns // STEP * STEP
     for begin in range(
         0, full, STEP
-    ):  # no mask: one masked column would make every load of the step 2 bytes long
+    ):  # no mask: a masked column would make every load of the step 2 bytes long
         x = tl.load(row_ptr + begin + offsets, eviction_policy="evict_first").to(tl.float32)
         if (column >= begin) & (column < begin + STEP):
             x = tl.where(begin + offsets == column, float("-inf"), x)
         largest, total, weighted = _accumulate(x, largest, total, weighted, scale, NUM_STATS == 4)
-    # What is left, a block at a time: lanes without a column cost as much as lanes with one.
+    # The remaining columns, one block at a time: lanes without a column cost as much as lanes with one.
     lane = tl.arange(0, BLOCK)[None, :]
     full_blocks = num_columns // BLOCK * BLOCK
     for begin in range(full, full_blocks, BLOCK):
@@ -143,7 +141,7 @@ def stats_kernel(
     drop = largest * scale - top
     factor = tl.exp2(drop)
     total_sum = tl.sum(total * factor, 0)
-    log2_sum = tl.log2(total_sum)  # -inf where every other logit is
+    log2_sum = tl.log2(total_sum)  # -inf if every logit of the rest is -inf
     tl.store(out, tl.where(total_sum == 0, float("-inf"), row_largest))
     tl.store(out + 1, (log2_sum + fused_multiply_add(-row_largest, scale, top)) * LN2)
     x_target = _target_logit(row_ptr, column)
@@ -160,7 +158,7 @@ def stats_kernel(
 def _rest_gradient(
     x, scale, top, log2_factor, rest_scale, entropy_scale, rest_entropy, WITH_ENTROPY: tl.constexpr
 ):
-    """The rest's part of dlogits at x: q * (rest_scale - entropy_scale * (log q + rest_entropy))."""
+    """Return dlogits of the rest at x: q * (rest_scale - entropy_scale * (log q + rest_entropy))."""
     log2_q = fused_multiply_add(x, scale, -top) + log2_factor
     g = rest_scale
     if WITH_ENTROPY:
@@ -173,7 +171,7 @@ def dlogits_kernel(
     grad_stats, stats, logits, row_stride, targets, out, out_stride, inv_temperature, vocab_start, num_columns, row_columns,
     NUM_STATS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """dlogits, one block of a row per program: the gradient of the statistics; `out` may be the logits."""
+    """dlogits, one block of a row per program; `out` may be the logits."""
     row = tl.program_id(0).to(tl.int64)
     begin = tl.program_id(1) * BLOCK
     at = begin + tl.arange(0, BLOCK)
@@ -187,7 +185,7 @@ def dlogits_kernel(
     log_sum = tl.load(stats + row * NUM_STATS + 1)
     largest = tl.where(largest == float("-inf"), 0.0, largest)
     top = largest * scale
-    # An empty rest has q = 0; its logits are -inf, so any finite factor will do.
+    # An empty rest has q = 0: its logits are -inf, so any finite factor is correct.
     log2_factor = tl.where(
         log_sum == float("-inf"), 0.0, fused_multiply_add(-largest, scale, top) - log_sum * LOG2E
     )
@@ -220,7 +218,7 @@ def dlogits_kernel(
 
 @triton.jit
 def _load_rest(row_ptr, at, column, num_columns, MASKED: tl.constexpr):
-    """A tile of a row without its target."""
+    """Load a tile of a row, with -inf at the target."""
     if MASKED:
         x = tl.load(row_ptr + at, mask=at < num_columns, other=float("-inf")).to(tl.float32)
     else:
@@ -230,7 +228,7 @@ def _load_rest(row_ptr, at, column, num_columns, MASKED: tl.constexpr):
 
 @triton.jit
 def _store_tile(row_ptr, at, values, num_columns, row_columns, MASKED: tl.constexpr):
-    """Overwrite a tile; 0 in padding columns, whatever the row's values are."""
+    """Overwrite a tile; padding columns become 0 for any values of the row."""
     if MASKED:
         values = tl.where(at < num_columns, values, 0.0)
         tl.store(row_ptr + at, values.to(row_ptr.dtype.element_ty), mask=at < row_columns)
@@ -243,10 +241,10 @@ def row_kernel(
     logits, row_stride, targets, weights, stats, log_probs, inv_temperature, vocab_start, num_columns, row_columns,
     WEIGHTED: tl.constexpr, BLOCK: tl.constexpr, REST: tl.constexpr, FULL: tl.constexpr,
 ):  # fmt: skip
-    """A whole row in one program's registers: one read and one write (at most MAX_ROW columns).
+    """Overwrite a whole row held in one program's registers: one read and one write, at most MAX_ROW columns.
 
-    With REST the row is a tile of BLOCK columns and a masked tile of REST more: one tile of the next power of
-    two would be up to half empty. FULL: the first tile has no padding, and is not masked.
+    With REST the row is a tile of BLOCK columns and a masked tile of REST columns; one tile of the next power
+    of two could be half empty. FULL: the first tile has no padding and needs no mask.
     """
     row = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, BLOCK)
@@ -301,13 +299,13 @@ def row_kernel(
     _store_tile(row_ptr, at, e * rest_scale, num_columns, row_columns, not FULL)
     if REST > 0:
         _store_tile(row_ptr, at_rest, e_rest * rest_scale, num_columns, row_columns, True)
-    tl.debug_barrier()  # the target's element has been written with its tile by another thread
+    tl.debug_barrier()  # another thread has written the target's element with its tile
     tl.store(row_ptr + column, target_value, mask=column >= 0)
 
 
 @triton.jit
 def _rank_stats(stats, rank, token, num_tokens, live, NUM_STATS: tl.constexpr):
-    """(top, log_sum, target) of a block of tokens on one rank."""
+    """Load (top, log_sum, target) of a block of tokens of one rank."""
     at = stats + (rank * num_tokens + token) * NUM_STATS
     return (
         tl.load(at, mask=live, other=0.0),
@@ -318,8 +316,8 @@ def _rank_stats(stats, rank, token, num_tokens, live, NUM_STATS: tl.constexpr):
 
 @triton.jit
 def _mass(top, log_sum, joined_top, inv_temperature):
-    """A rank's sum of exponentials as seen from the largest top: at most the number of its columns, 0 for an
-    empty rest."""
+    """Return a rank's sum of exponentials relative to the largest top: at most its number of columns, 0 for
+    an empty rest."""
     return tl.where(log_sum == float("-inf"), 0.0, tl.exp((top - joined_top) * inv_temperature + log_sum))
 
 
@@ -334,15 +332,14 @@ def _join_ranks(
     NUM_STATS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """All ranks of a block of tokens: (largest top, sum of their masses, the target's logit)."""
+    """Combine all ranks of a block of tokens: return (largest top, sum of their masses, the target's
+    logit)."""
     joined_top = tl.full([BLOCK], float("-inf"), tl.float32)
     target = tl.full([BLOCK], float("-inf"), tl.float32)
     for rank in tl.static_range(NUM_RANKS):
         top, _, own_target = _rank_stats(stats, rank, token, num_tokens, live, NUM_STATS)
         joined_top = tl.maximum(joined_top, top)
-        target = tl.where(
-            own_target == float("-inf"), target, own_target
-        )  # not a maximum, which passes NaN over
+        target = tl.where(own_target == float("-inf"), target, own_target)  # a maximum would ignore NaN
     total = tl.zeros([BLOCK], tl.float32)
     for rank in tl.static_range(NUM_RANKS):
         top, log_sum, _ = _rank_stats(stats, rank, token, num_tokens, live, NUM_STATS)
@@ -355,8 +352,8 @@ def join_kernel(
     stats, log_probs, target_excluded, shares, num_tokens, inv_temperature,
     NUM_RANKS: tl.constexpr, NUM_STATS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """join_stats, a block of tokens per program: the ranks' statistics to log p, 1 - p and each rank's share
-    of the rest."""
+    """join_stats, a block of tokens per program: log p, 1 - p and each rank's share of the rest from the
+    ranks' statistics."""
     token = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     live = token < num_tokens
     joined_top, total, target = _join_ranks(
@@ -376,8 +373,8 @@ def join_backward_kernel(
     stats, grad_log_probs, grad_entropy, grad_stats, num_tokens, rank, inv_temperature,
     NUM_RANKS: tl.constexpr, NUM_STATS: tl.constexpr, HAS_LOG_PROBS: tl.constexpr, HAS_ENTROPY: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """join_backward, a block of tokens per program: gradients of log p and entropy to those of one rank's
-    statistics."""
+    """join_backward, a block of tokens per program: the gradient of log p and entropy with respect to one
+    rank's statistics."""
     token = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     live = token < num_tokens
     joined_top, total, target = _join_ranks(
@@ -426,9 +423,9 @@ def join_backward_kernel(
 
 @triton.jit
 def sums_kernel(values, mask, cu_seqlens, sums, BLOCK: tl.constexpr):
-    """sequence_sums, one sequence per program: float64 lanes in token order, joined once; no atomics.
+    """sequence_sums, one sequence per program: float64 lanes in token order, combined once; no atomics.
 
-    A lane reads its values whether or not the mask has them, so that no load waits for the mask.
+    A lane loads its value even if the token is masked, so that no load waits for the mask.
     """
     sequence = tl.program_id(0)
     start = tl.load(cu_seqlens + sequence)

@@ -1,4 +1,8 @@
-"""The Triton row ops: launches triton_kernels.py, which is imported only here and only when it runs."""
+"""Launch the Triton row ops of triton_kernels.py, which is imported only here, at the first launch.
+
+Shape suffixes: T tokens (rows of logits), Vp vocabulary columns of this rank with padding, R tensor-parallel
+ranks, k statistics.
+"""
 
 import importlib.util
 import os
@@ -9,17 +13,20 @@ from torch import Tensor
 
 from rlsc_mcore.ops.reference import num_stats, unit_grad_stats, weighted_grad_stats
 
-MAX_ROW = 24576  # columns that one program keeps in registers
-SMALL_ROW = 256  # columns that row_kernel takes as one tile
-WIDE_ROW = 65536  # columns from which stats_kernel takes more than one warp for a row
+MAX_ROW = 24576  # maximum number of columns that one program keeps in registers
+SMALL_ROW = 256  # maximum number of columns that row_kernel takes as one tile
+WIDE_ROW = 65536  # number of columns from which stats_kernel uses more than one warp per row
 STATS_UNROLL = 4
-STATS_NARROW, STATS_WIDE = (256, 1), (1024, 4)  # (columns of a block, warps) below WIDE_ROW and from there on
+STATS_NARROW, STATS_WIDE = (
+    (256, 1),
+    (1024, 4),
+)  # (columns per block, warps) below WIDE_ROW, and from WIDE_ROW on
 DLOGITS_BLOCK, DLOGITS_WARPS = 4096, 8
-SUMS_BLOCK, SUMS_WARPS, JOIN_BLOCK = 4096, 32, 256  # sums: 4 loads of values in flight per thread
+SUMS_BLOCK, SUMS_WARPS, JOIN_BLOCK = 4096, 32, 256  # sums: 4 values in flight per thread
 
 
 def why_not(op: str, device_type: str) -> str | None:
-    """Return why Triton cannot run on a device type, None where it can."""
+    """Return why Triton cannot run on a device type; None if it can."""
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
     if device_type == "cuda":
@@ -116,8 +123,8 @@ def dlogits(
 
 
 def row_tiles(row_columns: int) -> tuple[int, int]:
-    """Return the widths of row_kernel's two tiles: the largest power of two below the row's width, and what
-    holds the remainder."""
+    """Return the widths of row_kernel's two tiles: the largest power of two below the row's width, and the
+    tile for the remaining columns."""
     if row_columns <= SMALL_ROW:
         return _width(row_columns), 0
     block = 1 << (row_columns - 1).bit_length() - 1
@@ -125,8 +132,8 @@ def row_tiles(row_columns: int) -> tuple[int, int]:
 
 
 def row_warps(width: int) -> int:
-    """Return row_kernel's warps: 16 columns per thread, above 16384 up to 24: more would spill where rows are
-    not aligned."""
+    """Return the number of warps of row_kernel: 16 columns per thread; above 16384 columns up to 24. More
+    would spill for rows that are not aligned."""
     return min(max(1 << max(width // 512 - 1, 0).bit_length(), 4), 32)
 
 
@@ -138,7 +145,7 @@ def _overwrite_row(
     vocab_start: int,
     num_columns: int,
 ) -> Tensor:
-    """Launch the one-pass kernel; return log p [T] with weights, else statistics [T, 3]."""
+    """Launch the one-pass kernel; return log p [T] if weights are given, else statistics [T, 3]."""
     num_rows, row_columns = logits_TVp.shape
     shape = (num_rows,) if weights_T is not None else (num_rows, num_stats(False))
     out = torch.empty(shape, dtype=torch.float32, device=logits_TVp.device)
@@ -156,7 +163,7 @@ def _overwrite_row(
 def rest_softmax_(
     logits_TVp: Tensor, targets_T: Tensor, inv_temperature: float, vocab_start: int, num_columns: int
 ) -> Tensor:
-    """Triton `reference.rest_softmax_`: one pass for a row that fits one program, else two reads."""
+    """Triton `reference.rest_softmax_`: one pass if a program can hold the row, else two reads."""
     shard = (inv_temperature, vocab_start, num_columns)
     if 0 < logits_TVp.shape[1] <= MAX_ROW:
         return _overwrite_row(logits_TVp, targets_T, None, *shard)
@@ -173,7 +180,7 @@ def rest_softmax_into(
     vocab_start: int,
     num_columns: int,
 ) -> Tensor:
-    """Triton `reference.rest_softmax_into`: overwritten, then copied."""
+    """Triton `reference.rest_softmax_into`: overwrites the logits, then copies them."""
     stats = rest_softmax_(logits_TVp, targets_T, inv_temperature, vocab_start, num_columns)
     out_TVp.copy_(logits_TVp)
     return stats
@@ -187,7 +194,7 @@ def log_prob_dlogits_(
     vocab_start: int,
     num_columns: int,
 ) -> Tensor:
-    """Triton `reference.log_prob_dlogits_`: one pass for a row that fits one program, else two reads."""
+    """Triton `reference.log_prob_dlogits_`: one pass if a program can hold the row, else two reads."""
     shard = (inv_temperature, vocab_start, num_columns)
     if 0 < logits_TVp.shape[1] <= MAX_ROW:
         return _overwrite_row(logits_TVp, targets_T, weights_T, *shard)

@@ -1,16 +1,16 @@
-"""Join the ranks' row statistics: one all-gather of 12 bytes per token (16 with entropy), then per-token
-arithmetic.
+"""Combine the ranks' row statistics: one all-gather of 12 bytes per token (16 with entropy), then arithmetic
+per token.
 
-`stats_RTk` holds every tensor-parallel rank's (top, log_sum, target[, rest_entropy]) of reference.py. With
-mass_r the log of a rank's sum of exponentials, share_r = exp(mass_r - logsumexp of all), z = log of the whole
-rest's mass - x_target / temperature, p = sigmoid(-z) and q = sigmoid(z) = 1 - p:
+`stats_RTk` holds (top, log_sum, target[, rest_entropy]) of every tensor-parallel rank, see reference.py.
+mass_r is the log of rank r's sum of exponentials and share_r = exp(mass_r - logsumexp of all masses). With
+z = log of the whole rest's mass - x_target / temperature, p = sigmoid(-z) and q = sigmoid(z) = 1 - p:
 
     log p    = -softplus(z)
     entropy  = p softplus(z) + q softplus(-z) + q * rest_entropy,   rest_entropy = sum_r share_r (rest_entropy_r - log share_r)
 
-All of it stays exact for p -> 1. Every rank computes the same values from the same gathered numbers.
+All values stay accurate for p -> 1. Every rank computes equal values, because the gathered numbers are equal.
 
-Shape suffixes: R ranks, T tokens, k statistics.
+Shape suffixes: T tokens, R tensor-parallel ranks, k statistics (3, or 4 with entropy).
 """
 
 from typing import Any, NamedTuple
@@ -24,11 +24,13 @@ from rlsc_mcore.ops.reference import LARGEST_GAP, NEG_INF, join_mass, joined_res
 
 
 class Joined(NamedTuple):
-    """What all ranks know of each token once the statistics are gathered."""
+    """Per-token values that every rank computes from the gathered statistics."""
 
     log_probs_T: Tensor  # log p of the target; 0 for ignored tokens
-    target_excluded_T: Tensor  # q = 1 - p, the slope of log p in the target's tempered logit
-    shares_RT: Tensor  # each rank's part of the mass outside the target
+    target_excluded_T: (
+        Tensor  # q = 1 - p, the derivative of log p with respect to the target's tempered logit
+    )
+    shares_RT: Tensor  # each rank's fraction of the mass outside the target
     entropy_T: Tensor | None
 
 
@@ -43,8 +45,8 @@ def group_rank(group: dist.ProcessGroup | None) -> int:
 
 
 def check_shard(vocab_start: int, group: dist.ProcessGroup | None) -> None:
-    """Raise ValueError on a rank behind the first whose columns begin at the vocabulary's start: its mass
-    would count twice."""
+    """Raise ValueError if a rank other than the first starts at vocabulary column 0, because its mass would
+    count twice."""
     rank = group_rank(group)
     if rank > 0 and vocab_start == 0:
         raise ValueError(
@@ -55,8 +57,8 @@ def check_shard(vocab_start: int, group: dist.ProcessGroup | None) -> None:
 
 
 class GatheredStats:
-    """An all-gather of statistics in flight: `wait()` returns stats_RTk. Without a group of several ranks
-    nothing is sent."""
+    """An asynchronous all-gather of statistics; `wait()` returns stats_RTk. Makes no collective without a
+    group of several ranks."""
 
     def __init__(self, stats_Tk: Tensor, group: dist.ProcessGroup | None) -> None:
         self._stats_RTk = stats_Tk[None]
@@ -67,22 +69,22 @@ class GatheredStats:
             self._work = dist.all_gather_into_tensor(flat, stats_Tk.contiguous(), group=group, async_op=True)
 
     def wait(self) -> Tensor:
-        """Return the statistics of all ranks, float32 [R, T, k]."""
+        """Wait for the all-gather and return the statistics of all ranks, [R, T, k]."""
         if self._work is not None:
             self._work.wait()
         return self._stats_RTk
 
 
 def join(stats_RTk: Tensor, inv_temperature: float, backend: str = "auto") -> Joined:
-    """Turn the gathered statistics into log p, 1 - p, the ranks' shares and, where statistics have it, the
-    entropy."""
+    """Compute log p, 1 - p, the ranks' shares and, if the statistics include it, the entropy from the
+    gathered statistics."""
     log_probs_T, target_excluded_T, shares_RT = torch.ops.rlsc.join_stats(stats_RTk, inv_temperature, backend)
     entropy_T = entropy_of(stats_RTk, inv_temperature) if stats_RTk.shape[2] == num_stats(True) else None
     return Joined(log_probs_T, target_excluded_T, shares_RT, entropy_T)
 
 
 class Scores(NamedTuple):
-    """All ranks' statistics of some rows, and what they give."""
+    """Statistics of rows from all ranks, and the log p and entropy computed from them."""
 
     stats_RTk: Tensor
     log_probs_T: Tensor
@@ -90,7 +92,7 @@ class Scores(NamedTuple):
 
 
 class PendingScores(NamedTuple):
-    """Scores whose statistics may be in flight; log p is there already where one rank has the whole
+    """Scores whose all-gather may still run. log p is already available if one rank holds the whole
     vocabulary."""
 
     gathered: GatheredStats
@@ -99,7 +101,7 @@ class PendingScores(NamedTuple):
     backend: str
 
     def wait(self) -> Scores:
-        """Return the scores once every rank's statistics have arrived."""
+        """Wait for every rank's statistics and return the scores."""
         stats_RTk = self.gathered.wait()
         if self.log_probs_T is None:
             joined = join(stats_RTk, self.inv_temperature, self.backend)
@@ -111,7 +113,7 @@ class PendingScores(NamedTuple):
 
 
 def score(arguments: tuple[Any, ...], group: dist.ProcessGroup | None) -> PendingScores:
-    """Reduce rows of logits and begin to gather their statistics over `group`; `arguments` are those of
+    """Reduce rows of logits and start to all-gather their statistics over `group`. `arguments` are those of
     rlsc::log_prob_stats."""
     inv_temperature, backend = arguments[2], arguments[-1]
     if group_size(group) > 1:
@@ -137,8 +139,8 @@ def join_backward(
 
 
 def entropy_of(stats_RTk: Tensor, inv_temperature: float) -> Tensor:
-    """Return the entropy [T] of each token's whole distribution from statistics that have the rest's
-    entropy."""
+    """Return the entropy [T] of each token's whole distribution; the statistics must include the entropy of
+    the rest."""
     mass_RT, total_T, gap_T = join_mass(stats_RTk, inv_temperature)
     log_shares_RT = torch.where(mass_RT == NEG_INF, NEG_INF, mass_RT - total_T)
     near_T = gap_T.clamp(-LARGEST_GAP, LARGEST_GAP)
