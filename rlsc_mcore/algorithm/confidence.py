@@ -1,5 +1,5 @@
-"""Token log-probabilities -> log confidence of each answer; everything stays in log space, sums in
-float64."""
+"""Compute the log confidence of each answer from its token log-probabilities. All values stay in log space;
+sums are in float64."""
 
 import torch
 
@@ -14,8 +14,8 @@ def log_confidence(
     kind: Confidence,
     log_normalizer_S: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Compute log of the model's confidence in each answer (arXiv 2506.06395, section 2; variants in the
-    configuration).
+    """Return the log of the model's confidence in each answer (arXiv 2506.06395, section 2; variants:
+    `algorithm.confidence`).
 
     float32 [T], bool [T], int32 [S + 1] -> float64 [S]. `group_softmax` needs `log_normalizer_S`, the
     logsumexp over the question's samples (`group_log_normalizer`). An answer without trained tokens has log
@@ -36,10 +36,10 @@ def log_confidence(
 def group_log_normalizer(
     sequence_log_probs_S: torch.Tensor, multiplicity_S: torch.Tensor, group_ids_S: torch.Tensor
 ) -> torch.Tensor:
-    """Return, for each sequence, log of the sum of p(y|x) over all samples of its question.
+    """Return for each sequence the log of the sum of p(y|x) over all samples of its question.
 
     float64 [S] log-probs, float64 [S] multiplicities (a sequence sampled k times counts k times), int64 [S]
-    -> float64 [S]. Padding (group -1, multiplicity 0) gets 0.
+    question ids -> float64 [S]. Padding (group -1, multiplicity 0) gets 0.
     """
     num_groups = int(group_ids_S.max()) + 1 if len(group_ids_S) else 0
     terms_S = sequence_log_probs_S + multiplicity_S.log()

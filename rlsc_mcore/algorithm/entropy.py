@@ -1,4 +1,4 @@
-"""Entropy minimisation: loss = sum_y sum_t H(p(.|x, y_<t)) along the samples."""
+"""Entropy minimization: loss = sum_y sum_t H(p(.|x, y_<t)) over the tokens of the samples."""
 
 import torch
 
@@ -6,7 +6,7 @@ from rlsc_mcore.algorithm.rule import ObjectiveRule
 
 
 class Entropy(ObjectiveRule):
-    """Train the tokens' entropies; every sample counts once."""
+    """Minimize the entropy of the tokens; every sample has weight 1."""
 
     trains_entropy = True
 
@@ -18,10 +18,10 @@ def entropy_loss(
     multiplicity_S: torch.Tensor,
     divisor: float,
 ) -> torch.Tensor:
-    """Compute the samples' summed token entropy / divisor; differentiable in the entropies.
+    """Return the summed token entropy of the samples / divisor; differentiable in the entropies.
 
     float32 [T], bool [T], int32 [S + 1], float64 [S] -> float64 []. `divisor` is the number of samples for a
-    mean, 1 for a sum.
+    mean and 1 for a sum.
     """
     lengths_S = cu_seqlens.diff().long()
     counts_T = torch.repeat_interleave(multiplicity_S, lengths_S, output_size=len(token_entropy_T))

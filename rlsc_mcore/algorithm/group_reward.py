@@ -1,10 +1,10 @@
 """Group-relative policy gradient: loss = - sum_y sum_t min(r_t A, clip(r_t, 1 - low, 1 + high) A) + kl k3_t.
 
-A(y) is the reward minus its question's mean, optionally divided by the standard deviation (GRPO, arXiv
-2402.03300). r_t is the ratio of the token's probability to that of the policy that sampled; k3_t = exp(-log
-r_t) + log r_t - 1 estimates their KL divergence. Tokens are summed and samples averaged with constant
-divisors, as in Dr. GRPO (arXiv 2503.20783), so that an answer's length does not weigh it. In the first update
-r_t = 1: the gradient is A grad log p.
+A(y) is the reward minus the mean reward of its question, optionally divided by the standard deviation (GRPO,
+arXiv 2402.03300). r_t is the ratio of the token's probability to that under the policy that sampled. k3_t =
+exp(-log r_t) + log r_t - 1 estimates the KL divergence between them. Token losses are summed and samples are
+averaged with constant divisors, as in Dr. GRPO (arXiv 2503.20783), so the length of an answer does not change
+its weight. In the first update r_t = 1 and the gradient is A grad log p.
 """
 
 import torch
@@ -13,7 +13,7 @@ from rlsc_mcore.algorithm.rule import ObjectiveRule, ScoredSequences
 
 
 class GroupReward(ObjectiveRule):
-    """Weigh each sample by its advantage; later updates on the same rollouts use the clipped ratio."""
+    """Weight each sample by its advantage. Later updates on the same rollouts use the clipped ratio."""
 
     def sequence_weights(self, scored: ScoredSequences) -> torch.Tensor:
         """Return the advantages, float64 [S]."""
@@ -22,7 +22,7 @@ class GroupReward(ObjectiveRule):
 
     def token_weights(self, scored: ScoredSequences) -> torch.Tensor | None:
         """Return the coefficient of -grad log p of each token, float64 [T]; None in the first update, where
-        it is A everywhere."""
+        every coefficient is A."""
         if scored.current_log_probs_T is None:
             return None
         log_ratio_T = (scored.current_log_probs_T - scored.token_log_probs_T).double()

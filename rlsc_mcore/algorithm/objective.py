@@ -1,8 +1,8 @@
-"""Turn the log-probs of a pass into what multiplies -log p of every answer token, by the rule of
+"""Compute the coefficient of -log p of every answer token from the log-probs of a pass, by the rule of
 `algorithm.objective`.
 
-All objectives weight the same tokens (or train their entropies), so they share sampling, packing, kernels and
-optimizer.
+All objectives either weight the same tokens or train their entropies, so they share sampling, packing,
+kernels and optimizer.
 """
 
 from dataclasses import dataclass
@@ -17,10 +17,10 @@ from rlsc_mcore.objectives import OBJECTIVES
 
 @dataclass(frozen=True)
 class WeightedObjective:
-    """An objective within one step; holds what does not change within it."""
+    """The objective during one step, with the values that are constant within the step."""
 
     algorithm: AlgorithmConfig
-    num_samples: int  # rollouts of the step over all ranks: the divisor of `reduction=mean`
+    num_samples: int  # rollouts of the step over all ranks; divisor of `reduction=mean`
 
     @cached_property
     def rule(self) -> ObjectiveRule:
@@ -36,8 +36,8 @@ class WeightedObjective:
         log_normalizer_S: torch.Tensor | None = None,
         advantages_S: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Compute the weight of one sample of each sequence; averaged over its tokens where they have weights
-        of their own.
+        """Return the weight of one sample of each sequence. Token weights, if the objective has them, are
+        averaged over the sequence.
 
         Detached float32 [T], bool [T], int32 [S + 1] -> float64 [S].
         """
@@ -56,12 +56,12 @@ class WeightedObjective:
         advantages_S: torch.Tensor | None = None,
         current_log_probs_T: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Compute c with loss = -sum_t c_t log p_t: weight x multiplicity (/ num_samples), 0 outside the
+        """Return c with loss = -sum_t c_t log p_t: weight x multiplicity (/ num_samples), 0 outside the
         response mask.
 
-        `token_log_probs_T` are of the policy that sampled, `current_log_probs_T` of the policy now (None in
-        the first update). Detached float32 [T], bool [T], int32 [S + 1], float64 [S] -> float32 [T]. No host
-        synchronisation.
+        `token_log_probs_T` come from the policy that sampled; `current_log_probs_T` come from the current
+        policy (None in the first update). Detached float32 [T], bool [T], int32 [S + 1], float64 [S] ->
+        float32 [T]. No host synchronization.
         """
         scored = ScoredSequences(
             token_log_probs_T,
@@ -82,13 +82,12 @@ class WeightedObjective:
 
     @property
     def needs_group(self) -> bool:
-        """True when a weight depends on the other samples of its question, so that all must be scored
-        first."""
+        """True if a weight depends on the other samples of its question, so that all must be scored first."""
         return self.rule.needs_group
 
     @property
     def trains_entropy(self) -> bool:
-        """True when the loss is the tokens' entropy: it has no coefficients, its gradient passes through
+        """True if the loss is the tokens' entropy: it has no coefficients, and its gradient passes through
         every logit."""
         return self.rule.trains_entropy
 

@@ -1,8 +1,7 @@
-"""RLSC (arXiv 2506.06395): loss = - sum_y (confidence(y) + alpha) log p(y|x), the confidence not
-differentiated.
+"""RLSC (arXiv 2506.06395): loss = - sum_y (confidence(y) + alpha) log p(y|x); the confidence is detached.
 
 alpha = 0 is the paper's L1 (the gradient of F = sum_y p(y|x)^2), alpha > 0 its L2. `token` replaces the
-sample's confidence by each token's own probability.
+sample's confidence with each token's own probability.
 """
 
 import math
@@ -14,12 +13,12 @@ from rlsc_mcore.algorithm.rule import ObjectiveRule, ScoredSequences
 
 
 class Rlsc(ObjectiveRule):
-    """Weigh each sample by exp(logaddexp(log confidence, log alpha)), so that small confidences keep their
-    digits."""
+    """Weight each sample by exp(logaddexp(log confidence, log alpha)), which is accurate for small
+    confidences."""
 
     @property
     def needs_group(self) -> bool:
-        """True with `group_softmax`, which divides by the sum over the question's samples."""
+        """True for `group_softmax`, which divides by the sum over the question's samples."""
         return self.algorithm.confidence == "group_softmax"
 
     @property
@@ -28,7 +27,7 @@ class Rlsc(ObjectiveRule):
         return self.algorithm.alpha
 
     def sequence_weights(self, scored: ScoredSequences) -> torch.Tensor:
-        """Return confidence + alpha, float64 [S]; `token` averages over the sample's tokens."""
+        """Return confidence + alpha, float64 [S]; for `token` the average over the sample's tokens."""
         kind, mask_T, cu_seqlens = self.algorithm.confidence, scored.response_mask_T, scored.cu_seqlens
         if kind == "token":
             per_token = self._plus_alpha(scored.token_log_probs_T.double())

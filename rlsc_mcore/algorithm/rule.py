@@ -1,5 +1,5 @@
-"""Define what every objective may decide: the weight of each sample, factors of its tokens, and what must be
-known first."""
+"""Define the interface of an objective: sample weights, token weights, and the values that must be computed
+first."""
 
 from dataclasses import dataclass
 
@@ -13,31 +13,26 @@ from rlsc_mcore.config import AlgorithmConfig
 class ScoredSequences:
     """Log-probs of packed sequences, detached. T: packed tokens, S: sequences."""
 
-    token_log_probs_T: torch.Tensor  # float32, of the policy that sampled
+    token_log_probs_T: torch.Tensor  # float32, from the policy that sampled
     response_mask_T: torch.Tensor  # bool, True at trained tokens
     cu_seqlens: torch.Tensor  # int32 [S + 1]
-    log_normalizer_S: torch.Tensor | None = None  # float64, where `needs_group`
-    advantages_S: torch.Tensor | None = None  # float64, where the objective has a reward
-    current_log_probs_T: torch.Tensor | None = (
-        None  # float32, of the policy as it is now; None in the first update, where they agree
-    )
+    log_normalizer_S: torch.Tensor | None = None  # float64, set if `needs_group`
+    advantages_S: torch.Tensor | None = None  # float64, set if the objective has a reward
+    current_log_probs_T: torch.Tensor | None = None  # float32, current policy; None in the first update
 
 
 class ObjectiveRule:
-    """One objective's rule; the base class gives every sample the weight 1 (maximum likelihood of the
+    """The rule of one objective. The base class gives every sample weight 1 (maximum likelihood of the
     samples)."""
 
-    trains_entropy = (
-        False  # the loss is the tokens' entropy: no coefficients, the gradient passes through every logit
-    )
+    trains_entropy = False  # True: the loss is the tokens' entropy, so there are no coefficients
 
     def __init__(self, algorithm: AlgorithmConfig) -> None:
         self.algorithm = algorithm
 
     @property
     def needs_group(self) -> bool:
-        """True when a weight depends on the other samples of its question, so that all of them are scored
-        first."""
+        """True if a weight depends on the other samples of its question, so that all must be scored first."""
         return False
 
     @property
@@ -48,11 +43,11 @@ class ObjectiveRule:
     def group_values(
         self, sequence_log_probs_S: torch.Tensor, multiplicity_S: torch.Tensor, group_ids_S: torch.Tensor
     ) -> torch.Tensor:
-        """Return what `needs_group` asks for, as `ScoredSequences.log_normalizer_S`: log of the sum of p(y|x)
-        over the question's samples.
+        """Return `ScoredSequences.log_normalizer_S` for rules with `needs_group`: here the log of the sum of
+        p(y|x) over the question's samples.
 
-        All sequences of all ranks, in the same order on each: float64 [S], float64 [S], int64 [S] (-1 is
-        padding) -> float64 [S].
+        Inputs hold all sequences of all ranks, in the same order on each: float64 [S], float64 [S], int64 [S]
+        (-1 is padding) -> float64 [S].
         """
         return group_log_normalizer(sequence_log_probs_S, multiplicity_S, group_ids_S)
 
@@ -61,6 +56,6 @@ class ObjectiveRule:
         return torch.ones(len(scored.cu_seqlens) - 1, dtype=torch.float64, device=scored.cu_seqlens.device)
 
     def token_weights(self, scored: ScoredSequences) -> torch.Tensor | None:
-        """Return a weight of each token, float64 [T], which takes the place of its sequence's; None where all
-        are equal."""
+        """Return the weight of each token, float64 [T], which replaces the weight of its sequence; None if
+        all tokens of a sequence share its weight."""
         return None

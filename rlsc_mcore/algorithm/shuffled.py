@@ -1,8 +1,8 @@
-"""Control for RLSC: the same weights, dealt to the samples of each question at random.
+"""Control for RLSC: the same weights, assigned to the samples of each question at random.
 
-loss = - sum_y (confidence(dealt(y)) + alpha) log p(y|x), with `dealt` a random permutation of the question's
-samples. Weights and samples keep their distributions; only which sample gets which weight changes. A gain
-that this control shares with RLSC is not due to the model's confidence.
+loss = - sum_y (confidence(pi(y)) + alpha) log p(y|x), with pi a random permutation of the question's samples.
+The distributions of weights and of samples do not change; only the assignment of weights to samples does. A
+gain that this control also shows is not caused by the model's confidence.
 """
 
 import math
@@ -14,21 +14,21 @@ from rlsc_mcore.algorithm.rule import ScoredSequences
 
 
 class ShuffledConfidence(Rlsc):
-    """Weigh each sample by the confidence of a random sample of its question, plus alpha."""
+    """Weight each sample by the confidence of a random sample of its question, plus alpha."""
 
     @property
     def needs_group(self) -> bool:
-        """True: the weights of a question's samples are permuted among them."""
+        """True: the weights of a question's samples are permuted among these samples."""
         return True
 
     def group_values(
         self, sequence_log_probs_S: torch.Tensor, multiplicity_S: torch.Tensor, group_ids_S: torch.Tensor
     ) -> torch.Tensor:
-        """Return log of each sequence's mean confidence after the permutation, float64 [S]; 0 for padding
+        """Return the log of each sequence's mean confidence after the permutation, float64 [S]; 0 for padding
         (group -1).
 
-        A sequence sampled k times is k samples, and gets the mean of k confidences. The permutation is drawn
-        from the log-probs themselves, so that it needs no state and is the same on every rank.
+        A sequence sampled k times is k samples and gets the mean of k confidences. The permutation is seeded
+        with the log-probs, so it needs no state and is equal on every rank.
         """
         log_probs, counts, groups = sequence_log_probs_S.cpu(), multiplicity_S.cpu().long(), group_ids_S.cpu()
         values = torch.zeros_like(log_probs)
@@ -36,7 +36,7 @@ class ShuffledConfidence(Rlsc):
             members = torch.nonzero(groups == group).flatten()
             samples = (
                 log_probs[members].repeat_interleave(counts[members]).sort().values
-            )  # in an order that no rank decides
+            )  # sorted, so the order is equal on every rank
             generator = torch.Generator().manual_seed(int(abs(float(samples.sum())) * 100) % 2**31 + group)
             dealt = samples[torch.randperm(len(samples), generator=generator)]
             order = members[torch.argsort(log_probs[members], stable=True)]
@@ -45,7 +45,7 @@ class ShuffledConfidence(Rlsc):
         return values.to(sequence_log_probs_S.device)
 
     def sequence_weights(self, scored: ScoredSequences) -> torch.Tensor:
-        """Return the dealt confidence + alpha, float64 [S]."""
+        """Return the permuted confidence + alpha, float64 [S]."""
         assert scored.log_normalizer_S is not None, (
             "shuffled weights need the log-probs of all samples of a question first"
         )

@@ -1,4 +1,4 @@
-"""Worked examples before a question, as the evaluation script of Qwen2.5-Math puts them."""
+"""Put worked examples before a question, in the format of Qwen2.5-Math's evaluation script."""
 
 import importlib.resources
 import json
@@ -14,7 +14,7 @@ _SEPARATOR = "\n\n"
 
 
 def published_examples(benchmark: str) -> list[Example]:
-    """Return the examples that the script has for a benchmark; an empty list where this package has none."""
+    """Return the script's examples for a benchmark; an empty list if this package has none."""
     file = importlib.resources.files("rlsc_mcore").joinpath("assets", "few_shot", f"{benchmark}.json")
     if not file.is_file():
         return []
@@ -41,6 +41,6 @@ def read_examples(path: Path) -> list[Example]:
 
 
 def with_examples(question: str, examples: Sequence[Example]) -> str:
-    """Return the text that is asked: every example and the question, all in one turn."""
+    """Return all examples followed by the question, as one turn."""
     shown = [f"{asked}\n{answer}" for asked, answer in examples]
     return _SEPARATOR.join([*shown, question])

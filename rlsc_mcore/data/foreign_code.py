@@ -1,4 +1,4 @@
-"""Run a template, which is foreign code, under limits of time, memory and output. Imports no torch."""
+"""Run untrusted template code with limits on time, memory and output. Imports no torch."""
 
 import contextlib
 import os
@@ -12,22 +12,22 @@ from types import FrameType
 
 from rlsc_mcore.config import ConfigError
 
-SECONDS = 5.0  # for one prompt
-MORE_MEMORY_BYTES = 1 << 30  # beyond what the process has mapped
-LONGEST_TEXT = 4_000_000  # characters of one prompt
+SECONDS = 5.0  # limit per prompt
+MORE_MEMORY_BYTES = 1 << 30  # in addition to the memory that the process has mapped
+LONGEST_TEXT = 4_000_000  # limit of characters per prompt
 
 
 class _TookTooLong(BaseException):
-    """Raised by the timer; no `except Exception` of a library catches it."""
+    """Raised by the timer. A BaseException, so that `except Exception` in a library does not catch it."""
 
 
 @contextmanager
 def foreign_code(name: str) -> Iterator[None]:
-    """Limit the block's time and memory, and turn whatever it raises into `ConfigError` naming the template
-    `name`.
+    """Limit the time and memory of the block, and convert every error in it to a `ConfigError` that names the
+    template `name`.
 
-    The time limit is a timer of the main thread; elsewhere there is none. Mutates the timer and the limit of
-    the address space until the end of the block.
+    The time limit uses a timer of the main thread; other threads have no time limit. Mutates the timer and
+    the address-space limit until the block ends.
     """
     try:
         with _limited_memory(), _limited_time():
@@ -54,7 +54,7 @@ def foreign_code(name: str) -> Iterator[None]:
 
 
 def check_length(name: str, text: str) -> str:
-    """Return `text`; raises `ConfigError` where it is longer than any prompt."""
+    """Return `text`; raises `ConfigError` if it is longer than LONGEST_TEXT."""
     if len(text) > LONGEST_TEXT:
         raise ConfigError(
             f"data.template: {name} makes {len(text)} characters of one question, at most {LONGEST_TEXT} are "
@@ -80,7 +80,7 @@ def _limited_time() -> Iterator[None]:
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, handler)
-        if left:  # another's timer
+        if left:  # restore the timer that was active before
             signal.setitimer(signal.ITIMER_REAL, max(0.001, left - (time.monotonic() - start)), interval)
 
 

@@ -1,4 +1,4 @@
-"""Rollouts -> micro-batches of whole sequences laid end to end, none cut, none dropped."""
+"""Pack rollouts into micro-batches of whole sequences; no sequence is cut or dropped."""
 
 from collections.abc import Sequence
 
@@ -15,12 +15,13 @@ def merge_identical(
     stop_token_ids: frozenset[int],
     advantages: Sequence[float] | None = None,
 ) -> list[UniqueSequence]:
-    """Merge a step's rollouts into distinct sequences, in order of first appearance, and mark the tokens that
-    are trained.
+    """Merge a step's rollouts into distinct sequences, in order of first appearance, and mark the trained
+    tokens.
 
-    Every response token is trained, the first included; the end-of-text token only with `train_end_token`; an
-    answer cut at its length limit only with `train_truncated`. A rollout without response tokens keeps its
-    place, with nothing to train. `advantages`: one per rollout; identical answers have the same.
+    Every response token is trained, including the first. The end-of-text token is trained only with
+    `train_end_token`, and an answer cut at its length limit only with `train_truncated`. A rollout without
+    response tokens is kept, without trained tokens. `advantages`: one per rollout, equal for identical
+    answers.
     """
     groups: dict[int, int] = {}
     counts: dict[tuple[int, tuple[int, ...]], int] = {}
@@ -68,9 +69,9 @@ def pack(
 ) -> list[PackedBatch]:
     """Pack sequences, longest first, into batches of at most `tokens_per_micro_batch` tokens.
 
-    A longer sequence gets a batch of its own. Each batch is filled up to a multiple of `multiple_of` (the
-    tensor-parallel size, for sequence parallelism) with one dummy segment that trains nothing. The result is
-    a function of the input alone.
+    A longer sequence gets its own batch. Each batch is padded to a multiple of `multiple_of` (the
+    tensor-parallel size, for sequence parallelism) with one dummy segment without trained tokens. The result
+    depends only on the arguments.
     """
     lengths = [len(s.rollout.prompt_ids) + len(s.rollout.response_ids) for s in sequences]
     bins: list[list[int]] = []
@@ -87,8 +88,8 @@ def pack(
 
 
 def padding_batch(num_tokens: int) -> PackedBatch:
-    """Make a batch that trains nothing: for a rank without sequences, whose part in its peers' collectives
-    must be played."""
+    """Return a batch without trained tokens. A rank that has no sequences runs it so that the other ranks'
+    collectives complete."""
     return _pack_one([], num_tokens)
 
 

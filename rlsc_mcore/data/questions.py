@@ -1,4 +1,4 @@
-"""Questions: read them from a file, the embedded sets or the hub, and say which ones each step asks."""
+"""Read questions from a file, an embedded set or the hub, and select the questions of each step."""
 
 import codecs
 import hashlib
@@ -34,7 +34,7 @@ _FILE_SUFFIXES = (
     ".arrow",
 )
 _PANDAS = "python -c \"import pandas; pandas.read_parquet('IN').to_json('OUT.jsonl', orient='records', lines=True)\""
-# Beginnings of files that are not JSONL -> what they are, how to make JSONL of them.
+# First bytes of files that are not JSONL -> their format, and how to convert them to JSONL.
 _OTHER_FORMATS = (
     (b"PAR1", "a Parquet file", f"convert it: {_PANDAS}"),
     (b"\x1f\x8b", "gzip-compressed", "unpack it: gunzip --keep IN"),
@@ -59,11 +59,11 @@ _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 
 
 def read_questions(path: str, *, split: str = "train", field: str = "data.path") -> list[Question]:
-    """Read every question of a JSONL file, of a JSON list, of `embedded:train|validation|test`, or of a hub
-    data set's `split`.
+    """Read every question of a JSONL file, a JSON list, `embedded:train|validation|test`, or the `split` of a
+    hub data set.
 
-    Records are read by `read_question`; an answer is optional. A byte order mark, CRLF ends and blank lines
-    are accepted. Anything else raises ConfigError naming `field`, the file and the line.
+    Records are parsed by `read_question`; the answer is optional. A byte order mark, CRLF line ends and blank
+    lines are accepted. Other errors raise ConfigError naming `field`, the file and the line.
     """
     questions = [
         read_question(index, record, place)
@@ -79,9 +79,9 @@ def read_questions(path: str, *, split: str = "train", field: str = "data.path")
 def read_records(
     path: str, *, split: str = "train", subset: str | None = None, field: str = "data.path"
 ) -> Iterator[tuple[str, Any]]:
-    """Yield every record of a question set as it is written, each with the place that error messages name.
+    """Yield (place, record) for every record of a question set, unparsed; error messages name the place.
 
-    Raises ConfigError as `read_questions` does; `subset` is a hub data set's configuration.
+    Raises ConfigError as `read_questions` does. `subset` is the configuration of a hub data set.
     """
     if path.startswith(EMBEDDED_PREFIX):
         name = path.removeprefix(EMBEDDED_PREFIX)
@@ -103,8 +103,8 @@ def read_records(
 
 
 def questions_fingerprint(questions: Sequence[Question]) -> str:
-    """Hash the questions and answers in their order (sha256, hex); a run resumes only on the questions it
-    began with."""
+    """Return the sha256 hash (hex) of the questions and answers in order. A run can only be resumed with
+    equal questions."""
     digest = hashlib.sha256()
     for question in questions:
         facts: list[Any] = [question.index, question.text, question.answer]
@@ -115,12 +115,11 @@ def questions_fingerprint(questions: Sequence[Question]) -> str:
 
 
 class QuestionSampler:
-    """Says which questions a step asks, as a pure function of seed and step, so that there is no state to
-    save.
+    """Selects the questions of a step as a pure function of seed and step, so there is no state to save.
 
-    Steps walk through epochs, each a permutation of all questions. A step that straddles two epochs still
-    asks distinct questions where `questions_per_step` <= `num_questions`; above that it runs through more
-    than one epoch.
+    Each epoch is a permutation of all questions, and steps go through the epochs in order. A step that spans
+    two epochs still has distinct questions if `questions_per_step` <= `num_questions`. If it is larger, a
+    step covers more than one epoch.
     """
 
     def __init__(self, num_questions: int, questions_per_step: int, shuffle: bool, seed: int) -> None:
@@ -129,7 +128,8 @@ class QuestionSampler:
         self.questions_per_step = questions_per_step
         self.shuffle = shuffle
         self.seed = seed
-        # Every so many epochs one begins with a step; its order depends on no earlier epoch.
+        # The number of epochs after which an epoch starts at the first question of a step again. The order of
+        # such an epoch does not depend on earlier ones.
         chained = shuffle and questions_per_step <= num_questions
         self._aligned_every = (
             questions_per_step // math.gcd(num_questions, questions_per_step) if chained else 1
@@ -137,7 +137,7 @@ class QuestionSampler:
         self._orders: dict[int, list[int]] = {}
 
     def step_indices(self, step: int) -> list[int]:
-        """Return the indices of the questions that step `step` (from 0) asks, in order."""
+        """Return the question indices of step `step` (from 0), in order."""
         start = step * self.questions_per_step
         indices: list[int] = []
         while len(indices) < self.questions_per_step:
@@ -160,8 +160,7 @@ class QuestionSampler:
     def _make_order(self, epoch: int) -> list[int]:
         if not self.shuffle:
             return list(range(self.num_questions))
-        # random() of a string seed is the one stream that Python promises to keep across versions and
-        # machines.
+        # Python guarantees the same stream across versions and machines only for random() with a string seed.
         stream = random.Random(f"question order/{self.seed}/{epoch}")
         keys = [stream.random() for _ in range(self.num_questions)]
         order = sorted(range(self.num_questions), key=keys.__getitem__)
@@ -169,7 +168,7 @@ class QuestionSampler:
             return order
         num_carried = (
             epoch * self.num_questions % self.questions_per_step
-        )  # what the straddling step asks of the epoch before
+        )  # questions of the spanning step from the previous epoch
         carried = set(self._orders[epoch - 1][-num_carried:])
         head = [index for index in order if index not in carried][: self.questions_per_step - num_carried]
         asked = set(head)
@@ -181,14 +180,14 @@ def _read_file(path: str, field: str) -> bytes:
         return Path(path).expanduser().read_bytes()
     except FileNotFoundError:
         raise ConfigError(f"{field}: no such file: {path}") from None
-    except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: ~someone who is unknown
+    except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: unknown user in ~user
         reason = error.strerror if isinstance(error, OSError) else error
         raise ConfigError(f"{field}: cannot read {path!r}: {reason}; expected a JSONL file") from None
 
 
 def _parse_file(content: bytes, source: str) -> Iterator[tuple[str, Any]]:
-    """Yield the records of a file: one JSON object per line, a list of objects, or one object over several
-    lines."""
+    """Yield (place, record) for a file with one JSON object per line, a list of objects, or one object over
+    several lines."""
     content = content.removeprefix(codecs.BOM_UTF8)
     other = next(
         ((kind, remedy) for start, kind, remedy in _OTHER_FORMATS if content.startswith(start)), None
@@ -211,9 +210,9 @@ def _parse_file(content: bytes, source: str) -> Iterator[tuple[str, Any]]:
 
 
 def _parse_whole(content: bytes, source: str) -> list[Any] | dict[str, Any] | None:
-    """Parse a file that is one list, or one object over several lines; None where it is neither.
+    """Parse a file that is one list, or one object over several lines; None for any other file.
 
-    Raises ConfigError where a list that spreads over lines is not whole.
+    Raises ConfigError if a list over several lines is malformed.
     """
     first_line, _, rest = content.strip().partition(b"\n")
     is_list = first_line.startswith(b"[")
@@ -229,7 +228,7 @@ def _parse_whole(content: bytes, source: str) -> list[Any] | dict[str, Any] | No
             "a list of JSON "
             "objects, or one object per line"
         ) from None
-    except (ValueError, RecursionError):  # the line's own error says more
+    except (ValueError, RecursionError):  # the error of parsing by line is more specific
         return None
     return whole if isinstance(whole, list | dict) else None
 
@@ -243,8 +242,8 @@ def _is_json(line: bytes) -> bool:
 
 
 def _load(text: str) -> Any:
-    """Parse JSON; raises ValueError where an object holds a name twice, of which only the last would
-    count."""
+    """Parse JSON; raises ValueError if an object contains a name twice, because json would keep only the
+    last."""
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         record = dict(pairs)
@@ -259,7 +258,8 @@ def _load(text: str) -> Any:
 
 
 def _parse_lines(content: bytes, source: str) -> Iterator[tuple[str, Any]]:
-    # Split before decoding: a JSON string may hold U+2028, which str.splitlines takes for the end of a line.
+    # Split before decoding: a JSON string may contain U+2028, which str.splitlines treats as the end of a
+    # line.
     for number, line in enumerate(content.split(b"\n"), start=1):
         place = f"{source}, line {number}"
         if not line.strip():
@@ -293,7 +293,7 @@ def _read_hub(name: str, split: str, field: str, subset: str | None) -> Iterator
         ) from None
     try:
         rows = _load_hub(datasets.load_dataset, name, [] if subset is None else [subset], split)
-    except Exception as error:  # its own, its transport's and its formats' errors
+    except Exception as error:  # errors of the library, the network or the file format
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ConfigError(
             f"{field}: there is no file {name!r} and the hub data set of that name, split {split!r}, did not "
@@ -307,8 +307,8 @@ def _read_hub(name: str, split: str, field: str, subset: str | None) -> Iterator
 def _load_hub(
     load_dataset: Callable[..., Iterable[Any]], name: str, subset: Sequence[str], split: str
 ) -> Iterable[Any]:
-    """Load from the hub, else from the hub's cache: what `hf download --repo-type dataset NAME` left is
-    enough without network."""
+    """Load from the hub, else from the hub's cache: after `hf download --repo-type dataset NAME` no network
+    is needed."""
     try:
         return load_dataset(name, *subset, split=split)
     except Exception:
@@ -323,5 +323,5 @@ def _cached_snapshot(name: str) -> str | None:
 
     try:
         return str(snapshot_download(name, repo_type="dataset", local_files_only=True))
-    except Exception:  # never downloaded, or no name of the hub's
+    except Exception:  # never downloaded, or not a valid hub name
         return None

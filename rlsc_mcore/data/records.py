@@ -1,8 +1,7 @@
-"""Turn one record of a question file into a question, whatever data set it comes from; its fields say which
-kind it is.
+"""Parse one record of a question file from any supported data set; the fields of the record decide its kind.
 
-One reader for training and evaluation: mathematics with `answer` or a boxed `solution`, OlympiadBench,
-multiple choice in the common layouts, GPQA, SVAMP.
+Training and evaluation share this parser. Supported: mathematics with `answer` or a boxed `solution`,
+OlympiadBench, multiple choice in the common layouts, GPQA, SVAMP.
 """
 
 import hashlib
@@ -24,10 +23,9 @@ ANSWER_FIELDS = ("answer", "expected_answer", "Answer", "answerKey", "correct", 
 OPTION_FIELDS = ("choices", "options")
 IMAGE_FIELDS = ("image", "images", "image_1", "decoded_image", "image_path")
 GPQA_FIELDS = ("Correct Answer", "Incorrect Answer 1", "Incorrect Answer 2", "Incorrect Answer 3")
-EVALCHEMY_OPTION_SEED = 42  # shuffles the options of every GPQA question alike
+EVALCHEMY_OPTION_SEED = 42  # gives the options of every GPQA question the same order
 
-# The prompt that Evalchemy gives GPQA; the one of Qwen2.5-Math's script for multiple choice is
-# `_with_choices`.
+# Evalchemy's prompt for GPQA. `_with_choices` has the one of Qwen2.5-Math's script for multiple choice.
 GPQA_TEXT = (
     "Return your final response within \\boxed{{}} and only include the letter choice (A, B, C, or D) as your final response.\n"
     "Problem: {problem}\nOptions: {options}\nAnswer:"
@@ -43,10 +41,10 @@ _INLINE_OPTION = re.compile(r"(?:^|\s)(?:\(([A-J])\)|([A-J])[.):])(?=\s|\S)")
 def read_question(
     index: int, record: Any, place: str, *, needs_answer: bool = False, option_seed: int | None = None
 ) -> Question:
-    """Read one record. Raises ConfigError naming `place` and the field.
+    """Parse one record into a question; raises ConfigError naming `place` and the field.
 
-    `option_seed` shuffles GPQA's options alike for every question; without it their order depends on the
-    question's text.
+    `option_seed` shuffles GPQA's options in the same way for every question. Without it their order depends
+    on the question's text.
     """
     if not isinstance(record, Mapping):
         raise ConfigError(f"{place}: expected a JSON object, got {type(record).__name__}")
@@ -70,8 +68,8 @@ def read_question(
 
 
 def final_answer(value: str | float) -> str:
-    """Reduce an answer as data sets write it to its final value: "...#### 1,800" -> "1800", 27.0 -> "27", "
-    204" -> "204"."""
+    """Reduce an answer of a data set to its final value: "...#### 1,800" -> "1800", 27.0 -> "27", " 204" ->
+    "204"."""
     if isinstance(value, float) and value.is_integer() and abs(value) <= _LARGEST_EXACT_FLOAT:
         value = int(value)
     answer = str(value).rpartition(_GSM8K_MARKER)[2].strip()
@@ -84,7 +82,7 @@ def _read_text(record: Mapping[str, Any], place: str) -> str:
         raise ConfigError(
             f"{place}: a question without text: expected `problem` or `question`, got {_list_fields(record)}"
         )
-    # An empty field beside a full one says nothing: data sets have both names where one of them is used.
+    # Ignore an empty field if another field has text: some data sets contain both names but fill only one.
     filled = [name for name in present if not isinstance(record[name], str) or record[name].strip()]
     name = (filled or present)[0]
     text = record[name]
@@ -137,8 +135,8 @@ def _read_answer(record: Mapping[str, Any], place: str, *, needs_answer: bool) -
 
 
 def _read_options(record: Mapping[str, Any], place: str) -> list[str] | None:
-    """Return the options of a multiple choice question without their letters; None where the record has no
-    such field.
+    """Return the options of a multiple-choice question without their letters; None if the record has no
+    options.
 
     Layouts: a list of texts, with or without letters; a list of objects with `text`; an object from letter to
     text; an object with lists `text` and `label`; one text such as "A) 1 B) 2"; fields `A`, `B`, `C`, `D` or
@@ -195,7 +193,8 @@ def _checked_options(options: Sequence[Any], name: str, place: str) -> list[str]
 def _read_letter(
     record: Mapping[str, Any], options: Sequence[str], place: str, *, needs_answer: bool
 ) -> str | None:
-    """Return the right option's letter: the answer is an index from 0, a letter, or the text of an option."""
+    """Return the letter of the correct option. The answer field holds an index from 0, a letter, or the text
+    of an option."""
     name = next(
         (name for name in (*ANSWER_FIELDS, "label", "answer_idx") if record.get(name) is not None), None
     )
@@ -223,7 +222,7 @@ def _read_letter(
 
 
 def _with_choices(text: str, options: Sequence[str]) -> str:
-    """Return the question as Qwen2.5-Math's script asks MMLU-STEM: all options on one line."""
+    """Append all options on one line, as Qwen2.5-Math's script does for MMLU-STEM."""
     return f"{text}\nAnswer Choices: " + " ".join(
         f"({letter}) {option}" for letter, option in zip(LETTERS, options, strict=False)
     )
@@ -234,7 +233,7 @@ def _read_gpqa(index: int, record: Mapping[str, Any], text: str, place: str, see
     if absent is not None:
         raise ConfigError(f"{place}: `{absent}`: expected the option's text")
     order = list(range(len(GPQA_FIELDS)))
-    # The published order gives the answer away.
+    # The published order lists the correct answer first, so shuffle the options.
     random.Random(seed if seed is not None else hashlib.sha256(text.encode()).digest()).shuffle(order)
     options = ", ".join(
         f"{letter}) {record[GPQA_FIELDS[i]]}" for letter, i in zip(LETTERS, order, strict=False)

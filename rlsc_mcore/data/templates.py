@@ -1,4 +1,4 @@
-"""Prompt templates: a question's text becomes the token ids that the engine continues."""
+"""Render prompt templates: convert a question's text to the token ids that the engine continues."""
 
 from collections.abc import Collection, Sequence
 from datetime import datetime
@@ -18,12 +18,12 @@ QWEN25_MATH = (
     "<|im_start|>user\n{question}<|im_end|>\n"
     "<|im_start|>assistant\n"
 )
-# The prompt that Evalchemy gives its mathematics benchmarks, shown in the case studies of arXiv 2506.06395:
-# as plain text here, in a user turn of the model's chat template (which Evalchemy does) with
-# `evalchemy-chat`.
+# Evalchemy's prompt for its mathematics benchmarks, shown in the case studies of arXiv 2506.06395.
+# `evalchemy` uses it as plain text; `evalchemy-chat` puts it in a user turn of the model's chat template, as
+# Evalchemy does.
 EVALCHEMY = "Problem: {question}\nMark your solution with \\boxed\nAnswer:"
 
-PLAIN_TEMPLATES = ("evalchemy", "none")  # text, before which the tokenizer puts its own tokens
+PLAIN_TEMPLATES = ("evalchemy", "none")  # plain text; the tokenizer adds its tokens before it
 
 _QUESTION = "{question}"
 _CHATML_TOKENS = ("<|im_start|>", "<|im_end|>")
@@ -31,7 +31,7 @@ _TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<end_of_turn>", "<|end|>", "<|eot|>",
 
 
 class Tokenizer(Protocol):
-    """What prompts need of a Hugging Face tokenizer."""
+    """The part of a Hugging Face tokenizer that prompts need."""
 
     chat_template: Any
     unk_token_id: Any
@@ -47,10 +47,10 @@ class Tokenizer(Protocol):
 
 
 def render_text(template: str, question: str, tokenizer: Tokenizer, date: datetime | None = None) -> str:
-    """Return the prompt as text, special tokens of the chat formats spelled out.
+    """Return the prompt as text, with the special tokens of chat formats written out.
 
-    `date` is what a chat template that shows the day is told, now by default. Raises ConfigError naming
-    data.template where the tokenizer lacks what the template needs.
+    `date` is passed to chat templates that show the date; default: now. Raises ConfigError naming
+    data.template if the tokenizer lacks what the template needs.
     """
     if template == "chat":
         return _render_chat(question, tokenizer, date)
@@ -73,11 +73,11 @@ def render_text(template: str, question: str, tokenizer: Tokenizer, date: dateti
 def render_prompt(
     template: str, question: str, tokenizer: Tokenizer, date: datetime | None = None
 ) -> list[int]:
-    """Return the prompt's token ids.
+    """Return the token ids of the prompt.
 
-    The chat formats spell out every special token, so none is added to them; plain text gets those that the
-    tokenizer puts before a text (a beginning-of-text token, for example), not those that it puts after one: a
-    model that reads an end-of-text token last has nothing to continue. `date` as in `render_text`.
+    Chat formats contain every special token, so none is added. Plain text gets the tokens that the tokenizer
+    adds before a text (such as a beginning-of-text token), but not those that it adds after a text, because a
+    model has nothing to continue after an end-of-text token. `date`: see `render_text`.
     """
     with foreign_code(template):
         text = render_text(template, question, tokenizer, date)
@@ -93,9 +93,9 @@ def render_prompt(
 
 
 def control_tokens(tokenizer: Tokenizer) -> list[str]:
-    """Return the texts that the tokenizer turns into special tokens wherever they stand, the longest first.
+    """Return the texts that the tokenizer converts to special tokens wherever they occur, longest first.
 
-    One or two characters are left out: some tokenizers pad with a punctuation mark.
+    Texts of one or two characters are excluded, because some tokenizers use a punctuation mark for padding.
     """
     added = getattr(tokenizer, "added_tokens_decoder", {}).values()
     texts = {token.content for token in added if token.special and len(token.content.strip()) > 2}
@@ -103,9 +103,9 @@ def control_tokens(tokenizer: Tokenizer) -> list[str]:
 
 
 def find_control_tokens(questions: Sequence[Question], tokenizer: Tokenizer) -> list[tuple[int, str]]:
-    """Return (position in `questions`, token) of every question whose text holds a control token.
+    """Return (position in `questions`, token) of every question whose text contains a control token.
 
-    In a prompt such a text is no text: it ends the question's turn, or forges another one.
+    In a prompt such a text becomes a special token: it can end the question's turn or start a forged one.
     """
     tokens = control_tokens(tokenizer)
     pairs = [
@@ -123,7 +123,7 @@ def check_prompt_ends(
     questions: Sequence[Question],
     source: str,
 ) -> None:
-    """Raise ConfigError at the first prompt whose last token ends an answer, naming its question in
+    """Raise ConfigError for the first prompt whose last token is a stop token, naming its question in
     `source`."""
     for prompt, question in zip(prompts, questions, strict=True):
         if prompt and prompt[-1] in stop_token_ids:
@@ -137,7 +137,7 @@ def check_prompt_ends(
 def check_prompt_lengths(
     prompts: Sequence[Sequence[int]], max_prompt_tokens: int, questions: Sequence[Question], source: str
 ) -> None:
-    """Raise ConfigError at the first prompt that is empty or longer than `max_prompt_tokens`, naming its
+    """Raise ConfigError for the first prompt that is empty or longer than `max_prompt_tokens`, naming its
     question in `source`."""
     for prompt, question in zip(prompts, questions, strict=True):
         place = f"{source}: question {question.index} (counted from 0)"
@@ -159,9 +159,9 @@ def _render_chat(question: str, tokenizer: Tokenizer, date: datetime | None, tem
             "qwen25-math, evalchemy or none"
         )
     try:
-        # Text rather than ids: what tokenize=True returns differs between versions of transformers.
-        # `strftime_now` is how a template asks for the day; a variable of that name stands before the
-        # library's own.
+        # Render text instead of ids: the return value of tokenize=True differs between transformers versions.
+        # Templates get the date from `strftime_now`; a variable of that name overrides the library's
+        # function.
         variables = {} if date is None else {"strftime_now": date.strftime}
         turns = [{"role": "user", "content": question}]
         text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True, **variables)
@@ -175,8 +175,8 @@ def _render_chat(question: str, tokenizer: Tokenizer, date: datetime | None, tem
 
 
 def _render_file(file: str, question: str, tokenizer: Tokenizer) -> str:
-    """Render a user's template in a sandbox: it sees the question and the beginning-of-text token, nothing of
-    the process."""
+    """Render a user's template in a sandbox. It has access to the question and the beginning-of-text token,
+    not to the process."""
     try:
         source = Path(file).expanduser().read_text(encoding="utf-8")
         environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
@@ -210,11 +210,11 @@ def _require_chatml(tokenizer: Tokenizer) -> None:
 
 
 def turn_end_ids(template: str, tokenizer: Any) -> list[int]:
-    """Return the token that ends the model's turn under a template, as a list; empty where the template has
-    no turns.
+    """Return the token that ends the model's turn under a template, as a list; empty if the template has no
+    turns.
 
-    A tokenizer's end token may be another one: base models with a chat template often name the end of a
-    document.
+    The tokenizer's end token can be a different one: base models with a chat template often use an
+    end-of-document token.
     """
     if template in ("chat", "evalchemy-chat"):
         with foreign_code(template):
@@ -232,7 +232,7 @@ def turn_end_ids(template: str, tokenizer: Any) -> list[int]:
 
 
 def _text_after_answer(tokenizer: Any) -> str:
-    """Return what the chat template writes after an answer; nothing where it refuses answers."""
+    """Return the text that the chat template writes after an answer; empty if it rejects answers."""
     answer = "the answer itself"
     turns = [{"role": "user", "content": "a question"}, {"role": "assistant", "content": answer}]
     try:

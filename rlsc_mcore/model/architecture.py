@@ -1,4 +1,4 @@
-"""From a Hugging Face folder's config.json to a Megatron-Core `TransformerConfig` and layer spec."""
+"""Build a Megatron-Core `TransformerConfig` and layer spec from the architecture of a Hugging Face folder."""
 
 import inspect
 from collections.abc import Sequence
@@ -24,7 +24,7 @@ from rlsc_mcore.model.shape import Architecture
 from rlsc_mcore.parallel.backend import Backend
 from rlsc_mcore.parallel.packages import has_transformer_engine
 
-# Head sizes of vLLM's CPU attention; another size starts up and dies at the first generate.
+# Head sizes that vLLM's CPU attention supports. Another size passes start-up and fails at the first generate.
 CPU_HEAD_DIMS = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -64,15 +64,15 @@ def transformer_config(
         options.update(
             pipeline_model_parallel_size=len(stage_layers),
             pipeline_model_parallel_layout=_pipeline_layout(stage_layers),
-            variable_seq_lengths=True,  # micro-batches differ in length: shapes travel before tensors
-            # unused; Megatron refuses varying lengths with the default, experts or not
+            variable_seq_lengths=True,  # micro-batches differ in length, so shapes are sent before tensors
+            # unused, but Megatron rejects varying lengths with the default, even without experts
             moe_token_dispatcher_type="alltoall",
             batch_p2p_comm=True,
             deallocate_pipeline_outputs=True,
         )
     if recompute == "selective":
-        # Megatron's default module, the core of attention, keeps next to nothing in a fused kernel: there is
-        # little to recompute.
+        # Megatron's default module is the core of attention. A fused kernel stores almost nothing there, so
+        # recomputing it saves little.
         options.update(recompute_granularity="selective", recompute_modules=["mlp"])
     elif recompute == "full":
         options.update(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
@@ -80,9 +80,9 @@ def transformer_config(
         options.update(use_cpu_initialization=True)
     check_fp8(model, backend)
     if model.fp8 != "none":
-        # Scales of the current tensor. Delayed scaling, Megatron's default, all-reduces its statistics over
-        # the data-parallel ranks after every pass, and ranks with unequal numbers of micro-batches would wait
-        # for ever.
+        # Scale with the current tensor. Delayed scaling, Megatron's default, all-reduces its statistics over
+        # the data-parallel ranks after every pass. It would deadlock on ranks with unequal numbers of
+        # micro-batches.
         options.update(fp8=model.fp8, fp8_recipe="tensorwise")
     return TransformerConfig(
         num_layers=architecture.num_layers,
@@ -107,15 +107,15 @@ def transformer_config(
         autocast_dtype=dtype,
         bf16=dtype is torch.bfloat16,
         # The loss is divided by the global number of samples before backward, so gradients are summed over
-        # ranks, not averaged.
+        # ranks instead of averaged.
         calculate_per_token_loss=True,
-        # perform_initialization stays on: it also marks the parameters as tensor-parallel, without which the
-        # gradient norm leaves out the shards of ranks > 0.
+        # perform_initialization stays on, because it also marks the parameters as tensor-parallel. Without
+        # the marks the gradient norm omits the shards of ranks > 0.
         gradient_accumulation_fusion=False,
         masked_softmax_fusion=False,
         persist_layer_norm=False,
-        # Without it autograd keeps 5 instead of 3 MLP widths per token. It is a torch.compile, which a CPU
-        # needs a C++ compiler for.
+        # Without this fusion autograd keeps 5 instead of 3 MLP widths per token. It uses torch.compile, which
+        # needs a C++ compiler on a CPU.
         bias_activation_fusion=backend.is_cuda,
         bias_dropout_fusion=False,
         apply_rope_fusion=backend.is_cuda and uses_transformer_engine(model, backend),
@@ -124,7 +124,7 @@ def transformer_config(
 
 
 def _pipeline_layout(stage_layers: Sequence[int]) -> list[list[str]]:
-    """Name each stage's parts as Megatron's pipeline layout wants them: embedding first, loss last."""
+    """Name the parts of each stage for Megatron's pipeline layout: embedding first, loss last."""
     layout = [["decoder"] * layers for layers in stage_layers]
     layout[0].insert(0, "embedding")
     layout[-1].append("loss")
@@ -132,12 +132,12 @@ def _pipeline_layout(stage_layers: Sequence[int]) -> list[list[str]]:
 
 
 def uses_transformer_engine(model: ModelConfig, backend: Backend) -> bool:
-    """Decide on the layer implementation; raises `ConfigError` when TransformerEngine is asked for and cannot
-    be had."""
+    """Return whether the layers use TransformerEngine; raises `ConfigError` if it is required but not
+    available."""
     if model.layers == "torch" or (
         model.layers == "auto" and (not backend.is_cuda or model.dtype == "float32")
     ):
-        return False  # TransformerEngine's packed attention wants 16-bit types
+        return False  # TransformerEngine's packed attention needs 16-bit types
     if has_transformer_engine() and backend.is_cuda:
         return True
     if model.layers == "transformer_engine":
@@ -147,7 +147,7 @@ def uses_transformer_engine(model: ModelConfig, backend: Backend) -> bool:
 
 
 def layers_reason(model: ModelConfig, backend: Backend) -> str:
-    """Say why the layers are what they are, in a few words."""
+    """Return the reason for the choice of layers, in a few words."""
     if model.layers != "auto":
         return f"model.layers is {model.layers}"
     if not backend.is_cuda:
@@ -158,7 +158,7 @@ def layers_reason(model: ModelConfig, backend: Backend) -> str:
 
 
 def check_fp8(model: ModelConfig, backend: Backend) -> None:
-    """Raise `ConfigError` where fp8 is asked for and cannot be had."""
+    """Raise `ConfigError` if fp8 is requested but not available."""
     if model.fp8 == "none":
         return
     if not backend.is_cuda:
@@ -181,7 +181,7 @@ def check_fp8(model: ModelConfig, backend: Backend) -> None:
 def layer_spec(
     config: TransformerConfig, transformer_engine: bool
 ) -> ModuleSpec | TransformerBlockSubmodules:
-    """Return TransformerEngine's layer spec, or ours on torch SDPA and RMSNorm."""
+    """Return TransformerEngine's layer spec, or this package's spec with torch SDPA and RMSNorm."""
     if transformer_engine:
         return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
     spec = get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=config.qk_layernorm)
@@ -191,7 +191,7 @@ def layer_spec(
     attention.core_attention = SDPACoreAttention
     if config.qk_layernorm:
         attention.q_layernorm = attention.k_layernorm = RMSNorm
-    # A block spec, because the block's own final norm would otherwise be one that refuses sequence
+    # A block spec is needed because the final norm of Megatron's default block does not support sequence
     # parallelism.
     return TransformerBlockSubmodules(
         layer_specs=[spec] * get_num_layers_to_build(config), layer_norm=RMSNorm
@@ -199,7 +199,7 @@ def layer_spec(
 
 
 class RMSNorm(torch.nn.RMSNorm):
-    """RMSNorm that may be used under sequence parallelism: its weight asks Megatron to all-reduce its
+    """RMSNorm that supports sequence parallelism: it marks its weight so that Megatron all-reduces the
     gradient over TP."""
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6, **unused: Any) -> None:
@@ -209,7 +209,7 @@ class RMSNorm(torch.nn.RMSNorm):
 
 @dataclass(frozen=True)
 class RotaryFactors:
-    """Cosine and sine of every packed token's angles, [T, 1, dim] in the layers' data type; made once per
+    """Cosine and sine of every packed token's angles, [T, 1, dim] in the layers' data type; computed once per
     batch."""
 
     cos: torch.Tensor
@@ -217,18 +217,19 @@ class RotaryFactors:
 
     @classmethod
     def of(cls, angles: torch.Tensor, sequence_lengths: Sequence[int], dtype: torch.dtype) -> "RotaryFactors":
-        """Gather the factors of whole sequences laid end to end from `angles`, float32 [longest, 1, 1, dim];
+        """Gather the factors of concatenated whole sequences from `angles`, float32 [longest, 1, 1, dim];
         never waits for a GPU.
 
-        Megatron-Core's own function for packed sequences reads their lengths back from the device in every
-        layer, and keeps factors of its own for the backward pass of each.
+        Megatron-Core's own function for packed sequences copies the lengths from the device in every layer,
+        and stores separate factors for the backward pass of each layer.
         """
         positions = torch.cat([torch.arange(length) for length in sequence_lengths])
         chosen = angles[:, 0].index_select(0, positions.to(angles.device, non_blocking=True))
         return cls(chosen.cos().to(dtype), chosen.sin().to(dtype))
 
     def rotate(self, heads: torch.Tensor) -> torch.Tensor:
-        """Rotate [T, heads, dim] by each token's angles: halves of a head are the two parts of each pair."""
+        """Rotate [T, heads, dim] by each token's angles. The two halves of a head are the two elements of
+        each rotated pair."""
         first, second = heads.chunk(2, dim=-1)
         return heads * self.cos + torch.cat((-second, first), dim=-1) * self.sin
 
@@ -256,7 +257,7 @@ class SDPACoreAttention(MegatronModule):
         """Attend within each sequence: [T, heads, dim] packed, or [s, b, heads, dim]; returns [.., heads *
         dim].
 
-        Rotates queries and keys first where the batch carries its rotary factors (see `PolicyModel`).
+        Rotates queries and keys first if the batch has rotary factors (see `PolicyModel`).
         """
         if packed_seq_params is None:
             q, k, v = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))
@@ -296,15 +297,15 @@ class SDPACoreAttention(MegatronModule):
             window_size=(-1, 0),
             **options,
         )
-        assert isinstance(output, torch.Tensor)  # a pair only where the log-sum-exp is asked for
+        assert isinstance(output, torch.Tensor)  # returns a pair only if the log-sum-exp is requested
         return output
 
     def _per_sequence(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, packed: PackedSeqParams
     ) -> torch.Tensor:
         lengths = getattr(packed, "sequence_lengths", None) or packed.cu_seqlens_q.diff().tolist()
-        # split and cat (not slices): autograd then writes each gradient once instead of once per sequence
-        # into a full-size zero.
+        # split and cat instead of slices: with slices autograd would write every gradient into a full-size
+        # zero tensor per sequence.
         parts = zip(
             *(tensor.transpose(0, 1).split(lengths, dim=1) for tensor in (query, key, value)), strict=True
         )

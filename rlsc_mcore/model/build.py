@@ -1,4 +1,4 @@
-"""The policy: a Megatron-Core `GPTModel` whose head answers with token log-probabilities."""
+"""Build the policy: a Megatron-Core `GPTModel` whose head returns token log-probabilities."""
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -25,32 +25,31 @@ from rlsc_mcore.parallel.backend import Backend
 from rlsc_mcore.parallel.groups import Groups
 from rlsc_mcore.types import PackedBatch
 
-# (hidden [T / tp, H] on this rank, output weight [Vp, H]) -> whatever the caller scores with
+# (hidden [T / tp, H] on this rank, output weight [Vp, H]) -> any scores that the caller computes
 Head = Callable[[torch.Tensor, torch.Tensor], Any]
 
 
 class PolicyModel(GPTModel):
-    """`GPTModel` that hands hidden states and output weight to a head instead of materialising logits.
+    """`GPTModel` that passes hidden states and output weight to a head function instead of materializing
+    logits.
 
-    The head runs inside `forward`, so that Megatron's data-parallel hooks see every parameter used where it
-    is used.
+    The head runs inside `forward`, so that Megatron's data-parallel hooks run where each parameter is used.
     """
 
     def score(self, batch: PackedBatch, head: Head) -> Any:
-        """Run the packed batch and return what `head` makes of the last hidden states; collectives over the
-        TP group."""
+        """Run the packed batch and return the result of `head` on the last hidden states; collectives over
+        the TP group."""
         return self(batch, head=head)
 
     def free_quantized_weights(self) -> None:
-        """Free the fp8 copies of the weights that TransformerEngine's layers keep; the next pass makes them
-        again."""
+        """Free the fp8 copies of the weights in TransformerEngine's layers; the next pass recreates them."""
         for module in self.modules():
             workspaces = getattr(module, "_fp8_workspaces", None)
             if workspaces:
                 workspaces.clear()
 
     def forward(self, batch: Any, *args: Any, head: Head | None = None, **kwargs: Any) -> Any:
-        """Score a `PackedBatch` with `head`; with token ids instead of a batch, behave as `GPTModel`."""
+        """Score a `PackedBatch` with `head`; without a head, behave as `GPTModel`."""
         if head is None:
             return super().forward(batch, *args, **kwargs)
         self._head: Head | None = head
@@ -63,26 +62,26 @@ class PolicyModel(GPTModel):
             self._head = None
 
     def _preprocess(self, *args: Any, packed_seq_params: PackedSeqParams | None = None, **kwargs: Any) -> Any:
-        """Embed the tokens; where attention rotates by itself (`SDPACoreAttention`), put a packed batch's
-        factors beside it."""
+        """Embed the tokens. If attention applies the rotation (`SDPACoreAttention`), also attach the batch's
+        rotary factors to `packed_seq_params`."""
         prepared = super()._preprocess(*args, packed_seq_params=packed_seq_params, **kwargs)
         lengths = getattr(packed_seq_params, "sequence_lengths", None)
         if lengths is None or self.config.apply_rope_fusion:
             return prepared
         decoder_input, angles, *rest = prepared
         packed_seq_params.rotary = RotaryFactors.of(angles, lengths, self.config.params_dtype)  # type: ignore[union-attr]
-        return (decoder_input, None, *rest)  # no angles: Megatron's attention then rotates nothing
+        return (decoder_input, None, *rest)  # without angles Megatron's attention applies no rotation
 
     def _postprocess(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         head = getattr(self, "_head", None)
         if head is None:
             return super()._postprocess(hidden_states, *args, **kwargs)
-        if not self.post_process:  # a pipeline stage before the last: its hidden states travel on
+        if not self.post_process:  # not the last pipeline stage: send the hidden states on
             return hidden_states
         if self.share_embeddings_and_output_weights and self.pre_process:
             return head(hidden_states.squeeze(1), self.shared_embedding_or_output_weight())
-        # The output layer is not called, only its weight is used: run what waits for an overlapped gather of
-        # it.
+        # Only the weight of the output layer is used; the layer itself is not called. Run its pre-forward
+        # hooks, which wait for an overlapped all-gather of the weight.
         for hook in self.output_layer._forward_pre_hooks.values():
             hook(self.output_layer, ())
         weight = (
@@ -94,7 +93,7 @@ class PolicyModel(GPTModel):
 
 
 def packed_seq_params(batch: PackedBatch) -> PackedSeqParams:
-    """Describe the batch's sequence borders to Megatron's attention."""
+    """Describe the batch's sequence boundaries to Megatron's attention."""
     params = PackedSeqParams(
         qkv_format="thd",
         cu_seqlens_q=batch.cu_seqlens,
@@ -102,13 +101,13 @@ def packed_seq_params(batch: PackedBatch) -> PackedSeqParams:
         max_seqlen_q=batch.max_seqlen,
         max_seqlen_kv=batch.max_seqlen,
     )
-    params.sequence_lengths = list(batch.sequence_lengths)  # type: ignore[attr-defined]  # spares attention a device-to-host copy
+    params.sequence_lengths = list(batch.sequence_lengths)  # type: ignore[attr-defined]  # avoids a device-to-host copy
     return params
 
 
 @dataclass(frozen=True)
 class Policy:
-    """The trainer's model on this rank, with its names and rules elsewhere."""
+    """The trainer's model on this rank, with the mapping of its weights to Hugging Face and vLLM names."""
 
     model: PolicyModel
     megatron_config: TransformerConfig
@@ -116,14 +115,14 @@ class Policy:
     weights: list[BoundWeight]  # of this rank's pipeline stage
     model_weights: list[
         BoundWeight
-    ]  # of all stages, in one order on all ranks; those of other stages on the meta device
-    source: Path  # Hugging Face folder it came from
+    ]  # of all stages, in the same order on all ranks; other stages' are on the meta device
+    source: Path  # Hugging Face folder of the weights
     padded_vocab_size: int
     transformer_engine: bool
 
     @property
     def vocab_start(self) -> int:
-        """First vocabulary row of this rank."""
+        """Index of the first vocabulary row of this rank."""
         per_rank = self.padded_vocab_size // self.megatron_config.tensor_model_parallel_size
         return self.model.pg_collection.tp.rank() * per_rank
 
@@ -131,8 +130,8 @@ class Policy:
 def build_policy(
     config: Config, folder: Path, backend: Backend, groups: Groups, *, load: bool = True
 ) -> Policy:
-    """Build the model on this rank's device and fill it from `folder` (unless `load` is off); collective over
-    the world."""
+    """Build the model on this rank's device and load its weights from `folder` (unless `load` is False);
+    collective over the world."""
     architecture = read_architecture(folder)
     layers = config.parallel.stage_layers or architecture.stage_layers(groups.pp_size)
     megatron_config = transformer_config(
@@ -192,10 +191,11 @@ def build_policy(
 
 
 def fuse_gradient_accumulation(model: PolicyModel) -> None:
-    """Let TransformerEngine's linear layers add weight gradients to Megatron's buffers within their products.
+    """Let TransformerEngine's linear layers add weight gradients to Megatron's buffers inside their matrix
+    products.
 
-    Spares one bfloat16 copy of each gradient, and its rounding, per micro-batch. Megatron's own flag would
-    concern its output layer too, which needs Apex for it; that layer is not called here.
+    This avoids one bfloat16 copy of each gradient, and its rounding, per micro-batch. Megatron's own flag
+    would also apply to its output layer and require Apex there; this package does not call that layer.
     """
     for module in model.decoder.modules():
         if hasattr(module, "fuse_wgrad_accumulation"):

@@ -1,8 +1,8 @@
-"""List the supported model families: one row each. Shape reading, checks, planner and engine read this table;
-imports no torch.
+"""List the supported model families, one row each. Shape reading, checks, planner and engine read this table.
+Imports no torch.
 
-A family with the weight names of Llama needs a row here and nothing else. Other weight names need a rule in
-`model/weight_map.py`; other layers need a layer specification in `model/architecture.py`.
+A family with Llama's weight names needs only a row here. Other weight names need a rule in
+`model/weight_map.py`. Other layers need a layer specification in `model/architecture.py`.
 """
 
 from dataclasses import dataclass
@@ -10,13 +10,13 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Family:
-    """What tells one family from another, by the class name in its config.json."""
+    """Properties of one family, identified by the class name in its config.json."""
 
     architecture: str  # `architectures` of config.json
     vllm_module: str  # module of vLLM that holds the class of the same name
     qkv_bias: bool = False  # the attention's input projections have biases
     qk_norm: bool = False  # queries and keys are normalised per head
-    head_dim_is_derived: bool = False  # vLLM takes hidden_size / heads, whatever config.json says
+    head_dim_is_derived: bool = False  # vLLM uses hidden_size / heads and ignores head_dim of config.json
 
 
 _ROWS = (

@@ -1,4 +1,4 @@
-"""Hugging Face folders: find, check, read slice by slice, write whole."""
+"""Find, check, read and write Hugging Face model folders."""
 
 import json
 import os
@@ -24,8 +24,8 @@ INDEX_FILE = "model.safetensors.index.json"
 ADAPTER_CONFIG = "adapter_config.json"
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 FLOAT_TYPES = ("F64", "F32", "F16", "BF16")
-COMPARED_ROWS = 4096  # of two vocabulary tensors at a time
-# Beside the weights, what makes a folder complete for transformers and vLLM.
+COMPARED_ROWS = 4096  # rows of two vocabulary tensors compared at a time
+# The files that transformers and vLLM need in addition to the weights.
 SIDE_FILES = (
     "config.json",
     "generation_config.json",
@@ -43,9 +43,10 @@ MORE_TEMPLATES = "additional_chat_templates"
 
 
 def resolve_model_folder(path: str) -> Path:
-    """Return the local folder of `model.path`: itself, an embedded asset, or a downloaded hub snapshot.
+    """Return the local folder of `model.path`: the folder itself, an embedded asset, or a downloaded hub
+    snapshot.
 
-    Raises `ConfigError` when it is neither a folder nor to be had from the hub.
+    Raises `ConfigError` if it is not a folder and cannot be downloaded from the hub.
     """
     if path.startswith(EMBEDDED):
         folder = Path(str(resources.files("rlsc_mcore") / "assets" / path.removeprefix(EMBEDDED)))
@@ -67,7 +68,7 @@ def resolve_model_folder(path: str) -> Path:
                 path, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.jinja", "*.model", "*.py"]
             )
         )
-    except Exception as error:  # offline, unknown name, no permission: all mean the same to the user
+    except Exception as error:  # offline, unknown name or no permission; the user gets one message for all
         reason = str(error).splitlines()[0]
         raise ConfigError(
             f"model.path: {path} is no local folder and could not be fetched from the hub: {reason}"
@@ -75,7 +76,7 @@ def resolve_model_folder(path: str) -> Path:
 
 
 def load_tokenizer(folder: Path, model: ModelConfig) -> Any:
-    """Load the tokenizer of a model folder; raises `ConfigError` when there is none."""
+    """Load the tokenizer of a model folder; raises `ConfigError` if there is none or it does not load."""
     from transformers import AutoTokenizer
 
     if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
@@ -93,7 +94,7 @@ def load_tokenizer(folder: Path, model: ModelConfig) -> Any:
 
 
 def check_vocabulary(tokenizer: Any, architecture: Architecture, folder: Path) -> None:
-    """Raise `ConfigError` when the tokenizer can produce an id that has no embedding row."""
+    """Raise `ConfigError` if the tokenizer can produce an id without an embedding row."""
     largest = max(tokenizer.get_vocab().values())
     if largest >= architecture.vocab_size:
         raise ConfigError(
@@ -103,12 +104,12 @@ def check_vocabulary(tokenizer: Any, architecture: Architecture, folder: Path) -
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """Return the weight files that transformers reads of `folder`.
+    """Return the weight files that transformers reads from `folder`.
 
     These are the file that config.json names as `transformers_weights`, else model.safetensors, else the
-    files of the index. Other safetensors files beside them are no part of the model. Raises `ConfigError`
-    when there are none, when the index is damaged or names a file outside the folder, and when the folder
-    holds an adapter instead of a whole model.
+    files of the index. Other safetensors files in the folder are not part of the model. Raises `ConfigError`
+    if there are none, if the index is damaged or names a file outside the folder, or if the folder holds an
+    adapter instead of a whole model.
     """
     if (folder / ADAPTER_CONFIG).is_file():
         raise ConfigError(
@@ -135,8 +136,8 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def left_over_weights(folder: Path) -> list[str]:
-    """Name the safetensors files (and an index) in `folder` that are not read; a warning, as they may be a
-    mistake."""
+    """Return the names of the safetensors files (and an index) in `folder` that are not read, for a
+    warning."""
     names = {file.name for file in folder.glob("*.safetensors")}
     names -= {file.name for file in weight_files(folder)}
     single = (folder / WEIGHTS_FILE).is_file() and not _named_weights(folder)
@@ -144,8 +145,8 @@ def left_over_weights(folder: Path) -> list[str]:
 
 
 def _named_weights(folder: Path) -> str | None:
-    """Return `transformers_weights` of config.json: the file that transformers reads instead of its default
-    names."""
+    """Return `transformers_weights` of config.json, the file that transformers reads instead of its default
+    names; None if not set."""
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -184,8 +185,8 @@ class SafetensorsFolder:
     """Random access to the tensors of a folder's safetensors files, one slice at a time."""
 
     def __init__(self, folder: Path) -> None:
-        """Open the headers of `weight_files`; raises `ConfigError` when one is damaged or a tensor is in two
-        of them."""
+        """Open the headers of `weight_files`; raises `ConfigError` if a file is damaged or a tensor is in two
+        files."""
         self.folder = folder
         self._file_of: dict[str, Any] = {}
         place_of: dict[str, str] = {}
@@ -211,7 +212,7 @@ class SafetensorsFolder:
         return tuple(self._handle(name).get_slice(name).get_shape())
 
     def dtype(self, name: str) -> str:
-        """Return a tensor's type from the header, in safetensors' spelling (`BF16`)."""
+        """Return a tensor's dtype from the header, in safetensors' spelling (`BF16`)."""
         return str(self._handle(name).get_slice(name).get_dtype())
 
     def read(self, name: str, dim: int | None, start: int, stop: int) -> torch.Tensor:
@@ -228,11 +229,11 @@ class SafetensorsFolder:
 
 
 def check_weights(folder: Path, architecture: Architecture) -> None:
-    """Raise `ConfigError` when the folder's weights are not those of its config.json.
+    """Raise `ConfigError` if the folder's weights do not match its config.json.
 
-    The reasons are: no safetensors, a tensor that is missing, has another shape or is quantized, and a tied
-    model with an output layer of its own. Reads headers only, and both vocabulary tensors where a tied model
-    has two.
+    Errors are: no safetensors, a tensor that is missing, has another shape or is quantized, and a tied model
+    with an output layer that differs from the embedding. Reads headers only, plus both vocabulary tensors if
+    a tied model has two.
     """
     weights = SafetensorsFolder(folder)
     for name, expected in hf_shapes(architecture).items():
@@ -257,8 +258,8 @@ def check_weights(folder: Path, architecture: Architecture) -> None:
 
 
 def _check_tied_head(weights: SafetensorsFolder, architecture: Architecture) -> None:
-    """Accept a copy of the embedding as the output layer of a tied model, as transformers does; refuse other
-    values."""
+    """Raise `ConfigError` if the output layer of a tied model is not a copy of the embedding; transformers
+    accepts a copy."""
     same = weights.shape(HEAD) == weights.shape(EMBEDDING)
     for start in range(0, architecture.vocab_size if same else 0, COMPARED_ROWS):
         rows = (0, start, min(start + COMPARED_ROWS, architecture.vocab_size))
@@ -280,9 +281,9 @@ def load_weights(
     tp_size: int,
     progress: Callable[[Iterable[BoundWeight]], Iterable[BoundWeight]] = iter,
 ) -> None:
-    """Fill this rank's parameters from `folder`, reading only its slices; no collective.
+    """Load this rank's parameters from `folder`, reading only its own slices; no collective.
 
-    Raises `ConfigError` naming tensor and shapes when the folder does not fit its config.json.
+    Raises `ConfigError` naming tensor and shapes if the folder does not match its config.json.
     """
     source = SafetensorsFolder(folder)
     for weight in progress(weights):
@@ -303,12 +304,12 @@ def write_hf_folder(
     """Write config, tokenizer and safetensors (files of at most 5 GB) to `output`; every rank must iterate
     `tensors`.
 
-    Only the rank with `write` touches the disk. The folder appears by one rename when it is complete; what an
-    earlier export wrote to `output` is replaced then. Raises `ConfigError` where `output` is a folder that
-    this program did not make.
+    Only the rank with `write` accesses the disk. The folder appears by one rename when it is complete and
+    replaces an earlier export in `output`. Raises `ConfigError` if `output` is a folder that this program did
+    not create.
     """
     if not write:
-        for _ in tensors:  # the other ranks' part in the collectives that make them
+        for _ in tensors:  # take part in the collectives that produce the tensors
             pass
         return
     check_replaceable(output, field="export to", keep=(source,))
@@ -329,7 +330,7 @@ def _write_model(
         if pending:
             file = partial / f"shard-{len(shards):05d}"
             save_file(pending, file, metadata={"format": "pt"})
-            # safetensors makes its files readable by their owner alone.
+            # safetensors creates files that only their owner can read.
             shutil.copymode(partial / "config.json", file)
             shards.append(list(pending))
         pending, pending_bytes = {}, 0
@@ -362,7 +363,7 @@ def _copy_side_files(source: Path, target: Path, dtype: str) -> None:
     for file in [
         *source.glob("*.py"),
         *source.glob(f"{MORE_TEMPLATES}/*.jinja"),
-    ]:  # a tokenizer's own code, named templates
+    ]:  # code of the tokenizer, named templates
         (target / file.relative_to(source)).parent.mkdir(exist_ok=True)
         shutil.copyfile(file, target / file.relative_to(source))
     config = json.loads((target / "config.json").read_text(encoding="utf-8"))

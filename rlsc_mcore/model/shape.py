@@ -1,4 +1,4 @@
-"""What a Hugging Face config.json says of a model: sizes, vocabulary, rotary scaling; imports no torch."""
+"""Read a model's sizes, vocabulary and rotary scaling from a Hugging Face config.json. Imports no torch."""
 
 import json
 import math
@@ -13,14 +13,14 @@ from rlsc_mcore.model.families import FAMILIES
 if TYPE_CHECKING:
     import torch
 
-# Both Megatron (for its shards) and vLLM (always) pad the vocabulary to a multiple of this, so that the
-# shards agree.
+# Megatron (for its shards) and vLLM (always) pad the vocabulary to a multiple of this value, so their shards
+# match.
 VOCABULARY_MULTIPLE = 64
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """The facts of a decoder-only model that the trainer and the weight map need."""
+    """The properties of a decoder-only model that the trainer and the weight map need."""
 
     name: str
     num_layers: int
@@ -33,18 +33,18 @@ class Architecture:
     max_position_embeddings: int
     norm_epsilon: float
     rotary_base: float
-    rope_scaling_factor: float | None  # Llama 3's frequency scaling; None where there is none
+    rope_scaling_factor: float | None  # Llama 3's frequency scaling; None without scaling
     tied_embeddings: bool
     qkv_bias: bool
     qk_norm: bool
 
     def kv_bytes_per_token(self, dtype: "torch.dtype", tp_size: int) -> int:
-        """Return the bytes of keys and values that one token keeps cached on one rank."""
+        """Return the KV cache bytes per token on one rank."""
         return 2 * self.num_layers * (self.num_kv_heads // tp_size) * self.head_dim * dtype.itemsize
 
     def cost_model(self) -> CostModel:
-        """Return the FLOPs of training: a forward and a backward of twice that, each product counted as 2 m n
-        k."""
+        """Return the FLOPs of training: forward plus backward of twice the cost, with 2 m n k per matrix
+        product."""
         hidden, queries = self.hidden_size, self.num_heads * self.head_dim
         projections = hidden * (2 * queries + 2 * self.num_kv_heads * self.head_dim)
         return CostModel(
@@ -54,17 +54,17 @@ class Architecture:
         )
 
     def stage_layers(self, pp: int) -> tuple[int, ...]:
-        """Split the layers into `pp` pipeline stages of nearly equal FLOPs; the last stage has the output
-        head as well.
+        """Split the layers into `pp` pipeline stages of nearly equal FLOPs; the last stage also has the
+        output head.
 
-        The head scores trained tokens only; all are taken to be trained. Every stage has a layer where there
-        are enough.
+        The estimate assumes that all tokens are trained, so that the head scores all of them. Every stage
+        gets at least one layer if there are enough.
         """
         cost = self.cost_model()
         head = cost.per_trained_token / (cost.per_token / self.num_layers)
         best: tuple[int, ...] = (self.num_layers,)
         if pp > 1:
-            # The most layers that the last stage may have without being the slowest; one if the head alone is
+            # The maximum number of layers for which the last stage is not the slowest; 1 if the head alone is
             # slower.
             fitting = [
                 last
@@ -85,8 +85,8 @@ class Architecture:
 def read_architecture(folder: Path, file: Path | None = None) -> Architecture:
     """Read `folder`/config.json, or `file`.
 
-    Raises `ConfigError` naming the file and field when it is absent, is not JSON, lacks a field or asks for
-    something that is not built here (another architecture, sliding windows, an unknown rotary scaling).
+    Raises `ConfigError` naming the file and field if the file does not exist, is not JSON, lacks a field or
+    requests an unsupported feature (another architecture, sliding windows, an unknown rotary scaling).
     """
     file = file or folder / "config.json"
     if not file.is_file():
@@ -149,7 +149,7 @@ def check_parallel(architecture: Architecture, tp: int, source: Path, option: st
 
 
 def check_stages(architecture: Architecture, parallel: ParallelConfig, source: Path) -> None:
-    """Raise `ConfigError` unless the model's layers fill the pipeline stages."""
+    """Raise `ConfigError` unless the number of layers matches the pipeline stages."""
     layers = architecture.num_layers
     if parallel.pp > layers:
         raise ConfigError(
@@ -170,7 +170,7 @@ def _llama3_factor(rope: dict[str, Any], file: Path) -> float | None:
         )
     if kind == "default":
         return None
-    # Megatron-Core takes only the factor; the others are those of every released Llama 3.
+    # Megatron-Core accepts only the factor. The other values must be those of the released Llama 3 models.
     fixed = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
     if kind == "llama3" and all(rope.get(name, value) == value for name, value in fixed.items()):
         return float(rope["factor"])

@@ -1,11 +1,12 @@
-"""One table of names and split rules: Hugging Face <-> Megatron-Core <-> vLLM. Import, export and hot swap
-all read it.
+"""Map weight names and layouts between Hugging Face, Megatron-Core and vLLM; used by import, export and hot
+swap.
 
-Layouts of a parameter on one tensor-parallel rank, as Megatron holds it:
+Layouts of a parameter on one tensor-parallel rank in Megatron:
 
 - ``plain``: a slice of the Hugging Face tensor along `tp_dim` (or all of it);
-- ``gate_up``: this rank's rows of gate, then of up (vLLM: the same);
-- ``qkv``: per query group its queries, its key, its value (vLLM: all queries, all keys, all values of the rank).
+- ``gate_up``: this rank's rows of gate, then of up (same in vLLM);
+- ``qkv``: queries, key and value of each query group in turn (vLLM: all queries, all keys, all values of the
+  rank).
 """
 
 import re
@@ -20,16 +21,16 @@ from torch import nn
 from rlsc_mcore.model.shape import Architecture
 
 Layout = Literal["plain", "gate_up", "qkv"]
-# Reads rows (or columns) [start, stop) of a named tensor along a dimension; None reads all of it.
+# Reads rows or columns [start, stop) of a named tensor along a dimension; dimension None reads all of it.
 ReadSlice = Callable[[str, int | None, int, int], torch.Tensor]
 PIECE_BYTES = 16 << 20
 
 
 @dataclass(frozen=True)
 class WeightRule:
-    """One row of the table; layer rows are relative to their layer's prefix."""
+    """One row of the table. Names in layer rows are relative to the prefix of their layer."""
 
-    megatron: tuple[str, ...]  # alternatives: torch layers, TransformerEngine layers
+    megatron: tuple[str, ...]  # alternative names: torch layers, TransformerEngine layers
     hf: tuple[str, ...]
     engine: str
     layout: Layout = "plain"
@@ -98,7 +99,7 @@ LAYER_RULES = (
 
 @dataclass(frozen=True)
 class BoundWeight:
-    """A parameter of this rank with its names elsewhere and its rule."""
+    """A parameter of this rank with its names in Hugging Face and vLLM, and its layout."""
 
     name: str  # Megatron's
     parameter: nn.Parameter
@@ -109,21 +110,21 @@ class BoundWeight:
     is_vocabulary: bool  # rows are the padded vocabulary
     stages: tuple[int, ...] = (
         0,
-    )  # pipeline stages that hold it: tied embeddings lie on the first and the last
+    )  # pipeline stages that hold it; tied embeddings are on the first and the last
 
     @property
     def is_local(self) -> bool:
-        """False for a weight of another pipeline stage, whose parameter is on the meta device."""
+        """False for a weight of another pipeline stage; its parameter is on the meta device."""
         return not self.parameter.is_meta
 
 
 def bind_weights(
     model: nn.Module, architecture: Architecture, stage_layers: Sequence[int] | None = None
 ) -> list[BoundWeight]:
-    """Match every parameter of `model` with its rule; fails when one is left over.
+    """Match every parameter of `model` with its rule; fails if a parameter has no rule.
 
-    `stage_layers`: the layers that a pipeline stage holds, numbered over the model from 0; Megatron numbers
-    them from 0 in each stage. Where the embeddings are tied, the last stage's head is a copy of the
+    `stage_layers`: the layers of this pipeline stage, numbered over the whole model from 0; Megatron numbers
+    them from 0 in each stage. If the embeddings are tied, the head of the last stage is a copy of the
     embedding.
     """
     parameters = dict(model.named_parameters())
@@ -146,7 +147,7 @@ def bind_weights(
 
 @dataclass(frozen=True)
 class DescribedWeight:
-    """What other ranks need to know of a weight: names, rule, shape and type; no values."""
+    """Description of a weight for other ranks: names, layout, shape and dtype, without values."""
 
     name: str
     hf: tuple[str, ...]
@@ -168,7 +169,7 @@ class DescribedWeight:
 
 
 def describe_weights(weights: Sequence[BoundWeight]) -> list[DescribedWeight]:
-    """Describe the weights for other ranks."""
+    """Return the descriptions of the weights for other ranks."""
     return [
         DescribedWeight(
             weight.name, weight.hf, weight.engine, weight.layout, weight.tp_dim, weight.is_vocabulary,
@@ -181,11 +182,11 @@ def describe_weights(weights: Sequence[BoundWeight]) -> list[DescribedWeight]:
 def join_stages(
     local: Sequence[BoundWeight], stage: int, described: Sequence[Sequence[DescribedWeight]]
 ) -> list[BoundWeight]:
-    """Join the weights of all pipeline stages: the same list, in the same order, on every rank of a model
+    """Merge the weights of all pipeline stages into one list, in the same order on every rank of a model
     group.
 
-    `local` are those of this rank's `stage`, with their parameters; `described` the descriptions of every
-    stage's. The weights outside of the layers come first, then the layers in order.
+    `local` holds the weights of this rank's `stage` with their parameters; `described` holds the descriptions
+    of every stage. Weights outside the layers come first, then the layers in order.
     """
     stages: dict[str, list[int]] = {}
     joined: dict[str, BoundWeight] = {}
@@ -199,13 +200,13 @@ def join_stages(
 
 
 def _layer_of(engine_name: str) -> int:
-    """Return the layer's number; -1 for a weight outside of the layers."""
+    """Return the number of the layer; -1 for a weight outside the layers."""
     match = re.match(r"model\.layers\.(\d+)\.", engine_name)
     return int(match[1]) if match else -1
 
 
 def hf_shapes(architecture: Architecture) -> dict[str, tuple[int, ...]]:
-    """Return name and shape of every Hugging Face tensor of the model."""
+    """Return the name and shape of every Hugging Face tensor of the model."""
     hidden, ffn, dim = architecture.hidden_size, architecture.ffn_hidden_size, architecture.head_dim
     vocabulary = (architecture.vocab_size, hidden)
     shapes: dict[str, tuple[int, ...]] = {
@@ -234,7 +235,8 @@ def hf_shapes(architecture: Architecture) -> dict[str, tuple[int, ...]]:
 
 
 def qkv_row_index(num_heads: int, num_kv_heads: int, head_dim: int) -> torch.Tensor:
-    """Return int64 rows such that ``megatron_qkv[index]`` is vLLM's [q; k; v], for the heads of one rank."""
+    """Return int64 row indices such that ``megatron_qkv[index]`` is vLLM's [q; k; v], for the heads of one
+    rank."""
     per_group = num_heads // num_kv_heads
     rows = torch.arange((num_heads + 2 * num_kv_heads) * head_dim).reshape(
         num_kv_heads, per_group + 2, head_dim
@@ -247,10 +249,10 @@ def qkv_row_index(num_heads: int, num_kv_heads: int, head_dim: int) -> torch.Ten
 def shard_pieces(
     weight: BoundWeight, architecture: Architecture, read: ReadSlice, tp_rank: int, tp_size: int
 ) -> Iterator[tuple[slice, torch.Tensor]]:
-    """Read this rank's shard of a weight from Hugging Face tensors, touching only its own slices.
+    """Read this rank's shard of a weight from Hugging Face tensors; reads only the slices of this rank.
 
-    Yields rows of the parameter and what they hold, at most `PIECE_BYTES` of a vocabulary at a time; padded
-    vocabulary rows are zero.
+    Yields (rows of the parameter, their values), at most `PIECE_BYTES` of a vocabulary at a time. Padding
+    rows of the vocabulary are zero.
     """
     shape = weight.parameter.shape
     everything = slice(0, shape[0])
@@ -292,10 +294,10 @@ def export_weights(
     tp_size: int,
     pp_group: dist.ProcessGroup | None = None,
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield (Hugging Face name, full tensor) one parameter at a time; each is an all-gather over `tp_group`.
+    """Yield (Hugging Face name, full tensor), one parameter at a time; each is an all-gather over `tp_group`.
 
-    With weights of several pipeline stages (`Policy.model_weights`) each is also broadcast over `pp_group`,
-    from the first stage that holds it, before the all-gather.
+    If the weights come from several pipeline stages (`Policy.model_weights`), each is first broadcast over
+    `pp_group` from the first stage that holds it.
     """
     device = next(weight.parameter.device for weight in weights if weight.is_local)
     for weight in weights:
@@ -322,10 +324,12 @@ def _bind(
 
 
 def _from_stage(weight: BoundWeight, pp_group: dist.ProcessGroup | None, device: torch.device) -> BoundWeight:
-    """Return the weight with the values of the first stage that holds it, on this rank's `device`."""
+    """Broadcast the weight over `pp_group` from the first stage that holds it; return it on this rank's
+    `device`."""
     if pp_group is None or pp_group.size() == 1:
         return weight
-    # A stage must not write into a parameter of its own that another one sends: tied embeddings have two.
+    # Receive into a new tensor: a tied embedding has a parameter on two stages, and the broadcast must not
+    # overwrite one.
     values = weight.parameter.detach()
     if pp_group.rank() != weight.stages[0]:
         values = torch.empty(values.shape, dtype=values.dtype, device=device)
