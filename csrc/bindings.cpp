@@ -1,9 +1,11 @@
-// Schemas of the native row ops (torch.ops.rlsc_native); outputs are allocated by rlsc_mcore/ops/native.py.
+// Declare the schemas of the native row ops (torch.ops.rlsc_native). rlsc_mcore/ops/native.py allocates the
+// outputs.
 #include <torch/csrc/stable/library.h>
 
 namespace {
 
-// Raised with every change of a schema or of what an op computes; native.py refuses a library of another version.
+// Increment with every change of a schema or of an op's result; native.py rejects a library of another
+// version.
 constexpr int64_t kVersion = 5;
 
 int64_t version() { return kVersion; }

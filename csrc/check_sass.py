@@ -1,10 +1,9 @@
-"""Read the machine code of CUDA kernels: loops, narrow loads in them, spilled registers, instructions per
-iteration.
+"""Check the machine code of CUDA kernels: narrow loads in loops and spilled registers.
 
     python csrc/check_sass.py FILE.cubin ...
 
-Fails where a loop of a kernel loads 2 bytes at a time from shared or device memory, or where registers spill
-to local memory: both are invisible in PTX and cost a kernel its rate. compile_check.sh and
+Fails if a loop of a kernel loads 2 bytes at a time from shared or device memory, or if registers spill to
+local memory. Both are invisible in PTX and slow a kernel down. compile_check.sh and
 tests/unit/ops/test_triton_compile.py call it.
 """
 
@@ -25,8 +24,8 @@ TARGET = re.compile(r"`\((\.L_x_\d+)\)")
 
 
 def find_tool(name: str) -> str | None:
-    """Return the path of one of CUDA's binary tools: PATH, CUDA_HOME, Triton's own copy, NVIDIA's wheels;
-    None without one."""
+    """Return the path of a CUDA binary tool from PATH, CUDA_HOME, Triton or NVIDIA's wheels; None if it is
+    not found."""
     if (on_path := shutil.which(name)) is not None:
         return on_path
     packages = Path(sysconfig.get_paths()["purelib"])
@@ -55,7 +54,7 @@ class Instruction:
 
 @dataclass
 class Kernel:
-    """A kernel's instructions in order of address, and the index of the one behind each label."""
+    """A kernel's instructions in address order, and the index of the instruction after each label."""
 
     name: str
     instructions: list[Instruction] = field(default_factory=list)
@@ -73,7 +72,7 @@ class Kernel:
         ]
 
     def narrow_loads(self) -> list[str]:
-        """Return the loads of 2 bytes that are inside of a loop."""
+        """Return the 2-byte loads inside loops."""
         loops = [
             range(self.labels[i.target], index + 1)
             for index, i in enumerate(self.instructions)
@@ -91,7 +90,8 @@ class Kernel:
         return [i.opcode for i in self.instructions if SPILL.match(i.opcode)]
 
     def common_path(self, loop: range) -> int:
-        """Count a loop's instructions without the longest stretch that a branch inside of it jumps over."""
+        """Count a loop's instructions, without the longest section that a predicated branch in the loop
+        skips."""
         skipped = 0
         for index in loop:
             instruction = self.instructions[index]
@@ -102,7 +102,7 @@ class Kernel:
 
 
 def read_kernels(cubin: str | os.PathLike[str]) -> list[Kernel]:
-    """Disassemble a cubin with nvdisasm; RuntimeError where it is missing or fails."""
+    """Disassemble a cubin with nvdisasm; RuntimeError if nvdisasm is missing or fails."""
     tool = find_tool("nvdisasm")
     if tool is None:
         raise RuntimeError(
@@ -125,7 +125,8 @@ def read_kernels(cubin: str | os.PathLike[str]) -> list[Kernel]:
 
 
 def main(cubins: list[str]) -> int:
-    """Check every kernel of the files; print one line per fault and a count; return the number of faults."""
+    """Check every kernel of the files; print one line per fault and a count. Return the number of faults, or
+    1 if there is no kernel."""
     faults = checked = 0
     for cubin in cubins:
         for kernel in read_kernels(cubin):

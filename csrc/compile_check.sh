@@ -1,14 +1,15 @@
 #!/usr/bin/env bash
-# Compiles every .cu for every supported GPU generation and looks at the machine code, on a machine without a GPU.
+# Compile every .cu for every supported GPU generation and check the machine code. Needs no GPU.
 #
 #   PYTHON=.venv/bin/python bash csrc/compile_check.sh [TORCH_INCLUDE ...]        (nvcc from CUDA_HOME or PATH)
 #
-# Headers: those of the installed torch (a CPU wheel's do), and of every folder given, such as torch/include of an unpacked wheel of
-# another version. With RLSC_COMPILE_TORCH="2.11.0 2.13.0" the headers of these versions are fetched with pip (only the headers
-# of a wheel are unpacked, for any platform), so that the pinned torch is checked where another one is installed.
+# Headers: those of the installed torch (a CPU wheel is enough) and of every given folder, such as
+# torch/include of an unpacked wheel of another version. RLSC_COMPILE_TORCH="2.11.0 2.13.0" downloads the
+# headers of these versions with pip, so that the pinned torch can be checked if another one is installed. Only
+# the headers of a wheel are unpacked, so its platform does not matter.
 #
-# Prints registers per file and generation. Fails where a file does not compile, a kernel spills registers, or one of its loops loads
-# two bytes at a time (check_sass.py). Without nvdisasm the last check is left out, and the output says so.
+# Prints registers per file and generation. Fails if a file does not compile, a kernel spills registers, or a
+# loop loads two bytes at a time (check_sass.py). Without nvdisasm the last check is skipped with a message.
 set -euo pipefail
 cd "$(dirname "$0")"
 python=${PYTHON:-python}
@@ -17,7 +18,8 @@ out=$(mktemp -d)
 trap 'rm -rf "$out"' EXIT
 "$nvcc" --version | tail -2 | head -1
 
-# fetch_headers VERSION: unpack the headers of a torch wheel and print their folder. The macOS wheel is the smallest by far.
+# fetch_headers VERSION: unpack the headers of a torch wheel and print their folder. Uses the macOS wheel, the
+# smallest one.
 fetch_headers() {
   "$python" -m pip download -q --no-deps --only-binary=:all: --platform macosx_11_0_arm64 --platform macosx_14_0_arm64 \
     --python-version 3.12 -d "$out/wheel-$1" "torch==$1" >&2
@@ -34,12 +36,12 @@ PYTHON
 includes=("$("$python" -c 'import importlib.util as u; print(u.find_spec("torch").submodule_search_locations[0] + "/include")')" "$@")
 for version in ${RLSC_COMPILE_TORCH:-}; do includes+=("$(fetch_headers "$version")"); done
 
-# torch_version INCLUDE: the version that these headers are of.
+# torch_version INCLUDE: print the torch version of these headers.
 torch_version() {
   sed -nE 's/^#define TORCH_VERSION_(MAJOR|MINOR) +([0-9]+).*/\2/p' "$1/torch/headeronly/version.h" | paste -sd.
 }
 
-# compile INCLUDE ARCHITECTURE...: compile every file, and read ptxas' report of every kernel.
+# compile INCLUDE ARCHITECTURE...: compile every file and read ptxas' report of every kernel.
 compile() {
   local include=$1 version arch file codes=()
   shift
@@ -51,7 +53,7 @@ compile() {
       "${codes[@]}" --threads 2 --keep --keep-dir "$out" -c "$file" -o "$out/object.o" 2> "$out/log" ||
       { cat "$out/log"; echo "FAILED $file with the headers of torch $version"; exit 1; }
     for arch in "$@"; do
-      # Per kernel: "Compiling entry function ... for 'sm_90'", then its stack and spills, then its registers.
+      # Lines per kernel: "Compiling entry function ... for 'sm_90'", then stack and spills, then registers.
       awk -v arch="'$arch'" -v name="$file $arch, torch $version" '
         /Compiling entry function/ { here = index($0, arch) > 0; kernels += here }
         here && /spill stores/ { spills += $5 }
@@ -62,7 +64,7 @@ compile() {
   done
 }
 
-# Headers change the host's half only: the others' are compiled for one generation.
+# Headers affect only the host code, so the other versions are compiled for one generation.
 for include in "${includes[@]:1}"; do compile "$include" sm_90; done
 compile "${includes[0]}" sm_80 sm_90 sm_100 sm_120
 

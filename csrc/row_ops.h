@@ -1,4 +1,5 @@
-// Arguments that the ops share, checked: the tensors come from Python, the message names what to change.
+// Check the arguments that the row ops share. The tensors come from Python, so each message names what to
+// change.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
@@ -12,7 +13,8 @@ namespace rlsc {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// Fails unless `tensor` lies on the device of `like`: a kernel reads every pointer as memory of one device.
+// Fails unless `tensor` is on the device of `like`, because a kernel reads every pointer as memory of one
+// device.
 inline void check_device(const Tensor& tensor, const char* name, const Tensor& like) {
   STD_TORCH_CHECK(
       tensor.is_cuda() == like.is_cuda() && tensor.is_cpu() == like.is_cpu() && tensor.get_device_index() == like.get_device_index(),
@@ -28,7 +30,8 @@ inline float* check_floats(const Tensor& tensor, const char* name, int64_t rows,
   return static_cast<float*>(tensor.data_ptr());
 }
 
-// Statistics of a row, see rlsc_mcore/ops/reference.py: [T, 3], or [T, 4] with the rest's entropy.
+// Statistics of a row (rlsc_mcore/ops/reference.py): [T, 3], or [T, 4] with the entropy of the rest. Shape
+// suffixes as in that file: T tokens (rows of logits), Vp vocabulary columns with padding.
 constexpr int kTop = 0, kLogSum = 1, kTarget = 2, kRestEntropy = 3, kNumStats = 3;
 
 inline int check_num_stats(const Tensor& stats) {
@@ -69,7 +72,7 @@ struct RowArguments {
         num_columns >= 0 && num_columns <= row_columns, "num_columns: expected 0 to ", row_columns, ", got ", num_columns);
   }
 
-  // Fails where an op that writes these rows would write memory of another row.
+  // Fails if writing these rows would overwrite memory of another row.
   const RowArguments& check_overwritten(const char* name) const {
     STD_TORCH_CHECK(
         num_rows <= 1 || row_stride >= row_columns, name, ": expected rows of ", row_columns,

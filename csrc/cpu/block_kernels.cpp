@@ -3,7 +3,8 @@
 #include <cmath>
 #include <cstring>
 
-// One body, several instruction sets, chosen by what the processor supports when the library is loaded.
+// One source, compiled for several instruction sets; the loader selects the best one that the processor
+// supports.
 #if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 12
 #define PER_CPU __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 #else
@@ -26,7 +27,8 @@ INLINE uint32_t as_bits(float value) {
   return bits;
 }
 
-// exp(d) for d <= 0 within 1.5 ulp; 0 below -87 (where float32 leaves its normal range), so -inf gives 0; NaN stays NaN.
+// Returns exp(d) for d <= 0 within 1.5 ulp. Below -87, where float32 leaves its normal range, returns 0, so
+// -inf gives 0. NaN stays NaN.
 INLINE float exp_negative(float d) {
   constexpr float kLog2e = 1.44269504f, kLn2High = 0.693359375f, kLn2Low = -2.12194440e-4f;
   constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer kept in the low bits

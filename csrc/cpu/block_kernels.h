@@ -1,4 +1,5 @@
-// Loops over one block of a row in float32: simple enough that the compiler vectorises them, compiled once per CPU generation.
+// Loops over one block of a row in float32. They are simple enough for the compiler to vectorize and are
+// compiled once per CPU generation.
 #pragma once
 
 #include <cstdint>

@@ -1,4 +1,5 @@
-// Row ops of rlsc_mcore/ops/reference.py on a CPU: one read of a row into float32 blocks, threads over rows.
+// Compute the row ops of rlsc_mcore/ops/reference.py on a CPU: each row is read once, in float32 blocks;
+// threads process different rows.
 #include "../row_ops.h"
 #include "block_kernels.h"
 
@@ -16,7 +17,7 @@ struct Stats {
   float top = kNegInf, log_sum = kNegInf, target = 0.0f, rest_entropy = 0.0f;
 };
 
-// Fills the block [begin, begin + n) of a row, the target left out (-inf).
+// Loads the block [begin, begin + n) of a row, with -inf at the target.
 template <typename T>
 void load_rest(const T* row, int64_t begin, int n, int64_t target, float* out) {
   load(row + begin, out, n);
@@ -30,7 +31,8 @@ float element(const T* row, int64_t column) {
   return value;
 }
 
-// The rest's log mass minus the target's tempered logit; NaN for a target of +inf, which has no probability in log_softmax.
+// Returns the rest's log mass minus the target's tempered logit; NaN if the target is +inf, as in
+// log_softmax.
 double gap_of(const Stats& stats, float inv_temperature) {
   const double target = stats.target == -kNegInf ? NAN : double(stats.target);
   return (double(stats.top) - target) * inv_temperature + stats.log_sum;
@@ -38,7 +40,7 @@ double gap_of(const Stats& stats, float inv_temperature) {
 
 float log_prob_of(double gap) { return float(0.0 - (std::max(gap, 0.0) + std::log1p(std::exp(-std::abs(gap))))); }
 
-// Whether row ops skip this row, and the column of its target here (-1: on another rank).
+// Whether row ops skip this row, and the local column of its target (-1 if another rank holds it).
 struct Target {
   bool ignored;
   int64_t column;
@@ -46,7 +48,8 @@ struct Target {
       : ignored(id < 0), column(id >= rows.vocab_start && id - rows.vocab_start < rows.num_columns ? id - rows.vocab_start : -1) {}
 };
 
-// A block without a finite logit is shifted by 0, so that NaN among its -inf is summed and not passed over.
+// Returns the shift of a block: 0 if the block has no finite logit, so that a NaN among its -inf is summed
+// and not ignored.
 float finite_shift(float top) { return top == kNegInf ? 0.0f : top; }
 
 template <typename T>
@@ -80,8 +83,8 @@ Stats reduce_row(const T* row, Target target, const RowArguments& rows, bool wit
   return stats;
 }
 
-// Reads a row once: exp((x - its block's largest) / temperature) stays in `exps` (the row itself in float32), then is scaled in
-// place. `finish(stats)` returns the factor of the rest's softmax and the value at the target.
+// Overwrites a row after one read. exp((x - largest of its block) / temperature) is stored in `exps` and then
+// scaled into the row. `finish(stats)` returns the factor of the rest's softmax and the value at the target.
 template <typename T, typename Finish>
 void overwrite_row(T* row, Target target, const RowArguments& rows, std::vector<float>& scratch, const Finish& finish) {
   float block[kBlock];
@@ -229,7 +232,7 @@ void with_element(const RowArguments& rows, const F& run) {
   }
 }
 
-// `log_probs` without elements: not wanted.
+// An empty `log_probs` means that log p is not requested.
 void log_prob_stats(
     Tensor logits, Tensor targets, Tensor stats, Tensor log_probs, double inv_temperature, int64_t vocab_start, int64_t num_columns) {
   const RowArguments rows(logits, targets, inv_temperature, vocab_start, num_columns);

@@ -1,4 +1,4 @@
-// Masked sums of packed sequences: float64, in token order, one sequence at a time.
+// Sum masked values of packed sequences in float64, in token order, one sequence at a time.
 #include "../row_ops.h"
 
 #include <torch/csrc/stable/library.h>

@@ -1,4 +1,4 @@
-// The few instructions of sm_90 that the cluster kernel is made of: bulk loads, their barriers, and clusters.
+// The sm_90 instructions of the cluster kernel: bulk loads, their barriers, and clusters.
 #pragma once
 
 #include <cstdint>
@@ -41,11 +41,13 @@ __device__ __forceinline__ uint32_t cluster_rank() {
   return rank;
 }
 
-// The two halves of a barrier of the cluster, without ordering of memory in the first: fence_barrier_init gives what is needed.
+// The arrive and wait halves of a cluster barrier. Arrive does not order memory; fence_barrier_init provides
+// the needed order.
 __device__ __forceinline__ void cluster_arrive() { asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory"); }
 __device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
 
-// Stores to the same shared variable of another block of the cluster (or of this one), whose barrier counts the bytes.
+// Stores to the same shared variable of another block of the cluster (or of this one); the barrier of that
+// block counts the bytes.
 __device__ __forceinline__ void store_to_peer(float4* local, uint32_t peer, const float4& value, uint64_t* barrier) {
   uint32_t address, remote_barrier;
   asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"(shared_address(local)), "r"(peer));

@@ -1,4 +1,5 @@
-// rest_softmax_ and log_prob_dlogits_ on CUDA: how a row is laid out over a cluster of blocks, and the launch.
+// Run rest_softmax_ and log_prob_dlogits_ on CUDA: choose the layout of a row over a cluster of blocks, and
+// launch.
 #include "../row_ops.h"
 #include "rows_cluster.cuh"
 
@@ -14,8 +15,8 @@
 namespace rlsc::cuda {
 namespace {
 
-// Bytes of slices in one block: three blocks share the 228 KiB of a multiprocessor, each with 1 KiB of the system's and the
-// kernel's own variables. A quarter of 152064 columns in bfloat16 is 76032 bytes.
+// Maximum bytes of slices per block. Three blocks share the 228 KiB of a multiprocessor; each also needs 1
+// KiB for the system and the kernel's own variables. A quarter of 152064 columns in bfloat16 is 76032 bytes.
 constexpr int kSliceBudget = 76288;
 constexpr int kStaticBytes = 512;
 constexpr int kMostRows = 8;  // of one cluster where two slices fit: the start of a cluster is paid once for them
@@ -32,7 +33,8 @@ int device_attribute(cudaDeviceAttr attribute, int device) {
   return value;
 }
 
-// RLSC_ROWS_LAYOUT=cluster:threads:stages:rows overrides the layout, for measuring others (docs/kernels.md).
+// RLSC_ROWS_LAYOUT=cluster:threads:stages:rows overrides the layout, to measure other layouts
+// (docs/kernels.md).
 struct Tuning {
   int cluster = 0, threads = 0, stages = 0, rows = 0;
 
@@ -52,7 +54,8 @@ struct Tuning {
 
 int slice_bytes(int row_vectors, int cluster) { return std::max((row_vectors + cluster - 1) / cluster, 1) * 16; }
 
-// The fewest blocks whose slice leaves room for three blocks per multiprocessor; two stages where two slices do.
+// Chooses the smallest cluster whose slices allow three blocks per multiprocessor, and two stages if two
+// slices fit.
 ClusterLayout choose_layout(const Rows& rows, int element_size, int device) {
   static const Tuning tuned = Tuning::from_environment();
   const int row_vectors = rows.num_columns / (16 / element_size);
@@ -63,7 +66,7 @@ ClusterLayout choose_layout(const Rows& rows, int element_size, int device) {
     while (layout.cluster < kMaxCluster && slice_bytes(row_vectors, layout.cluster) > kSliceBudget) layout.cluster *= 2;
     layout.stages = 2 * slice_bytes(row_vectors, layout.cluster) <= kSliceBudget ? 2 : 1;
     if (layout.stages > 1) {
-      // At least four clusters for every place: the last ones to run must not be most of the time.
+      // At least four clusters per place, so that the last clusters to run take a small part of the time.
       const int64_t places = int64_t(device_attribute(cudaDevAttrMultiProcessorCount, device)) * 3 / layout.cluster;
       layout.rows_per_cluster = int(std::clamp<int64_t>(rows.num_rows / (4 * places), 1, kMostRows));
     }
@@ -72,7 +75,7 @@ ClusterLayout choose_layout(const Rows& rows, int element_size, int device) {
   return layout;
 }
 
-// Asks for all shared memory that a block may have, once per kernel and device.
+// Requests the maximum shared memory of a block, once per kernel and device.
 template <typename Kernel>
 void prepare(Kernel kernel, int device, int largest, std::atomic<uint64_t>& prepared) {
   const uint64_t bit = uint64_t(1) << (device & 63);
@@ -141,7 +144,7 @@ void rest_softmax_(Tensor logits, Tensor targets, Tensor stats, double inv_tempe
   overwrite_rows<false>(rows, nullptr, check_floats(stats, "stats", rows.num_rows, kNumStats, logits), logits.get_device());
 }
 
-// Float32 logits; `out` may be of any type, the logits are left as they are.
+// Takes float32 logits and does not change them; `out` may have any supported type.
 void rest_softmax_into(
     Tensor logits, Tensor out, Tensor targets, Tensor stats, double inv_temperature, int64_t vocab_start, int64_t num_columns) {
   const RowArguments rows(logits, targets, inv_temperature, vocab_start, num_columns);
@@ -173,7 +176,8 @@ void log_prob_dlogits_(
   overwrite_rows<true>(rows, w, check_floats(log_probs, "log_probs", rows.num_rows, 1, logits), logits.get_device());
 }
 
-// The error of asking a device for the kernels' code, 0 where it has some: a build may have none for a newer device.
+// Returns the CUDA error of looking up the kernels on a device, 0 if the build has code for it. A build may
+// have none for a newer device.
 int64_t cuda_error(int64_t device) {
   const torch::stable::accelerator::DeviceGuard guard(static_cast<int32_t>(device));
   cudaFuncAttributes attributes{};

@@ -1,10 +1,11 @@
-// Overwrites rows with one read and one write of device memory (Hopper and later).
+// Overwrite rows with one read and one write of device memory (Hopper and later).
 //
-// A row is spread over the blocks of a cluster. Each block loads its slice into shared memory by kParts bulk copies with a barrier
-// each, reduces a part as soon as it has landed, and writes the result from registers to device memory. The blocks exchange 16
-// bytes per row by asynchronous stores that count at a barrier of the receiver. A cluster takes `rows_per_cluster` rows; with two
-// stages the next row's copies are under way while one is reduced. The hardware deals the clusters, so that it does not matter how
-// many are resident. The order of every sum is fixed.
+// A row is split over the blocks of a cluster. Each block loads its slice into shared memory with kParts bulk
+// copies, each with its own barrier. It reduces a part as soon as the copy is complete, and writes the result
+// from registers to device memory. The blocks exchange 16 bytes per row with asynchronous stores that are
+// counted by a barrier of the receiver. A cluster processes `rows_per_cluster` rows. With two stages, the next
+// row's copies run while one row is reduced. The hardware schedules the clusters, so the number of resident
+// clusters does not matter. The order of every sum is fixed.
 #pragma once
 
 #include "common.cuh"
@@ -23,7 +24,8 @@ struct ClusterLayout {
 
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
 
-// This block's part of every row, in vectors of 16 bytes; the last block also has the columns that fill no vector.
+// This block's part of every row, in vectors of 16 bytes. The last block also has the remaining columns that
+// do not fill a vector.
 struct Slice {
   int first, vectors, part_vectors;  // first column, full vectors, vectors of one bulk copy
   int tail_first, tail_columns;      // columns beyond the row's last full vector: none except in the last block
@@ -34,7 +36,7 @@ struct Slice {
     const int most = layout.slice_bytes / 16, full = rows.num_columns / kSize;
     const int begin = min(rank * most, full), end = min(begin + most, full);
     const bool is_last = rank == layout.cluster - 1;
-    // Parts of whole rounds of the threads: no round is done twice with half of them.
+    // A part is a whole number of rounds of all threads, so that no extra round runs with idle threads.
     const int rounds = (end - begin + layout.threads - 1) / layout.threads;
     const int part_vectors = (rounds + kParts - 1) / kParts * layout.threads;
     return {begin * kSize, end - begin, part_vectors, full * kSize, is_last ? rows.num_columns - full * kSize : 0};
@@ -57,8 +59,8 @@ __device__ __forceinline__ void issue_loads(const Rows& rows, int64_t row, int64
   }
 }
 
-// What is at one place of a row: a vector in shared memory, or the last columns, which lie in device memory. Columns that are not
-// this rank's, and the target (`element` of this vector, or none), are -inf.
+// The values at one place of a row: a vector in shared memory, or the last columns in device memory. Columns
+// outside this rank's range and the target (`element` of this vector, or negative for none) are set to -inf.
 template <typename T>
 struct Piece {
   static constexpr int kSize = Vector<T>::kSize;
@@ -86,14 +88,15 @@ struct Piece {
   }
 };
 
-// Joins the blocks' masses and the target's logit, which one of them has; `exchange` counts the rows that were joined.
+// Combines the blocks' masses and the target's logit, which one block holds; `count` is the number of
+// combined rows.
 struct Exchange {
   float4* peers;      // [2][kMaxCluster] (top, sum, target's logit, whether it is there), for even and odd rows
   uint64_t* arrived;  // [2]
   int count = 0;
 
-  // Two buffers are enough: a peer sends a row's mass only after this block has sent the one before, and so has read its own two
-  // rows back (a block barrier lies between).
+  // Two buffers are enough: a peer sends a row's mass only after this block has sent the mass of the previous
+  // row. By then this block has read the values of the row before that (there is a block barrier in between).
   __device__ __forceinline__ void join(int tid, int rank, int cluster, bool has_target, Mass& mass, float& target) {
     const int buffer = count & 1, parity = (count >> 1) & 1;
     float4* slots = peers + buffer * kMaxCluster;
@@ -113,7 +116,8 @@ struct Exchange {
   }
 };
 
-// Logits of type T; what overwrites them is of type Out and goes to rows.written (the logits themselves where Out is T).
+// Logits have type T. The values that overwrite them have type Out and go to rows.written (the logits
+// themselves if Out is T).
 template <typename T, typename Out, bool kWeighted, int kThreads>
 __global__ void __launch_bounds__(kThreads, 1536 / kThreads) cluster_rows(const Rows rows, const ClusterLayout layout) {
   constexpr int kSize = Vector<T>::kSize, kWarps = kThreads / kWarp;
@@ -162,7 +166,7 @@ __global__ void __launch_bounds__(kThreads, 1536 / kThreads) cluster_rows(const 
 
     Finish finish{};
     if (id >= 0) {
-      // Reduce: the sum of exponentials without the target.
+      // Reduce: sum the exponentials without the target.
       Mass mass = Mass::none();
 #pragma unroll 1
       for (int part = 0; part < kParts; ++part) {
