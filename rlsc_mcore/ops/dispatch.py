@@ -89,7 +89,7 @@ def choose(op: str, device_type: str) -> Choice:
 
 
 def why_not(backend: str, op: str, device_type: str) -> str | None:
-    """Return why `backend` cannot compute `op` on a device type, None where it can."""
+    """Return why `backend` cannot compute `op` on a device type; None if it can."""
     if backend not in MODULES:
         return "not built"
     if backend == "reference":
