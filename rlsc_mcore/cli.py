@@ -1,7 +1,7 @@
 """The command line: `rlsc COMMAND`; `python -m rlsc_mcore.cli` is the same.
 
-Exit codes: 0 done, or a training that was stopped on request and saved; 1 failed; 2 bad input; 128 + n ended
-by signal n before it was complete, with what was finished kept.
+Exit codes: 0, the command finished, or a training run was stopped on request and saved; 1, failed; 2, bad
+input; 128 + n, signal n ended the command early and its finished results are kept.
 """
 
 import contextlib
@@ -64,8 +64,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _tell_of_thread(ending: threading.ExceptHookArgs) -> None:
-    """Print in one line what the machine refused a library's thread (TensorBoard's writer); anything else
-    with its traceback."""
+    """Report an exception in a library's thread (TensorBoard's writer).
+
+    An error of the operating system (disk, limits, memory) is one line on the main rank. Every other
+    exception is printed with its traceback.
+    """
     cause = explain(ending.exc_value) if ending.exc_value is not None else None
     if cause is None:
         threading.__excepthook__(ending)
@@ -87,8 +90,10 @@ def _run(name: str, arguments: list[str]) -> int:
 
 
 def _leave(code: int) -> NoReturn:
-    """End the process: at once when an engine lives in it, whose threads and process groups need no ending of
-    their own."""
+    """Exit the process with `code`.
+
+    If vLLM is loaded, the process exits without waiting for the engine's threads.
+    """
     release_all()
     remove_scratch()
     for stream in (sys.stdout, sys.stderr):
@@ -97,7 +102,7 @@ def _leave(code: int) -> NoReturn:
     if "vllm" in sys.modules:
         import torch.distributed as dist
 
-        if code == 0 and dist.is_initialized():  # after a failure the other ranks would be waited for
+        if code == 0 and dist.is_initialized():  # after a failure this would wait for the other ranks
             dist.destroy_process_group()
         os._exit(code)
     sys.exit(code)

@@ -12,7 +12,7 @@ from rlsc_mcore.objectives import OBJECTIVES
 from rlsc_mcore.observability.console import Reporter
 from rlsc_mcore.run.files import to_json, write_atomically
 
-# Name -> flags of every run that can be compared: each objective, and its variants.
+# Name -> flags of each objective and of each of its variants.
 VARIANTS: dict[str, tuple[str, ...]] = {
     name: (*row.flags, *flags)
     for row in OBJECTIVES.values()
@@ -33,7 +33,7 @@ compares finished runs (after training) or folders of `rlsc eval` in pairs, ques
 
 
 def run_compare(arguments: Sequence[str]) -> int:
-    """`rlsc compare`: returns the exit code."""
+    """Run `rlsc compare` and return the exit code."""
     parser = argparse.ArgumentParser(
         "rlsc compare",
         description=DESCRIPTION,

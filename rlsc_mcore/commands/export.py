@@ -12,7 +12,7 @@ from rlsc_mcore.run.owner import is_main_rank, owned
 
 
 def run_export(arguments: Sequence[str]) -> int:
-    """`rlsc export`: write the weights of one of a run's checkpoints as a Hugging Face folder."""
+    """Run `rlsc export`: write the weights of a checkpoint as a Hugging Face folder."""
     parser = argparse.ArgumentParser(
         "rlsc export", description="Write a run's weights as a Hugging Face folder."
     )
@@ -21,7 +21,7 @@ def run_export(arguments: Sequence[str]) -> int:
     parser.add_argument("--checkpoint", default=LATEST, help=CHECKPOINT_HELP)
     known = parser.parse_args(arguments)
     output = known.output or known.run / EXPORT_FOLDER
-    check_replaceable(output, field="--output", keep=(known.run,))  # before the imports, which take longest
+    check_replaceable(output, field="--output", keep=(known.run,))  # before the slow imports
     with contextlib.ExitStack() as stack:
         is_main, is_inside = (
             is_main_rank(),

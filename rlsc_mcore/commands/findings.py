@@ -1,5 +1,7 @@
-"""Hold one line of `rlsc doctor`'s report, and examine packages without their output. Standard library
-only."""
+"""Define a line of the `rlsc doctor` report, and import packages with their output suppressed.
+
+Uses only the standard library.
+"""
 
 import contextlib
 import importlib
@@ -26,7 +28,7 @@ class Finding:
 
 
 def import_quietly(name: str) -> tuple[Any, str]:
-    """Import a module without its output; return it, or None and the reason in one line."""
+    """Import a module with its output suppressed; return (module, ""), or (None, reason in one line)."""
     if importlib.util.find_spec(name.partition(".")[0]) is None:
         return None, "not installed"
     noise = io.StringIO()
@@ -48,7 +50,7 @@ def one_line(error: BaseException) -> str:
 
 
 def installed_version(distribution: str) -> str:
-    """Return the version of a distribution, "" where it is not installed."""
+    """Return the version of a distribution, or "" if it is not installed."""
     try:
         return metadata.version(distribution)
     except metadata.PackageNotFoundError:
@@ -56,6 +58,6 @@ def installed_version(distribution: str) -> str:
 
 
 def device_type() -> Literal["cpu", "cuda"]:
-    """Return the device that torch finds."""
+    """Return "cuda" if torch finds a GPU, else "cpu"."""
     torch, _ = import_quietly("torch")
     return "cuda" if torch is not None and torch.cuda.is_available() else "cpu"

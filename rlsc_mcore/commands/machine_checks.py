@@ -19,7 +19,7 @@ SMALLEST_FREE_DISK = 5 << 30  # bytes
 
 
 def check_devices() -> Iterator[Finding]:
-    """GPUs as NVML sees them, or the processor."""
+    """Report the GPUs that NVML lists; without one, the processor."""
     nvml, _ = import_quietly("pynvml")
     gpus = []
     if nvml is not None:
@@ -47,7 +47,7 @@ def check_devices() -> Iterator[Finding]:
 
 
 def check_compiler() -> Iterator[Finding]:
-    """The compilers that build the native ops, and Python's headers."""
+    """Check for the compilers and the Python headers that the native ops are built with."""
     compiler = shutil.which(os.environ.get("CXX", "c++"))
     headers = Path(sysconfig.get_path("include"), "Python.h")
     if compiler is None:
@@ -70,8 +70,8 @@ def check_compiler() -> Iterator[Finding]:
 
 
 def find_nvcc() -> str | None:
-    """Return the path of nvcc: of CUDA_HOME, PATH, /usr/local/cuda or the package nvidia-cuda-nvcc; None
-    where there is none."""
+    """Return the path of nvcc or None; looks in CUDA_HOME, CUDA_PATH, PATH, /usr/local/cuda and the package
+    nvidia-cuda-nvcc."""
     folders = [os.environ.get("CUDA_HOME", ""), os.environ.get("CUDA_PATH", "")]
     candidates = [Path(folder, "bin", "nvcc") for folder in folders if folder]
     candidates += [Path(found) for found in (shutil.which("nvcc"),) if found]
@@ -81,7 +81,7 @@ def find_nvcc() -> str | None:
 
 
 def nvcc_version(nvcc: str) -> str:
-    """Return the release that nvcc prints, "unknown" where it does not start."""
+    """Return the release that nvcc prints, or "unknown" if nvcc fails."""
     with contextlib.suppress(OSError, subprocess.SubprocessError):
         done = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True, timeout=60)
         release = re.search(r"release (\d+\.\d+)", done.stdout)
@@ -91,7 +91,7 @@ def nvcc_version(nvcc: str) -> str:
 
 
 def check_shared_memory() -> Iterator[Finding]:
-    """/dev/shm, through which the ranks of a machine exchange activations."""
+    """Check the space of /dev/shm, through which the ranks of a machine exchange activations."""
     try:
         total, _, free = shutil.disk_usage(SHARED_MEMORY)
     except OSError:
@@ -112,7 +112,7 @@ def check_shared_memory() -> Iterator[Finding]:
 
 
 def check_open_files() -> Iterator[Finding]:
-    """The limit of open files, of which every rank, checkpoint file and connection needs one."""
+    """Check the limit of open files: every rank, checkpoint file and connection needs file descriptors."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != resource.RLIM_INFINITY and soft < FEWEST_OPEN_FILES:
         text = f"a process may open {soft} files; engine and checkpoints need {FEWEST_OPEN_FILES}"
@@ -130,7 +130,7 @@ def check_open_files() -> Iterator[Finding]:
 
 
 def check_disk() -> Iterator[Finding]:
-    """Free space where runs are written, and where hub models and compiled kernels are kept."""
+    """Check the free space of the working folder, the hub cache and the vLLM cache (compiled kernels)."""
     home = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser()
     folders = {
         "working folder": Path.cwd(),
@@ -160,7 +160,7 @@ def check_disk() -> Iterator[Finding]:
 
 
 def check_allocator() -> Iterator[Finding]:
-    """The CUDA allocator's settings: expandable segments and the engine's sleep mode exclude each other."""
+    """Check the settings of the CUDA allocator: the engine cannot sleep with expandable segments."""
     for variable in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
         value = os.environ.get(variable, "")
         if "expandable_segments:true" in value.replace(" ", "").lower():
@@ -169,7 +169,7 @@ def check_allocator() -> Iterator[Finding]:
 
 
 def check_threads() -> Iterator[Finding]:
-    """OpenMP threads on a CPU."""
+    """Check the number of OpenMP threads on a CPU."""
     if device_type() == "cuda":
         return
     threads = os.environ.get("OMP_NUM_THREADS", "")
@@ -184,7 +184,7 @@ def check_threads() -> Iterator[Finding]:
 
 
 def has_nvidia_driver() -> bool:
-    """Tell whether the NVIDIA driver is present, whatever torch finds."""
+    """Return whether the NVIDIA driver is present, independently of torch."""
     if Path("/dev/nvidia0").exists():
         return True
     tool = shutil.which("nvidia-smi")

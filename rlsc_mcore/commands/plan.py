@@ -18,8 +18,10 @@ from rlsc_mcore.planning.timing import GPUS, Work, communication_bytes
 
 
 def run_plan(arguments: Sequence[str]) -> int:
-    """`rlsc plan`: print what fits and what is best; returns 0 if something fits, 1 if nothing does. Needs no
-    GPU."""
+    """Run `rlsc plan`: print the layouts that fit and the fastest one.
+
+    Returns 0 if a layout fits, else 1. Needs no GPU.
+    """
     parser = argparse.ArgumentParser(
         "rlsc plan", description="Plan memory and layout of a run; needs no GPU."
     )
@@ -94,10 +96,10 @@ def run_plan(arguments: Sequence[str]) -> int:
 
 
 def dry_run_config(config: Config, gpus: str | None, gpu_memory_gib: str | None) -> int:
-    """`rlsc train --dry-run`: print the plan of a run's own settings; returns 0 if its layout fits, 1 if not.
+    """Run `rlsc train --dry-run`: print the plan of a configuration; return 0 if its layout fits, else 1.
 
-    By default on as many GPUs as the launcher starts processes (at least parallel.tp x parallel.pp), with the
-    memory of this machine's.
+    Default number of GPUs: WORLD_SIZE, at least parallel.tp x parallel.pp. Default memory: that of this
+    machine's first GPU, else 80 GiB.
     """
     ranks = config.parallel.tp * config.parallel.pp
     started = max(ranks, int(os.environ.get("WORLD_SIZE", "1")))
@@ -123,7 +125,7 @@ def _positive(name: str, text: str | None, default: float) -> float:
 
 
 def _installed_gib() -> float | None:
-    """Memory of this machine's first GPU, None without one."""
+    """Return the memory of this machine's first GPU in GiB, or None without a GPU."""
     with contextlib.suppress(Exception):  # no driver, no library, no GPU
         import pynvml
 
@@ -133,7 +135,7 @@ def _installed_gib() -> float | None:
 
 
 def _local(path: str) -> str:
-    """The folder of an embedded model; other paths and names as they are."""
+    """Return the folder of an embedded model; other paths and names are returned unchanged."""
     return (
         str(resources.files("rlsc_mcore") / "assets" / path.removeprefix("embedded:"))
         if path.startswith("embedded:")
@@ -261,12 +263,12 @@ def _print_plan(
 
 
 def _remedies(layout: Layout, work: Work) -> Iterator[tuple[str, Layout]]:
-    """What makes room on the same GPUs, the least costly first: smaller micro-batches, smaller moments,
-    moments on the host.
+    """Yield changes that save memory on the same GPUs as (flags, layout), the least costly first.
 
-    Each with what was asked for already; settings that exclude that are left out.
+    In this order: smaller micro-batches, moments in bfloat16, moments on the host. Each change is combined
+    with the options already set; combinations that are not allowed are left out.
     """
-    shortest = work.prompt_tokens + work.longest_response  # a sequence is never cut
+    shortest = work.prompt_tokens + work.longest_response  # a micro-batch must hold one whole sequence
     small = replace(layout, tokens_per_micro_batch=min(layout.tokens_per_micro_batch, shortest))
     flags = f"--tokens-per-micro-batch {small.tokens_per_micro_batch}"
     yield flags, small
@@ -278,7 +280,7 @@ def _remedies(layout: Layout, work: Work) -> Iterator[tuple[str, Layout]]:
 
 
 def _describe_layout(layout: Layout) -> str:
-    """Name the options of a layout that are not the defaults."""
+    """Return the layout as options: tp and recompute always, the others if they differ from the default."""
     named = [f"parallel.tp {layout.tp}"]
     if layout.pp > 1:
         named.append(f"parallel.pp {layout.pp}")

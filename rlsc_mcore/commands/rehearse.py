@@ -1,5 +1,8 @@
-"""`rlsc rehearse`: take a recipe's training steps on fake GPUs: does it run, what does it peak at. Needs no
-GPU and no weights."""
+"""`rlsc rehearse`: run training steps of a recipe on fake GPUs and report whether they run and the peak
+memory.
+
+Needs no GPU and no weights.
+"""
 
 import argparse
 import json
@@ -25,7 +28,7 @@ those of `rlsc train`."""
 
 
 def run_rehearse(arguments: Sequence[str]) -> int:
-    """`rlsc rehearse`: returns 0 if the steps ran and fit, 1 if they failed or do not fit."""
+    """Run `rlsc rehearse` and return 0; raises RunError if the steps fail or do not fit into the memory."""
     parser = argparse.ArgumentParser(
         "rlsc rehearse", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -119,7 +122,7 @@ def _check(config: Config, known: argparse.Namespace) -> None:
 
 
 def _write_shape(folder: Path, shape: Architecture, layers: int | None) -> Path:
-    """Write a config.json that `read_architecture` reads as `shape`, cut to `layers`."""
+    """Write a config.json that `read_architecture` reads as `shape`, with `layers` layers if it is given."""
     names = {
         "num_layers": "num_hidden_layers",
         "ffn_hidden_size": "intermediate_size",
@@ -140,7 +143,7 @@ def _write_shape(folder: Path, shape: Architecture, layers: int | None) -> Path:
 
 
 def _local(path: str) -> str:
-    """Return the folder of an embedded model; other paths and names as they are."""
+    """Return the folder of an embedded model; other paths and names are returned unchanged."""
     return (
         str(resources.files("rlsc_mcore") / "assets" / path.removeprefix("embedded:"))
         if path.startswith("embedded:")

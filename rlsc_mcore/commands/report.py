@@ -1,4 +1,4 @@
-"""`rlsc report`: write a page or figures about one run or several."""
+"""`rlsc report`: write a report page or figure of one or more runs."""
 
 import argparse
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ FORMATS = ("html", "png", "svg")
 
 
 def run_report(arguments: Sequence[str]) -> int:
-    """`rlsc report`: returns the exit code."""
+    """Run `rlsc report` and return the exit code."""
     parser = argparse.ArgumentParser(
         "rlsc report", description="Write one self-contained page about one run or several."
     )
@@ -62,8 +62,7 @@ def run_report(arguments: Sequence[str]) -> int:
 
 
 def _is_report(file: Path) -> bool:
-    """Tell whether a file carries the mark that every report and figure of this program ends or begins
-    with."""
+    """Return whether a file has the marker of this program's reports and figures near its start or end."""
     try:
         with file.open("rb") as content:
             head = content.read(1 << 16)
@@ -74,7 +73,7 @@ def _is_report(file: Path) -> bool:
 
 
 def _run_folders(folder: Path) -> list[Path]:
-    """A run's own folder, or the runs of the first seed of a comparison or sweep."""
+    """Return the run folders of `folder`: itself, or the first seed's runs of a comparison or sweep."""
     if (folder / "config.yaml").is_file() or not (folder / "logs").is_dir():
         return [folder]
     seeds = sorted(
@@ -92,7 +91,7 @@ def _run_folders(folder: Path) -> list[Path]:
 
 
 def _figures(folder: Path) -> list[tuple[str, str]]:
-    """The figure of a finished comparison or sweep, drawn from its numbers."""
+    """Return (heading, SVG) of a finished comparison or sweep, drawn from its JSON file."""
     found = []
     for name, draw in (("comparison", compare.figure), ("sweep", sweep.figure)):
         result = _read_json(folder / f"{name}.json")
@@ -119,7 +118,7 @@ def _render(runs: Sequence[RunView], kind: str, title: str, figures: Sequence[tu
 
 
 def _told_apart(runs: Sequence[RunView]) -> list[RunView]:
-    """Runs whose folders have the same name get their parent's too."""
+    """Prefix the names of runs with equal folder names by the parent folder's name."""
     names = [run.name for run in runs]
     return [
         RunView(**{**vars(run), "name": f"{Path(run.folder).resolve().parent.name}/{run.name}"})

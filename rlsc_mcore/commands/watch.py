@@ -30,7 +30,7 @@ _BLOCKS = "▁▂▃▄▅▆▇█"
 
 
 def run_watch(arguments: Sequence[str]) -> int:
-    """`rlsc watch`: redraw until the run ends or Ctrl-C; returns the exit code."""
+    """Run `rlsc watch`: redraw until the run ends or Ctrl-C is pressed; return the exit code."""
     parser = argparse.ArgumentParser(
         "rlsc watch", description="Follow a run: curves, phase, what is left, warnings."
     )
@@ -72,7 +72,7 @@ def run_watch(arguments: Sequence[str]) -> int:
 
 
 def _status(run_dir: Path) -> dict[str, Any]:
-    """Read the status; a run whose process is gone has crashed, whatever its last word was."""
+    """Read the status; return state "crash" if the run's process has ended without recording an end."""
     status = read_status(run_dir) or {}
     if status.get("state") not in ENDED and owner_state(run_dir)[0] is False:
         return {**status, "state": "crash"}
@@ -80,8 +80,10 @@ def _status(run_dir: Path) -> dict[str, Any]:
 
 
 def sparkline(values: Sequence[float], width: int) -> str:
-    """Draw finite values as blocks between their smallest and largest; more values than `width` are averaged
-    in groups."""
+    """Draw the finite values as block characters, scaled from the smallest to the largest.
+
+    If there are more values than `width`, neighbouring values are averaged.
+    """
     kept = [value for value in values if math.isfinite(value)]
     if not kept:
         return ""
@@ -94,7 +96,7 @@ def sparkline(values: Sequence[float], width: int) -> str:
 
 
 def describe(seconds: float) -> str:
-    """Write a duration: 45 s, 12 min, 3 h 05 min."""
+    """Format a duration: 45 s, 12 min, 3 h 05 min."""
     if seconds < 90:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)
@@ -110,7 +112,7 @@ def render(
     width: int,
     now: float | None = None,
 ) -> RenderableType:
-    """Lay out one screen; `status` is the run's status.json (empty where it has none)."""
+    """Return one screen; `status` is the content of status.json, empty if the run has none."""
     now = time.time() if now is None else now
     head = Table.grid(padding=(0, 2))
     head.add_row(
@@ -118,7 +120,7 @@ def render(
         _phase(status, now),
         _left(rows, num_steps, status),
     )
-    done = Table.grid()  # a bar alone does not end its line
+    done = Table.grid()  # a ProgressBar does not print a line break; the grid does
     done.add_row(ProgressBar(total=max(1, num_steps), completed=len(rows), width=max(20, width - 6)))
     parts: list[RenderableType] = [head, done]
     table = Table.grid(padding=(0, 2))
