@@ -1,4 +1,4 @@
-"""How a run writes its small files: whole, or not at all."""
+"""Write the small files of a run atomically, and write and read JSON with numbers that are not finite."""
 
 import contextlib
 import json
@@ -8,13 +8,14 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-NOT_FINITE = "not_finite"  # of a row: path -> nan, inf or -inf, where the row has null
+NOT_FINITE = "not_finite"  # key of a row: path -> nan, inf or -inf for each number that was written as null
 
 
 def write_atomically(file: Path, text: str) -> None:
-    """Write `text` as UTF-8 beside `file` and rename it into place, so that a reader never meets half of it.
+    """Write `text` as UTF-8 to a temporary file and rename it to `file`, so a reader never sees a partial
+    file.
 
-    A sampled answer may hold half of a surrogate pair; it is kept as its escape.
+    A lone surrogate, which a sampled answer can contain, is written as an escape.
     """
     partial = file.with_name(file.name + ".partial")
     try:
@@ -27,7 +28,8 @@ def write_atomically(file: Path, text: str) -> None:
 
 
 def finite(value: Any) -> Any:
-    """Return `value` with None in the place of every number that is not finite, which JSON cannot spell."""
+    """Return a copy of `value` with None instead of each number that is not finite: JSON has no such
+    numbers."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, Mapping):
@@ -36,19 +38,21 @@ def finite(value: Any) -> Any:
 
 
 def to_json(value: Any, *, indent: int | None = None, ensure_ascii: bool = True) -> str:
-    """Write `value` as JSON that every reader takes: numbers that are not finite become null."""
+    """Return `value` as standard JSON; numbers that are not finite become null."""
     return json.dumps(finite(value), indent=indent, ensure_ascii=ensure_ascii, allow_nan=False)
 
 
 def row_to_json(row: Mapping[str, Any]) -> str:
-    """Write a row so that `row_from_json` returns it: numbers that are not finite are null, and named under
-    `not_finite`."""
+    """Return a row as JSON that `row_from_json` restores exactly.
+
+    Numbers that are not finite become null and are listed under `not_finite`.
+    """
     lost = {"/".join(map(str, path)): repr(value) for path, value in _not_finite(row)}
     return to_json({**row, **({NOT_FINITE: lost} if lost else {})})
 
 
 def row_from_json(line: str | bytes) -> Any:
-    """Read what `row_to_json` wrote; raises ValueError at anything else than JSON."""
+    """Parse a line written by `row_to_json`; raises ValueError if it is not JSON."""
     row = json.loads(line)
     for path, value in (row.pop(NOT_FINITE, {}) if isinstance(row, dict) else {}).items():
         *parents, name = path.split("/")

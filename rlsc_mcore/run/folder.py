@@ -1,4 +1,4 @@
-"""A run's folder: its names, how a checkpoint is found in it, and what a run wrote. Imports no torch."""
+"""Define the file names in a run's folder, find its checkpoints, and delete its files. Imports no torch."""
 
 import contextlib
 import json
@@ -18,11 +18,11 @@ INPUTS_FILE = "inputs.json"
 FOLDER = "checkpoints"
 LATEST = "latest"
 BEST = "best"
-MANIFEST = "manifest.json"  # of a checkpoint: size and SHA-256 of its other files
+MANIFEST = "manifest.json"  # in a checkpoint: size and SHA-256 of each of its other files
 CHECKPOINT_HELP = "latest, best (by training.keep_best), or the number of a step that is kept"
 
 _CHECKPOINT_NAME = re.compile(r"step_(\d{6,})")
-# What a run writes into its folder, as patterns below it.
+# Glob patterns of the files that a run writes into its folder.
 _WRITTEN = (
     *(
         CONFIG_FILE,
@@ -47,14 +47,16 @@ _WRITTEN = (
 
 
 def checkpoint_step(path: Path) -> int | None:
-    """Return the number of optimizer steps in a checkpoint folder's name; None for another name."""
+    """Return the number of optimizer steps in a checkpoint folder's name, or None for any other name."""
     match = _CHECKPOINT_NAME.fullmatch(path.name)
     return int(match[1]) if match else None
 
 
 def all_checkpoints(folder: Path) -> list[Path]:
-    """Return the checkpoints in `folder` by rising step; half-written ones and those set aside have other
-    names."""
+    """Return the checkpoints in `folder` in ascending order of step.
+
+    Incomplete and set-aside checkpoints have other names and are not returned.
+    """
     try:
         steps = [
             (step, path)
@@ -67,21 +69,21 @@ def all_checkpoints(folder: Path) -> list[Path]:
 
 
 def newest_checkpoint(run_dir: Path) -> Path | None:
-    """Return the newest checkpoint, damaged or not, or None before the first: a resume tries it, and then the
-    ones before it.
+    """Return the newest checkpoint, even if it is damaged, or None if there is none.
 
-    The file `checkpoints/latest` is a hint for people and scripts; it is not read.
+    A resume tries this checkpoint first and then the older ones. The file `checkpoints/latest` is only for
+    users and scripts and is not read.
     """
     return next(reversed(all_checkpoints(run_dir / FOLDER)), None)
 
 
 def latest_checkpoint(run_dir: Path) -> Path | None:
-    """Return the newest checkpoint that has all its files with the sizes of its manifest, or None."""
+    """Return the newest checkpoint whose files all have the sizes given in its manifest, or None."""
     return next((path for path in reversed(all_checkpoints(run_dir / FOLDER)) if _has_all_files(path)), None)
 
 
 def find_resumable(run_dir: Path) -> Path:
-    """Return the checkpoint that a resume tries first; raises `ConfigError` when there is none."""
+    """Return the checkpoint that a resume tries first; raises `ConfigError` if there is none."""
     checkpoint = newest_checkpoint(run_dir)
     if checkpoint is None:
         raise ConfigError(f"--resume {run_dir}: no checkpoint there; expected {run_dir / FOLDER}/step_NNNNNN")
@@ -89,10 +91,9 @@ def find_resumable(run_dir: Path) -> Path:
 
 
 def find_checkpoint(run_dir: Path, name: str = LATEST) -> Path:
-    """Return a run's checkpoint by name: `latest`, `best` (by `training.keep_best`) or the number of its
-    step.
+    """Return a run's checkpoint by name: `latest`, `best` (by `training.keep_best`) or a step number.
 
-    Raises `ConfigError` naming `--checkpoint` and the checkpoints that there are.
+    Raises `ConfigError` that names `--checkpoint` and the existing checkpoints.
     """
     folder = run_dir / FOLDER
     found: Path | None = None
@@ -115,7 +116,7 @@ def find_checkpoint(run_dir: Path, name: str = LATEST) -> Path:
 
 
 def delete_run_files(run_dir: Path) -> None:
-    """Delete what a run wrote into `run_dir`; other files, and folders that hold some, stay."""
+    """Delete the files of a run from `run_dir`; other files and the folders that contain them are kept."""
     for pattern in _WRITTEN:
         for path in run_dir.glob(pattern):
             _delete(path)
@@ -138,8 +139,8 @@ def _delete(path: Path) -> None:
 
 
 def _pointed_at(folder: Path, pointer: str) -> Path | None:
-    """Return the checkpoint that a pointer file names; None where it is absent, unreadable or names no
-    checkpoint here."""
+    """Return the checkpoint named in the file `pointer`; None if the file is missing or unreadable, or names
+    no checkpoint in `folder`."""
     try:
         name = (folder / pointer).read_text(encoding="utf-8").strip()
         target = folder / name

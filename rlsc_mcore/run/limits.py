@@ -1,17 +1,19 @@
-"""Limits of the process that a run needs raised. Imports no torch."""
+"""Raise the process limits that a run needs. Imports no torch."""
 
 import contextlib
 import resource
 
 from rlsc_mcore.config import ConfigError
 
-OPEN_FILES_NEEDED = 256  # a single rank has been seen with 137; more groups and ranks need more
+OPEN_FILES_NEEDED = 256  # measured: 137 for a single rank; more groups and ranks need more
 OPEN_FILES_WANTED = 65536
 
 
 def raise_file_limit() -> None:
-    """Raise the soft limit of open files to what the hard limit allows; raises `ConfigError` where that is
-    too little for a run."""
+    """Raise the soft limit of open files to the hard limit, at most 65536.
+
+    Raises `ConfigError` if the limit is then below the 256 files that a run needs.
+    """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = OPEN_FILES_WANTED if hard == resource.RLIM_INFINITY else min(hard, OPEN_FILES_WANTED)
     if soft != resource.RLIM_INFINITY and soft < wanted:

@@ -1,4 +1,4 @@
-"""Tell whether another process still lives: by its machine, process id and start time. Imports no torch."""
+"""Check whether another process is alive, by its machine, process id and start time. Imports no torch."""
 
 import contextlib
 import os
@@ -10,8 +10,10 @@ _PROC = Path("/proc")
 
 
 def describe_process() -> dict[str, Any]:
-    """Identify this process beyond its id, which the system gives out again: machine, process namespace and
-    start time."""
+    """Return this process's host, machine, process id and start time.
+
+    The process id alone does not identify a process, because the system reuses ids.
+    """
     return {
         "host": socket.gethostname(),
         "machine": _machine(),
@@ -21,10 +23,9 @@ def describe_process() -> dict[str, Any]:
 
 
 def is_alive(process: dict[str, Any]) -> bool | None:
-    """Tell whether a process of `describe_process` lives; None where this machine cannot know, as it ran on
-    another one.
+    """Return whether a process described by `describe_process` is alive; None if it ran on another machine.
 
-    A process that has ended and was not collected by its parent counts as dead.
+    A zombie process counts as dead.
     """
     machine = _machine()
     if process.get("machine") != machine or (not machine and process.get("host") != socket.gethostname()):
@@ -32,15 +33,15 @@ def is_alive(process: dict[str, Any]) -> bool | None:
     pid = process.get("pid")
     if not isinstance(pid, int) or pid <= 0:
         return None
-    if not _PROC.joinpath("self", "stat").exists():  # no /proc: the id alone has to do
+    if not _PROC.joinpath("self", "stat").exists():  # no /proc: only the process id can be checked
         return _answers_signals(pid)
     ticks = _start_ticks(pid)
     return ticks is not None and ticks == process.get("process_started")
 
 
 def _machine() -> str:
-    """Name the running kernel and the namespace of process ids: the same id means another process in another
-    container."""
+    """Return the boot id and the process-id namespace; two containers can have different processes with the
+    same id."""
     names = []
     with contextlib.suppress(OSError):
         names.append((_PROC / "sys/kernel/random/boot_id").read_text(encoding="ascii").strip())
@@ -50,13 +51,13 @@ def _machine() -> str:
 
 
 def _start_ticks(pid: int) -> int | None:
-    """Return when a process started, in clock ticks since boot; None when it has ended (a zombie too) or
+    """Return the start time of a process in clock ticks since boot; None if it has ended, is a zombie, or
     there is no /proc."""
     try:
         text = (_PROC / str(pid) / "stat").read_text(encoding="ascii", errors="replace")
     except OSError:
         return None
-    state, *fields = text.rpartition(")")[2].split()  # the name before it may hold spaces and brackets
+    state, *fields = text.rpartition(")")[2].split()  # the process name may contain spaces and brackets
     return None if state in "ZX" else int(fields[18])
 
 

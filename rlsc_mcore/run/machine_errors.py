@@ -1,5 +1,7 @@
-"""Explain in one line what the machine refused: space, permission, open files, shared memory. Imports no
-torch."""
+"""Explain errors of the operating system in one line: disk space, permissions, open files, memory.
+
+Imports no torch.
+"""
 
 import errno
 import os
@@ -10,7 +12,7 @@ from pathlib import Path
 
 FULL = "the disk is full"
 CUT_SHORT = "a write was cut short: a quota, the largest size of a file (ulimit -f), or a disk that was full a moment ago"
-FULL_SHARE = 0.01  # libraries hide the cause of a failed write: below this share of free space it is the disk
+FULL_SHARE = 0.01  # a failed write without a cause is blamed on a full disk below this fraction of free space
 _BY_NUMBER = {
     errno.ENOSPC: f"{FULL}; free space and go on",
     errno.EDQUOT: "the disk quota is used up; free space and go on",
@@ -27,12 +29,12 @@ _BY_NUMBER = {
     errno.ENOTCONN: "the file system is not mounted any more (not connected)",
     errno.ETIMEDOUT: "the network or the network file system did not answer in time",
     errno.EHOSTDOWN: "the file server does not answer",
-    errno.EMFILE: "",  # with the limit, below
+    errno.EMFILE: "",  # `_cause` adds the limit
     errno.ENFILE: "the system has no file descriptors left",
     errno.ENOMEM: "out of memory",
     errno.EAGAIN: "the system has no more processes or threads for this user (ulimit -u)",
 }
-# Libraries in other languages raise their own kinds of error, with the system's words in the text.
+# Native libraries raise their own exception types and put the system's message into the text.
 _BY_TEXT = {
     "No space left on device": errno.ENOSPC,
     "Disk quota exceeded": errno.EDQUOT,
@@ -46,7 +48,7 @@ _BY_TEXT = {
     "Cannot allocate memory": errno.ENOMEM,
     "can't start new thread": errno.EAGAIN,
 }
-# What torch's zip writer says of any write that did not go through.
+# Messages of torch's zip writer for any failed write.
 _FAILED_WRITES = (
     "unexpected pos",
     "PytorchStreamWriter failed",
@@ -56,9 +58,9 @@ _FAILED_WRITES = (
 
 
 def explain(error: BaseException, place: Path | None = None) -> str | None:
-    """Return one line with the path and the cause where the machine refused something, else None.
+    """Return one line with the path and the cause if the operating system caused the error, else None.
 
-    `place` is the folder that was written, for errors that name no file.
+    `place` is the folder being written; it is used for errors that name no file.
     """
     for each in _chain(error):
         number = each.errno if isinstance(each, OSError) else None
@@ -76,7 +78,7 @@ def explain(error: BaseException, place: Path | None = None) -> str | None:
 
 
 def is_full(place: Path) -> bool:
-    """Tell whether the disk of `place` has less than 1 % or 1 MiB free."""
+    """Return whether the disk of `place` has less than 1 % or less than 1 MiB free."""
     existing = next((path for path in (place, *place.parents) if path.exists()), None)
     if existing is None:
         return False
@@ -92,7 +94,7 @@ def _cause(number: int) -> str:
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:
-    """Walk an error and what caused it, the outermost first."""
+    """Yield an exception and its causes, the outermost first."""
     seen: set[int] = set()
     current: BaseException | None = error
     while current is not None and id(current) not in seen:

@@ -1,8 +1,7 @@
-"""Replace only what this program made: a marker in each folder lists the files that were written. Imports no
-torch.
+"""Replace only files that this program wrote: a marker file in each folder lists them. Imports no torch.
 
-A folder without the marker is never replaced. In one that has it, only the listed files are: what a person
-has put beside them stays.
+A folder without the marker is never replaced. In a folder with the marker only the listed files are replaced;
+other files in it are kept.
 """
 
 import contextlib
@@ -19,13 +18,13 @@ from rlsc_mcore.run.machine import describe_process, is_alive
 
 MARKER = ".made_by_rlsc.json"
 PARTIAL = ".rlsc-partial"
-FILE_MARK = "made by rlsc_mcore"  # inside single files that may be replaced: reports and figures
+FILE_MARK = "made by rlsc_mcore"  # text in reports and figures, which may then be replaced
 
 
 def check_replaceable(folder: Path, *, field: str, keep: tuple[Path, ...] = ()) -> None:
-    """Raise `ConfigError` naming `field` unless `folder` is absent, empty, or carries this program's marker.
+    """Raise `ConfigError` naming `field` unless `folder` is absent, empty, or has this program's marker.
 
-    `keep` names folders that must not be written: `folder` may be none of them and hold none of them.
+    Also raises if `folder` is one of `keep` or contains one of them: those folders are read.
     """
     target = Path(os.path.realpath(folder))
     for other in keep:
@@ -47,7 +46,7 @@ def check_replaceable(folder: Path, *, field: str, keep: tuple[Path, ...] = ()) 
 
 
 def files_made(folder: Path) -> list[str] | None:
-    """Return the names that this program wrote into `folder`, or None without its marker."""
+    """Return the names of the files that this program wrote into `folder`, or None if it has no marker."""
     try:
         names = json.loads((folder / MARKER).read_text(encoding="utf-8"))["files"]
     except (OSError, ValueError, TypeError, KeyError):
@@ -60,7 +59,7 @@ def files_made(folder: Path) -> list[str] | None:
 
 
 def mark(folder: Path, made_by: str) -> None:
-    """Write the marker with the names of everything that `folder` holds now."""
+    """Write the marker into `folder` with the names of its current entries."""
     facts = {
         "made_by": made_by,
         "files": sorted(path.name for path in folder.iterdir() if path.name != MARKER),
@@ -70,10 +69,11 @@ def mark(folder: Path, made_by: str) -> None:
 
 @contextmanager
 def replacing(folder: Path, made_by: str) -> Iterator[Path]:
-    """Yield an empty folder beside `folder` that takes its place after the block; `folder` stays as it is
-    when the block fails.
+    """Yield an empty folder and rename it to `folder` after the block; if the block raises, `folder` is
+    unchanged.
 
-    Files of an earlier such folder are replaced, others in it are kept. Modes follow the umask.
+    Files that this program wrote into `folder` earlier are replaced; other files in it are kept. File modes
+    follow the umask. Raises `ConfigError` if `folder` may not be replaced.
     """
     target = Path(os.path.realpath(folder))
     check_replaceable(target, field="folder")
@@ -107,7 +107,7 @@ def _put_in_place(partial: Path, target: Path) -> None:
 
 
 def _remove_leftovers(target: Path) -> None:
-    """Delete what a killed process of this machine left beside `target`."""
+    """Delete the temporary folders beside `target` whose process on this machine has ended."""
     for folder in target.parent.glob(f".{target.name}.*{PARTIAL}"):
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
             process = json.loads((folder / MARKER).read_text(encoding="utf-8"))["process"]
@@ -116,7 +116,7 @@ def _remove_leftovers(target: Path) -> None:
 
 
 def _umask() -> int:
-    """Read the umask without setting it: another thread may be making a file."""
+    """Return the umask without changing it, because another thread may create a file at the same time."""
     with contextlib.suppress(OSError, ValueError, StopIteration):
         lines = Path("/proc/self/status").read_text(encoding="ascii", errors="replace").splitlines()
         return int(next(line for line in lines if line.startswith("Umask:")).split()[1], 8)
@@ -124,7 +124,7 @@ def _umask() -> int:
 
 
 def _apply_umask(folder: Path) -> None:
-    """Give the files the mode that a plain `open` would have given: libraries make some of them private."""
+    """Set the files to the mode that `open` gives by default, because libraries create some with mode 600."""
     umask = _umask()
     for path in folder.iterdir():
         if path.is_file():

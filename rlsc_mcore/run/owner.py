@@ -1,17 +1,17 @@
-"""Own a folder: one process at a time writes a run's folder, and every other one is told who does. Imports no
-torch.
+"""Lock a folder, so that only one process at a time writes a run's folder. Imports no torch.
 
-The owner keeps `.owner.json` in the folder: host, process id and start time, SLURM job and attempt, and a
-token. Its modification time is the heartbeat. A lock is stale, and is taken over with a line that says so,
-when
+The owner keeps the lock file `.owner.json` in the folder. It holds the host, process id and start time, the
+SLURM job and attempt, and a token. The modification time of the file is the heartbeat. Another process may
+take over a stale lock. A lock is stale if
 
 - its process ran on this machine and has ended, or
-- it belongs to an earlier attempt of this process's own SLURM job, which SLURM ends before it starts the next one, or
-- SLURM answers that its job has ended, or
-- nobody can be asked (no job, or a machine without SLURM) and the heartbeat is older than `STALE_AFTER_S`.
+- it belongs to an earlier attempt of this process's SLURM job, which SLURM ends before it starts the next
+one, or
+- SLURM reports that its job has ended, or
+- no SLURM job can be queried and the heartbeat is older than `STALE_AFTER_S`.
 
-A scheduler that does not answer never makes a lock stale. Ages are differences of times that the file system
-gave, so that the clocks of two machines may differ.
+If SLURM does not answer, the lock is not stale. Where possible, both times of a heartbeat's age are file
+times of the same file system, so the clocks of two machines may differ.
 """
 
 import contextlib
@@ -35,12 +35,10 @@ from rlsc_mcore.config import ConfigError, RunError
 from rlsc_mcore.run.machine import describe_process, is_alive
 
 OWNER_FILE = ".owner.json"
-STALE_AFTER_S = 600.0  # a heartbeat may be late while a file system or a library blocks the process
+STALE_AFTER_S = 600.0  # long, because a file system or a library can block the process and delay a heartbeat
 HEARTBEAT_S = 15.0
 SCHEDULER_TIMEOUT_S = 30.0
-_SETTLE_S = (
-    0.2  # after which a rival on a file system without locks would have written over this owner's file
-)
+_SETTLE_S = 0.2  # on a file system without locks, a concurrent process has overwritten the lock file by then
 _LIVE_STATES = (
     "PENDING,RUNNING,SUSPENDED,COMPLETING,CONFIGURING,STOPPED,RESIZING,REQUEUED,SIGNALING,STAGE_OUT"
 )
@@ -48,11 +46,11 @@ _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 
 
 class FolderInUse(ConfigError):
-    """The folder belongs to another process that may still write it; nothing was changed."""
+    """Raised if another process owns the folder and may still write it; nothing has been changed."""
 
 
 class FolderLost(RunError):
-    """The folder of this process was taken over, moved or deleted while the process wrote it."""
+    """Raised if the folder is taken over, moved or deleted while this process owns it."""
 
 
 @dataclass
@@ -61,23 +59,21 @@ class _Held:
     times: int = 1
 
 
-_held: dict[
-    str, _Held
-] = {}  # by resolved path of the lock file: this process may own a folder in nested blocks
+_held: dict[str, _Held] = {}  # resolved path of the lock file -> owner and nesting depth
 
 
 class Owner:
-    """Ownership of a folder by this process, kept alive by a thread; made by `own`."""
+    """A folder lock held by this process; `own` creates it, and a thread writes its heartbeat."""
 
     def __init__(self, file: Path, token: str, took_over: str) -> None:
         self.file, self.token = file, token
-        self.took_over = took_over  # who had it before, or "" where nobody did
+        self.took_over = took_over  # description of the previous owner, or "" if there was none
         self._lost = ""
         self._ended = threading.Event()
         threading.Thread(target=self._beat, name="folder owner", daemon=True).start()
 
     def check(self) -> None:
-        """Raise `FolderLost` once the folder is gone or belongs to another process: nothing may be written
+        """Raise `FolderLost` if the folder is gone or belongs to another process; the caller must not write
         into it then."""
         if not self._lost:
             self._look()
@@ -85,7 +81,7 @@ class Owner:
             raise FolderLost(self._lost)
 
     def release(self) -> None:
-        """Give the folder up; its lock file is removed where it is still this process's."""
+        """Release the folder; delete the lock file if it still belongs to this process."""
         self._ended.set()
         with contextlib.suppress(OSError):
             if _read(self.file).get("token") == self.token:
@@ -96,7 +92,7 @@ class Owner:
             self._look()
             if self._lost:
                 return
-            with contextlib.suppress(OSError):  # a full or read-only disk: the run notices by itself
+            with contextlib.suppress(OSError):  # on a full or read-only disk the run's own writes fail
                 os.utime(self.file)
 
     def _look(self) -> None:
@@ -110,17 +106,17 @@ class Owner:
                 else f"the folder {folder} is gone: it was moved or deleted while this process wrote it"
             )
         except OSError:
-            return  # not readable now: no reason to end a run
+            return  # a temporary read error must not end the run
         else:
             if facts.get("token") != self.token and not self._ended.is_set():
                 self._lost = f"{folder} was taken over by {_describe(facts)}; nothing is written any more"
 
 
 def own(folder: Path, *, file_name: str = OWNER_FILE) -> Owner:
-    """Become the owner of `folder`, which must exist; give it back by `disown`.
+    """Lock the existing `folder` for this process; `disown` releases it.
 
-    Raises `FolderInUse` naming the present owner, and OSError when the folder cannot be written. A folder
-    that this process owns already is owned once more.
+    Raises `FolderInUse` naming the current owner, and OSError if the folder cannot be written. Calls for the
+    same folder can be nested.
     """
     file = Path(os.path.realpath(folder)) / file_name
     held = _held.get(str(file))
@@ -152,7 +148,7 @@ def own(folder: Path, *, file_name: str = OWNER_FILE) -> Owner:
 
 
 def disown(owner: Owner) -> None:
-    """Give back what `own` returned; the last of nested blocks releases the folder."""
+    """Undo one call of `own`; the last of nested calls releases the folder."""
     held = _held.get(str(owner.file))
     if held is None or held.owner is not owner:
         return
@@ -164,7 +160,7 @@ def disown(owner: Owner) -> None:
 
 @contextmanager
 def released(folder: Path) -> Iterator[None]:
-    """Give up once, after the block, what `own(folder)` took inside it."""
+    """After the block, undo one call of `own(folder)` if there was one inside the block."""
     file = str(Path(os.path.realpath(folder)) / OWNER_FILE)
     before = _held[file].times if file in _held else 0
     try:
@@ -175,13 +171,14 @@ def released(folder: Path) -> Iterator[None]:
 
 
 def release_all() -> None:
-    """Give up every folder of this process; for endings that run no `finally`."""
+    """Release every folder of this process; called when the process exits without running `finally`
+    blocks."""
     while _held:
         _held.popitem()[1].owner.release()
 
 
 def is_main_rank() -> bool:
-    """Tell whether this process is the rank that owns folders and prints, before the ranks have met."""
+    """Return whether this process is rank 0, which owns folders and prints; needs no process group."""
     return os.environ.get("RANK", "0") == "0"
 
 
@@ -196,7 +193,7 @@ def owned(folder: Path, *, file_name: str = OWNER_FILE) -> Iterator[Owner]:
 
 
 def refuse_owned(folder: Path, *, file_name: str = OWNER_FILE) -> None:
-    """Raise `FolderInUse` when another process may be writing `folder`; writes nothing."""
+    """Raise `FolderInUse` if another process may be writing `folder`; writes nothing."""
     file = Path(os.path.realpath(folder)) / file_name
     if str(file) in _held:
         return
@@ -206,8 +203,10 @@ def refuse_owned(folder: Path, *, file_name: str = OWNER_FILE) -> None:
 
 
 def owner_state(folder: Path) -> tuple[bool | None, str]:
-    """Tell whether the owner of `folder` lives (None: nobody can tell, or there is none) and who it is; asks
-    no scheduler."""
+    """Return (whether the owner of `folder` is alive, description of the owner); does not query SLURM.
+
+    The first value is None if there is no owner or if it ran on another machine.
+    """
     file = Path(os.path.realpath(folder)) / OWNER_FILE
     facts = _facts(file)
     if facts is None:
@@ -248,8 +247,7 @@ def _is_earlier_attempt(facts: dict[str, Any]) -> bool:
 
 
 def job_is_over(facts: dict[str, Any]) -> bool | None:
-    """Tell whether SLURM says that the lock's job has ended; None where there is no job or SLURM does not
-    answer."""
+    """Return whether SLURM reports that the lock's job has ended; None if there is no job or no answer."""
     job, squeue = facts.get("job"), shutil.which("squeue")
     if not job or squeue is None:
         return None
@@ -264,7 +262,7 @@ def job_is_over(facts: dict[str, Any]) -> bool | None:
         return None
     if answer.returncode == 0:
         return not [line for line in answer.stdout.splitlines() if line.strip()]
-    return True if "Invalid job id" in answer.stderr else None  # SLURM forgets jobs that ended long ago
+    return True if "Invalid job id" in answer.stderr else None  # SLURM does not know jobs that ended long ago
 
 
 def _describe_me() -> dict[str, Any]:
@@ -286,8 +284,7 @@ def _describe(facts: dict[str, Any]) -> str:
 
 @contextmanager
 def _exclusive(file: Path) -> Iterator[int]:
-    """Open the lock file, alone in deciding about it; a file system without locks decides by who writes
-    last."""
+    """Open the lock file with an exclusive `flock`; on a file system without locks the last writer wins."""
     while True:
         descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
@@ -299,7 +296,7 @@ def _exclusive(file: Path) -> Iterator[int]:
             with contextlib.suppress(FileNotFoundError):
                 if (
                     os.stat(file).st_ino == os.fstat(descriptor).st_ino
-                ):  # else its owner removed it between the two lines above
+                ):  # otherwise the owner deleted the file after `os.open`: try again
                     yield descriptor
                     return
         finally:
@@ -307,8 +304,8 @@ def _exclusive(file: Path) -> Iterator[int]:
 
 
 def _facts(file: Path) -> dict[str, Any] | None:
-    """Return the owner that the lock file names; None without one, for an unfinished file and for a copy of
-    another folder's."""
+    """Return the content of the lock file; None if it is missing, incomplete, or a copy of another folder's
+    lock file."""
     try:
         facts = _read(file)
         inode = os.stat(file).st_ino
@@ -331,8 +328,11 @@ def _read(file: Path) -> dict[str, Any]:
 
 
 def _age(file: Path, *, writable: bool = True) -> float:
-    """Return the seconds since the last heartbeat, by the clock of the file system where a file can be made
-    there."""
+    """Return the seconds since the last heartbeat.
+
+    The current time is that of a new temporary file in the folder, or this machine's clock if none can be
+    created.
+    """
     beat = os.stat(file).st_mtime
     if writable:
         with contextlib.suppress(OSError), tempfile.TemporaryFile(dir=file.parent) as probe:

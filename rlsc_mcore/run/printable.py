@@ -1,10 +1,9 @@
-"""Make text from files safe to print: no terminal control, no secrets. Imports no torch."""
+"""Escape control characters and hide secrets in text before it is printed. Imports no torch."""
 
 import re
 import unicodedata
 
-# Key names whose values are secret, in NAME=value, "name": "value" and --name value; and passwords in
-# addresses.
+# Names of keys with secret values, as in NAME=value and "name": "value"; and passwords in URLs.
 _SECRET_NAME = r"(?:[A-Za-z0-9_.\-]*[_.\-](?:JWT|KEY|SECRET|TOKEN|PASS|PASSWORD|PASSWD|CREDENTIALS?)|API_?KEY|SECRET|PASSWORD|PASSWD)"
 _ASSIGNMENT = re.compile(rf"(?i)\b({_SECRET_NAME})((?:\"|')?\s*[=:]\s*(?:\"|')?)([^\s\"',;]+)")
 _ADDRESS = re.compile(r"(?i)\b([a-z][a-z0-9+.\-]*://)([^/\s@:]+):([^/\s@]+)@")
@@ -15,16 +14,15 @@ HIDDEN = "***"
 
 
 def printable(text: object) -> str:
-    r"""Return `text` on one line with control and direction characters as escapes (`\x1b`); other text stays
-    as it is.
+    r"""Return `text` on one line with control characters as escapes (`\x1b`); other text is unchanged.
 
-    Covers C0 and C1 controls, DEL, characters that turn the writing direction, and lone surrogates.
+    Escaped are C0 and C1 controls, DEL, characters that change the writing direction, and lone surrogates.
     """
     return "".join(_escape(character) for character in " ".join(str(text).splitlines()))
 
 
 def without_secrets(text: str) -> str:
-    """Hide the values of keys, tokens and passwords in `text`."""
+    """Return `text` with the values of keys, tokens and passwords replaced by `***`."""
     text = _ADDRESS.sub(rf"\1\2:{HIDDEN}@", text)
     text = _ASSIGNMENT.sub(rf"\1\2{HIDDEN}", text)
     return _WELL_KNOWN.sub(HIDDEN, text)

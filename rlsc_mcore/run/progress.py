@@ -8,11 +8,11 @@ from rlsc_mcore.run.files import row_from_json
 from rlsc_mcore.run.folder import METRICS_FILE
 
 RECENT_STEPS = 5
-TAIL_BYTES = 1 << 20  # of metrics.jsonl, read from its end
+TAIL_BYTES = 1 << 20  # number of bytes that are read from the end of metrics.jsonl
 
 
 def duration(seconds: float) -> str:
-    """Say a time span as people do: 42 s, 7 min, 3 h 20 min."""
+    """Format a duration: 42 s, 7 min, 3 h 20 min."""
     seconds = max(0.0, seconds)
     if seconds < 120:
         return f"{seconds:.0f} s"
@@ -21,7 +21,7 @@ def duration(seconds: float) -> str:
 
 
 def last_metrics(run_dir: Path) -> list[dict[str, Any]]:
-    """Read the last rows of metrics.jsonl; a line that is still being written is left out."""
+    """Read the last rows of metrics.jsonl (its last 1 MiB); incomplete lines are left out."""
     try:
         with (run_dir / METRICS_FILE).open("rb") as file:
             file.seek(0, 2)
@@ -40,7 +40,7 @@ def last_metrics(run_dir: Path) -> list[dict[str, Any]]:
 
 
 def seconds_left(rows: Sequence[Mapping[str, Any]], num_steps: int) -> float | None:
-    """Estimate the seconds of the steps that are left from the mean of the last five; None before the
-    first."""
+    """Estimate the seconds of the remaining steps from the mean of the last five; None before the first
+    step."""
     recent = [sum(row["seconds"].values()) for row in rows[-RECENT_STEPS:]]
     return sum(recent) / len(recent) * max(0, num_steps - len(rows)) if recent else None

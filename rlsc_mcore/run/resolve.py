@@ -1,5 +1,5 @@
-"""Resolve what a command line asks for: the configuration of a run, and the checkpoint that it resumes from.
-Imports no torch."""
+"""Resolve a command line to the configuration of a run and the checkpoint to resume from. Imports no
+torch."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -34,9 +34,10 @@ RESUMABLE_FIELDS = (
 
 
 def resolve_training(options: Mapping[str, str], flags: Sequence[str]) -> tuple[Config, Path | None]:
-    """Resolve the configuration of `rlsc train`, and the checkpoint that it goes on from; imports no torch.
+    """Return the configuration of `rlsc train` and the checkpoint to resume from, or None for a new run.
 
-    Raises `ConfigError` when the run folder holds another run.
+    Raises `ConfigError` if the run folder holds a run with another configuration, or if `--resume` changes a
+    field outside `RESUMABLE_FIELDS`. Imports no torch.
     """
     if "--resume" in options:
         if "--config" in options:
@@ -59,7 +60,8 @@ def resolve_training(options: Mapping[str, str], flags: Sequence[str]) -> tuple[
 
 
 def _same_run(config: Config) -> Path | None:
-    """The checkpoint to go on from when `run_dir` holds this very run; None for a new run."""
+    """Return the checkpoint to resume from if `run_dir` holds a run with this configuration; None for a new
+    run."""
     run_dir = Path(config.run_dir)
     file = run_dir / "config.yaml"
     if not file.is_file():
@@ -74,7 +76,10 @@ def _same_run(config: Config) -> Path | None:
 
 
 def split_options(arguments: Sequence[str], names: Sequence[str]) -> tuple[dict[str, str], list[str]]:
-    """Take `--name VALUE` or `--name=VALUE` of `names` out of the arguments."""
+    """Split the arguments into {name: value} for the options `names`, and the remaining arguments.
+
+    Accepts `--name VALUE` and `--name=VALUE`.
+    """
     taken: dict[str, str] = {}
     rest = []
     queue = list(arguments)

@@ -1,5 +1,7 @@
-"""Temporary folders that do not outlive their process: what a killed one left goes at the next start. Imports
-no torch."""
+"""Create temporary folders that are deleted when their process ends. Imports no torch.
+
+Folders of a killed process are deleted when a later process creates one.
+"""
 
 import atexit
 import contextlib
@@ -17,13 +19,13 @@ from rlsc_mcore.run.machine import describe_process, is_alive
 
 PREFIX = "rlsc-scratch-"
 MARKER = "process.json"
-UNMARKED_AFTER_S = 3600.0  # a folder without a readable marker: its process was killed while it made it
-_folders: list[Path] = []  # of this process
+UNMARKED_AFTER_S = 3600.0  # age at which a folder without a readable marker is deleted
+_folders: list[Path] = []  # temporary folders of this process
 
 
 @contextmanager
 def scratch_folder(purpose: str) -> Iterator[Path]:
-    """Make a private temporary folder (mode 700) that names this process, and delete it after the block."""
+    """Create a private temporary folder (mode 700) with this process's marker; delete it after the block."""
     folder = make_scratch(purpose)
     try:
         yield folder
@@ -32,8 +34,10 @@ def scratch_folder(purpose: str) -> Iterator[Path]:
 
 
 def make_scratch(purpose: str) -> Path:
-    """Make a private temporary folder (mode 700) that is deleted when this process ends, or by the next one
-    after a kill."""
+    """Create a private temporary folder (mode 700) that is deleted when this process ends.
+
+    If this process is killed, a later process deletes the folder.
+    """
     remove_leftovers()
     folder = Path(tempfile.mkdtemp(prefix=f"{PREFIX}{purpose}-"))
     (folder / MARKER).write_text(json.dumps(describe_process()), encoding="utf-8")
@@ -44,11 +48,11 @@ def make_scratch(purpose: str) -> Path:
 
 
 def private_cache(name: str) -> Path:
-    """Return this user's cache folder `name`, of mode 700 and nobody else's; a temporary one where there is
-    no such folder.
+    """Return this user's cache folder `name`, created with mode 700, or a temporary folder if it is not
+    usable.
 
-    What is compiled there is loaded into the process: a folder that another user owns or may write is
-    refused.
+    The process loads compiled code from this folder. So a folder that another user owns or may write is not
+    used.
     """
     base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     folder = Path(base) / "rlsc" / name
@@ -60,19 +64,21 @@ def private_cache(name: str) -> Path:
 
 
 def is_private(folder: Path) -> bool:
-    """Tell whether a folder is this user's own, no link, and closed to writes of all others."""
+    """Return whether a path is a folder and no link, belongs to this user, and only its owner may write
+    it."""
     facts = folder.lstat()
     return stat.S_ISDIR(facts.st_mode) and facts.st_uid == os.getuid() and not facts.st_mode & 0o022
 
 
 def remove_scratch() -> None:
-    """Delete this process's temporary folders; for endings that run no `finally`."""
+    """Delete this process's temporary folders; called when the process exits without running `finally`
+    blocks."""
     while _folders:
         _remove(_folders[-1])
 
 
 def remove_leftovers() -> None:
-    """Delete the temporary folders of this user's processes that have ended on this machine."""
+    """Delete the temporary folders of this user's ended processes on this machine."""
     with contextlib.suppress(OSError):
         for folder in Path(tempfile.gettempdir()).glob(f"{PREFIX}*"):
             with contextlib.suppress(OSError):

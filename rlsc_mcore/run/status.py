@@ -1,10 +1,10 @@
-"""What a run is doing and how it ended: `status.json` in its folder, replaced whole at each change. Imports
-no torch.
+"""Record the phase of a run and how it ended in `status.json` in its folder. Imports no torch.
 
-The launch script decides by `state` whether a job is done, goes on or stays down; `rlsc status` shows the
-rest. Two ranks may write at once, the main one what it does and another one that it failed: the failure also
-goes into `ending.json`, which only the first can make, and whoever writes `status.json` looks for it
-afterwards. So a failure is never lost to a later "running".
+The file is replaced atomically at each change. The launch script reads `state` to decide whether a job is
+done, is restarted or stays stopped; `rlsc status` prints the other fields. The main rank can write its phase
+while another rank reports a failure. So a failure is also written to `ending.json`, which only the first
+failing rank can create. Every writer of `status.json` reads `ending.json` afterwards, so a later "running"
+cannot overwrite a failure.
 """
 
 import contextlib
@@ -23,20 +23,21 @@ from rlsc_mcore.run.owner import FolderInUse, FolderLost, Owner
 from rlsc_mcore.run.printable import without_secrets
 
 FILE, ENDING_FILE = "status.json", "ending.json"
-# Set by the launch script, which has checked the folder and waits for this file to say how it ended.
+# The launch script sets these variables. It checks the folder and reads the end of the run from `FILE`.
 JOB_VARIABLE, ATTEMPT_VARIABLE = "SLURM_JOB_ID", "RLSC_ATTEMPT"
 SECONDS_BETWEEN_COUNTS = 5.0
-RESERVED_BYTES = 4096  # of status.json: on a full disk it is overwritten in place, which needs no new space
+RESERVED_BYTES = 4096  # size of status.json: on a full disk it can be overwritten in place
 State = Literal["launching", "running", "stopped", "done", "config", "crash"]
 FAILED: tuple[State, ...] = ("config", "crash")
 ENDED: tuple[State, ...] = ("stopped", "done", *FAILED)
 
 
 class RunStatus:
-    """Writes the run's status from its main rank; silent on others.
+    """Write the status of the run on the main rank; other ranks write nothing.
 
-    states: `launching` (the launch script checks), `running`, `stopped` (on request, saved), `done`, `config`
-    (bad input), `crash`. Times are seconds since the epoch. A status that cannot be written never ends a run.
+    States: `launching` (the launch script runs its checks), `running`, `stopped` (on request, with a
+    checkpoint), `done`, `config` (bad input), `crash`. Times are seconds since the epoch. A status that
+    cannot be written does not end the run.
     """
 
     def __init__(
@@ -48,7 +49,8 @@ class RunStatus:
         on_phase: Callable[[str, int | None], None] | None = None,
         owner: Owner | None = None,
     ) -> None:
-        """`on_phase` hears of each new phase on every rank; `owner` is checked at each."""
+        """Write the first status; at each new phase, `on_phase` is called and `owner` is checked on every
+        rank."""
         self._run_dir, self._enabled, self._on_phase, self._owner = run_dir, enabled, on_phase, owner
         self._facts: dict[str, Any] = {
             "state": "running",
@@ -63,15 +65,15 @@ class RunStatus:
         self._counted = 0.0
         if (
             enabled and not is_launched()
-        ):  # the launch script has removed it before any rank began, so that none is lost here
+        ):  # with a launch script, the file is deleted before the ranks start, so no failure report is lost
             with contextlib.suppress(OSError):
                 (run_dir / ENDING_FILE).unlink()
         self._write()
 
     def phase(self, name: str, step: int | None = None) -> None:
-        """Say what the run does from now on; `step` counts finished optimizer steps.
+        """Record the start of a phase; `step` is the number of finished optimizer steps.
 
-        Raises `FolderLost` when the folder has gone or belongs to another process.
+        Raises `FolderLost` if the folder is gone or belongs to another process.
         """
         if self._owner is not None:
             self._owner.check()
@@ -83,8 +85,8 @@ class RunStatus:
         self._write()
 
     def counting(self, advance: Callable[[int], None]) -> Callable[[int], None]:
-        """Return a function that counts tokens of this phase and passes them on to `advance`; written every
-        few seconds."""
+        """Return a function that counts tokens of this phase, writes the count every few seconds, and calls
+        `advance`."""
 
         def count(tokens: int) -> None:
             self._facts["tokens"] += tokens
@@ -101,10 +103,10 @@ class RunStatus:
 
 
 def write_end(run_dir: Path, state: State, **facts: Any) -> None:
-    """Say how the run ended, keeping phase and step; the first rank that reports a crash or bad input is
-    believed.
+    """Record how the run ended; phase and step are kept.
 
-    Nothing is written into a folder that this run has not claimed.
+    Only the first report of a crash or bad input is recorded. Nothing is written unless this run owns the
+    folder.
     """
     last, place = read_status(run_dir) or {}, _place()
     is_ours = last.get("state") == "running" and (
@@ -120,10 +122,10 @@ def write_end(run_dir: Path, state: State, **facts: Any) -> None:
 
 @contextmanager
 def recorded_end(run_dir: Path) -> Iterator[None]:
-    """Record bad input and crashes inside the block, and let them pass."""
+    """Record bad input and crashes inside the block, then re-raise them."""
     try:
         yield
-    except (FolderInUse, FolderLost):  # another process owns the folder and its status
+    except (FolderInUse, FolderLost):  # the status file belongs to another process
         raise
     except ConfigError as error:
         write_end(run_dir, "config", message=str(error))
@@ -134,20 +136,19 @@ def recorded_end(run_dir: Path) -> Iterator[None]:
     except BaseException as error:
         kind = (
             "" if isinstance(error, RunError) else f"{type(error).__name__}: "
-        )  # a RunError's line says it all
+        )  # the message of a RunError needs no type name
         text = explain(error) or kind + str(error)
         write_end(run_dir, "crash", message=" ".join(text.split())[:500])
         raise
 
 
 def read_status(run_dir: Path) -> dict[str, Any] | None:
-    """Return the last status, or None where there is none (or none that can be read)."""
+    """Return the last status, or None if the file is missing or unreadable."""
     return _read(run_dir / FILE)
 
 
 def is_launched() -> bool:
-    """Tell whether the launch script started this process: it has checked that the run folder is this run's
-    own."""
+    """Return whether the launch script, which checks that the run folder is free, started this process."""
     return ATTEMPT_VARIABLE in os.environ
 
 
@@ -176,7 +177,7 @@ def _is_first(file: Path, ending: dict[str, Any]) -> bool:
     except FileExistsError:
         return False
     except OSError:
-        return True  # a status that cannot be written never ends a run
+        return True  # a status that cannot be written does not end the run
     return True
 
 
@@ -184,13 +185,13 @@ def _publish(run_dir: Path, facts: dict[str, Any]) -> None:
     _replace(run_dir / FILE, facts)
     ending = _read(
         run_dir / ENDING_FILE
-    )  # None too while its writer is at it: that one replaces the status after this
+    )  # None if its writer is not finished; that writer replaces the status afterwards
     if ending is not None and ending.get("state") != facts["state"]:
         _replace(run_dir / FILE, ending)
 
 
 def _replace(file: Path, facts: dict[str, Any]) -> None:
-    """Replace the status whole, or in place where the disk has no room for a second file; it never fails."""
+    """Replace the status atomically, or in place if the disk has no space for a second file; never raises."""
     partial = file.with_name(f"{file.name}.{socket.gethostname()}.{os.getpid()}.partial")
     content = _text(facts).ljust(RESERVED_BYTES).encode()
     try:
@@ -200,7 +201,7 @@ def _replace(file: Path, facts: dict[str, Any]) -> None:
         with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)
         with contextlib.suppress(OSError):
-            descriptor = os.open(file, os.O_WRONLY)  # no O_CREAT: a folder that is gone stays gone
+            descriptor = os.open(file, os.O_WRONLY)  # no O_CREAT: a deleted status file is not created again
             try:
                 os.pwrite(descriptor, content.ljust(os.fstat(descriptor).st_size), 0)
             finally:

@@ -1,5 +1,5 @@
-"""Keep a run alive when what it prints cannot be written: a closed terminal, a full disk behind a
-redirection. Imports no torch."""
+"""Keep a run alive if its output cannot be written: the terminal is closed, or the disk of a redirected
+output is full. Imports no torch."""
 
 import os
 import sys
@@ -7,10 +7,10 @@ from typing import Any
 
 
 def survive_a_lost_terminal() -> None:
-    """Let the process's prints fail silently from the first failed write on; mutates `sys.stdout` and
-    `sys.stderr`.
+    """Ignore failed writes to standard output and error; replaces `sys.stdout` and `sys.stderr`.
 
-    The file descriptor then points to /dev/null, so that what libraries print does not fail either.
+    After the first failed write the file descriptor points to /dev/null, so the output of libraries does not
+    fail either.
     """
     if not isinstance(sys.stdout, _Surviving):
         sys.stdout = _Surviving(sys.stdout, 1)
@@ -19,13 +19,13 @@ def survive_a_lost_terminal() -> None:
 
 
 class _Surviving:
-    """A text stream whose writes never raise OSError; everything else is the stream's own."""
+    """A text stream whose writes never raise OSError; every other attribute is that of the wrapped stream."""
 
     def __init__(self, stream: Any, descriptor: int) -> None:
         self._stream, self._descriptor = stream, descriptor
 
     def write(self, text: str) -> int:
-        """Write `text`, with an escape for what the terminal's encoding lacks."""
+        """Write `text`; characters that the terminal's encoding lacks are written as escapes."""
         try:
             self._stream.write(text)
         except UnicodeEncodeError:
@@ -36,7 +36,7 @@ class _Surviving:
         return len(text)
 
     def flush(self) -> None:
-        """Flush, or stop printing for good."""
+        """Flush; after a failure the output goes to /dev/null."""
         try:
             self._stream.flush()
         except OSError:
