@@ -1,4 +1,4 @@
-"""Find and read the benchmarks of arXiv 2506.06395, AIME 2025 beside them, and any question file."""
+"""Find and read the benchmarks of arXiv 2506.06395, AIME 2025, and any question file."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,10 +20,10 @@ class Benchmark:
     name: str
     hub: str
     split: str
-    fields: str  # what each object of its file needs, for the message that says which file to bring
+    fields: str  # fields that each JSON object of its file needs; shown if the file is missing
     subset: str | None = None
     option_seed: int | None = None  # see `read_question`
-    is_gated: bool = False  # its owner asks for an account and for consent to terms
+    is_gated: bool = False  # the hub requires an account and acceptance of the terms
 
 
 BENCHMARKS = {
@@ -65,12 +65,11 @@ BENCHMARKS = {
 
 
 def load_benchmark(name: str, folder: Path | None = None) -> list[Question]:
-    """Read a benchmark by name, or a question file by path (`embedded:test` too); every question has an
+    """Read a benchmark by name, or a question file by path (also `embedded:test`); every question has an
     answer.
 
-    A named one is looked for as NAME.jsonl, NAME_test.jsonl or the same as .json in `folder`, then on the
-    hub. Raises ConfigError naming the file, line and field that is wrong, or the file to bring where there is
-    neither file nor network.
+    A benchmark is read from NAME.jsonl or NAME_test.jsonl (or .json) in `folder`, else from the hub. Raises
+    ConfigError naming the invalid file, line and field, or the file to provide if neither source can be read.
     """
     benchmark = BENCHMARKS.get(name)
     if benchmark is None:
@@ -99,7 +98,7 @@ def load_benchmark(name: str, folder: Path | None = None) -> list[Question]:
 
 
 def missing_benchmarks(names: Sequence[str], folder: Path | None = None) -> list[str]:
-    """Name every benchmark that cannot be read here, each with the file to bring."""
+    """Return one message per benchmark that cannot be read; it names the file to provide."""
     missing = []
     for name in names:
         try:

@@ -30,16 +30,21 @@ def evaluate(
     stop_token_ids: Sequence[int] = (),
     should_stop: Callable[[], bool] | None = None,
 ) -> dict[str, Any]:
-    """Answer every question greedily and `evaluation.num_samples` times at each temperature, and score it.
+    """Sample one greedy answer and `evaluation.num_samples` answers per temperature for each question; grade
+    and score them.
 
-    Returns {"scores": name -> {"mean", "standard_error"}, "answers": [AnswerRecord], "questions":
-    [QuestionRecord]}. Names: `greedy`, `accuracy_t0.5` (strict: the last box), `lenient_t0.5` (else the last
-    number), per temperature; `boxed_share`, `mean_length`, `truncated_share`, `distinct_share` and
-    `confidence_f` (F) at the highest temperature. The same seeds for every `label`, so that before and after
-    are paired. `max_new_tokens` replaces `rollout.max_new_tokens`; `stop_token_ids` end an answer beside the
-    engine's own. `evaluation.grader` says what is right. Raises `GenerationInterrupted` soon after
-    `should_stop` answers True. Collective over the world: questions are spread over the engines, results are
-    the same on every rank.
+    Collective over the world: each engine answers every `num_engines`-th question, and every rank returns the
+    same result. Returns {"scores": name -> {"mean", "standard_error"}, "answers": [AnswerRecord],
+    "questions": [QuestionRecord]}.
+
+    Score names per temperature: `greedy`, `accuracy_t0.5` (strict: the last box), `lenient_t0.5` (without a
+    box, the last number). At the highest temperature: `boxed_share`, `mean_length`, `truncated_share`,
+    `distinct_share`. At temperature 1: `confidence_f` (F).
+
+    The seeds do not depend on `label`, so evaluations before and after training are paired. `max_new_tokens`
+    replaces `rollout.max_new_tokens`. `stop_token_ids` are stop tokens in addition to the engine's.
+    `evaluation.grader` selects the rule for `strict`. Raises `GenerationInterrupted` soon after `should_stop`
+    returns True.
     """
     local = range(groups.engine_index, len(questions), groups.num_engines)
     outcomes: dict[float, dict[int, list[AnswerRecord]]] = {}
@@ -82,8 +87,8 @@ def evaluate(
         )
         texts = [text_before_stop(text, config.evaluation.stop) for text in decoded]
         grades = grade_answers(texts, asked_of, config.evaluation.grader)
-        # The engine's log-probs are of the softmax that was sampled where it scores the tempered one, or
-        # where nothing tempers it.
+        # The engine's log-probs are those of the sampling distribution if top_p is 1 and either the
+        # temperature is 1 or the engine scores the tempered softmax.
         is_scored = config.evaluation.top_p == 1 and (
             temperature == UNTEMPERED or (engine.tempered and temperature != GREEDY)
         )
@@ -92,7 +97,7 @@ def evaluate(
         graded = [[next(records) for _ in group] for group in completions]
         outcomes[temperature] = dict(zip(local, graded, strict=True))
         answers += [record for group in graded for record in group]
-    if groups.any(interrupted):  # a rank that left early would miss the others in the collection below
+    if groups.any(interrupted):  # every rank must raise: the gather below is a collective
         raise GenerationInterrupted
     merged: dict[float, dict[int, list[AnswerRecord]]] = {temperature: {} for temperature in temperatures}
     rows: list[AnswerRecord] = []
@@ -109,7 +114,7 @@ def evaluate(
 
 
 def text_before_stop(text: str, stops: Sequence[str]) -> str:
-    """Cut a text at the first of the strings that end an answer."""
+    """Return the text before the first stop string in it."""
     starts = [start for stop in stops if (start := text.find(stop)) >= 0]
     return text[: min(starts)] if starts else text
 

@@ -11,7 +11,7 @@ from rlsc_mcore.evaluation.statistics import PairedChange, bootstrap_interval, c
 
 
 def metric_names(temperatures: Sequence[float]) -> dict[str, tuple[float, str]]:
-    """Name the numbers that experiments report -> (temperature, field of the answers)."""
+    """Return the metrics of an experiment: name -> (temperature, field of the answers)."""
     hottest = max(temperatures, default=GREEDY)
     names = {score_key("accuracy", t): (t, "strict") for t in (*temperatures, GREEDY)}
     names |= {score_key("lenient", t): (t, "lenient") for t in (*temperatures, GREEDY)}
@@ -23,7 +23,10 @@ def metric_names(temperatures: Sequence[float]) -> dict[str, tuple[float, str]]:
 def seed_average(
     per_seed: Sequence[Sequence[AnswerRecord]], temperature: float, field: str
 ) -> dict[int, float]:
-    """Return each question's mean over seeds of its own means: the question stays the sampling unit."""
+    """Return the mean per question, averaged over its answers and then over seeds: question -> mean.
+
+    Only questions that every seed has are returned. The question remains the sampling unit.
+    """
     parts = [
         _probabilities(answers, temperature)
         if field == "probability"
@@ -39,11 +42,11 @@ def summarize(
     after: Sequence[Sequence[AnswerRecord]],
     names: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """Score one variant against the base, both given seed by seed.
+    """Compare one variant with the base; `before` and `after` hold the answers of each seed.
 
-    Each metric has its value and paired change over questions, with intervals and p-value, the spread of the
-    seeds, and, where both sides have the same two seeds or more, the change as a sample of questions and
-    seeds (`change.over_seeds`).
+    Returns per metric: mean, standard error and interval; `per_seed` means and their standard deviation; and
+    the paired change over questions with interval and p-value. With two or more paired seeds,
+    `change.over_seeds` is the change over questions and seeds.
     """
     rows: dict[str, Any] = {}
     for name, (temperature, field) in names.items():
@@ -80,8 +83,10 @@ def _over_seeds(
     field: str,
     over_questions: PairedChange,
 ) -> dict[str, Any] | None:
-    """Return the change over questions and seeds, never surer than the one over questions alone; None without
-    two seeds."""
+    """Return the change over questions and seeds, or None if there are fewer than two paired seeds.
+
+    Its interval contains the interval over questions alone, and its p-value is at least as large.
+    """
     if len(before) != len(after):
         return None
     first, second = (

@@ -1,5 +1,4 @@
-"""What an evaluation leaves behind: scores as JSON, every question and every answer as JSONL, and how to read
-them back."""
+"""Write and read the results of an evaluation: scores as JSON, questions and answers as JSONL."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -13,12 +12,12 @@ from rlsc_mcore.run.files import to_json, write_atomically
 
 @dataclass(frozen=True)
 class QuestionRecord:
-    """One question as it was asked."""
+    """One question with its prompt."""
 
     question: int  # its index in its file
     text: str
     gold: str
-    prompt: str  # special tokens spelled out
+    prompt: str  # decoded, including special tokens
 
 
 @dataclass(frozen=True)
@@ -30,7 +29,7 @@ class AnswerRecord:
     sample: int
     gold: str
     text: str
-    extracted: str | None  # what was compared with the gold answer
+    extracted: str | None  # the final answer that is compared with the gold answer
     strict: bool
     lenient: bool
     boxed: bool
@@ -38,11 +37,11 @@ class AnswerRecord:
     tokens: int
     log_prob: (
         float | None
-    )  # of the distribution that was sampled; None where the engine did not score that one
+    )  # of the answer under the sampling distribution; None if the engine does not return that
 
 
 def write_records(folder: Path, name: str, result: Mapping[str, Any]) -> None:
-    """Write FOLDER/NAME.json (scores), NAME.answers.jsonl and NAME.questions.jsonl, each by one rename."""
+    """Write FOLDER/NAME.json (scores), NAME.answers.jsonl and NAME.questions.jsonl, each atomically."""
     folder.mkdir(parents=True, exist_ok=True)
     _write_lines(folder / f"{name}.questions.jsonl", result["questions"])
     _write_lines(folder / f"{name}.answers.jsonl", result["answers"])
@@ -50,7 +49,7 @@ def write_records(folder: Path, name: str, result: Mapping[str, Any]) -> None:
 
 
 def read_answers(folder: Path, name: str) -> list[AnswerRecord]:
-    """Read NAME.answers.jsonl; an empty list where there is none. Raises ConfigError naming file and line."""
+    """Read NAME.answers.jsonl; return [] if there is none. Raises ConfigError naming file and line."""
     return [
         AnswerRecord(**_only(row, AnswerRecord))
         for row in _read_lines(folder / f"{name}.answers.jsonl", AnswerRecord)
@@ -58,8 +57,10 @@ def read_answers(folder: Path, name: str) -> list[AnswerRecord]:
 
 
 def read_question_records(folder: Path, name: str) -> dict[int, QuestionRecord]:
-    """Read NAME.questions.jsonl by question index; empty where there is none. Raises ConfigError naming file
-    and line."""
+    """Read NAME.questions.jsonl as question index -> record; return {} if there is none.
+
+    Raises ConfigError naming file and line.
+    """
     rows = _read_lines(folder / f"{name}.questions.jsonl", QuestionRecord)
     return {int(row["question"]): QuestionRecord(**_only(row, QuestionRecord)) for row in rows}
 
@@ -83,7 +84,7 @@ def _read_lines(file: Path, kind: type) -> list[dict[str, Any]]:
         return []
     expected = {entry.name for entry in fields(kind)}
     rows = []
-    # Split at \n alone: answers may hold U+2028, which str.splitlines takes for the end of a line.
+    # Split at \n only: answers may contain U+2028, which str.splitlines treats as a line break.
     for number, line in enumerate(file.read_bytes().split(b"\n"), start=1):
         if not line.strip():
             continue

@@ -1,5 +1,4 @@
-"""Scores that need several samples per question: pass@k, maj@k, and whether confidence knows what is
-right."""
+"""Compute scores that need several samples per question: pass@k, maj@k, and calibration of the confidence."""
 
 import itertools
 import math
@@ -15,7 +14,7 @@ from rlsc_mcore.evaluation.scores import estimate
 from rlsc_mcore.grading.rewards import answer_classes
 
 NUM_BINS = 10
-MAX_SUBSETS = 200  # of a question's answers, that maj@k is averaged over
+MAX_SUBSETS = 200  # subsets of a question's answers over which maj@k is averaged
 
 
 @dataclass(frozen=True)
@@ -28,10 +27,9 @@ class Bin:
 
 
 def pass_at_k(num_samples: int, num_right: int, k: int) -> float:
-    """Return the chance that at least one of k samples drawn without replacement is right: 1 - C(n - c, k) /
-    C(n, k), unbiased.
+    """Return the probability that at least one of k samples, drawn without replacement, is right.
 
-    Raises ValueError unless 1 <= k <= num_samples.
+    The unbiased estimate is 1 - C(n - c, k) / C(n, k). Raises ValueError unless 1 <= k <= num_samples.
     """
     if not 1 <= k <= num_samples or not 0 <= num_right <= num_samples:
         raise ValueError(
@@ -42,18 +40,17 @@ def pass_at_k(num_samples: int, num_right: int, k: int) -> float:
 
 
 def majority_accuracy(answers: Sequence[AnswerRecord]) -> float:
-    """Return the chance that the majority's answer is right; equally frequent answers share it.
+    """Return 1 if the most frequent answer is right, else 0; of equally frequent answers, the right fraction.
 
-    An answer that is neither boxed nor counted as right (`strict`, by `evaluation.grader`) casts no vote.
+    Answers that are neither boxed nor `strict` (by `evaluation.grader`) have no vote.
     """
     return majority_at_k(answers, len(answers))
 
 
 def majority_at_k(answers: Sequence[AnswerRecord], k: int) -> float:
-    """Return the chance that the majority of k answers is right, over subsets of the answers of this size.
+    """Return `majority_accuracy` averaged over subsets of k answers.
 
-    All answers once where k is their number; the mean over every subset where there are at most 200, else
-    over 200 subsets drawn with a fixed seed.
+    If there are at most 200 subsets, all are used; otherwise 200 subsets are drawn with a fixed seed.
     """
     votes, is_right = _votes(answers)
     if math.comb(len(answers), k) <= MAX_SUBSETS:
@@ -66,7 +63,7 @@ def majority_at_k(answers: Sequence[AnswerRecord], k: int) -> float:
 
 
 def _votes(answers: Sequence[AnswerRecord]) -> tuple[list[int], dict[int, bool]]:
-    """Return each answer's class (-1: no vote), and of each class whether its first answer is right."""
+    """Return the class of each answer (-1: no vote), and class -> whether its first answer is right."""
     votes = answer_classes(
         [answer.extracted if answer.boxed or answer.strict else None for answer in answers]
     )
@@ -82,11 +79,10 @@ def _majority(votes: Sequence[int], is_right: Mapping[int, bool]) -> float:
 
 
 def sampling_scores(answers: Sequence[AnswerRecord], temperature: float) -> dict[str, Any]:
-    """Score all answers at one temperature: name -> mean with standard error over questions, and the
-    calibration.
+    """Score all answers at one temperature; return name -> mean and standard error over questions.
 
-    avg@n over all n samples; pass@k and maj@k for every power of two up to n and for n itself;
-    mean log p, lengths, calibration.
+    The scores are avg@n over all n samples; pass@k and maj@k for each power of two up to n and for n; and the
+    median length. If every answer has a log-prob, also the mean log p and `calibration`.
     """
     groups: dict[int, list[AnswerRecord]] = {}
     for answer in answers:
@@ -118,12 +114,12 @@ def sampling_scores(answers: Sequence[AnswerRecord], temperature: float) -> dict
 
 
 def calibration(groups: Mapping[int, Sequence[AnswerRecord]]) -> dict[str, Any]:
-    """Say whether a confident answer is right more often.
+    """Measure whether answers with a higher log p(y|x) are right more often.
 
-    `auroc`: chance that a right answer has a higher log p(y|x) than a wrong one, over all answers;
-    `auroc_within` over pairs of answers to the same question, which leaves out that easy questions have
-    short, likely answers. 0.5 says nothing, None where there is no pair. `bins`: reliability curve of p(y|x);
-    `expected_error`: mean |confidence - accuracy| over answers.
+    `auroc`: probability that a right answer has a higher log p(y|x) than a wrong one, over all pairs.
+    `auroc_within`: the same over pairs of answers to one question; it is not affected by the fact that easy
+    questions have short, likely answers. For both, 0.5 means no relation, and None means that there is no
+    pair. `bins`: reliability curve of p(y|x). `expected_error`: mean |confidence - accuracy| over answers.
     """
     everything = [answer for group in groups.values() for answer in group]
     bins = reliability(
@@ -143,8 +139,10 @@ def calibration(groups: Mapping[int, Sequence[AnswerRecord]]) -> dict[str, Any]:
 
 
 def auroc(values: Sequence[float], is_right: Sequence[bool]) -> float | None:
-    """Return the chance that a right one's value is above a wrong one's, ties counting half; None without
-    both kinds."""
+    """Return the probability that a right answer has a higher value than a wrong one; ties count half.
+
+    None if all answers are right or all are wrong.
+    """
     wins, pairs = _pairs(values, is_right)
     return wins / pairs if pairs else None
 
@@ -152,8 +150,10 @@ def auroc(values: Sequence[float], is_right: Sequence[bool]) -> float | None:
 def reliability(
     confidences: Sequence[float], is_right: Sequence[bool], num_bins: int = NUM_BINS
 ) -> list[Bin]:
-    """Sort answers by confidence into bins of equal count (equal confidences stay together); return each
-    bin's means."""
+    """Sort answers by confidence into bins of equal count and return the means of each bin.
+
+    Answers with equal confidence are in the same bin.
+    """
     order = np.argsort(np.asarray(confidences), kind="stable")
     values, rights = (
         np.asarray(confidences, dtype=np.float64)[order],
@@ -166,7 +166,8 @@ def reliability(
 
 
 def _pairs(values: Sequence[float], is_right: Sequence[bool]) -> tuple[float, int]:
-    """Wins of right over wrong values (ties half) and the number of pairs, by ranks."""
+    """Count the pairs in which the right answer has the higher value (ties half); return (count, all
+    pairs)."""
     data, flags = np.asarray(values, dtype=np.float64), np.asarray(is_right, dtype=bool)
     wrong = np.sort(data[~flags])
     right = data[flags]

@@ -1,8 +1,7 @@
-"""Scores of sampled answers with standard errors; the question is the sampling unit.
+"""Compute scores of sampled answers with standard errors; the question is the sampling unit.
 
-Samples of one question are not independent of each other, so a score is the mean over questions of each
-question's own mean, and its standard error is that of those question means: clustering by question, with
-equal weight for every question.
+Samples of one question are not independent. So a score is the mean over questions of the mean per question,
+and its standard error is that of the question means. This is clustering by question with equal weights.
 """
 
 import math
@@ -29,17 +28,16 @@ HIGHEST_TEMPERATURE_SCORES = ("boxed_share", "mean_length", "truncated_share", "
 
 
 class Estimate(TypedDict):
-    """A mean over questions. One question alone has no standard error: None."""
+    """A mean over questions with its standard error, which is None for a single question."""
 
     mean: float
     standard_error: float | None
 
 
 def score_key(kind: str, temperature: float) -> str:
-    """Return the key under which `accuracy` or `lenient` is reported at a temperature: `accuracy_t0.5`,
-    `lenient_t1`, `greedy`.
+    """Return the key of `accuracy` or `lenient` at a temperature: `accuracy_t0.5`, `lenient_t1`, `greedy`.
 
-    Different temperatures have different keys: as many digits are kept as tell them apart.
+    Different temperatures have different keys: if `:g` loses digits, all digits are kept.
     """
     if temperature == GREEDY:
         return "greedy" if kind == "accuracy" else f"{kind}_greedy"
@@ -48,8 +46,10 @@ def score_key(kind: str, temperature: float) -> str:
 
 
 def score_label(key: str, highest_temperature: float | None = None) -> str:
-    """Describe a score for tables and figures; `highest_temperature` is that of the scores which are reported
-    at it alone."""
+    """Return the label of a score for tables and figures.
+
+    `highest_temperature` is added to the scores that are reported at the highest temperature only.
+    """
     if key in _LABELS:
         at_highest = key in HIGHEST_TEMPERATURE_SCORES and highest_temperature is not None
         return _LABELS[key] + (f", T = {highest_temperature:g}" if at_highest else "")
@@ -58,7 +58,7 @@ def score_label(key: str, highest_temperature: float | None = None) -> str:
 
 
 def key_temperature(key: str) -> float | None:
-    """Return the temperature in a key of `score_key`; None for greedy answers and for other scores."""
+    """Return the temperature in a key made by `score_key`; None for greedy answers and other scores."""
     kind, separator, temperature = key.partition("_t")
     return float(temperature) if separator and kind in _RULES else None
 
@@ -75,10 +75,10 @@ def estimate(question_means: Sequence[float]) -> Estimate:
 
 
 def question_scores(samples: Sequence[AnswerRecord]) -> dict[str, float]:
-    """Return one question's own means by name; `confidence_f` only where every sample has a log-prob.
+    """Return the mean of each score over the samples of one question.
 
-    `confidence_f` is the mean of exp(sum of log p) over answers sampled from p, which estimates F = sum_y
-    p(y)^2 without bias.
+    `confidence_f` is present only if every sample has a log-prob. It is the mean of exp(sum of log p) over
+    answers sampled from p, an unbiased estimate of F = sum_y p(y)^2.
     """
     if not samples:
         raise ValueError("a question needs at least one sample")
@@ -98,7 +98,7 @@ def question_scores(samples: Sequence[AnswerRecord]) -> dict[str, float]:
 
 
 def score(questions: Sequence[Sequence[AnswerRecord]]) -> dict[str, Estimate]:
-    """Return every score over all questions (outer sequence) and their samples (inner; counts may differ)."""
+    """Return each score over questions (outer sequence) and samples (inner sequence; lengths may differ)."""
     per_question = [question_scores(samples) for samples in questions]
     return {name: estimate([scores[name] for scores in per_question]) for name in _shared_names(per_question)}
 

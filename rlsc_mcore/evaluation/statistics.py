@@ -1,10 +1,11 @@
-"""Uncertainty of means over questions. The question is the sampling unit, and a run's seed a second one.
+"""Compute intervals and tests for means over questions. The sampling units are questions and seeds.
 
-- Shares (accuracy and everything else between 0 and 1): Wilson's interval with an effective number of questions.
-- Differences of shares between paired answers: the two directions' intervals combined (MOVER).
+- Fractions (accuracy and other values between 0 and 1): Wilson's interval with an effective number of
+questions.
+- Paired differences of fractions: the intervals of gains and losses combined (MOVER).
 - Other means (lengths): bootstrap over questions.
 - Paired differences: sign-flip test; several tests: Holm's correction.
-- Several seeds: questions and seeds as crossed levels, with a t quantile for the few seeds.
+- Several seeds: questions and seeds as crossed random levels, with a t quantile because there are few seeds.
 
 Sources: E. B. Wilson 1927; N. Dean, M. Pagano 2015 (clustered proportions); G. Y. Zou, A. Donner 2008
 (MOVER); C. Cameron, J. Gelbach, D. Miller 2011 (two-way clustering); S. Holm 1979.
@@ -28,33 +29,33 @@ _CHUNK_ELEMENTS = 2_000_000
 
 @dataclass(frozen=True)
 class PairedChange:
-    """after - before over the same questions."""
+    """The mean of after - before over the same questions, with its uncertainty."""
 
     mean: float
     standard_error: float | None  # None for one question alone
     low: float  # bounds of the confidence interval
     high: float
-    p_value: float  # two-sided, of no change in any question
+    p_value: float  # two-sided; null hypothesis: no change in any question
     num_questions: int
 
 
 @dataclass(frozen=True)
 class CrossedChange:
-    """after - before over the same questions and seeds, as a sample of both."""
+    """The mean of after - before over the same questions and seeds; both are random samples."""
 
     mean: float
     standard_error: float
     low: float
     high: float
-    p_value: float  # two-sided, of a mean of 0 over questions and seeds
-    seed_share: float  # part of the variance that comes from the seeds
+    p_value: float  # two-sided; null hypothesis: a mean of 0 over questions and seeds
+    seed_share: float  # fraction of the variance that comes from the seeds
     num_questions: int
     num_seeds: int
 
 
 def wilson_interval(share: float, count: float, level: float = CONFIDENCE_LEVEL) -> tuple[float, float]:
-    """Return Wilson's score interval of a share seen in `count` independent answers; `count` need not be
-    whole."""
+    """Return Wilson's score interval of a fraction of `count` independent answers; `count` may be
+    fractional."""
     z2 = NormalDist().inv_cdf((1 + level) / 2) ** 2
     center = (share + z2 / (2 * count)) / (1 + z2 / count)
     half = math.sqrt(z2 * (share * (1 - share) / count + z2 / (4 * count**2))) / (1 + z2 / count)
@@ -62,13 +63,13 @@ def wilson_interval(share: float, count: float, level: float = CONFIDENCE_LEVEL)
 
 
 def share_interval(values: Sequence[float], level: float = CONFIDENCE_LEVEL) -> tuple[float, float]:
-    """Return the interval of the mean of one share (0 to 1) per question; (-inf, inf) for one question alone.
+    """Return the interval of the mean of one fraction (0 to 1) per question; (-inf, inf) for one question.
 
-    It is Wilson's with the number of single answers that would vary as much. For one answer per question that
-    is the number of questions; for means of k answers it is between that and k times it. Where few questions
-    differ from the boundary (fewer than there are degrees of freedom for), their variance says little, and
-    the number shrinks towards that of the questions. The interval is never of zero width. Raises ValueError
-    without values.
+    It is Wilson's interval with an effective count: the number of independent single answers with the same
+    variance. With one answer per question, the effective count is the number of questions; with means of k
+    answers, it is between that number and k times that number. If few questions differ from the nearer bound,
+    the variance is a poor estimate, and the effective count is reduced towards the number of questions. The
+    width is never zero. Raises ValueError if there are no values.
     """
     data = np.asarray(values, dtype=np.float64)
     count = len(data)
@@ -83,11 +84,10 @@ def share_interval(values: Sequence[float], level: float = CONFIDENCE_LEVEL) -> 
 def bootstrap_interval(
     values: Sequence[float], level: float = CONFIDENCE_LEVEL, seed: int = 0
 ) -> tuple[float, float]:
-    """Return the interval of the mean of one number per question: `share_interval` for shares, else the
-    percentile bootstrap.
+    """Return the interval of the mean of one number per question.
 
-    The resamples are widened by sqrt(n / (n - 1)), which the plain bootstrap of a mean lacks; with one
-    question it is (-inf, inf).
+    It is `share_interval` for fractions, else the percentile bootstrap, and (-inf, inf) for one question. The
+    bootstrap means are widened by sqrt(n / (n - 1)), because the plain bootstrap underestimates the variance.
     """
     data = np.asarray(values, dtype=np.float64)
     if len(data) < 2 or _are_shares(data):
@@ -96,10 +96,10 @@ def bootstrap_interval(
 
 
 def difference_interval(differences: Sequence[float], level: float = CONFIDENCE_LEVEL) -> tuple[float, float]:
-    """Return the interval of the mean of one difference of two shares (-1 to 1) per question.
+    """Return the interval of the mean of one difference of two fractions (-1 to 1) per question.
 
-    The mean gain and the mean loss are shares of their own; their intervals are combined with the correlation
-    of the two. Where no question changed the interval is still not of zero width.
+    The mean gain and the mean loss are fractions. Their intervals are combined using the correlation of gain
+    and loss. The width is not zero even if no question changed.
     """
     data = np.asarray(differences, dtype=np.float64)
     if len(data) < 2:
@@ -122,11 +122,11 @@ def difference_interval(differences: Sequence[float], level: float = CONFIDENCE_
 
 
 def paired_change(before: Mapping[int, float], after: Mapping[int, float], seed: int = 0) -> PairedChange:
-    """Compare one number per question before and after, over the questions that both have.
+    """Compare one number per question before and after, over the questions that both sides have.
 
-    The interval is that of `difference_interval` where both are shares, else the bootstrap's; the p-value is
-    the sign-flip test's: exact up to 14 questions that changed, else 10,000 random sign patterns. Raises
-    ValueError where no question is shared.
+    The interval is `difference_interval` if both sides are fractions, else the percentile bootstrap. The
+    p-value is that of the sign-flip test: exact for up to 14 changed questions, else with 10,000 random sign
+    patterns. Raises ValueError if the sides have no question in common.
     """
     shared = sorted(before.keys() & after.keys())
     if not shared:
@@ -157,13 +157,13 @@ def crossed_change(
     after: Sequence[Mapping[int, float]],
     level: float = CONFIDENCE_LEVEL,
 ) -> CrossedChange | None:
-    """Compare before and after over questions and seeds: one mapping question -> number per seed, paired by
-    position.
+    """Compare before and after over questions and seeds; each side is one mapping question -> number per
+    seed.
 
-    Questions and seeds are crossed random levels: the variance of the mean is that over questions, plus that
-    over seeds, less what both count. The interval has a t quantile with Satterthwaite's degrees of freedom,
-    so that three seeds widen it as they must. None for fewer than two seeds or two shared questions. Raises
-    ValueError where the numbers of seeds differ.
+    Seeds are paired by position. Questions and seeds are crossed random levels: the variance of the mean is
+    the variance over questions plus the variance over seeds minus their common part. The interval uses a t
+    quantile with Satterthwaite's degrees of freedom, so few seeds give a wider interval. Returns None for
+    fewer than two seeds or two shared questions. Raises ValueError if the numbers of seeds differ.
     """
     if len(before) != len(after):
         raise ValueError(f"a comparison over seeds needs pairs: {len(before)} before, {len(after)} after")
@@ -196,8 +196,8 @@ def crossed_change(
 
 
 def holm(p_values: Mapping[str, float]) -> dict[str, float]:
-    """Correct the p-values of several tests by Holm's step-down method; the chance of any false alarm is then
-    kept."""
+    """Correct p-values for multiple tests by Holm's step-down method, which controls the family-wise error
+    rate."""
     corrected: dict[str, float] = {}
     largest = 0.0
     for rank, (name, value) in enumerate(sorted(p_values.items(), key=lambda item: item[1])):
@@ -223,8 +223,7 @@ def t_distribution(value: float, freedom: float) -> float:
 
 @lru_cache(maxsize=4096)
 def t_quantile(probability: float, freedom: float) -> float:
-    """Return the value below which Student's t with `freedom` degrees (1 or more) is with this probability
-    (above 0.5)."""
+    """Return the quantile of Student's t with `freedom` degrees (1 or more) for a probability above 0.5."""
     low, high = 0.0, 1.0
     while t_distribution(high, freedom) < probability:
         high *= 2
@@ -235,11 +234,14 @@ def t_quantile(probability: float, freedom: float) -> float:
 
 
 def sign_flip_p_value(differences: npt.NDArray[np.float64], seed: int = 0) -> float:
-    """Return the chance of a mean at least this far from 0 if every question's change had a random sign."""
+    """Return the p-value of the sign-flip test.
+
+    It is the probability of a mean at least this far from 0 if the sign of each change is random.
+    """
     changed = differences[differences != 0]
     if not len(changed):
         return 1.0
-    observed = abs(float(changed.sum())) * (1 - 1e-12)  # sums in another order differ in their last digits
+    observed = abs(float(changed.sum())) * (1 - 1e-12)  # tolerance for another order of summation
     if len(changed) <= LARGEST_EXACT_TEST:
         signs = np.array(list(itertools.product((-1.0, 1.0), repeat=len(changed))))
         return float((np.abs(signs @ changed) >= observed).mean())
@@ -256,13 +258,14 @@ def _are_shares(data: npt.NDArray[np.float64]) -> bool:
 
 
 def _effective_count(data: npt.NDArray[np.float64], mean: float, level: float) -> float:
-    """Return how many single answers vary as much as the mean of `data` does."""
+    """Return the number of independent single answers whose mean has the same variance as the mean of
+    `data`."""
     count = len(data)
     variance = float(data.var())
     if bool(np.isin(data, (0.0, 1.0)).all()) or variance == 0:
         return float(count)
     effective = mean * (1 - mean) * count / variance
-    # Questions that are not at the nearer boundary carry the variance.
+    # Only questions whose value is not at the nearer bound (0 or 1) contribute to the variance.
     informative = int((data != round(mean)).sum())
     if informative < 2:
         return min(effective, float(count))

@@ -1,4 +1,4 @@
-"""The before/after table."""
+"""Print the table that compares scores before and after training."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -13,7 +13,7 @@ IN_TOKENS = ("mean_length",)
 
 
 def table_rows(columns: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
-    """Return key -> label of every score in `columns`, in the order of the table: known kinds first, each by
+    """Return key -> label of every score in `columns`, in table order: known kinds first, each by
     temperature."""
     keys = {name for scores in columns.values() for name in scores}
     temperatures = [temperature for temperature in map(key_temperature, keys) if temperature is not None]
