@@ -1,4 +1,4 @@
-"""`rlsc compare`: the objectives against each other, on the same questions and seeds; one table and one
+"""Summarize `rlsc compare`: compare objectives on the same questions and seeds in one table and one
 figure."""
 
 import itertools
@@ -23,8 +23,10 @@ FIGURE_METRICS = ("accuracy", "greedy", "lenient")
 def gather(
     experiment: Experiment, variants: Sequence[Variant], temperatures: Sequence[float]
 ) -> dict[str, Any]:
-    """Collect all runs' answers into one row per objective, the base first; paired by question with the base
-    of the same seeds."""
+    """Collect the answers of all runs into one row per objective, the base model first.
+
+    Each row is paired by question with the base model of the same seeds. `pairs` compares every two variants.
+    """
     names = metric_names(temperatures)
     trained = next(variant for variant in variants if variant.temperature_factor is None)
     before = [experiment.answers(trained, seed, "before") for seed in experiment.seeds]
@@ -40,8 +42,10 @@ def gather(
 
 
 def _correct(rows: Mapping[str, Any]) -> None:
-    """Add to each change the p-value corrected over all rows of its metric (Holm), over seeds where there are
-    several."""
+    """Add to each change the p-value corrected over all rows of its metric (Holm).
+
+    With several seeds, the p-value over questions and seeds is corrected. Mutates `rows`.
+    """
     for metric in dict.fromkeys(metric for row in rows.values() for metric in row):
         changes = {name: row[metric]["change"] for name, row in rows.items() if metric in row}
         p_values = {name: (change["over_seeds"] or change)["p_value"] for name, change in changes.items()}
@@ -50,7 +54,7 @@ def _correct(rows: Mapping[str, Any]) -> None:
 
 
 def figure(result: Mapping[str, Any]) -> str:
-    """Draw accuracy per objective, one panel per way of answering, as a standalone SVG."""
+    """Draw accuracy per objective as a standalone SVG, one panel per accuracy metric."""
     rows = result["rows"]
     panels = []
     for metric in [name for name in rows[BASE] if name.startswith(FIGURE_METRICS)]:
@@ -73,13 +77,13 @@ def figure(result: Mapping[str, Any]) -> str:
 
 
 def within_shares(score: Mapping[str, Any]) -> tuple[float, float]:
-    """Return the interval of a share; its normal approximation may stick out of 0 to 1."""
+    """Return the interval of a score, clipped to 0 to 1."""
     return max(0.0, score["low"]), min(1.0, score["high"])
 
 
 def markdown(result: Mapping[str, Any]) -> str:
-    """Write the table as Markdown: means, then the paired change against the base with its standard error
-    over questions."""
+    """Return the table as Markdown: means, paired changes against the base with standard errors, and all
+    pairs of variants."""
     rows = result["rows"]
     metrics = list(rows[BASE])
     lines = [
@@ -116,13 +120,13 @@ def markdown(result: Mapping[str, Any]) -> str:
 
 
 def title(metric: str) -> str:
-    """Describe a score in as few words as a column or panel has room for."""
+    """Return a short label of a score for a column or panel."""
     return score_label(metric).removeprefix("accuracy, ")
 
 
 def print_table(result: Mapping[str, Any], console: Console) -> None:
-    """Print one row per objective: the main scores and their paired changes against the base; comparison.md
-    has them all."""
+    """Print one row per objective with the main scores and their paired changes; comparison.md has all
+    scores."""
     rows = result["rows"]
     metrics = [
         metric
@@ -141,7 +145,7 @@ def print_table(result: Mapping[str, Any], console: Console) -> None:
 
 
 def parse_seeds(text: str) -> tuple[int, ...]:
-    """Read `0,1,2`; raises ConfigError naming --seeds."""
+    """Parse seeds such as `0,1,2`; raises ConfigError naming --seeds."""
     parts = text.split(",")
     if not all(part.strip().isdigit() for part in parts) or len({int(part) for part in parts}) != len(parts):
         raise ConfigError(f"--seeds: expected different whole numbers like 0,1,2, got {text!r}")

@@ -1,6 +1,6 @@
-"""Compare finished evaluations with each other, paired by question: any two runs, or folders of `rlsc eval`.
+"""Compare finished evaluations of runs or `rlsc eval` folders in pairs, question by question.
 
-Each benchmark is tested on its own; the p-values of one comparison are corrected over the benchmarks (Holm).
+Each benchmark is tested separately; the p-values of a comparison are corrected over the benchmarks (Holm).
 """
 
 import itertools
@@ -27,13 +27,14 @@ class Evaluated:
 
     name: str
     folder: Path
-    benchmarks: dict[str, tuple[Path, str]]  # shown name -> folder and stem of its files
+    benchmarks: dict[str, tuple[Path, str]]  # displayed name -> folder and stem of its files
 
 
 def find_evaluations(folder: Path) -> Evaluated:
-    """Find a run's evaluation after training, or every evaluation that `rlsc eval --output` left in a folder.
+    """Find a run's evaluation after training, or every evaluation that `rlsc eval --output` wrote to a
+    folder.
 
-    Raises `ConfigError` naming the folder where there is none.
+    Raises `ConfigError` naming the folder if there is none.
     """
     if (folder / CONFIG_FILE).is_file():
         found = {"evaluation": (folder / "evaluation", "after")}
@@ -53,9 +54,9 @@ def find_evaluations(folder: Path) -> Evaluated:
 def compare_evaluations(folders: Sequence[Path]) -> list[dict[str, Any]]:
     """Compare every pair of evaluated folders on each benchmark and temperature that both have.
 
-    Returns one row per pair, benchmark, temperature and way of grading: the means, the paired change with
-    interval and p-value, and the p-value corrected over the pair's benchmarks. Raises `ConfigError` where a
-    pair shares nothing, or where the two were asked different questions under the same number.
+    Returns one row per pair, benchmark, temperature and grading rule with the means, the paired change with
+    interval and p-value, and the p-value corrected over the pair's benchmarks. Raises `ConfigError` if a pair
+    shares no benchmark, or if the same question index holds different questions.
     """
     if len(folders) < 2:
         raise ConfigError(f"--runs: expected two folders or more to compare, got {len(folders)}")

@@ -1,12 +1,13 @@
-"""The published table of arXiv 2506.06395 and how each of its columns was measured.
+"""Published results of arXiv 2506.06395, table 2, and the protocol of each column.
 
-The protocol of a column follows from its numbers: AMC23 has 40 questions and its values are multiples of
-1/320, which is the mean of 8 answers; GPQA is Evalchemy's mean of 3; the others are one answer per question.
+The protocol is inferred from the numbers. AMC23 has 40 questions and its values are multiples of 1/320, so
+they are means of 8 answers. GPQA is Evalchemy's mean of 3 answers. The other columns use one answer per
+question.
 """
 
 from dataclasses import dataclass
 
-# In the table's order.
+# Benchmarks in the order of the table.
 COLUMNS = ("aime24", "math500", "amc23", "gsm8k", "minerva", "olympiad", "mmlu_stem", "gpqa_diamond")
 # Accuracy in percent, version 3 of the paper, by size, row and column.
 PAPER: dict[str, dict[str, dict[str, float]]] = {
@@ -22,27 +23,27 @@ PAPER: dict[str, dict[str, dict[str, float]]] = {
         },
     }.items()
 }
-# The paper trains on these questions: their cells say nothing of other questions.
+# The paper trains on these questions, so their scores do not measure generalization.
 TRAINED_ON = ("aime24", "embedded:train")
 
 
 @dataclass(frozen=True)
 class Protocol:
-    """How one evaluation asks: the benchmarks that share it, and the options of `rlsc eval` that it needs."""
+    """The benchmarks and the `rlsc eval` options of one evaluation."""
 
     name: str
     benchmarks: tuple[str, ...]
-    num_samples: int = 0  # answers per question at `temperature`; 0: one greedy answer alone
+    num_samples: int = 0  # answers per question at `temperature`; 0: only one greedy answer
     temperature: float = 0.0
-    template: str | None = None  # where it is the protocol's own
+    template: str | None = None  # None: the template of the size
     few_shot: int = 0
     base_only: bool = False
-    column: bool = True  # a column of the table; else a table of its own
+    column: bool = True  # shown in the main table; False: shown in a separate table
     note: str = ""
 
     @property
     def options(self) -> tuple[str, ...]:
-        """The options of `rlsc eval`, without benchmarks and templates."""
+        """Return the options of `rlsc eval` except benchmarks and templates."""
         sampling = (
             ("--k", str(self.num_samples), "--temperatures", f"{self.temperature:g}")
             if self.num_samples
@@ -86,7 +87,7 @@ PROTOCOLS = (
         for t in LOWER_TEMPERATURES
     ),
 )
-# The same on a CPU, for trying the chain out.
+# Small protocols for a trial of the chain on a CPU.
 TINY_PROTOCOLS = (
     Protocol("one_answer", ("embedded:train",), note="one greedy answer"),
     Protocol(
@@ -109,10 +110,10 @@ TINY_PROTOCOLS = (
     ),
 )
 
-# What is trained, each with every seed: the paper's recipe, its parts one by one, and controls.
+# Trained variants: the paper's recipe, ablations of its parts, and controls. Each is trained with every seed.
 ARMS: dict[str, tuple[str, ...]] = {
     "rlsc": (),
-    # log p at the sampling temperature leaves the alpha term without direction: the expected update of equal
+    # With log p at the sampling temperature, the alpha term has no direction: the expected update with equal
     # weights is 0.
     "rlsc_log_p_at_1": ("--algorithm.log-prob-temperature", "1.0"),
     "rlsc_length_normalized": ("--algorithm.confidence", "length_normalized"),

@@ -1,8 +1,7 @@
-"""Several runs of one configuration, each a process of its own: resumable, on the same questions and seeds.
+"""Run variants of one configuration on the same questions and seeds, each run in its own process.
 
-A run that is complete is not run again, an unfinished one goes on where it stopped. The base model is
-evaluated once per seed: its answers are the same for every run that changes neither model nor questions nor
-how they are answered.
+A complete run is not repeated, and an unfinished run is resumed. The base model is evaluated once per seed.
+The result is shared by all runs with the same model, questions and evaluation settings.
 """
 
 import itertools
@@ -39,15 +38,15 @@ class Variant:
     """One setting of an experiment."""
 
     name: str
-    flags: tuple[str, ...] = ()  # beside the experiment's own
+    flags: tuple[str, ...] = ()  # in addition to the flags of the experiment
     temperature_factor: float | None = (
-        None  # not trained: the base model, answering at so many times the temperature
+        None  # if set: evaluate the base model, without training, with all temperatures multiplied by it
     )
 
 
 @dataclass(frozen=True)
 class Experiment:
-    """What all its runs share."""
+    """The configuration, flags, seeds and folder that all runs share."""
 
     config_file: Path
     flags: tuple[str, ...]
@@ -55,19 +54,19 @@ class Experiment:
     folder: Path
 
     def config(self, variant: Variant, seed: int) -> Config:
-        """The resolved configuration of one run; raises ConfigError naming the field that is wrong."""
+        """Return the configuration of one run; raises ConfigError naming the invalid field."""
         return load_config(self.config_file, self._flags(variant, seed))
 
     def run_dir(self, variant: Variant, seed: int) -> Path:
-        """The folder of one run."""
+        """Return the folder of one run."""
         return self.folder / f"{variant.name}_seed{seed}"
 
     @contextmanager
     def owned(self, result: str) -> Iterator[None]:
-        """Own the experiment's folder inside the block: a second process that would run it is refused.
+        """Own the experiment's folder inside the block.
 
-        So is a folder whose file `result` is another program's. Raises `ConfigError`; `RunError` where the
-        folder cannot be written.
+        Raises `ConfigError` if another process owns the folder, or if its file `result` was not written by
+        this program. Raises `RunError` if the folder cannot be written.
         """
         file = self.folder / result
         if file.exists() and not _is_result(file):
@@ -83,10 +82,10 @@ class Experiment:
             raise RunError(f"--output {explain(error, self.folder) or error}") from error
 
     def run(self, variants: Sequence[Variant], report: Reporter) -> None:
-        """Do what is left of every run, seed by seed.
+        """Run or resume all unfinished runs, one after the other, seed by seed.
 
-        Raises ConfigError where a folder holds a run of another configuration, RunError when a run fails or
-        was stopped.
+        Raises ConfigError if a folder holds a run of another configuration, RunError if a run fails, and
+        `Interrupted` after a stop signal.
         """
         for seed, variant in itertools.product(self.seeds, variants):
             self._check_same(variant, seed)
@@ -123,13 +122,16 @@ class Experiment:
                 raise RunError(f"{variant.name}, seed {seed} was stopped and saved; the same command goes on")
 
     def is_done(self, variant: Variant, seed: int) -> bool:
-        """Whether a run has written its last file."""
+        """Return whether a run has written its last file."""
         last = "evaluation/after.json" if variant.temperature_factor is not None else "summary.json"
         return (self.run_dir(variant, seed) / last).is_file()
 
     def answers(self, variant: Variant, seed: int, name: str) -> list[AnswerRecord]:
-        """The answers of one run, before or after; a lowered temperature answers under the name of the one it
-        replaces."""
+        """Return the answers of one run from the evaluation `name` (before or after).
+
+        With `temperature_factor`, each answer has the temperature before the multiplication, so that it pairs
+        with the other runs.
+        """
         answers = read_answers(self.run_dir(variant, seed) / "evaluation", name)
         factor = variant.temperature_factor
         if factor is None:
@@ -187,8 +189,8 @@ class Experiment:
             )
 
     def _share_base(self, variant: Variant, variants: Sequence[Variant], seed: int) -> None:
-        """Copy the base model's evaluation from a finished run of the same seed where it must come out the
-        same."""
+        """Copy the base model's evaluation from a finished run of the same seed if it has the same
+        settings."""
         target = self.run_dir(variant, seed) / "evaluation"
         if (target / "before.json").is_file() or not _keeps_base(variant):
             return
@@ -215,7 +217,7 @@ def _is_result(file: Path) -> bool:
 
 
 def grid(axes: Mapping[str, Sequence[str]]) -> list[Variant]:
-    """Return every combination of the swept values, named after them."""
+    """Return one variant per combination of the swept values."""
     variants = []
     for values in itertools.product(*axes.values()):
         pairs = list(zip(axes, values, strict=True))
@@ -225,14 +227,14 @@ def grid(axes: Mapping[str, Sequence[str]]) -> list[Variant]:
 
 
 def combination(values: Mapping[str, str]) -> str:
-    """Name one combination of swept values."""
+    """Return the name of one combination of swept values."""
     return "_".join(f"{field.rpartition('.')[2]}={value}" for field, value in values.items()).replace(
         "/", "-"
     )
 
 
 def run_settings(experiment: Experiment, variant: Variant) -> dict[str, Any]:
-    """Versions and settings of one finished run, for the result of its experiment."""
+    """Return the versions and settings of one finished run, for the result file of the experiment."""
     config = experiment.config(variant, experiment.seeds[0])
     summary = experiment.run_dir(variant, experiment.seeds[0]) / "summary.json"
     return {
@@ -246,15 +248,15 @@ def run_settings(experiment: Experiment, variant: Variant) -> dict[str, Any]:
 
 
 def check_flags(flags: Sequence[str]) -> None:
-    """Raise ConfigError at the first flag that no run would take."""
+    """Raise ConfigError at the first flag that is not an option of `rlsc train`."""
     parse_config(["--run-dir", "x", "--model.path", "x", "--data.path", "x", *flags])
 
 
 def _finish(process: "subprocess.Popen[bytes]") -> tuple[int, Interrupted | None]:
-    """Wait for a run; returns its exit code and the stop signal that this process got meanwhile.
+    """Wait for a run; return its exit code and the stop signal that this process received, or None.
 
-    A stop signal is passed on to the run as SIGTERM: it saves and ends by itself, however long that takes. A
-    second one ends it.
+    The first stop signal is passed on as SIGTERM: the run saves a checkpoint and exits, without a time limit.
+    The next one is passed on as SIGINT, which ends the run.
     """
     stopped_by: Interrupted | None = None
     while True:
@@ -275,7 +277,7 @@ def _restored(temperature: float, factor: float) -> float:
 
 
 def _without_evaluation(flags: Sequence[str]) -> list[str]:
-    """Leave out the flags (and their values) that `rlsc eval` sets itself."""
+    """Return the flags without those (and their values) that `_command` sets for `rlsc eval`."""
     kept: list[str] = []
     dropping = False
     for flag in flags:

@@ -1,4 +1,4 @@
-"""`rlsc sweep`: a grid of settings, and accuracy and F against the swept value."""
+"""Summarize `rlsc sweep`: accuracy and F of a grid of settings, as a table and a figure."""
 
 import itertools
 from collections.abc import Mapping, Sequence
@@ -20,7 +20,7 @@ def gather(
     axes: Mapping[str, Sequence[str]],
     temperatures: Sequence[float],
 ) -> dict[str, Any]:
-    """Collect all runs' answers into one row per combination, each paired with its own base by question."""
+    """Collect the answers of all runs into one row per combination, paired by question with its own base."""
     names = metric_names(temperatures)
     rows = {}
     first = None
@@ -40,8 +40,10 @@ def gather(
 
 
 def figure(result: Mapping[str, Any]) -> str:
-    """Draw accuracy and F against the first option of several values, one line per setting of the others, as
-    a standalone SVG."""
+    """Draw accuracy and F against the first option with several values, as a standalone SVG.
+
+    There is one line per combination of the other options.
+    """
     rows, axes = result["rows"], result["over"]
     swept = next((field for field, values in axes.items() if len(values) > 1), next(iter(axes)))
     others = {field: values for field, values in axes.items() if field != swept}
@@ -71,7 +73,7 @@ def _line(
     swept: str,
     setting: Sequence[str],
 ) -> SweptLine:
-    """Read the points of one setting of the other options."""
+    """Return the line of one combination of the other options."""
     rest = dict(zip([field for field in axes if field != swept], setting, strict=True))
     points = []
     for value in axes[swept]:
@@ -89,7 +91,7 @@ def _line(
 
 
 def _shared_base(rows: Mapping[str, Any], metric: str) -> float | None:
-    """The value before training; None where it is not the same for every combination."""
+    """Return the value before training, or None if it differs between combinations."""
     base = float(rows[BASE][metric]["mean"])
     found = [row[metric]["mean"] - row[metric]["change"]["mean"] for row in rows.values() if metric in row]
     return base if all(abs(value - base) < 1e-9 for value in found) else None

@@ -36,20 +36,20 @@ class Size:
     name: str
     config: Path
     script: str  # launch script of its training
-    templates: tuple[str, ...] = TEMPLATES  # of the base model
-    template: str = "qwen25-math"  # of the trained models
+    templates: tuple[str, ...] = TEMPLATES  # templates of the base model
+    template: str = "qwen25-math"  # template of the trained models
     protocols: tuple[Protocol, ...] = PROTOCOLS
 
     @property
     def benchmarks(self) -> list[str]:
-        """Every benchmark that some protocol asks."""
+        """Return the benchmarks of all protocols, each once."""
         return list(dict.fromkeys(name for protocol in self.protocols for name in protocol.benchmarks))
 
 
 SIZES = {
     "1.5b": Size("1.5b", CONFIGS / "qwen2.5_math_1.5b_1gpu.yaml", "rlsc_1.5b_1gpu.sh"),
     "7b": Size("7b", CONFIGS / "qwen2.5_math_7b_1x8.yaml", "rlsc_7b.sh"),
-    # The same chain on a CPU, for trying it out.
+    # A trial of the chain on a CPU.
     "tiny": Size(
         "tiny", CONFIGS / "tiny_cpu.yaml", "rlsc_1.5b_1gpu.sh", ("chat", "none"), "chat", TINY_PROTOCOLS
     ),
@@ -58,7 +58,7 @@ SIZES = {
 
 @dataclass(frozen=True)
 class Extent:
-    """How much of the experiment is run."""
+    """The arms, seeds and steps that are run."""
 
     arms: tuple[str, ...] = tuple(ARMS)
     seeds: tuple[int, ...] = SEEDS
@@ -67,16 +67,16 @@ class Extent:
 
 @dataclass(frozen=True)
 class Task:
-    """One command of the chain; it waits for the tasks named in `after`."""
+    """One command of the chain; it starts after the tasks named in `after`."""
 
     name: str
-    kind: str  # train: by the size's launch script; eval, table: as they stand
+    kind: str  # train: started by the size's launch script; eval and table: started directly
     after: tuple[str, ...]
     arguments: tuple[str, ...]
 
 
 def missing(sizes: Sequence[Size], folder: Path | None) -> list[str]:
-    """Name everything that the chain needs and that is not here."""
+    """Return one message per benchmark or model that the chain needs and that cannot be read."""
     found = missing_benchmarks(
         list(dict.fromkeys(name for size in sizes for name in size.benchmarks)), folder
     )
@@ -91,8 +91,8 @@ def missing(sizes: Sequence[Size], folder: Path | None) -> list[str]:
 def chain(
     sizes: Sequence[Size], output: Path, folder: Path | None, extent: Extent, flags: Sequence[str]
 ) -> list[Task]:
-    """List the tasks of all sizes in an order in which they can run; `flags` go to every training and
-    evaluation."""
+    """Return the tasks of all sizes, each after the tasks it depends on; every training and evaluation gets
+    `flags`."""
     tasks = []
     for size in sizes:
         settings = _Settings(size, load_config(size.config), output, folder, tuple(flags))
@@ -116,17 +116,17 @@ def chain(
 
 @dataclass(frozen=True)
 class _Settings:
-    """What all tasks of one size share."""
+    """The settings that all tasks of one size share."""
 
     size: Size
     config: Config
     output: Path
-    folder: Path | None  # of the benchmarks' files
+    folder: Path | None  # folder of the benchmark files
     flags: tuple[str, ...]
 
 
 def _arm(settings: _Settings, arm: str, seed: int, steps: Sequence[int]) -> list[Task]:
-    """One training with a checkpoint at every evaluated step, and the evaluations of them."""
+    """Return one training task with a checkpoint at every evaluated step, and the evaluation tasks."""
     size, folder = settings.size, settings.folder
     run = settings.output / size.name / "runs" / f"{arm}_seed{seed}"
     name = f"{size.name}.{arm}.seed{seed}"
@@ -173,7 +173,7 @@ def _evaluation(
     templates: Sequence[str],
     protocol: Protocol,
 ) -> Task:
-    """One `rlsc eval`; `where` names its folder, parts separated by dots, and ends with the protocol's
+    """Return one `rlsc eval` task; `where` is its folder with dots as separators and ends with the protocol
     name."""
     target = (
         settings.output
@@ -198,7 +198,7 @@ def _evaluation(
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Print the chain, or write the table; returns the exit code."""
+    """Print the chain or write the table; return the exit code."""
     parser = argparse.ArgumentParser(
         "table2", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -1,4 +1,4 @@
-"""Read what the chain of the paper's table left, and write it beside the paper's numbers."""
+"""Read the evaluations of the table 2 chain and write them next to the paper's numbers."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -19,7 +19,7 @@ MARK = " †"
 
 
 class SizeLike(Protocol):
-    """What reading needs of one model of the experiment."""
+    """The attributes of a model size that this module reads."""
 
     @property
     def name(self) -> str: ...
@@ -31,14 +31,13 @@ class SizeLike(Protocol):
     def protocols(self) -> tuple[Asking, ...]: ...
 
 
-Seeds = dict[int, list[AnswerRecord]]  # seed -> answers; the base model has seed -1 alone
+Seeds = dict[int, list[AnswerRecord]]  # seed -> answers; the base model has only seed -1
 
 
 def read_table(output: Path, sizes: Sequence[SizeLike]) -> dict[str, Any]:
-    """Read every evaluation below `output`: size -> columns, rows, pass@k and the base's temperatures, in
-    percent.
+    """Read all evaluations below `output`; return size -> columns, rows, changes, pass@k and temperatures.
 
-    Raises `ConfigError` where there is none.
+    Scores are in percent. Raises `ConfigError` if there is no evaluation.
     """
     tables = {
         size.name: _read_size(output / size.name, size) for size in sizes if (output / size.name).is_dir()
@@ -49,7 +48,7 @@ def read_table(output: Path, sizes: Sequence[SizeLike]) -> dict[str, Any]:
 
 
 def markdown(tables: Mapping[str, Any]) -> str:
-    """Write the tables as Markdown: the paper's numbers, ours, the change against the base, pass@k, and the
+    """Return the tables as Markdown: the paper's numbers, ours, changes against the base, pass@k, and lower
     temperatures."""
     parts = [
         "Accuracy in percent with 95 % intervals, over questions and, for trained models, averaged over "
@@ -113,7 +112,7 @@ def _read_size(root: Path, size: SizeLike) -> dict[str, Any]:
     temperatures: dict[str, Any] = {}
     base: dict[
         tuple[str, str], Seeds
-    ] = {}  # protocol and benchmark -> answers under the trained models' template
+    ] = {}  # (protocol, benchmark) -> answers with the template of the trained models
     for label, folders, templates in _rows(root, size):
         for asking in size.protocols:
             for benchmark in asking.benchmarks:
@@ -155,7 +154,7 @@ def _read_size(root: Path, size: SizeLike) -> dict[str, Any]:
 
 
 def _rows(root: Path, size: SizeLike) -> list[tuple[str, dict[int, Path], str]]:
-    """List the rows: label, folder per seed, template. The base first, then each arm at each step."""
+    """Return the rows as (label, folder per seed, template): the base first, then each arm at each step."""
     rows = [(f"base, {template}", {-1: root / "base"}, template) for template in size.templates]
     found: dict[tuple[str, int], dict[int, Path]] = {}
     for folder in sorted(root.glob("*/seed*/step*")):
@@ -227,8 +226,10 @@ def _pass_cells(seeds: Seeds, benchmark: str, asking: Asking) -> dict[str, Any]:
 
 
 def _change(base: Seeds, seeds: Seeds, temperature: float) -> dict[str, Any] | None:
-    """Compare with the base in percent points: over questions and seeds where there are several, else over
-    questions."""
+    """Return the change against the base in percentage points, or None if no question is shared.
+
+    With several seeds, the interval and p-value are those over questions and seeds if these are wider.
+    """
     before = _means(base, temperature, "strict") * len(seeds)
     after = _means(seeds, temperature, "strict")
     first, second = _average(before), _average(after)
@@ -236,7 +237,7 @@ def _change(base: Seeds, seeds: Seeds, temperature: float) -> dict[str, Any] | N
         return None
     change = asdict(paired_change(first, second))
     crossed = crossed_change(before, after)
-    if crossed is not None:  # never surer than the questions alone
+    if crossed is not None:  # use the wider interval and the larger p-value
         change["low"], change["high"] = min(change["low"], crossed.low), max(change["high"], crossed.high)
         change["p_value"] = max(change["p_value"], crossed.p_value)
     scaled = {name: 100 * change[name] for name in ("mean", "low", "high")}

@@ -1,5 +1,4 @@
-"""What a person sees: quiet libraries, rich progress on a terminal, plain lines elsewhere. Imports no
-torch."""
+"""Print for users: progress bars on a terminal, plain lines elsewhere, quiet libraries. Imports no torch."""
 
 import logging
 import os
@@ -26,50 +25,51 @@ from rlsc_mcore.run.printable import printable
 from rlsc_mcore.run.scratch import private_cache
 
 _LIBRARY_DEFAULTS = {
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine lives in this process, beside the trainer
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine runs in the process of the trainer
     "VLLM_LOGGING_LEVEL": "ERROR",
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_DO_NOT_TRACK": "1",
-    "CUDA_DEVICE_MAX_CONNECTIONS": "1",  # orders Megatron's communication before the compute that overlaps it
+    "CUDA_DEVICE_MAX_CONNECTIONS": "1",  # starts Megatron's communication before the compute that overlaps it
     "TOKENIZERS_PARALLELISM": "false",
     "TRANSFORMERS_VERBOSITY": "error",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "TORCH_CPP_LOG_LEVEL": "ERROR",
     "GLOO_LOG_LEVEL": "ERROR",
     "TF_CPP_MIN_LOG_LEVEL": "3",
-    # Shapes that torch and oneDNN keep prepared kernels for; with ragged batches every number of tokens is a
-    # new shape, and their own limit of 1024 each lets a process grow for hundreds of steps.
+    # Number of shapes for which torch and oneDNN cache kernels. Every number of tokens is a new shape, so
+    # with the default of 1024 each, the memory of a process grows for hundreds of steps.
     "LRU_CACHE_CAPACITY": "64",
     "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64",
-    # spinning OpenMP threads cost up to 60x on a busy machine; set it to the cores you own
+    # busy-waiting OpenMP threads slow a shared machine down by up to 60x; set it to your number of cores
     "OMP_NUM_THREADS": "1",
 }
 
 
 def quiet_libraries() -> None:
-    """Set what torch, vLLM and Megatron-Core read at import (unless the user has), and filter their start-up
-    noise.
+    """Set the environment variables that torch, vLLM and Megatron-Core read at import, and filter their
+    output.
 
-    To be called before torch is imported; mutates the environment and the warning filters.
+    Variables that the user has set are kept. Call this before torch is imported. Mutates the environment and
+    the warning filters.
     """
     for name, value in _LIBRARY_DEFAULTS.items():
         os.environ.setdefault(name, value)
-    # torch would take a folder of a known name in /tmp, which another user may have made first.
+    # torch's default is a folder in /tmp with a predictable name, which another user could create first.
     if "TORCHINDUCTOR_CACHE_DIR" not in os.environ:
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(private_cache("inductor"))
-    logging.getLogger("vllm").setLevel(logging.ERROR)  # vLLM's first lines come before it reads its own level
-    warnings.simplefilter("ignore")  # of the libraries; our own warnings go to metrics and console
+    logging.getLogger("vllm").setLevel(logging.ERROR)  # vLLM logs before it reads its log level
+    warnings.simplefilter("ignore")  # warnings of libraries; our own warnings go to metrics and console
 
 
 class ProgressBar(Protocol):
-    """Something to advance."""
+    """A progress bar."""
 
     def advance(self, amount: int) -> None:
-        """Move on by `amount`."""
+        """Advance the bar by `amount`."""
 
 
 class Reporter:
-    """Prints for people; silent on ranks other than the main one."""
+    """Print to the console on the main rank; other ranks print nothing."""
 
     def __init__(self, enabled: bool) -> None:
         self.enabled = enabled
@@ -87,7 +87,7 @@ class Reporter:
 
     @contextmanager
     def progress(self, description: str, total: int) -> Iterator[ProgressBar]:
-        """Show a bar on a terminal; nothing elsewhere."""
+        """Show a progress bar inside the block if the output is a terminal."""
         if not self.enabled or not self.console.is_terminal:
             yield _NoBar()
             return

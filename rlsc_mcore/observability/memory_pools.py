@@ -1,8 +1,8 @@
-"""Who holds the memory: a table of pools, measured at every border between the phases of a step.
+"""Account for memory by owner at each phase boundary of a step.
 
-A table has one row per border (`BORDERS`) and one column per pool (`POOLS`), in bytes; None where a pool
-means nothing (a CPU has neither CUDA graphs nor a caching allocator). On a GPU a row adds up to the device's
-memory, on a CPU all but `free` adds up to the process's resident set.
+A table has one row per phase boundary (`BORDERS`) and one column per pool (`POOLS`), in bytes. A value is
+None if the device has no such pool (a CPU has no CUDA graphs and no caching allocator). On a GPU a row adds
+up to the memory of the device. On a CPU all pools but `free` add up to the resident set of the process.
 """
 
 import itertools
@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 Pools = dict[str, int | None]
-Table = dict[str, Pools]  # border -> pools
+Table = dict[str, Pools]  # phase boundary -> pools
 
 BORDERS = {
     "rollout": "all answers are sampled",
@@ -32,16 +32,18 @@ POOLS = {
     "other": "the process's remaining memory; on a GPU also contexts, collectives and other processes",
     "free": "free on the device; on a CPU available on the machine",
 }
-RESIDUE_BORDERS = ("sleep", "release")  # what the engine, and what the trainer, leave to the other
+RESIDUE_BORDERS = ("sleep", "release")  # phase boundaries at which engine or trainer have released memory
 GROWTH_PER_STEP = 0.01
-STEPS_OF_GROWTH = 3  # in a row: a buffer that is built late grows once, a leak at every step
-SMALLEST_GROWTH_BYTES = 1 << 20  # below it is the allocator's rounding
-SMALLEST_GROWTH_OF_OTHER_BYTES = 16 << 20  # other processes come and go
+STEPS_OF_GROWTH = 3  # consecutive steps: a buffer that is allocated late grows once, a leak at every step
+SMALLEST_GROWTH_BYTES = 1 << 20  # smaller changes come from the rounding of the allocator
+SMALLEST_GROWTH_OF_OTHER_BYTES = 16 << 20  # larger, because `other` includes other processes
 
 
 def storages(tensors: Iterable[Any]) -> dict[int, int]:
-    """Return the storages of torch tensors, address -> bytes; views of one storage count once, empty ones not
-    at all."""
+    """Return the storages of torch tensors as address -> bytes.
+
+    Views of the same storage count once; empty storages are left out.
+    """
     found = (tensor.untyped_storage() for tensor in tensors)
     return {storage.data_ptr(): storage.nbytes() for storage in found if storage.nbytes()}
 
@@ -54,11 +56,11 @@ def device_pools(
     total: int,
     free: int,
 ) -> Pools:
-    """Account for a GPU's memory.
+    """Return the memory of a GPU in bytes by pool.
 
-    `owned`: per pool what its owner has mapped, address -> bytes; `segments`: the caching allocator's
-    snapshot of this device (torch.cuda.memory_snapshot); `graph_pool`: id of the pool that CUDA graphs were
-    captured in; `total`, `free`: the device's.
+    `owned` maps a pool to the storages of its owner (address -> bytes). `segments` is the caching allocator's
+    snapshot of this device (`torch.cuda.memory_snapshot`). `graph_pool` is the id of the pool in which CUDA
+    graphs were captured. `total` and `free` are those of the device, in bytes.
     """
     default = [segment for segment in segments if tuple(segment["segment_pool_id"]) == (0, 0)]
     pools: Pools = {name: sum(tensors.values()) for name, tensors in owned.items()}
@@ -75,8 +77,11 @@ def device_pools(
 
 
 def host_pools(owned: Mapping[str, Mapping[int, int]], *, resident: int, available: int) -> Pools:
-    """Account for a CPU process: tensors by owner, the rest of its resident set, and what the machine has
-    left."""
+    """Return the memory of a CPU process in bytes by pool.
+
+    `owned` maps a pool to the storages of its owner. `other` is the rest of the resident set; `free` is the
+    available memory of the machine.
+    """
     pools: Pools = {name: sum(tensors.values()) for name, tensors in owned.items()}
     pools["other"] = max(0, resident - sum(value or 0 for value in pools.values()))
     pools["free"] = available
@@ -84,7 +89,7 @@ def host_pools(owned: Mapping[str, Mapping[int, int]], *, resident: int, availab
 
 
 def worst_of(tables: Sequence[Table]) -> Table:
-    """Return the fullest of several ranks, pool by pool: the most of each, and the least that is free."""
+    """Combine the tables of several ranks: the maximum of each pool, and the minimum of `free`."""
     worst: Table = {}
     for border in tables[0]:
         rows = [table[border] for table in tables if border in table]
@@ -93,12 +98,11 @@ def worst_of(tables: Sequence[Table]) -> Table:
 
 
 def residue_warnings(tables: Sequence[Table]) -> list[str]:
-    """Name every pool whose residue grows: by more than 1 % a step, over the last three steps, where one
-    phase hands over.
+    """Return a warning for every pool that looks like a memory leak.
 
-    `tables`: one process's steps, oldest first. Shrinking or a pause ends a growth. A CPU's `other` is not
-    judged: it is what the C allocator makes of a process that builds and frees, and settles after tens of
-    steps.
+    A pool leaks if it grows by more than 1 % in each of the last three steps at one of `RESIDUE_BORDERS`.
+    `tables` are the tables of one process, oldest first. The pool `other` is not checked on a CPU: it depends
+    on the C allocator and is stable only after tens of steps.
     """
     recent = tables[-STEPS_OF_GROWTH - 1 :]
     found: dict[str, str] = {}
@@ -126,7 +130,7 @@ def _grows(sizes: Sequence[int], pool: str) -> bool:
 
 
 def _inside(segments: Sequence[Mapping[str, Any]], tensors: Mapping[int, int]) -> int:
-    """Bytes of the tensors that lie in these segments."""
+    """Return the bytes of the tensors that lie in these segments."""
     ordered = sorted(segments, key=lambda segment: segment["address"])
     starts = [segment["address"] for segment in ordered]
     held = 0

@@ -1,5 +1,4 @@
-"""metrics.jsonl: one object per step, read back for alarms and on resume; the same numbers as TensorBoard
-events and in W&B."""
+"""Write one row per step to metrics.jsonl, TensorBoard and Weights & Biases; check the rows for alarms."""
 
 import os
 from collections.abc import Callable, Iterator, Mapping
@@ -12,24 +11,25 @@ from rlsc_mcore.observability.step_metrics import DESCRIPTIONS, numbers
 from rlsc_mcore.run.files import row_from_json, row_to_json
 from rlsc_mcore.run.folder import METRICS_FILE
 
-LENGTH_COLLAPSE_SHARE = 0.5  # mean length below this share of the first step's
-DIVERSITY_LOSS_SHARE = 0.5  # distinct answers below this share of the first step's while F has doubled
+LENGTH_COLLAPSE_SHARE = 0.5  # alarm if the mean length is below this fraction of the first step's
+DIVERSITY_LOSS_SHARE = 0.5  # alarm: distinct answers below this fraction of the first step's while F doubled
 TRUNCATED_ALARM_SHARE = 0.9
 
 
 class PhaseTimer:
-    """Seconds of each named phase of a step."""
+    """Measure the seconds of each named phase of a step."""
 
     def __init__(
         self, synchronize: Any = None, on_phase: Callable[[str | None], None] = lambda name: None
     ) -> None:
-        """`on_phase` hears the name of a phase that begins, and None when it ends."""
+        """`synchronize` waits for device work. `on_phase` is called with the name of a phase at its start,
+        and with None at its end."""
         self.seconds: dict[str, float] = {}
         self._synchronize, self._on_phase = synchronize or (lambda: None), on_phase
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Add the time of the block to `name`, device work included."""
+        """Add the wall-clock time of the block, including device work, to `seconds[name]`."""
         start = perf_counter()
         self._on_phase(name)
         yield
@@ -39,17 +39,16 @@ class PhaseTimer:
 
 
 class MetricsWriter:
-    """Appends steps to metrics.jsonl (and TensorBoard) on the main rank; remembers the rows for the
-    alarms."""
+    """Append steps to metrics.jsonl, TensorBoard and Weights & Biases on the main rank; keep the rows in
+    memory."""
 
     def __init__(
         self, run_dir: Path, *, first_step: int, enabled: bool, tensorboard: bool, wandb_run: Any = None
     ) -> None:
-        """Keep the rows of steps before `first_step`; rows at or after it (an interrupted step's) are dropped
-        by one rename.
+        """Keep the rows of steps before `first_step`; rewrite the file atomically without later rows.
 
-        TensorBoard is told to drop its events of those steps too.
-        `wandb_run` (of `open_wandb`) gets the same numbers, and is finished by `close`.
+        Later rows come from an interrupted attempt; TensorBoard drops its events of those steps too.
+        `wandb_run` (from `open_wandb`) receives the same numbers, and `close` finishes it.
         """
         self.file = run_dir / METRICS_FILE
         self.rows = [row for row in read_metrics(run_dir) if row["step"] < first_step]
@@ -71,7 +70,7 @@ class MetricsWriter:
             self._events.flush()
 
     def write(self, row: dict[str, Any]) -> None:
-        """Append one step, a row of `StepMetrics`."""
+        """Append the row of one step, made by `StepMetrics.row`."""
         self.rows.append(row)
         if not self._enabled:
             return
@@ -101,7 +100,7 @@ class MetricsWriter:
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
-    """Read a run's rows; a half-written last line (the run was killed) is left out."""
+    """Read the rows of a run up to the first line that is not JSON (an incomplete last line)."""
     file = run_dir / METRICS_FILE
     rows = []
     for line in file.read_text(encoding="utf-8").splitlines() if file.is_file() else []:
@@ -113,8 +112,10 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
 
 
 def alarms(row: Mapping[str, Any], first: Mapping[str, Any], *, ends: bool = True) -> list[str]:
-    """Name what looks wrong in a step, compared with the run's first; `ends`: whether a token is known to end
-    an answer."""
+    """Return a message for each alarm of a step: length collapse, diversity loss, truncated answers.
+
+    `first` is the run's first row. `ends`: whether the model has a known end-of-answer token.
+    """
     found = []
     if row["mean_length"] < LENGTH_COLLAPSE_SHARE * first["mean_length"]:
         found.append(
@@ -138,7 +139,7 @@ def alarms(row: Mapping[str, Any], first: Mapping[str, Any], *, ends: bool = Tru
 
 
 def _metadata(name: str) -> Any:
-    """Return the label and help text that TensorBoard shows beside a curve."""
+    """Return the label and help text that TensorBoard shows for a curve, or None."""
     from tensorboard.compat.proto.summary_pb2 import SummaryMetadata
 
     description = DESCRIPTIONS.get(name)

@@ -1,9 +1,8 @@
-"""The mismatch watch: engine and trainer score the same tokens at every step, and what they disagree about
-says what is wrong.
+"""Detect a mismatch between trainer and engine by their log-probs of the same tokens, at every step.
 
-Rounding is small and stays; an engine on other weights is not. Limits are in nats (natural logarithms),
-measured where they could be (docs/hot_swap.md has the numbers): an honest run stays well below every warning,
-wrong weights are far above.
+Rounding gives a small, constant difference. Different weights give a large one. The limits are in nats; the
+measurements are in docs/hot_swap.md. A correct run stays well below every limit, and a run with wrong engine
+weights is far above them.
 """
 
 from collections.abc import Mapping, Sequence
@@ -27,12 +26,12 @@ _NAMES = {
 
 @dataclass(frozen=True)
 class Limits:
-    """|trainer - engine| log-prob per token."""
+    """Limits of |trainer - engine| log-prob per token, in nats."""
 
-    mean: float  # a warning above it
+    mean: float  # mean, p99, largest: a value above the limit gives a warning
     p99: float
     largest: float
-    stop: float  # mean that counts towards ending the run
+    stop: float  # a step whose mean is above this counts towards stopping the run
 
 
 LIMITS = {
@@ -42,13 +41,13 @@ LIMITS = {
 
 
 def coarser(*dtypes: str) -> str:
-    """Return the type whose limits hold where trainer and engine compute with different ones."""
+    """Return the data type whose limits apply if trainer and engine use different ones."""
     return "bfloat16" if "bfloat16" in dtypes else "float32"
 
 
 def mismatch_warnings(row: Mapping[str, Any], dtype: str) -> list[str]:
-    """Name what trainer and engine disagree about in a step, in one warning at most; nothing where they
-    cannot be compared."""
+    """Return at most one warning that lists the exceeded limits of a step; [] if there are no log-prob
+    gaps."""
     limits = LIMITS[dtype]
     expected = {
         "log_prob_gap_mean": limits.mean,
@@ -68,12 +67,12 @@ def mismatch_warnings(row: Mapping[str, Any], dtype: str) -> list[str]:
 
 
 def stop_limit(dtype: str, configured: float | None) -> float:
-    """Return the mean difference per token above which a step counts towards stopping."""
+    """Return the mean gap per token, in nats, above which a step counts towards stopping the run."""
     return LIMITS[dtype].stop if configured is None else configured
 
 
 def mismatched_steps(rows: Sequence[Mapping[str, Any]], limit: float) -> int:
-    """Count the last steps in a row whose mean difference per token is above `limit`, or not a number."""
+    """Count the consecutive last steps whose mean gap per token is above `limit` or NaN."""
     count = 0
     for row in reversed(rows):
         if not _exceeds(row, "log_prob_gap_mean", limit):

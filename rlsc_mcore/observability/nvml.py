@@ -1,9 +1,7 @@
-"""What the GPU does during each phase, from NVML: power, energy, utilisation, memory, clocks and what holds
-them back.
+"""Measure GPU power, energy, utilisation, memory, clocks and throttling per phase by NVML. Imports no torch.
 
-A thread reads the device twice a second, less often where the driver's calls would cost it more than 0.4 % of
-a core. Without the library, the driver or the permission there are no numbers and no complaint. Imports no
-torch.
+A thread reads the device twice a second, or less often if the driver calls would use more than 0.4 % of a
+core. Without the library, the driver or the permission, nothing is measured and no error is raised.
 """
 
 import os
@@ -15,8 +13,7 @@ from typing import Any, Protocol
 
 SECONDS_BETWEEN_READS = 0.5
 MOST_OF_A_CORE = 0.004  # processor time of the thread
-# Bits of the clocks' event reasons that mean "slower than the work asked for", by the names of the NVML
-# reference.
+# Bits of NVML's clock event reasons that mean throttling, with their NVML names.
 _HELD_BACK = {
     "sw_power_cap": 0x4,
     "hw_slowdown": 0x8,
@@ -28,7 +25,7 @@ _HELD_BACK = {
 
 @dataclass(frozen=True)
 class Reading:
-    """The device at one moment; None where this device does not say."""
+    """One reading of the device; a value is None if the device does not report it."""
 
     power_w: float | None = None
     utilization_share: float | None = None
@@ -38,12 +35,12 @@ class Reading:
 
 
 class Device(Protocol):
-    """Something that can be read."""
+    """A device that `GpuSampler` reads."""
 
     def read(self) -> Reading: ...
 
     def energy_j(self) -> float | None:
-        """Energy since the driver was loaded; None where it is not counted."""
+        """Return the energy since the driver was loaded, in joules; None if the device does not count it."""
 
 
 @dataclass
@@ -53,7 +50,7 @@ class _Phase:
 
 
 class GpuSampler:
-    """Collects readings by phase on a thread of its own; without a device every method does nothing."""
+    """Collect readings by phase in a background thread; without a device every method does nothing."""
 
     def __init__(self, device: Device | None, interval_s: float = SECONDS_BETWEEN_READS) -> None:
         self._device, self._interval_s = device, interval_s
@@ -67,7 +64,7 @@ class GpuSampler:
             self._thread.start()
 
     def enter(self, phase: str | None) -> None:
-        """Count what follows under `phase`, or under none."""
+        """Assign the following readings and energy to `phase`; None: to no phase."""
         if self._device is None:
             return
         energy = self._device.energy_j()
@@ -79,9 +76,9 @@ class GpuSampler:
                 self._phases.setdefault(phase, _Phase())
 
     def take(self, sampled_tokens: int) -> dict[str, Any] | None:
-        """Return the means of every phase since the last call and forget them; None where nothing was read.
+        """Return the means per phase since the last call and reset them; None if there are no readings.
 
-        `energy_j_per_token` is the energy of all phases over the tokens that were sampled.
+        `energy_j_per_token` is the energy of all phases divided by `sampled_tokens`.
         """
         with self._lock:
             phases, self._phases = self._phases, {}
@@ -116,7 +113,7 @@ class GpuSampler:
 
 
 def open_device(local_rank: int = 0, environment: Mapping[str, str] = os.environ) -> Device | None:
-    """Open this rank's device by NVML; None where library, driver or device is absent."""
+    """Open this rank's device by NVML; None if the library, the driver or the device is missing."""
     try:
         import pynvml
     except ImportError:
@@ -129,8 +126,8 @@ def open_device(local_rank: int = 0, environment: Mapping[str, str] = os.environ
 
 
 def visible_device(local_rank: int, environment: Mapping[str, str]) -> int | str:
-    """Return the index or UUID of the device that CUDA calls `local_rank`: CUDA_VISIBLE_DEVICES renumbers
-    them."""
+    """Return the NVML index or the UUID of CUDA device `local_rank`, which depends on
+    CUDA_VISIBLE_DEVICES."""
     visible = environment.get("CUDA_VISIBLE_DEVICES", "")
     names = [name.strip() for name in visible.split(",") if name.strip()]
     name = names[local_rank] if local_rank < len(names) else str(local_rank)
@@ -163,7 +160,7 @@ class _NvmlDevice:
     def _ask(self, function: str, *arguments: Any) -> Any:
         try:
             return getattr(self._library, function)(self._handle, *arguments)
-        except (self._library.NVMLError, AttributeError):  # not on this device, or not in this driver
+        except (self._library.NVMLError, AttributeError):  # not supported by this device or driver
             return None
 
 

@@ -1,7 +1,7 @@
 """Define the row that each step appends to metrics.jsonl: every field with its label, unit and help text.
 
-Console line, `rlsc watch`, report, TensorBoard, Weights & Biases and the documentation read this table. T
-below is the trained temperature; log-probs are natural logarithms; shares are fractions of the step's
+The console line, `rlsc watch`, the report, TensorBoard, Weights & Biases and the documentation read this
+table. T is the trained temperature. Log-probs are natural logarithms. Shares are fractions of the step's
 rollouts over all ranks.
 """
 
@@ -12,15 +12,15 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Description:
-    """How a field of `StepMetrics` is shown."""
+    """Label, help text and display options of a field of `StepMetrics`."""
 
     label: str
     help: str  # one sentence or two, for the report and the docs
-    unit: str = ""  # with a leading space where it has one
-    path: tuple[str, ...] = ()  # keys inside the field's mapping, for a curve
-    low: tuple[str, ...] = ()  # the same for a band around the curve
+    unit: str = ""  # begins with a space if it is not empty
+    path: tuple[str, ...] = ()  # keys inside the field's mapping that lead to the value of the curve
+    low: tuple[str, ...] = ()  # keys of the lower edge of a band around the curve; `high`: the upper edge
     high: tuple[str, ...] = ()
-    is_curve: bool = False  # a chart of the report
+    is_curve: bool = False  # drawn as a chart in the report
     watch: str = ""  # label in `rlsc watch`; empty: not shown
     console: str = ""  # format in the console line; empty: not shown
 
@@ -32,7 +32,7 @@ def described(label: str, help: str, unit: str = "", **shown: Any) -> Any:
 
 @dataclass(frozen=True, kw_only=True)
 class StepMetrics:
-    """One step over all ranks. `None` where a number has no meaning or was not measured."""
+    """Metrics of one step over all ranks; a value is None if it has no meaning or was not measured."""
 
     step: int = described("step", "Index of the step, from 0.")
     policy_version: int = described(
@@ -172,7 +172,7 @@ class StepMetrics:
     warnings: Sequence[str] = described("warnings", "What looks wrong in this step.")
 
     def row(self) -> dict[str, Any]:
-        """Return the JSON object of metrics.jsonl, without `updates` and `gpu` where they are None."""
+        """Return the row for metrics.jsonl, without `updates` and `gpu` if they are None."""
         values = {entry.name: getattr(self, entry.name) for entry in fields(self)}
         return {
             name: value
@@ -187,7 +187,7 @@ DESCRIPTIONS: dict[str, Description] = {
 
 
 def read_number(row: Mapping[str, Any], *path: str) -> float | None:
-    """Return the number at `path` of a row of metrics.jsonl; None where there is none."""
+    """Return the number at `path` in a row of metrics.jsonl, or None if there is none."""
     value: Any = row
     for name in path:
         value = value.get(name) if isinstance(value, Mapping) else None
@@ -195,7 +195,7 @@ def read_number(row: Mapping[str, Any], *path: str) -> float | None:
 
 
 def numbers(row: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
-    """List all numbers of a row but its step as (name, value); nested ones as `outer/inner`."""
+    """Yield (name, value) for every number in a row except `step`; nested names are `outer/inner`."""
 
     def walk(node: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, float]]:
         for name, value in node.items():

@@ -1,5 +1,7 @@
-"""The numbers of metrics.jsonl in Weights & Biases too, where a project is named; the package is the user's
-to install."""
+"""Log the numbers of metrics.jsonl to Weights & Biases if a project is configured.
+
+The user has to install the package `wandb`.
+"""
 
 import importlib.util
 import secrets
@@ -15,7 +17,7 @@ _FIELD = "observability.wandb_project"
 
 
 def check_wandb(project: str | None) -> None:
-    """Raise ConfigError where a project is named and the package is absent."""
+    """Raise ConfigError if a project is configured and the package `wandb` is not installed."""
     if project is not None and importlib.util.find_spec("wandb") is None:
         raise ConfigError(
             f"{_FIELD}: Weights & Biases is not installed: pip install wandb, or leave {_FIELD} out"
@@ -23,11 +25,10 @@ def check_wandb(project: str | None) -> None:
 
 
 def open_wandb(project: str | None, run_dir: Path, settings: Mapping[str, Any]) -> Any:
-    """Start the run's Weights & Biases run, or go on with it where `run_dir` knows its id; None without a
-    project.
+    """Start the Weights & Biases run, or resume it if `run_dir` holds its id; None without a project.
 
-    WANDB_MODE=offline and the package's other variables hold. Raises ConfigError where it cannot start (no
-    login, no network).
+    WANDB_MODE=offline and the other variables of the package apply. Raises ConfigError if the run cannot
+    start (no login, no network).
     """
     if project is None:
         return None
@@ -44,7 +45,7 @@ def open_wandb(project: str | None, run_dir: Path, settings: Mapping[str, Any]) 
             resume="allow",
             dir=run_dir,
             config=dict(settings),
-            settings=wandb.Settings(console="off"),  # the terminal's output stays this program's
+            settings=wandb.Settings(console="off"),  # do not capture the terminal output
         )
     except wandb.Error as error:
         said = " ".join(str(error).split())
