@@ -1,1 +1,1 @@
-"""What a run will need, before it is started: memory, time and communication per GPU; imports no torch."""
+"""Plan a run before it starts: memory, time and communication per GPU. Imports no torch."""

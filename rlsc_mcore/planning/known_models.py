@@ -1,4 +1,4 @@
-"""Shapes of public models by name, and of any model folder."""
+"""Look up model shapes by public name or model folder, and count parameters."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -40,7 +40,7 @@ def _shape(
     )
 
 
-# Sizes as in the published config.json files; the number of parameters of each is checked by a test.
+# Sizes from the published config.json files; a test checks the number of parameters of each model.
 MODELS: dict[str, Architecture] = {
     "qwen2.5-0.5b": _shape("Qwen2", 24, 896, 4864, 14, 2, 64, 151936, tied=True),
     "qwen2.5-1.5b": _shape("Qwen2", 28, 1536, 8960, 12, 2, 128, 151936, tied=True),
@@ -66,10 +66,9 @@ MODELS: dict[str, Architecture] = {
 
 
 def find_model(name: str) -> Architecture:
-    """Return the shape of a model folder, a config.json file, or a public model's name (any case, `owner/`
-    and `-Instruct` ignored).
+    """Return the shape of a model folder, a config.json file, or a public model's name.
 
-    Raises ConfigError listing the known names.
+    Names ignore case, `owner/` and `-Instruct`. Raises ConfigError that lists the known names.
     """
     path = Path(name).expanduser()
     if path.is_dir():
@@ -85,8 +84,10 @@ def find_model(name: str) -> Architecture:
 
 
 def num_parameters(shape: Architecture, tp: int = 1, *, padded: bool = False) -> int:
-    """Count the parameters on one of `tp` ranks: matrices are split, norms are not; `padded` counts the
-    filled-up vocabulary."""
+    """Count the parameters on one of `tp` ranks; matrices are sharded, norms are replicated.
+
+    `padded` counts the padded vocabulary.
+    """
     split, whole = stage_parameters(
         shape, shape.padded_vocab_size(tp) if padded else shape.vocab_size, (shape.num_layers,), 0
     )
@@ -96,8 +97,7 @@ def num_parameters(shape: Architecture, tp: int = 1, *, padded: bool = False) ->
 def stage_parameters(
     shape: Architecture, vocabulary_rows: int, stage_layers: Sequence[int], stage: int
 ) -> tuple[int, int]:
-    """Count one pipeline stage's parameters over all tensor-parallel ranks: those that are split over them,
-    and those that are not.
+    """Count the parameters of one pipeline stage over all tensor-parallel ranks: (sharded, replicated).
 
     The last of several stages has its own copy of tied embeddings.
     """

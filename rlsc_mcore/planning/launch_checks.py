@@ -1,9 +1,9 @@
-"""What can be checked of a run on a login node, before any GPU is asked for: run by launch/lib.sh; imports no
-torch.
+"""Check a run on a login node before GPUs are requested. launch/lib.sh runs this. Imports no torch.
 
     python -m rlsc_mcore.planning.launch_checks --nodes N --ranks-per-node R [--gpu-memory-gib M] -- TRAINER ARGUMENTS
 
-Prints the facts of the run, one `name<TAB>value` per line; bad input is one line on stderr and exit code 2.
+Prints the facts of the run, one `name<TAB>value` per line. Bad input gives one line on stderr and exit code
+2.
 """
 
 import argparse
@@ -32,7 +32,7 @@ MASTER_AND_MOMENTS_BYTES = 12  # per parameter: fp32 master weight and two Adam 
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Check and print; returns the exit code."""
+    """Check the run and print its facts; return the exit code."""
     parser = argparse.ArgumentParser("rlsc launch checks")
     parser.add_argument("--nodes", type=int, required=True)
     parser.add_argument("--ranks-per-node", type=int, required=True)
@@ -52,13 +52,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def check_launch(
     trainer: Sequence[str], nodes: int, ranks_per_node: int, gpu_memory_gib: float | None = None
 ) -> Iterator[tuple[str, str]]:
-    """Check the trainer's arguments against `nodes` x `ranks_per_node` ranks, and yield the facts of the run.
+    """Check the trainer's arguments for `nodes` x `ranks_per_node` ranks; yield (name, value) facts of the
+    run.
 
-    With `gpu_memory_gib`, the memory of one GPU, the facts tell what does not fit; it is an estimate, so
-    nothing is refused for it.
-
-    Raises `ConfigError` on the first thing that cannot work. Names of hub models and data sets are not looked
-    up.
+    With `gpu_memory_gib`, the memory of one GPU, a `warning` fact reports a layout that does not fit. The
+    memory is an estimate, so this is not an error. Raises `ConfigError` at the first invalid setting. Names
+    of hub models and data sets are not looked up on the hub.
     """
     options, flags = split_options(trainer, ("--config", "--resume"))
     config, checkpoint = resolve_training(options, flags)
@@ -84,7 +83,7 @@ def check_launch(
     _check_run_dir(run_dir, needed)
     if (
         "SLURM_JOB_ID" in os.environ
-    ):  # before the launch script claims the folder; a dry run may look at a folder in use
+    ):  # a job is about to use the folder; a dry run may read a folder that is in use
         refuse_owned(run_dir)
     yield "run_dir", str(run_dir)
     yield "model", config.model.path
@@ -130,7 +129,7 @@ def _check_public_model(name: str, config: Config) -> Architecture | None:
     try:
         architecture = find_model(name)
     except ConfigError:
-        return None  # it is fetched at the start, and checked then
+        return None  # the model is downloaded and checked when the run starts
     check_parallel(architecture, config.parallel.tp, Path(name))
     check_stages(architecture, config.parallel, Path(name))
     return architecture
@@ -188,8 +187,10 @@ def _checkpoint_bytes(config: Config, architecture: Architecture) -> int:
 def _memory(
     config: Config, architecture: Architecture, dp: int, gpu_memory_gib: float | None
 ) -> Iterator[tuple[str, str]]:
-    """The counts of `rlsc plan` for this very layout; the KV cache takes its share of what is left while
-    sampling."""
+    """Yield the memory of this layout as `rlsc plan` counts it, and a warning if it does not fit.
+
+    Without `rollout.kv_cache_gib` the KV cache is not counted.
+    """
     layout = config_layout(config, config.parallel.tp, dp)
     cache = int((config.rollout.kv_cache_gib or 0) * GIB)
     needs = {

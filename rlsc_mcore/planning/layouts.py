@@ -1,4 +1,4 @@
-"""All layouts of a model on given GPUs: which fit, which is estimated fastest."""
+"""List the parallel layouts of a model on given GPUs, which of them fit, and their estimated speed."""
 
 from dataclasses import dataclass, replace
 
@@ -6,13 +6,13 @@ from rlsc_mcore.model.shape import Architecture
 from rlsc_mcore.planning.memory import Layout, kv_bytes_per_token, rollout_bytes, train_bytes
 from rlsc_mcore.planning.timing import Gpu, Work, seconds
 
-USABLE_SHARE = 0.94  # of a GPU's memory: the rest is fragmentation
-FEWEST_LONGEST = 8  # sequences of the longest kind that the KV cache must hold
+USABLE_SHARE = 0.94  # usable fraction of a GPU's memory; the rest is lost to fragmentation
+FEWEST_LONGEST = 8  # number of sequences of maximum length that the KV cache must hold
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """One layout with its needs; `why_not` is empty where it fits."""
+    """One layout with its memory in bytes by part and its seconds by phase; `why_not` is empty if it fits."""
 
     layout: Layout
     training: dict[str, int]
@@ -41,12 +41,11 @@ def candidates(
     pp: int | None = None,
     searches_offload: bool = True,
 ) -> list[Candidate]:
-    """Return a layout for each tensor-parallel size and recomputation: the fastest that fits first, then what
-    does not fit by its size.
+    """Return the best layout for each tensor-parallel size and recompute mode.
 
-    Each with the engine size (`base.engine_tp`, or any where that is None), the pipeline size (`pp`, or any)
-    and, with `searches_offload`, the choice of `optimizer.offload_during_rollout` that is fastest of what
-    fits.
+    Layouts that fit come first, the fastest first; the others follow in order of memory. The search covers
+    engine sizes (unless `base.engine_tp` is set), pipeline sizes (unless `pp` is set) and, with
+    `searches_offload`, `optimizer.offload_during_rollout`.
     """
     usable = int(gpu_bytes * USABLE_SHARE)
     sizes = [tp for tp in (1, 2, 4, 8, 16) if tp <= min(num_gpus, gpus_per_node) and num_gpus % tp == 0]
@@ -78,10 +77,10 @@ def candidates(
 
 
 def _preference(candidate: Candidate) -> tuple[bool, float, float, bool]:
-    """What fits first, then what is fast; of equals the trainer's own size, which needs no second copy of the
-    weights.
+    """Return a sort key: layouts that fit first, the fastest first; the others by memory.
 
-    Of what does not fit the smallest first.
+    Between equal layouts, prefer an engine of the trainer's tensor-parallel size, which needs no second copy
+    of the weights.
     """
     layout, fails = candidate.layout, bool(candidate.why_not)
     return (
@@ -120,7 +119,7 @@ def _consider(
         why_not = f"training needs {sum(training.values()) / 2**30:.1f} GiB of {usable / 2**30:.1f} usable"
     elif room < min(wanted, FEWEST_LONGEST * longest):
         why_not = f"{max(0, room) / 2**30:.1f} GiB are left for the KV cache, {FEWEST_LONGEST} longest answers take more"
-    # A cache that holds fewer sequences than asked for decodes fewer at once.
+    # If the KV cache holds fewer sequences than requested, fewer are decoded at the same time.
     decoding = max(1, int(rollout["KV cache"] // max(1, longest)))
     limited = replace(work, max_num_seqs=min(work.max_num_seqs, decoding))
     return Candidate(layout, training, rollout, seconds(shape, layout, limited, gpu, gpus_per_node), why_not)

@@ -1,9 +1,9 @@
-"""Bytes on one GPU by part and phase, from shapes alone.
+"""Compute the memory of one GPU by part and phase from shapes.
 
-The counts are those of the tensors that this trainer keeps: parameters and gradients in Megatron's contiguous
-buffers, optimizer states sharded over data-parallel ranks, and what autograd saves per token and layer. On a
-CPU the sum for a step is within 10 % of the measured peak (tests/distributed/test_plan_memory.py); on a GPU
-it has not been compared yet.
+The counts cover the tensors that the trainer holds: parameters and gradients in Megatron's contiguous
+buffers, optimizer states sharded over data-parallel ranks, and the tensors that autograd saves per token and
+layer. On a CPU the sum for a step is within 10 % of the measured peak
+(tests/distributed/test_plan_memory.py). On a GPU the counts have not been compared with measurements yet.
 """
 
 from collections.abc import Mapping
@@ -15,8 +15,8 @@ from rlsc_mcore.planning.known_models import num_parameters, stage_parameters
 
 GIB = 2**30
 
-HEAD_WORKSPACE_BYTES = 1 << 30  # logits alive at once, as in ops/chunks.py on a GPU
-CONTEXT_BYTES = int(1.5 * 2**30)  # CUDA and NCCL contexts of a process; not allocated by torch
+HEAD_WORKSPACE_BYTES = 1 << 30  # logits in memory at the same time, as in ops/chunks.py on a GPU
+CONTEXT_BYTES = int(1.5 * 2**30)  # CUDA and NCCL contexts of a process, which torch does not allocate
 ENGINE_RESIDENT_BYTES = 1 << 30  # CUDA graphs and workspaces that a sleeping engine keeps
 EXCHANGE_BUCKET_BYTES = 32 << 20  # weight_sync/exchange.py
 MASTER_BYTES = {"bfloat16": 12, "float32": 8}  # fp32 master (for bfloat16) and two fp32 moments
@@ -29,7 +29,7 @@ WIDTH = {"bfloat16": 2, "float32": 4}
 
 @dataclass(frozen=True)
 class Layout:
-    """How a model is spread, and the sizes of a step."""
+    """The parallel layout of a model and the sizes of a step."""
 
     tp: int
     dp: int
@@ -39,43 +39,43 @@ class Layout:
     tokens_per_micro_batch: int = 16384
     max_num_batched_tokens: int = 8192
     precision_aware: bool = False
-    cpu_offload: float = 0.0  # share of the optimizer's states that is not on the GPU
-    engine_tp: int | None = None  # of the engines; None: the trainer's
-    offload_during_rollout: bool = False  # no optimizer state is on the GPU while sampling
+    cpu_offload: float = 0.0  # fraction of the optimizer state that is on the host
+    engine_tp: int | None = None  # tensor-parallel size of an engine; None: the trainer's
+    offload_during_rollout: bool = False  # the optimizer state is on the host during the rollout
     grad_dtype: str = "float32"
-    fused_swiglu: bool = True  # as on a GPU
+    fused_swiglu: bool = True  # SwiGLU is fused on a GPU
     pp: int = 1  # pipeline stages
-    stage_layers: tuple[int, ...] | None = None  # None: as many per stage as make them equally slow
+    stage_layers: tuple[int, ...] | None = None  # layers per stage; None: balanced by compute time
 
     @property
     def engine_ranks(self) -> int:
-        """GPUs of one engine."""
+        """Return the number of GPUs of one engine."""
         return self.engine_tp or self.tp
 
     @property
     def num_engines(self) -> int:
-        """Engines that sample at the same time."""
+        """Return the number of engines, which sample at the same time."""
         return self.num_gpus // self.engine_ranks
 
     @property
     def num_gpus(self) -> int:
-        """GPUs in all."""
+        """Return the total number of GPUs."""
         return self.tp * self.dp * self.pp
 
     def layers_of(self, shape: Architecture) -> tuple[int, ...]:
-        """Return the layers of each pipeline stage."""
+        """Return the number of layers of each pipeline stage."""
         return self.stage_layers or shape.stage_layers(self.pp)
 
 
 def rank_parameters(shape: Architecture, layout: Layout, stage: int = 0) -> int:
-    """Return the parameters of one of the trainer's ranks in pipeline stage `stage`."""
+    """Return the number of parameters of one trainer rank in pipeline stage `stage`."""
     split, whole = stage_parameters(shape, shape.padded_vocab_size(layout.tp), layout.layers_of(shape), stage)
     return split // layout.tp + whole
 
 
 def static_bytes(shape: Architecture, layout: Layout, stage: int = 0) -> dict[str, int]:
-    """Return weights, gradients and optimizer states of one rank of a stage: what it holds all the time that
-    it trains."""
+    """Return the bytes of weights, gradients and optimizer state that one rank of a stage holds during
+    training."""
     numel = rank_parameters(shape, layout, stage)
     shards = layout.dp if layout.distributed else 1
     states = PRECISION_AWARE_BYTES if layout.precision_aware else MASTER_BYTES[layout.dtype]
@@ -87,14 +87,15 @@ def static_bytes(shape: Architecture, layout: Layout, stage: int = 0) -> dict[st
 
 
 def activation_bytes(shape: Architecture, layout: Layout, stage: int = 0) -> int:
-    """Return the peak of what the micro-batches in flight in a stage hold, without the head's logits.
+    """Return the peak activation bytes of the micro-batches in flight in a stage, without the logits.
 
-    In the 1F1B schedule stage s of P holds P - s micro-batches: 1 without a pipeline.
+    In the 1F1B schedule, stage s of P has P - s micro-batches in flight; without a pipeline 1.
 
-    Per token and layer, in elements: 7.5 hidden states (norms in and out, residuals, dropout of rate 0),
-    queries four times and keys and values three times (projected, rotated, attended), and 3 MLP widths (gate
-    and up, product), 5 where SwiGLU is not fused. `selective` recomputes the MLP: its widths are alive in one
-    layer at a time. Sequence parallelism splits all of it; each token's rotary factors are made once.
+    Elements per token and layer: 7.5 hidden states (inputs and outputs of norms, residuals, dropout of rate
+    0), four times the queries and three times the keys and values (projected, rotated, attended), and 3 MLP
+    widths (gate, up, product), or 5 if SwiGLU is not fused. `selective` recomputes the MLP, so its
+    activations are in memory for one layer at a time. Sequence parallelism shards all of these. The rotary
+    factors are computed once per token.
     """
     hidden, queries = shape.hidden_size, shape.num_heads * shape.head_dim
     keys = shape.num_kv_heads * shape.head_dim
@@ -113,12 +114,12 @@ def activation_bytes(shape: Architecture, layout: Layout, stage: int = 0) -> int
 
 
 def update_bytes(shape: Architecture, layout: Layout, stage: int = 0) -> int:
-    """Return what an update allocates for its time, after the activations are freed: float32 copies of its
-    bfloat16 inputs.
+    """Return the bytes that the optimizer update allocates temporarily, after the activations are freed.
 
-    TransformerEngine's FusedAdam (2.12 and earlier) copies both moments of the parameters that it updates at
-    once, and frees the copies of one part after it made those of the next. Megatron's optimizer copies the
-    gradients of this rank's shard, unless `precision_aware` or `cpu_offload` reads them as they are.
+    These are float32 copies of bfloat16 inputs. TransformerEngine's FusedAdam (2.12 and earlier) updates the
+    parameters in parts and copies both moments of a part; it frees the copies of a part only after it has
+    made those of the next. Megatron's optimizer copies the gradients of this rank's shard, except with
+    `precision_aware` or `cpu_offload`.
     """
     shard = rank_parameters(shape, layout, stage) // (layout.dp if layout.distributed else 1)
     if layout.precision_aware:
@@ -132,8 +133,10 @@ def update_bytes(shape: Architecture, layout: Layout, stage: int = 0) -> int:
 
 
 def train_bytes(shape: Architecture, layout: Layout) -> dict[str, int]:
-    """Return what one GPU of the fullest pipeline stage holds while training, by part; the engine sleeps
-    (level 2)."""
+    """Return the bytes by part on one GPU during training, for the pipeline stage that needs the most memory.
+
+    The engine sleeps (level 2).
+    """
     return max(
         (_stage_train_bytes(shape, layout, stage) for stage in range(layout.pp)),
         key=lambda parts: sum(parts.values()),
@@ -168,11 +171,12 @@ def kv_bytes_per_token(shape: Architecture, layout: Layout) -> int:
 
 
 def engine_weight_bytes(shape: Architecture, layout: Layout, stage: int = 0) -> int:
-    """Return the bytes of the engine's own weights on one GPU, and of the two buffers that received ones pass
-    through.
+    """Return the bytes of the weights that the engine does not share with the trainer, and of the exchange
+    buffers.
 
-    Where trainer and engine are of one tensor-parallel size, its own weights are the other stages' and of its
-    own stage `linear_qkv`, whose rows lie otherwise; else all of them.
+    If trainer and engine have the same tensor-parallel size, the engine's own weights are those of the other
+    stages, and `linear_qkv` of its own stage because its row order differs. Otherwise all weights are its
+    own.
     """
     width, ranks = WIDTH[layout.dtype], layout.engine_ranks
     numel = num_parameters(shape, ranks, padded=True)
@@ -184,8 +188,7 @@ def engine_weight_bytes(shape: Architecture, layout: Layout, stage: int = 0) -> 
 
 
 def exchange_buffer_bytes(layout: Layout) -> int:
-    """Return the bytes of the exchange's buffers: two of a bucket for each stream that is sent and each rank
-    that sends."""
+    """Return the bytes of the weight exchange buffers: two buckets per sent stream and per sending rank."""
     if layout.tp * layout.pp == 1 or (layout.pp == 1 and layout.engine_ranks == layout.tp):
         return 0
     streams = max(1, layout.engine_ranks // layout.tp) + (layout.pp > 1 and layout.engine_ranks < layout.tp)
@@ -194,7 +197,8 @@ def exchange_buffer_bytes(layout: Layout) -> int:
 
 
 def rollout_bytes(shape: Architecture, layout: Layout, kv_cache: int) -> dict[str, int]:
-    """Return what one GPU of the fullest pipeline stage holds while sampling, by part."""
+    """Return the bytes by part on one GPU during the rollout, for the pipeline stage that needs the most
+    memory."""
     parts = (_stage_rollout_bytes(shape, layout, kv_cache, stage) for stage in range(layout.pp))
     return max(parts, key=lambda each: sum(each.values()))
 
@@ -218,23 +222,24 @@ def _stage_rollout_bytes(shape: Architecture, layout: Layout, kv_cache: int, sta
 
 
 def host_bytes(shape: Architecture, layout: Layout) -> dict[str, int]:
-    """Return what one GPU's process holds in host memory, by reason; those of a node add up.
+    """Return the bytes that the process of one GPU holds in host memory, by reason; the processes of a node
+    add up.
 
-    A save copies this rank's part of weights and optimizer state, equal parts of both where the optimizer is
-    distributed (`training/optimizer_state.py`), else all of them on one data-parallel rank; a load copies
-    nothing.
+    A save copies this rank's part of the weights and the optimizer state to the host. With a distributed
+    optimizer the parts are equal (`training/optimizer_state.py`); otherwise one data-parallel rank copies
+    everything. A load copies nothing.
     """
     numel = max(rank_parameters(shape, layout, stage) for stage in range(layout.pp))
     shard = numel // (layout.dp if layout.distributed else 1)
     states = PRECISION_AWARE_BYTES if layout.precision_aware else MASTER_BYTES[layout.dtype]
     offloaded = states * shard if layout.offload_during_rollout else 0
-    # Masters, moments and a page-locked copy of the gradients.
+    # Master weights, moments and a page-locked copy of the gradients.
     updated_there = int((states + 4) * shard * layout.cpu_offload)
     return {"a save": (WIDTH[layout.dtype] + states) * shard, "optimizer state": offloaded + updated_there}
 
 
 def config_layout(config: Config, tp: int, dp: int) -> Layout:
-    """Return what a configuration's memory follows from, spread over tp x dp x `parallel.pp` GPUs."""
+    """Return the layout of a configuration on tp x dp x `parallel.pp` GPUs."""
     return Layout(
         tp,
         dp,
@@ -254,6 +259,6 @@ def config_layout(config: Config, tp: int, dp: int) -> Layout:
 
 
 def describe_bytes(parts: Mapping[str, int]) -> str:
-    """Say the sum and the parts, in GiB per GPU."""
+    """Return the sum and the parts as text, in GiB per GPU."""
     told = ", ".join(f"{part} {size / GIB:.2f}" for part, size in parts.items())
     return f"{sum(parts.values()) / GIB:.1f} GiB per GPU: {told}"

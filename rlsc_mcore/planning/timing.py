@@ -1,5 +1,7 @@
-"""Estimated seconds of a step's phases on given GPUs; rough, stated as such, good for choosing between
-layouts."""
+"""Estimate the seconds of each phase of a step on given GPUs.
+
+The estimates are rough; use them to compare layouts.
+"""
 
 from dataclasses import dataclass
 
@@ -17,7 +19,7 @@ from rlsc_mcore.planning.memory import (
 
 @dataclass(frozen=True)
 class Gpu:
-    """What one GPU and its links reach, as published."""
+    """Published peak speeds of one GPU and its links."""
 
     name: str
     bf16_tflops: float
@@ -25,7 +27,7 @@ class Gpu:
     link_gb_per_s: float  # to the GPUs of its node, one direction
     network_gb_per_s: float = 50.0  # to other nodes, per GPU
     host_gb_per_s: float = 25.0  # to page-locked host memory, one direction
-    host_memory_gb_per_s: float = 37.0  # of the host's own memory, per GPU of a node of eight
+    host_memory_gb_per_s: float = 37.0  # bandwidth of the host memory, per GPU of a node with eight
 
 
 GPUS = {
@@ -34,16 +36,16 @@ GPUS = {
     "h200": Gpu("H200", 989, 4.8, 450),
     "b200": Gpu("B200", 2250, 8.0, 900),
 }
-TRAIN_EFFICIENCY = 0.45  # of the peak: the goal of benchmarks/bench_train_step.py
-DECODE_EFFICIENCY = 0.6  # of the memory's bandwidth
+TRAIN_EFFICIENCY = 0.45  # fraction of the peak FLOP/s: the target of benchmarks/bench_train_step.py
+DECODE_EFFICIENCY = 0.6  # fraction of the memory bandwidth
 ALL_REDUCE_S = (
-    15e-6  # of a few rows of hidden states over the GPUs of a node: two per layer and decoded token
+    15e-6  # seconds of an all-reduce of a few hidden states in a node; two per layer and decoded token
 )
 
 
 @dataclass(frozen=True)
 class Work:
-    """One step's rollouts, over all ranks."""
+    """The rollouts of one step, over all ranks."""
 
     num_rollouts: int
     prompt_tokens: int
@@ -55,15 +57,15 @@ class Work:
 def seconds(
     shape: Architecture, layout: Layout, work: Work, gpu: Gpu, gpus_per_node: int
 ) -> dict[str, float]:
-    """Estimate the seconds of rollout, training, data-parallel communication, hot swap and offloading of one
-    step."""
+    """Estimate the seconds of one step by phase: rollout, training, data-parallel communication, hot swap,
+    offload."""
     cost = shape.cost_model()
     length = work.prompt_tokens + work.response_tokens
     passes = 4 / 3 if layout.recompute == "full" else 1.0
     flops = work.num_rollouts * cost.flops(length, work.response_tokens) * passes
     if (
         layout.recompute == "selective"
-    ):  # the MLP's forward once more: three products of 2 operations per weight and token
+    ):  # a second MLP forward: three matrix products with 2 FLOPs per weight and token
         flops += work.num_rollouts * length * shape.num_layers * 6 * shape.hidden_size * shape.ffn_hidden_size
     train = flops / (layout.num_gpus * gpu.bf16_tflops * 1e12 * TRAIN_EFFICIENCY)
     waits = pipeline_waits(shape, layout, work)
@@ -80,18 +82,18 @@ def seconds(
     token_s = read / (gpu.memory_tb_per_s * 1e12 * DECODE_EFFICIENCY)
     if layout.engine_ranks > 1:
         token_s += 2 * shape.num_layers * ALL_REDUCE_S
-    # As many decoding steps as full batches take, but never fewer than the longest answer has tokens.
+    # Number of decoding steps with full batches, but at least the length of the longest answer.
     rollout = token_s * max(per_engine * work.response_tokens / decoding, work.longest_response)
     reduce_link = gpu.link_gb_per_s if layout.num_gpus <= gpus_per_node else gpu.network_gb_per_s
     share = (layout.dp - 1) / layout.dp
     reduce = numel * (4 + width) * share / (reduce_link * 1e9)
     tensor_parallel = 0.0
     if layout.tp > 1:
-        # Forward and backward: a gather and a scatter of the hidden states around attention and MLP of every
-        # layer.
+        # Forward and backward: an all-gather and a reduce-scatter of the hidden states around attention and
+        # MLP in every layer.
         moved = 8 * max(layout.layers_of(shape)) * shape.hidden_size * width * (layout.tp - 1) / layout.tp
         tensor_parallel = moved * work.num_rollouts / layout.dp * length / (gpu.link_gb_per_s * 1e9) * passes
-    # Stages lie far apart in the order of ranks: on other nodes where there are several.
+    # The ranks of different stages are far apart, so with several nodes they are on different nodes.
     swap_link = (
         gpu.network_gb_per_s if layout.pp > 1 and layout.num_gpus > gpus_per_node else gpu.link_gb_per_s
     )
@@ -107,8 +109,8 @@ def seconds(
 
 
 def pipeline_waits(shape: Architecture, layout: Layout, work: Work) -> float:
-    """Return by what factor a pipeline lengthens training: its filling and emptying, and a stage slower than
-    the mean; 1 without."""
+    """Return the factor by which the pipeline bubble and unbalanced stages lengthen training; 1 without a
+    pipeline."""
     if layout.pp == 1:
         return 1.0
     tokens = work.num_rollouts / layout.dp * (work.prompt_tokens + work.response_tokens)
@@ -120,10 +122,11 @@ def pipeline_waits(shape: Architecture, layout: Layout, work: Work) -> float:
 
 
 def offload_seconds(shape: Architecture, layout: Layout, gpu: Gpu) -> float:
-    """Estimate what optimizer state in host memory costs per step: two copies of it, or its update there.
+    """Estimate the seconds per step that optimizer state in host memory costs.
 
-    An update there moves gradients down and weights up, and reads and writes masters, moments and gradients
-    in host memory.
+    With `offload_during_rollout` the state is copied twice. With `cpu_offload` the update runs on the host:
+    it copies gradients to the host and weights to the GPU, and reads and writes master weights, moments and
+    gradients in host memory.
     """
     shard = max(rank_parameters(shape, layout, stage) for stage in range(layout.pp)) / (
         layout.dp if layout.distributed else 1
@@ -136,11 +139,11 @@ def offload_seconds(shape: Architecture, layout: Layout, gpu: Gpu) -> float:
 
 
 def swapped_bytes(shape: Architecture, layout: Layout) -> int:
-    """Return the most that one GPU receives in a hot swap.
+    """Return the largest number of bytes that one GPU receives in a hot swap.
 
-    Rank r of E engine ranks needs the r-th E-th of every split weight (`weight_sync/plan.py`). Of its own
-    stage it holds its trainer's T-th; it receives what of its part lies elsewhere, and its part of all other
-    stages with their norms.
+    Rank r of E engine ranks needs shard r of E of every sharded weight (`weight_sync/plan.py`). Of its own
+    pipeline stage it already holds one of T trainer shards and receives only the rest of its engine shard. Of
+    the other stages it receives its whole shard and the norms.
     """
     engine, per_stage = layout.engine_ranks, layout.tp * layout.dp
     stages = [
@@ -156,7 +159,7 @@ def swapped_bytes(shape: Architecture, layout: Layout) -> int:
     for stage, (split, _) in enumerate(stages):
         others_split = sum(other for number, (other, _) in enumerate(stages) if number != stage)
         others_whole = sum(whole for number, (_, whole) in enumerate(stages) if number != stage)
-        # Tied embeddings lie on the first and the last stage, and are one weight of an engine.
+        # Tied embeddings are on the first and the last stage but are one weight of the engine.
         others_split -= tied_copy
         for rank in range(stage * per_stage, stage * per_stage + min(per_stage, max(layout.tp, engine))):
             part, held = rank % engine / engine, rank % layout.tp / layout.tp
@@ -166,8 +169,8 @@ def swapped_bytes(shape: Architecture, layout: Layout) -> int:
 
 
 def communication_bytes(shape: Architecture, layout: Layout, work: Work) -> dict[str, int]:
-    """Return the bytes that one GPU sends in a step over its tensor-, data- and pipeline-parallel group, and
-    receives in a swap."""
+    """Return the bytes that one GPU sends per step in its tensor-, data- and pipeline-parallel group, and the
+    bytes that it receives in a hot swap."""
     numel, width = (
         max(rank_parameters(shape, layout, stage) for stage in range(layout.pp)),
         WIDTH[layout.dtype],
@@ -178,6 +181,6 @@ def communication_bytes(shape: Architecture, layout: Layout, work: Work) -> dict
     )
     data = numel * (4 + width) * (layout.dp - 1) / layout.dp
     sent = {"tensor parallel": int(tensor), "data parallel": int(data)}
-    if layout.pp > 1:  # hidden states forward, their gradients back
+    if layout.pp > 1:  # hidden states in the forward pass, their gradients in the backward pass
         sent["pipeline"] = int(2 * tokens * shape.hidden_size * width / layout.tp)
     return {**sent, "hot swap": swapped_bytes(shape, layout)}

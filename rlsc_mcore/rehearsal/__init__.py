@@ -1,2 +1,2 @@
-"""Rehearsal of training steps with fake CUDA tensors: shapes, memory, copies and collectives without a GPU or
+"""Rehearse training steps with fake CUDA tensors: record memory, copies and collectives without GPU or
 weights."""

@@ -1,9 +1,9 @@
-"""A GPU that is not there: torch.cuda answered, fake tensors, a fake process group, and a record of what a
-step does.
+"""Emulate a GPU: replace torch.cuda functions, use fake tensors and a fake process group, and record each
+step.
 
-Only in a process of its own (`rlsc_mcore.rehearsal.worker`), which loads fake_cuda.cpp's library before
-torch. Fake tensors have shapes, data types and devices and no values: whatever reads a value gets 1, and is
-recorded.
+Use this only in a separate process (`rlsc_mcore.rehearsal.worker`), which loads the library of fake_cuda.cpp
+before torch. Fake tensors have a shape, data type and device but no values. Code that reads a value gets 1,
+and the read is recorded.
 """
 
 import collections
@@ -29,7 +29,7 @@ OWN_PACKAGES = ("rlsc_mcore", "megatron")
 
 
 class _Stream:
-    """A stream or an event: nothing to wait for."""
+    """A stream or an event whose methods return at once."""
 
     def __init__(self, *arguments: Any, **keywords: Any) -> None:
         pass
@@ -47,8 +47,8 @@ class _Stream:
 
 
 class Recorder(TorchDispatchMode):
-    """Records live bytes by device with their peak, reads of values, copies to the host, and collectives by
-    group and size."""
+    """Record live and peak bytes by device, reads of values, device-to-host copies, and collectives by
+    operation."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -60,7 +60,7 @@ class Recorder(TorchDispatchMode):
         self._sizes: dict[int, int] = {}
 
     def restart(self) -> None:
-        """Forget everything but what is alive."""
+        """Reset all counters; live bytes are kept, and the peak starts from them."""
         self.peak = self.live.copy()
         for counter in (self.reads, self.copies_to_host, self.collectives):
             counter.clear()
@@ -100,7 +100,7 @@ class Recorder(TorchDispatchMode):
         return result
 
     def resized(self, storage: torch.UntypedStorage, size: int) -> None:
-        """Account for a storage that was resized in place."""
+        """Record that a storage is resized in place."""
         key = storage._cdata
         if key in self._sizes:
             self._add("cuda", size - self._sizes[key])
@@ -124,7 +124,7 @@ class Recorder(TorchDispatchMode):
 
 
 class _OnDevice(TorchFunctionMode):
-    """Reads an integer as the index of the GPU, and pins no memory."""
+    """Treat an integer device as the GPU, and ignore requests for pinned memory."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
@@ -142,7 +142,10 @@ class _OnDevice(TorchFunctionMode):
 
 
 def pretend(rank: int, world_size: int, memory_bytes: int) -> None:
-    """Answer for a GPU of `memory_bytes` and join a fake process group, for the rest of this process."""
+    """Emulate a GPU of `memory_bytes` and create a fake process group, for the rest of this process.
+
+    Mutates torch.cuda, torch.distributed and the environment.
+    """
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK="0")
     answers: dict[str, Any] = {
         "is_available": True,
@@ -183,15 +186,17 @@ def pretend(rank: int, world_size: int, memory_bytes: int) -> None:
     def gather_alike(values: list[Any], value: Any, group: Any = None) -> None:
         values[:] = [value] * len(values)
 
-    # Every rank's object is this one's: messages between ranks hold values, which fake tensors lack.
+    # Gathered objects are copies of this rank's object, because there are no other ranks.
     distributed: Any = dist
     distributed.new_group, distributed.all_gather_object = fake_group, gather_alike
     groups._gather_objects = lambda value, group, size: [value] * size
 
 
 def accommodate_megatron() -> None:
-    """Replace what Megatron-Core takes from TransformerEngine on a GPU, and its CUDA random state; after
-    `pretend`."""
+    """Replace the TransformerEngine kernels and the CUDA random state that Megatron-Core uses on a GPU.
+
+    Call this after `pretend`.
+    """
     import megatron.core.distributed.param_and_grad_buffer as buffers
     import megatron.core.optimizer.clip_grads as clip_grads
     import megatron.core.tensor_parallel.random as megatron_random
@@ -206,7 +211,7 @@ def accommodate_megatron() -> None:
 
 @contextlib.contextmanager
 def fake_tensors() -> Iterator[Recorder]:
-    """Make every tensor of the block a fake one; yields what records them."""
+    """Make every tensor in the block a fake tensor; yield the `Recorder`."""
     recorder = Recorder()
     resize = torch.UntypedStorage.resize_
 
@@ -220,7 +225,7 @@ def fake_tensors() -> Iterator[Recorder]:
     module.to, storage.resize_ = _move_module, recorded
     storage.data_ptr = lambda storage: (
         storage._cdata
-    )  # fake storages lie nowhere: tell them apart by the object
+    )  # fake storages have no address: use the address of the object
     try:
         with FakeTensorMode(allow_non_fake_inputs=True), recorder, _OnDevice():
             yield recorder
@@ -229,19 +234,20 @@ def fake_tensors() -> Iterator[Recorder]:
 
 
 def _everything(index: torch.Tensor | None) -> torch.Tensor | None:
-    """Read a mask as if it selected everything: how much it selects is in its values."""
+    """Replace a boolean mask by all indices, because a fake mask has no values."""
     if index is None or index.dtype is not torch.bool:
         return index
     return torch.arange(index.numel(), device=index.device)
 
 
 def _move_module(module: torch.nn.Module, *arguments: Any, **keywords: Any) -> torch.nn.Module:
-    """`Module.to(device)` by new parameters: torch swaps the data of fake ones only within a device."""
+    """Move a module to the GPU by new parameters: torch cannot swap fake parameter data between devices."""
     for part in module.modules():
         for name, parameter in part._parameters.items():
             if parameter is not None and parameter.device.type != "cuda":
                 moved = torch.nn.Parameter(parameter.detach().to(DEVICE), parameter.requires_grad)
-                # Megatron's marks; a fake tensor's own attributes, its device among them, are there already.
+                # Copy Megatron's attributes; a fake tensor's own attributes, such as its device, already
+                # exist.
                 moved.__dict__.update(
                     {key: value for key, value in vars(parameter).items() if key not in vars(moved)}
                 )
@@ -267,7 +273,7 @@ def _no_coalescing(*arguments: Any, **keywords: Any) -> Iterator[_Stream]:
 
 
 def _caller() -> str:
-    """Name the innermost function of the product or of Megatron that is running."""
+    """Return the name of the innermost running function of this package or of Megatron."""
     frame: Any = sys._getframe(2)
     while frame is not None:
         module = str(frame.f_globals.get("__name__", ""))

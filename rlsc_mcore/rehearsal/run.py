@@ -1,5 +1,5 @@
-"""Start a rehearsal: build the fake device's library once, run one rank in a process of its own, return what
-it recorded."""
+"""Run a rehearsal: build the fake CUDA library once, run one rank in a separate process, return its
+record."""
 
 import hashlib
 import json
@@ -32,14 +32,14 @@ def run_rank(
 ) -> dict[str, Any]:
     """Rehearse `steps` training steps of one of `world_size` ranks on sequences of `lengths` tokens.
 
-    `flags` are those of `rlsc train`; `folder` holds the model's config.json. `setup` names functions
-    (`module:function`) that the process calls first. Returns the worker's object (see
-    `rlsc_mcore.rehearsal.worker`). Raises `RunError` with the last line of what failed, and `ConfigError`
-    where no rehearsal can run here.
+    `flags` are those of `rlsc train`. `folder` contains the model's config.json. `setup` names functions
+    (`module:function`) that the process calls first. Returns the JSON object of the worker (see
+    `rlsc_mcore.rehearsal.worker`). Raises `RunError` with the last line of stderr if the worker fails, and
+    `ConfigError` if this machine cannot run a rehearsal.
     """
     library = fake_cuda_library()
     job = {
-        "flags": [*flags, "--model.layers", "torch"],  # TransformerEngine's kernels run on no fake tensor
+        "flags": [*flags, "--model.layers", "torch"],  # TransformerEngine's kernels reject fake tensors
         "folder": str(folder),
         "rank": rank,
         "world_size": world_size,
@@ -67,10 +67,9 @@ def run_rank(
 
 
 def fake_cuda_library() -> Path:
-    """Return the compiled library of fake_cuda.cpp, built where there is none for this torch (about 15
-    seconds).
+    """Return the compiled library of fake_cuda.cpp; build it if there is none for this torch (about 15 s).
 
-    Raises `ConfigError` without a C++ compiler, or with a build of torch that has a CUDA device of its own.
+    Raises `ConfigError` without a C++ compiler, or if torch is a CUDA build.
     """
     import torch
 
@@ -98,5 +97,5 @@ def fake_cuda_library() -> Path:
     if built.returncode:
         reason = next((line for line in built.stderr.splitlines() if "error" in line), built.stderr[-200:])
         raise ConfigError(f"rehearsal: {SOURCE.name} does not compile with {compiler}: {reason}")
-    os.replace(partial, library)  # another process may build the same
+    os.replace(partial, library)  # atomic, because another process may build the same library
     return library

@@ -1,8 +1,7 @@
-"""The process of a rehearsal: `python -m rlsc_mcore.rehearsal.worker LIBRARY JOB`, both paths; prints one
-JSON object.
+"""Run a rehearsal in its own process: `python -m rlsc_mcore.rehearsal.worker LIBRARY JOB`.
 
-The library of fake_cuda.cpp is loaded before torch, which looks for a device's guard and hooks when it is
-imported.
+Both arguments are paths; the process prints one JSON object. It loads the library of fake_cuda.cpp before
+torch, because torch looks for the guard and hooks of a device when it is imported.
 """
 
 import ctypes
@@ -14,9 +13,11 @@ from typing import Any
 
 
 def main() -> None:
-    """Rehearse the job of a JSON file: `flags`, `folder` (config.json), `rank`, `world_size`, `lengths`,
-    `steps`, `gpu_bytes`."""
-    os.environ["TORCHDYNAMO_DISABLE"] = "1"  # Megatron's fused functions run as written
+    """Rehearse the job in a JSON file and print the result as JSON.
+
+    Keys: `flags`, `folder` (of config.json), `rank`, `world_size`, `lengths`, `steps`, `gpu_bytes`, `setup`.
+    """
+    os.environ["TORCHDYNAMO_DISABLE"] = "1"  # run Megatron's fused functions without compilation
     ctypes.CDLL(sys.argv[1])
     job = json.loads(Path(sys.argv[2]).read_text(encoding="utf-8"))
     for module in job.get("setup", []):  # "module:function", run before anything is built
@@ -26,8 +27,11 @@ def main() -> None:
 
 
 def rehearse(job: dict[str, Any]) -> dict[str, Any]:
-    """Build the trainer of one rank and take its steps on fake tensors; returns bytes, reads, copies and
-    collectives."""
+    """Build the trainer of one rank and run its steps on fake tensors.
+
+    Returns `built` (bytes after construction), `saved` (bytes of a checkpoint) and, per step, bytes, reads,
+    device-to-host copies and collectives.
+    """
     from rlsc_mcore.rehearsal import fake_gpu
 
     fake_gpu.pretend(job["rank"], job["world_size"], job["gpu_bytes"])
@@ -71,7 +75,7 @@ def rehearse(job: dict[str, Any]) -> dict[str, Any]:
 
 
 def _saved_bytes(trainer: Any) -> int:
-    """Count the bytes that this rank writes into a checkpoint."""
+    """Return the number of bytes that this rank writes to a checkpoint."""
     from megatron.core.dist_checkpointing.dict_utils import nested_values
     from megatron.core.dist_checkpointing.mapping import ShardedTensor, is_main_replica
 
@@ -86,7 +90,7 @@ def _saved_bytes(trainer: Any) -> int:
 
 
 def _sequence(number: int, length: int) -> Any:
-    """A sequence of `length` tokens, the first 16 (or half) of them a prompt."""
+    """Return a sequence of `length` tokens; the first min(16, length // 2) are the prompt."""
     from rlsc_mcore.types import Rollout, UniqueSequence
 
     prompt = min(16, length // 2)
