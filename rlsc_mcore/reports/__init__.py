@@ -1,1 +1,1 @@
-"""The report: one self-contained HTML page, or a static figure, of one run or several."""
+"""Render a report of one or more runs as a self-contained HTML page or a static figure."""

@@ -1,4 +1,4 @@
-"""Axes: from numbers to round ticks, pixels and short labels."""
+"""Compute axes of charts: scales to pixels, round ticks and short labels."""
 
 import math
 from dataclasses import dataclass
@@ -19,8 +19,10 @@ class Scale:
 
 
 def round_ticks(low: float, high: float, most: int = 5) -> list[float]:
-    """Return at most `most` + 1 round numbers that span [low, high]; a single value gets room on both
-    sides."""
+    """Return at most `most` + 1 round numbers that span [low, high]; if low >= high, the range is widened.
+
+    Raises ValueError if a bound is not finite.
+    """
     if not (math.isfinite(low) and math.isfinite(high)):
         raise ValueError(f"an axis needs finite bounds, got {low} and {high}")
     if high <= low:
@@ -34,8 +36,10 @@ def round_ticks(low: float, high: float, most: int = 5) -> list[float]:
 
 
 def short_number(value: float, step: float | None = None) -> str:
-    """Write a number for an axis or a tooltip: 0.25, 12.5, 3.1k, 2e-05; with `step` as many digits as tell
-    ticks apart."""
+    """Format a number for an axis or a tooltip: 0.25, 12.5, 2e-05.
+
+    With `step`, the distance of ticks, use enough digits to distinguish neighbouring ticks.
+    """
     if value == 0:
         return "0"
     size = abs(value)

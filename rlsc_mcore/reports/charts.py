@@ -1,8 +1,6 @@
-"""Charts as inline SVG: they scale with the page, take its colours from CSS variables and carry their values
-as text.
+"""Draw charts as inline SVG that scales with the page and takes its colours from CSS variables.
 
-Every chart has a name and a one-sentence summary for screen readers; single values show on hover and on
-keyboard focus.
+Every chart has a name and a summary for screen readers. Single values are shown as tooltips.
 """
 
 import math
@@ -13,12 +11,12 @@ from html import escape
 from rlsc_mcore.reports.axes import Scale, round_ticks, short_number
 
 NUM_COLOURS = 8
-DASHES = ("", "6 3", "2 3", "8 3 2 3")  # a second way to tell runs apart, beside colour
+DASHES = ("", "6 3", "2 3", "8 3 2 3")  # dash patterns distinguish runs in addition to colour
 
 
 @dataclass(frozen=True)
 class Line:
-    """One curve; a point without a number is a gap."""
+    """One curve; a point with the value None is a gap."""
 
     name: str
     points: Sequence[tuple[float, float | None]]
@@ -42,7 +40,7 @@ class Dot:
 def line_chart(
     lines: Sequence[Line], *, name: str, x_label: str, unit: str = "", width: int = 340, height: int = 180
 ) -> str:
-    """Draw curves over a common x axis; returns an <svg>, or a sentence where no line has a finite point."""
+    """Draw curves over a common x axis; return an <svg>, or a <p> if no line has a finite point."""
     finite = [(x, y) for line in lines for x, y in line.points if y is not None and math.isfinite(y)]
     if not finite:
         return '<p class="empty">nothing was recorded</p>'
@@ -94,10 +92,10 @@ def dot_chart(
     width: int = 420,
     labels_above: bool = False,
 ) -> str:
-    """Draw one row per estimate with its interval, and a line at `reference`; returns an <svg>.
+    """Draw one row per estimate with its interval, and a line at `reference`; return an <svg>.
 
-    `labels_above` puts labels over their rows instead of left of them, so that long ones stay readable on a
-    phone.
+    `labels_above` puts the labels above their rows instead of to the left, so that long labels are readable
+    on a narrow screen.
     """
     known = [v for dot in dots for v in (dot.value, dot.low, dot.high) if v is not None and math.isfinite(v)]
     if not known:
@@ -155,7 +153,7 @@ def stacked_bars(
     unit: str,
     width: int = 860,
 ) -> str:
-    """Draw one bar per label, stacked by series in order; returns an <svg>."""
+    """Draw one bar per label with the series stacked in order; return an <svg>."""
     totals = [sum(values[i] for _, values in series) for i in range(len(labels))]
     if not totals or max(totals) <= 0:
         return '<p class="empty">nothing was recorded</p>'
@@ -191,7 +189,7 @@ def stacked_bars(
 
 
 def sparkline(values: Sequence[float], *, name: str, width: int = 120, height: int = 28) -> str:
-    """Draw a curve without axes; its ends are marked."""
+    """Draw a curve without axes and mark its last point; return an <svg>, or "" for fewer than two values."""
     finite = [value for value in values if math.isfinite(value)]
     if len(finite) < 2:
         return ""

@@ -1,4 +1,4 @@
-"""What a report shows: plain values, gathered by the command and rendered by the page."""
+"""Define the plain values that a report shows; `read.py` collects them and `page.py` renders them."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -23,13 +23,13 @@ class Change:
 
     @property
     def is_clear(self) -> bool:
-        """Whether the change is more than chance would give one time in twenty."""
+        """Return whether the p-value is below 0.05."""
         return self.p_value is not None and self.p_value < 0.05
 
 
 @dataclass(frozen=True)
 class AnswerGroup:
-    """All samples of one question that gave the same text."""
+    """All samples of one question with the same text."""
 
     text: str
     count: int
@@ -39,12 +39,12 @@ class AnswerGroup:
     extracted: str | None
     tokens: int
     log_prob: float | None
-    is_only_here: bool  # never sampled on the other side of training
+    is_only_here: bool  # not among the samples of the other side (before or after training)
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """A question's answers at one temperature."""
+    """The answers to a question at one temperature, before and after training."""
 
     temperature: float  # 0 is greedy
     before: Sequence[AnswerGroup]
@@ -53,35 +53,35 @@ class Sampling:
 
 @dataclass(frozen=True)
 class QuestionView:
-    """A question with what was answered before and after."""
+    """A question with its answers before and after training."""
 
     index: int
     text: str
     gold: str
-    right_before: float  # share of sampled answers
+    right_before: float  # fraction of sampled answers
     right_after: float
-    moved: float  # share of the answers that changed, 0 to 1
+    moved: float  # total variation distance between the answers before and after, 0 to 1
     samplings: Sequence[Sampling]
 
 
 @dataclass(frozen=True)
 class Step:
-    """What the answers of one training step say beyond metrics.jsonl."""
+    """Values of one training step that are computed from its answers and are not in metrics.jsonl."""
 
     step: int
-    accuracy: float | None  # share of right answers; None without labels
+    accuracy: float | None  # fraction of right answers; None without labels
     entropy: float | None  # mean -log p per sampled token, nats
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """Whether a confident answer is right more often, on one side of training."""
+    """Calibration of the answers' probabilities on one side (before or after training)."""
 
     side: str  # before, after
     temperature: float
     curve: Sequence[
         tuple[float, float, float]
-    ]  # of answers of similar p: how many % of all have less, mean p(y|x), share of right ones
+    ]  # per bin of answers: % of all answers with a lower p(y|x), mean p(y|x), fraction of right answers
     auroc: float | None
     auroc_within: float | None  # over pairs of answers to the same question
 
@@ -102,18 +102,18 @@ class RunView:
     seconds: Mapping[str, float] = field(default_factory=dict)
     planned_steps: int = 0
     calibrations: Sequence[Calibration] = ()
-    dtype: str = "bfloat16"  # the coarser of trainer's and engine's: decides what they may differ by
+    dtype: str = "bfloat16"  # the less precise of the trainer's and the engine's; selects the mismatch limits
 
     @property
     def alarms(self) -> list[tuple[int, str]]:
-        """Every warning with its step, counted from 1."""
+        """Return every warning with its step, counted from 1."""
         return [(int(row["step"]) + 1, str(text)) for row in self.metrics for text in row.get("warnings", [])]
 
     @property
     def alarm_spans(self) -> list[tuple[int, int, str]]:
-        """First and last step of each alarm that steps in a row raised, and what the last of them said."""
+        """Return (first step, last step, last text) of each alarm that consecutive steps raised."""
         spans: list[tuple[int, int, str]] = []
-        running: dict[str, int] = {}  # kind of alarm -> its span
+        running: dict[str, int] = {}  # kind of alarm -> index of its last span
         for step, text in self.alarms:
             kind = text.partition(":")[0]
             place = running.get(kind)

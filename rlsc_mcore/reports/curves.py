@@ -1,4 +1,4 @@
-"""Which numbers of a run become curves, and what each of them says."""
+"""Draw the curves of a report from the metrics of the runs."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ CURVES = {name: description for name, description in DESCRIPTIONS.items() if des
 
 
 def metric_panels(runs: Sequence[RunView]) -> list[Panel]:
-    """Draw every curve that a run has values for, all runs in one chart."""
+    """Draw one chart per metric that has values, with all runs in it."""
     panels = [
         _derived(
             "accuracy of the sampled answers",
@@ -45,7 +45,7 @@ def metric_panels(runs: Sequence[RunView]) -> list[Panel]:
 
 
 def phase_panels(runs: Sequence[RunView]) -> list[Panel]:
-    """Draw each run's seconds per phase and step."""
+    """Draw the seconds per phase of each step, one chart per run."""
     panels = []
     for run in runs:
         names = list(dict.fromkeys(name for row in run.metrics for name in row.get("seconds", {})))
@@ -62,7 +62,7 @@ def phase_panels(runs: Sequence[RunView]) -> list[Panel]:
 
 
 def calibration_panels(runs: Sequence[RunView]) -> list[Panel]:
-    """Draw each run's reliability curves, before and after."""
+    """Draw the reliability curves before and after training, one chart per run."""
     panels = []
     for run in runs:
         shown = run.calibrations
@@ -102,7 +102,7 @@ def _auroc(part: Calibration) -> str:
 
 
 def memory_panels(runs: Sequence[RunView]) -> list[Panel]:
-    """Draw memory over the steps, one line per place; a staircase is a leak."""
+    """Draw `memory_bytes` over the steps, one chart per run; a line that keeps rising shows a memory leak."""
     panels = []
     for run in runs:
         names = list(dict.fromkeys(name for row in run.metrics for name in row.get("memory_bytes", {})))
@@ -125,7 +125,7 @@ def memory_panels(runs: Sequence[RunView]) -> list[Panel]:
 
 
 def gpu_panels(runs: Sequence[RunView]) -> list[Panel]:
-    """Draw power, utilisation and clocks by phase where NVML was there."""
+    """Draw GPU power, utilisation, clocks and energy by phase, if NVML measured them."""
     panels = []
     readings = (
         ("power_w", "GPU power", " W"),
@@ -175,15 +175,15 @@ def _line(run: RunView, index: int, name: str, curve: Description) -> Line:
 def curve_points(
     rows: Sequence[Mapping[str, Any]], name: str, path: Sequence[str] = ()
 ) -> list[tuple[float, float | None]]:
-    """Return (steps done, value) of a field of metrics.jsonl; None where a row has no number there."""
+    """Return (finished steps, value) of a field of metrics.jsonl; the value is None if a row has no
+    number."""
     return [(row["step"] + 1, read_number(row, name, *path)) for row in rows]
 
 
 def curve_band(
     rows: Sequence[Mapping[str, Any]], name: str, curve: Description
 ) -> list[tuple[float, float, float]]:
-    """Return (steps done, low, high) of a curve's band where a row has both; empty for a curve without
-    one."""
+    """Return (finished steps, low, high) of a curve's band for the rows that have both; [] without a band."""
     if not curve.low:
         return []
     edges = [

@@ -1,7 +1,7 @@
-r"""Model output -> HTML: LaTeX as MathML, everything else escaped.
+r"""Convert model output to safe HTML: LaTeX becomes MathML, other text is escaped.
 
-The converter's tree is not trusted: only known MathML elements and attributes are written, every text is
-escaped here, and a formula that does not convert (or is very long) stays as it was typed.
+The converter's output is not trusted. Only known MathML elements and attributes are written, and every text
+is escaped here. A formula that cannot be converted, or is too long, is shown as LaTeX source.
 """
 
 import re
@@ -28,7 +28,7 @@ _SAFE_VALUE = re.compile(r"[A-Za-z0-9.%+ -]{0,40}")
 
 
 def render_text(text: str) -> str:
-    """Return safe HTML: formulas between $, $$, \\( \\) or \\[ \\] and every \\boxed{...} as MathML, the rest
+    """Return safe HTML: formulas in $, $$, \\( \\) or \\[ \\] and every \\boxed{...} as MathML, the rest
     escaped."""
     parts = []
     position = 0
@@ -43,7 +43,7 @@ def render_text(text: str) -> str:
 
 
 def _render_plain(text: str) -> str:
-    """Escape text outside formulas; its boxes are rendered all the same, small models write them bare."""
+    """Escape text outside formulas and render its boxes, which small models write without math delimiters."""
     parts = []
     position = 0
     for match in _BOX.finditer(text):
@@ -70,21 +70,21 @@ def _formula(tex: str, source: str, *, display: bool) -> str:
 
 
 def to_mathml(tex: str) -> str | None:
-    """Convert a formula to the inside of <math>; None where that fails or it is too long or too deep."""
+    """Return the content of <math> for a formula; None if it is too long, too deep or cannot be converted."""
     if len(tex) > LONGEST_FORMULA or _depth(tex) > DEEPEST_FORMULA:
         return None
     from latex2mathml.converter import convert_to_element
 
     try:
         return "".join(_safe(child) for child in convert_to_element(tex))
-    except Exception:  # a model writes LaTeX that no parser foresees; the page shows it as it was typed
+    except Exception:  # models write invalid LaTeX; the page shows the source
         return None
 
 
 def _safe(node: Any) -> str:
     content = escape(unescape(node.text or ""), quote=False) + "".join(_safe(child) for child in node)
     tail = escape(unescape(node.tail or ""), quote=False)
-    if node.tag == "menclose":  # browsers draw no menclose; a bordered row is the same box
+    if node.tag == "menclose":  # browsers do not render menclose; use a row with a CSS frame
         return f'<mrow class="boxed">{content}</mrow>{tail}'
     if node.tag not in _ELEMENTS:
         return f"<mrow>{content}</mrow>{tail}"

@@ -1,5 +1,4 @@
-"""Trainer and engine in one process, drawn: who held the memory at each border of a step, and how far their
-log-probs differ."""
+"""Draw the memory by owner at each phase boundary, and the log-prob gap between trainer and engine."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,7 +10,7 @@ from rlsc_mcore.reports.charts import Line, line_chart, stacked_bars
 from rlsc_mcore.reports.contents import RunView
 from rlsc_mcore.reports.curves import Panel
 
-# What is stacked, from below; several pools of one kind share a colour.
+# Series of the stacked bars, from the bottom; pools of one series share a colour.
 STACKED = {
     "weights": ("weights",),
     "gradients": ("gradients",),
@@ -41,15 +40,15 @@ GAP_PANELS = {
 
 @dataclass(frozen=True)
 class MemoryTable:
-    """The last step of a run: one row per border, one column per pool, as text."""
+    """Memory in the last step of a run as text: one row per phase boundary, one column per pool."""
 
     caption: str
-    columns: Sequence[tuple[str, str]]  # (label, what it is)
-    rows: Sequence[tuple[str, str, Sequence[str]]]  # (border, when it is, cells)
+    columns: Sequence[tuple[str, str]]  # (label, description)
+    rows: Sequence[tuple[str, str, Sequence[str]]]  # (phase boundary, description, cells)
 
 
 def hand_over_panels(runs: Sequence[RunView]) -> list[Panel]:
-    """Stack the pools at every border of each run's last step."""
+    """Draw the pools as stacked bars at each phase boundary of the last step, one chart per run."""
     panels = []
     for run, step, table in _last_tables(runs):
         size, unit = _unit(table)
@@ -79,7 +78,7 @@ def hand_over_panels(runs: Sequence[RunView]) -> list[Panel]:
 
 
 def hand_over_tables(runs: Sequence[RunView]) -> list[MemoryTable]:
-    """Write the same table with every pool; n/a where a pool means nothing on that device."""
+    """Return the same data as tables with every pool; n/a if the device has no such pool."""
     tables = []
     for run, step, table in _last_tables(runs):
         size, unit = _unit(table)
@@ -95,8 +94,8 @@ def hand_over_tables(runs: Sequence[RunView]) -> list[MemoryTable]:
 
 
 def residue_panels(runs: Sequence[RunView]) -> list[Panel]:
-    """Draw what engine and trainer leave to each other, over the steps; a rising staircase is not handed
-    back."""
+    """Draw the pools over the steps at each of `RESIDUE_BORDERS`; a line that keeps rising shows a memory
+    leak."""
     panels = []
     for run in runs:
         for border in RESIDUE_BORDERS:
@@ -115,8 +114,8 @@ def residue_panels(runs: Sequence[RunView]) -> list[Panel]:
 
 
 def mismatch_panels(runs: Sequence[RunView]) -> list[Panel]:
-    """Draw how far trainer and engine differ on the same tokens, with the limits of the runs' types in
-    words."""
+    """Draw the log-prob gap between trainer and engine; the text states the warning limits of the data
+    types."""
     panels = []
     dtypes = sorted({run.dtype for run in runs})
     for key, (title, text, limit) in GAP_PANELS.items():
@@ -136,7 +135,7 @@ def mismatch_panels(runs: Sequence[RunView]) -> list[Panel]:
 
 
 def _last_tables(runs: Sequence[RunView]) -> Iterator[tuple[RunView, int, Mapping[str, Mapping[str, Any]]]]:
-    """Each run's last step with a table, counted from 1; runs without one are left out."""
+    """Yield (run, step counted from 1, table) of each run's last step that has a memory table."""
     for run in runs:
         row = next((row for row in reversed(run.metrics) if row.get("memory")), None)
         if row is not None:

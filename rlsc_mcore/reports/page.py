@@ -1,4 +1,4 @@
-"""The page: contents -> one HTML file that needs no network, no server and no script to be read."""
+"""Render a report as one HTML file that needs no network, no server and no script."""
 
 import base64
 import hashlib
@@ -28,16 +28,18 @@ from rlsc_mcore.reports.memory_and_agreement import (
 )
 from rlsc_mcore.reports.standalone import chart_css
 
-MOST_PAGE_BYTES = 2_800_000  # the answers fill what charts, tables and style leave
+MOST_PAGE_BYTES = 2_800_000  # the answers use the bytes that charts and tables leave
 FEWEST_ANSWER_BYTES = 200_000
-LONGEST_ANSWER = 6000  # characters shown of one answer, from both ends
+LONGEST_ANSWER = 6000  # characters of an answer that are shown, half from each end
 
 
 def render_page(
     runs: Sequence[RunView], *, title: str, version: str, figures: Sequence[tuple[str, str]] = ()
 ) -> str:
-    """Render the report. Everything that a model or a file said is escaped; `figures` are (heading, our own
-    SVG)."""
+    """Return the report as HTML; all text from models and files is escaped.
+
+    `figures` are (heading, SVG) pairs drawn by this package and are not escaped.
+    """
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
@@ -82,7 +84,8 @@ def render_page(
 
 
 def verdict(run: RunView) -> list[str]:
-    """Say in plain sentences what the numbers show, and what they do not."""
+    """Return sentences that summarize the changes, with intervals, and the part of a gain that is
+    formatting."""
     by_name = {change.name: change for change in run.changes if change.difference is not None}
     if not by_name:
         return [
@@ -147,7 +150,7 @@ def _change_chart(run: RunView) -> str:
 
 
 def _browser(run: RunView, budget: int, environment: jinja2.Environment) -> tuple[list[Markup], int]:
-    """Render questions, most changed first, until the budget is used; returns them and how many were left
+    """Render questions in order until `budget` bytes are used; return them and the number of questions left
     out."""
     template = environment.from_string(_asset("question.html.jinja"))
     rendered: list[Markup] = []
@@ -174,7 +177,7 @@ def _render_answer(text: str) -> Markup:
             + Markup("</em>")
             + Markup(render_text(text[-half:]))
         )
-    return Markup(render_text(text))  # escaped there, formula by formula
+    return Markup(render_text(text))  # `render_text` escapes the text
 
 
 def _confidence(group: AnswerGroup) -> float | None:

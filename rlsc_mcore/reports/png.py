@@ -1,4 +1,4 @@
-"""A static figure of the curves, by matplotlib."""
+"""Draw the curves as a static figure with matplotlib."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,13 +8,15 @@ from rlsc_mcore.reports.contents import RunView
 from rlsc_mcore.reports.curves import CURVES, curve_band, curve_points
 from rlsc_mcore.run.made_here import FILE_MARK
 
-_SHOWN = 8  # curves of metrics.jsonl, beside the two derived ones
+_SHOWN = 8  # number of curves from metrics.jsonl, in addition to accuracy and entropy
 _COLUMNS = 2
 
 
 def write_png(runs: Sequence[RunView], file: Path, title: str) -> None:
-    """Write accuracy, entropy and the first curves of metrics.jsonl; raises ConfigError where matplotlib is
-    missing."""
+    """Write a figure with accuracy, entropy and the first curves of metrics.jsonl.
+
+    Raises ConfigError if matplotlib is not installed.
+    """
     try:
         import matplotlib
     except ImportError:

@@ -1,4 +1,4 @@
-"""`rlsc report`: read runs, pair what was answered before and after, write one page or one figure."""
+"""Read the files of a run for `rlsc report`, and pair its answers before and after training."""
 
 import json
 import math
@@ -27,12 +27,12 @@ from rlsc_mcore.reports.contents import (
     Step,
 )
 
-MOST_GRADED_ROLLOUTS = 20_000  # of a run, spread over its steps: seconds, also where answers need algebra
+MOST_GRADED_ROLLOUTS = 20_000  # per run, over all steps; grading them takes seconds even with algebra
 
 
 def read_run(folder: Path) -> RunView:
-    """Gather what a run left behind; an unfinished run gives what there is. Raises ConfigError naming a
-    missing or damaged file."""
+    """Read the files of a run, which may be unfinished; raises ConfigError naming a missing or damaged
+    file."""
     file = folder / "config.yaml"
     if not file.is_file():
         raise ConfigError(f"{folder}: no run there; expected {file}")
@@ -67,7 +67,8 @@ def read_run(folder: Path) -> RunView:
 def changes(
     before: Sequence[AnswerRecord], after: Sequence[AnswerRecord], temperatures: Sequence[float]
 ) -> list[Change]:
-    """Pair every score by question; without answers after training the values before stand alone."""
+    """Return the change of every score, paired by question; without answers after training, only the values
+    before."""
     hottest = max(temperatures, default=0.0)
     names = dict(metric_names(temperatures))
     names |= {"truncated_share": (hottest, "truncated"), "distinct_share": (hottest, "distinct")}
@@ -103,7 +104,8 @@ def changes(
 def question_views(
     before: Sequence[AnswerRecord], after: Sequence[AnswerRecord], texts: Mapping[int, str]
 ) -> list[QuestionView]:
-    """Group every question's equal answers, and put the questions whose answers changed most first."""
+    """Group the equal answers of every question; return the questions, those with the largest change
+    first."""
     sides = [_by_question(before), _by_question(after)]
     views = []
     for index in sorted(sides[0].keys() | sides[1].keys()):
@@ -132,8 +134,7 @@ def question_views(
 
 
 def _calibration(side: str, answers: Sequence[AnswerRecord]) -> Calibration | None:
-    """Reliability at the hottest temperature whose answers all have a probability; None where there is
-    none."""
+    """Return the calibration at the highest temperature whose answers all have a log-prob, or None."""
     sampled = {answer.temperature for answer in answers if answer.temperature > 0}
     scored = sampled - {answer.temperature for answer in answers if answer.log_prob is None}
     if not scored:
@@ -190,7 +191,7 @@ def _grouped(answers: Sequence[AnswerRecord], others: Sequence[AnswerRecord]) ->
 
 
 def _moved(before: Sequence[AnswerRecord], after: Sequence[AnswerRecord]) -> float:
-    """Half the L1 distance between the two shares of final answers (total variation): 0 the same, 1 nothing
+    """Return the total variation distance between the final answers: 0 for equal frequencies, 1 if none is
     shared."""
     shares: dict[str | None, float] = {}
     for answers, sign in ((before, 1.0), (after, -1.0)):
@@ -200,13 +201,13 @@ def _moved(before: Sequence[AnswerRecord], after: Sequence[AnswerRecord]) -> flo
 
 
 def _steps(folder: Path, config: Config) -> list[Step]:
-    """Grade a sample of each step's saved answers; nothing where none were saved."""
+    """Grade a sample of each step's saved answers; return [] if no answers were saved."""
     files = sorted((folder / "rollouts").glob("step_*.jsonl"))
     steps = sorted({int(file.name[5:11]) for file in files})
     try:
         read = read_questions(config.data.path, split=config.data.split)
         golds = {question.index: question for question in read if question.answer}
-    except ConfigError:  # the questions have moved since: the curve is left out, the report is not
+    except ConfigError:  # the question file cannot be read: the report has no accuracy curve
         golds = {}
     most = max(1, MOST_GRADED_ROLLOUTS // max(1, len(steps)))
     found = []
@@ -247,7 +248,7 @@ def _read_json(file: Path) -> dict[str, Any]:
 
 
 def capitalised(text: str) -> str:
-    """Return `text` with its first letter in upper case and the others as they are."""
+    """Return `text` with its first letter in upper case and the other letters unchanged."""
     return text[:1].upper() + text[1:]
 
 

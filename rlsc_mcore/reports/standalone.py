@@ -1,4 +1,4 @@
-"""Figures that stand alone: several charts in one SVG file with their own colours, light and dark."""
+"""Combine several charts into one SVG file with its own colours for light and dark mode."""
 
 import re
 from collections.abc import Sequence
@@ -11,13 +11,12 @@ _TITLE_HEIGHT = 26
 
 
 def chart_css() -> str:
-    """Return the style sheet that gives charts their colours."""
+    """Return the style sheet with the colours of the charts."""
     return resources.files(__package__).joinpath("charts.css").read_text(encoding="utf-8")
 
 
 def standalone_svg(panels: Sequence[tuple[str, str]], caption: str) -> str:
-    """Lay (title, <svg>) panels out in rows of two; returns the text of an .svg file that needs nothing
-    else."""
+    """Arrange (title, <svg>) panels in rows of two; return the text of a self-contained .svg file."""
     placed: list[str] = []
     sizes = [_size(svg) for _, svg in panels]
     column_width = max((width for width, _ in sizes), default=0.0)

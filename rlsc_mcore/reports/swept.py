@@ -1,5 +1,5 @@
-"""A number against a swept setting: one line per setting of the other swept ones, with error bars and every
-seed's value."""
+"""Draw a score against a swept option: one line per combination of the other options, with error bars and the
+value of each seed."""
 
 import math
 from collections.abc import Sequence
@@ -9,16 +9,16 @@ from html import escape
 from rlsc_mcore.reports.axes import Scale, round_ticks, short_number
 from rlsc_mcore.reports.charts import DASHES, NUM_COLOURS
 
-LOG_FROM_RATIO = 20.0  # largest over smallest positive value from which an axis is logarithmic
+LOG_FROM_RATIO = 20.0  # the axis is logarithmic if largest / smallest positive value is at least this
 _LEFT, _RIGHT, _LINE = 46, 12, 18
 _CHARACTER_PX, _DODGE_PX, _CAP_PX, _SEED_PX = 6.4, 8.0, 3.0, 4.0
 
 
 @dataclass(frozen=True)
 class SweptPoint:
-    """What came out for one value of the swept setting."""
+    """The score for one value of the swept option."""
 
-    value: str  # as it was given
+    value: str  # as written on the command line
     mean: float
     low: float
     high: float
@@ -27,17 +27,18 @@ class SweptPoint:
 
 @dataclass(frozen=True)
 class SweptLine:
-    """One setting of the other swept options; its name is empty where there are none."""
+    """The line of one combination of the other swept options; the name is empty if there are none."""
 
     name: str
     points: Sequence[SweptPoint]
 
 
 def axis_places(values: Sequence[str]) -> list[float]:
-    """Return where each value stands on the axis: evenly where one is no number, else by its logarithm from a
-    20-fold span on.
+    """Return the position of each value on the axis.
 
-    On a logarithmic axis 0 stands one smallest step, at least a decade, left of the smallest positive value.
+    If a value is not a number, the positions are evenly spaced. If the positive values span a factor of 20 or
+    more and none is negative, the positions are logarithms to base 10, and 0 is one decade left of the
+    smallest positive value. Otherwise the positions are the values.
     """
     numbers = _numbers(values)
     if numbers is None:
@@ -66,7 +67,7 @@ def swept_chart(
     reference_name: str = "base",
     width: int = 420,
 ) -> str:
-    """Draw the lines over `values`, and a dashed line at `reference`; returns an <svg>."""
+    """Draw the lines over `values`, and a dashed line at `reference`; return an <svg>."""
     place = dict(zip(values, axis_places(values), strict=True))
     known = [
         number
@@ -91,7 +92,7 @@ def swept_chart(
         )
     for index, line in enumerate(lines):
         shift = _DODGE_PX * (index - (len(lines) - 1) / 2)
-        if _numbers(values) is not None:  # between names there is nothing to draw a line through
+        if _numbers(values) is not None:  # values that are not numbers are not connected by a line
             parts.append(_curve(line, index, {value: x(at) + shift for value, at in place.items()}, y))
         parts.append(_marks(line, index, {value: x(at) + shift for value, at in place.items()}, y, x_label))
     label = escape(f"{name}: {_summary(lines, reference, reference_name)}", quote=True)
@@ -147,8 +148,8 @@ def _axes(
 
 
 def _legend(lines: Sequence[SweptLine], reference_name: str | None, width: int) -> tuple[str, float]:
-    """Name the lines over the chart, as many in a row as fit; returns the marks and where the chart
-    begins."""
+    """Draw the legend above the chart with as many names per row as fit; return it and the top of the
+    chart."""
     entries = [
         (line.name, f'class="line c{i % NUM_COLOURS}"', DASHES[i % len(DASHES)])
         for i, line in enumerate(lines)
