@@ -1,4 +1,4 @@
-"""Grade a response against the gold answer; `equality.py` says when two answers are equal."""
+"""Grade a response against the gold answer; `equality.py` decides whether two answers are equal."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,26 +10,26 @@ from rlsc_mcore.grading.extraction import extract_boxed, extract_last_number, ex
 from rlsc_mcore.grading.latex import normalize
 from rlsc_mcore.grading.numbers import read_number
 
-MAX_ANSWER_CHARACTERS = 1000  # a longer final answer is wrong unless it is the gold text itself
+MAX_ANSWER_CHARACTERS = 1000  # a longer final answer is wrong unless it is identical to the gold answer
 
 
 @dataclass(frozen=True)
 class Grade:
-    """How one response fared against the gold answer. `lenient` holds wherever `strict` does."""
+    """The grade of one response. If `strict` is True, `lenient` is True too."""
 
-    strict: bool  # the last box holds the gold answer
-    lenient: bool  # the same, or nothing is boxed and the stated answer or the last number is the gold answer
-    boxed: bool  # a box with something in it was closed
+    strict: bool  # the last box contains the gold answer
+    lenient: bool  # `strict`, or there is no box and the stated answer or the last number is the gold answer
+    boxed: bool  # there is a complete, non-empty box
     extracted: (
         str | None
-    )  # what was compared: the last box, else the stated answer, else the last number, else None
+    )  # the compared text: the last box, else the stated answer, else the last number, else None
 
 
 def grade(response_text: str, gold: str, equal: Callable[[str, str], bool] | None = None) -> Grade:
-    """Grade a response by `equal` (`is_correct` by default). A box that is empty or never closed counts as
-    none.
+    """Grade a response with the comparison `equal` (default: `is_correct`); empty and unclosed boxes are
+    ignored.
 
-    Where the gold answer is a list of n items, n boxes in the last sentence with boxes count as one list.
+    If the gold answer is a list of n items, the last n boxes count as one list if they are in one sentence.
     """
     equal = equal or is_correct
     boxed = extract_boxed(response_text)
@@ -50,10 +50,10 @@ def grade(response_text: str, gold: str, equal: Callable[[str, str], bool] | Non
 
 
 def is_correct(answer_text: str, gold: str) -> bool:
-    """Say whether an extracted answer equals the gold answer, by the rule of its kind (see `equality.py`).
+    """Return whether an extracted answer equals the gold answer by the rule of its kind (see `equality.py`).
 
-    Never raises on any text; an answer that is too long or takes too long is wrong. An empty gold answer is
-    matched by nothing.
+    Does not raise on any text. An answer that is too long, or whose comparison takes too long, is wrong. No
+    answer equals an empty gold answer.
     """
     answer, expected = normalize(answer_text), normalize(gold)
     if not answer or not expected:
@@ -69,15 +69,17 @@ def is_correct(answer_text: str, gold: str) -> bool:
 
 
 def answer_key(text: str) -> str:
-    """Return a spelling that equal plain numbers and equal texts share; unequal keys may still be equal
-    answers."""
+    """Return a key that is the same for equal plain numbers and equal texts.
+
+    Answers with different keys can still be equal.
+    """
     normal = normalize(text)
     number = read_number(normal)
     return _show(number) if number is not None else normal
 
 
 def list_length(gold: str) -> int:
-    """Return how many items a gold answer has that is a list or a set; 1 for anything else."""
+    """Return the number of items if the gold answer is a list or a set, else 1."""
     normal = normalize(gold)
     brackets = structures.read_brackets(normal)
     if brackets is not None and brackets.opening == "\\{":
@@ -86,7 +88,7 @@ def list_length(gold: str) -> int:
 
 
 def _show(number: Fraction) -> str:
-    # Python refuses to print integers of more than 4300 digits.
+    # Python cannot convert integers of more than 4300 digits to decimal.
     return (
         str(number)
         if max(abs(number.numerator), number.denominator) < 10**1000

@@ -41,17 +41,17 @@ _BRACKETED = re.compile(r"(?<![A-Za-z0-9'])\(([A-J])\)(?![A-Za-z0-9])")
 
 
 def extract_choice(text: str) -> str | None:
-    """Return the letter that a final answer such as `B`, `(b)`, `\\text{Option B}` or `B. 5 m/s` names.
+    """Return the letter of a final answer such as `B`, `(b)`, `\\text{Option B}` or `B. 5 m/s`.
 
-    None where it names none or several. A lower-case letter counts where it stands alone or in brackets: the
-    article is none.
+    Returns None if the answer names no letter or several. A lower-case letter counts only alone or in
+    brackets, so the article `a` is not a choice.
     """
     plain = _MARKUP.sub(" ", plain_text(normalize(_MARKUP.sub(" ", text)))).strip()
     return _leading_letter(_LEAD.sub("", plain, count=1) if _LEAD.match(plain) else plain)
 
 
 def find_choice(response: str) -> str | None:
-    """Return the letter that a response without a box decides for; None where it names none or several."""
+    """Return the letter that a response without a box chooses; None if it names no letter or several."""
     text = _MARKUP.sub(" ", _FONT.sub(r"\1", response.replace("\\(", "").replace("\\)", "")))
     for match in reversed(list(_STATED.finditer(text))):
         answer = match["answer"].strip()
@@ -71,7 +71,7 @@ def find_choice(response: str) -> str | None:
 
 
 def boxed_choice(response: str) -> tuple[str | None, str | None]:
-    """Return the content of the last box and the letter that it names."""
+    """Return the content of the last box and its letter; each is None if it does not exist."""
     boxed = extract_boxed(response)
     return boxed, None if boxed is None else extract_choice(boxed)
 

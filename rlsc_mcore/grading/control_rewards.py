@@ -1,4 +1,4 @@
-"""Rewards that know nothing of the right answer: controls for what a reward-trained model gains."""
+"""Compute control rewards that do not depend on the right answer, as baselines for reward training."""
 
 import hashlib
 from collections.abc import Sequence
@@ -13,10 +13,11 @@ def format_rewards(responses: Sequence[str], *_: Any) -> list[float]:
 
 
 def random_rewards(responses: Sequence[str], *_: Any) -> list[float]:
-    """Return 0 or 1 for each response, with equal chance; equal responses to one question get the same.
+    """Return 0 or 1 with equal probability for each response; equal responses to a question get the same
+    reward.
 
-    The coin is a hash of the response and of all samples of its question, so that it needs no state, is the
-    same on every rank and after a resume, and falls anew for the same response in another step.
+    The reward is one bit of a hash of the response and of all samples of its question. So it needs no state,
+    is the same on every rank and after a resume, and differs between steps with different samples.
     """
     samples = hashlib.sha256()
     for response in sorted(responses):

@@ -1,16 +1,17 @@
-"""Say when two normalized answers are equal.
+"""Decide whether two normalized answers are equal.
 
-Each kind of answer has one rule, which decides before math-verify is asked:
+Each kind of answer has one rule, which is tried before math-verify:
 
-- numbers are exact rationals in any notation; nothing is rounded;
-- a percentage equals the same number with or without the sign, and the fraction that it is;
-- a unit that one side leaves out does not matter; two known units are converted; other ones must agree;
+- numbers are compared as exact rationals in any notation, without rounding;
+- a percentage equals the same number with or without the percent sign, and its value as a fraction;
+- a unit on one side only is ignored; two known units are converted; other units must agree;
 - numbers in a base are equal digit by digit in the same base;
 - tuples, vectors, intervals and matrices agree item by item, brackets included; sets and lists in any order;
 - unions of intervals and inequalities in one letter are compared as sets;
 - equations are equal where one is a multiple of the other; `x = 5` also equals `5`;
 - words are compared without regard to case;
-- other expressions are equal where their values agree, with all letters in their case; math-verify decides what is left.
+- other expressions are equal if their values agree, and letters are case-sensitive; math-verify decides the
+rest.
 """
 
 import os
@@ -47,22 +48,21 @@ _LETTERS = re.compile(r"\\[A-Za-z]+|([A-Za-z])")
 
 
 class _Comparisons:
-    """Remembers symbolic comparisons; a pair that another thread is comparing already is waited for, not
-    compared again."""
+    """Cache symbolic comparisons; if another thread is comparing the same pair, wait for its result."""
 
     def __init__(self, most: int = 65536) -> None:
         self._most = most
         self._forget()
         os.register_at_fork(
             after_in_child=self._forget
-        )  # the lock may be held, and threads that compute an outcome do not fork
+        )  # after a fork the lock can be held, and the threads that compute results do not exist
 
     def _forget(self) -> None:
         self._lock = threading.Lock()
         self._known: dict[tuple[str, str], Future[bool]] = {}
 
     def of(self, answer: str, gold: str) -> bool:
-        """Compare in a worker, once."""
+        """Return the cached result, or compare in a worker process."""
         with self._lock:
             outcome = self._known.get((answer, gold))
             is_new = outcome is None
@@ -84,12 +84,12 @@ _comparisons = _Comparisons()
 
 
 def are_equal(answer: str, gold: str) -> bool:
-    """Compare two normalized answers by the rule of their kind."""
+    """Return whether two normalized answers are equal by the rule of their kind."""
     return _equal(answer, gold, 0)
 
 
 def _equal(answer: str, gold: str, depth: int) -> bool:
-    """Compare two normalized answers."""
+    """Return whether two normalized answers are equal; `depth` is the depth of recursion."""
     if compact(answer) == compact(gold):
         return True
     if depth > _MAX_DEPTH:
@@ -122,8 +122,8 @@ def _equal(answer: str, gold: str, depth: int) -> bool:
 
 
 def _same_with_ellipsis(answer: str, gold: str, depth: int) -> bool:
-    """Compare what has an ellipsis part by part, in order: what the ellipsis stands for cannot be
-    computed."""
+    """Compare answers with an ellipsis part by part, in order, because the value of an ellipsis is
+    unknown."""
     if read_number(answer) is not None or read_number(gold) is not None:  # 0.333...
         return _same_measure(answer, gold)
     parts, gold_parts = _parts_between_ellipses(answer), _parts_between_ellipses(gold)
@@ -145,7 +145,7 @@ def _parts_between_ellipses(text: str) -> list[str]:
 
 
 def _same_list(answer: str, gold: str, depth: int) -> bool | None:
-    """Compare lists in any order; assignments of several names by their names. None where neither side is a
+    """Compare lists in any order, and assignments to several names by name; None if neither side is a
     list."""
     readings, gold_readings = structures.item_readings(answer), structures.item_readings(gold)
     if max(map(len, readings)) < 2 and max(map(len, gold_readings)) < 2:
@@ -215,8 +215,10 @@ def _assigned_names(items: list[str]) -> list[str] | None:
 
 
 def _match_any_order(items: list[str], gold_items: list[str], same: Callable[[str, str], bool]) -> bool:
-    """Pair each item with a different equal gold item; equality is transitive, so the first free one will
-    do."""
+    """Pair each item with a different equal gold item.
+
+    Equality is transitive, so the first unpaired equal item can be taken.
+    """
     free = list(gold_items)
     for item in items:
         match = next((candidate for candidate in free if same(item, candidate)), None)
@@ -227,7 +229,7 @@ def _match_any_order(items: list[str], gold_items: list[str], same: Callable[[st
 
 
 def _same_region(answer: str, gold: str, depth: int) -> bool | None:
-    """Compare subsets of the real line; None where neither side is written as one."""
+    """Compare subsets of the real line; None if the answers are not written as such sets."""
     marks = re.compile(
         r"\\cup|\\setminus|\\R(?![A-Za-z])|\\infty|[<>]|\\le(?![A-Za-z])|\\ge(?![A-Za-z])|\\ne(?![A-Za-z])|\\in(?![A-Za-z])"
     )
@@ -291,7 +293,7 @@ def _same_bracketed(answer: str, gold: str, depth: int) -> bool | None:
 
 
 def _is_grouping(brackets: structures.Brackets | None) -> bool:
-    """Say whether there are no brackets, or brackets around one expression."""
+    """Return whether there are no brackets, or round or square brackets around one expression."""
     return brackets is None or (brackets.opening in "([" and len(structures.split_items(brackets.inside)) < 2)
 
 
@@ -300,7 +302,7 @@ def _without_round(text: str, brackets: structures.Brackets | None) -> str:
 
 
 def _same_members(items: list[str], gold_items: list[str], depth: int) -> bool:
-    """Compare sets: repeated members count once."""
+    """Compare sets; repeated members count once."""
     if max(len(items), len(gold_items)) > _MAX_ITEMS:
         return False
     return all(any(_equal(a, b, depth + 1) for b in gold_items) for a in items) and all(
@@ -309,7 +311,7 @@ def _same_members(items: list[str], gold_items: list[str], depth: int) -> bool:
 
 
 def _same_vector(answer: str, gold: str, depth: int) -> bool | None:
-    """Compare a column with a tuple: `(1, 2)` equals the matrix with the rows 1 and 2."""
+    """Compare a column vector with a tuple: `(1, 2)` equals the matrix with the rows 1 and 2."""
     texts = []
     for text in (_without_name(answer), _without_name(gold)):
         matrix = structures.read_matrix(text)
@@ -343,7 +345,7 @@ def _same_matrix(answer: str, gold: str, depth: int) -> bool | None:
 
 
 def _same_relation(answer: str, gold: str, depth: int) -> bool | None:
-    """Compare equations and inequalities; a single named value equals the value."""
+    """Compare equations and inequalities; `x = 5` equals the value `5`."""
     relation, gold_relation = structures.read_relation(answer), structures.read_relation(gold)
     if relation is None and gold_relation is None:
         return None
@@ -397,7 +399,8 @@ def _equal_sides(
 
 
 def _assigned_value(relation: tuple[list[str], list[str]] | None) -> tuple[str, str] | None:
-    """Return name and value of `x = 5` or `f(x) = 2x`; of a chain `x = 10/2 = 5` the last value."""
+    """Return name and value of `x = 5` or `f(x) = 2x`, with the last value of a chain `x = 10/2 = 5`; else
+    None."""
     if relation is None or set(relation[1]) != {"="} or not structures.is_name(relation[0][0]):
         return None
     name, value = relation[0][0], relation[0][-1]
@@ -409,7 +412,7 @@ def _base_letter(name: str) -> str:
 
 
 def _same_ratio(answer: str, gold: str, depth: int) -> bool | None:
-    """Compare `3:4` part by part; a ratio of two also equals the quotient. None where neither side is a
+    """Compare `3:4` part by part; a ratio of two parts also equals the quotient. None if neither is a
     ratio."""
     if ":" not in answer + gold or "\\text" in answer + gold:
         return None
@@ -427,7 +430,7 @@ def _same_ratio(answer: str, gold: str, depth: int) -> bool | None:
 
 
 def _same_measure(answer: str, gold: str) -> bool:
-    """Compare expressions with their units and percent signs."""
+    """Compare expressions including their units and percent signs."""
     if _INFINITE.fullmatch(answer) or _INFINITE.fullmatch(gold):
         return compact(answer).lstrip("+") == compact(gold).lstrip("+")
     measure, gold_measure = split_measure(answer), split_measure(gold)
@@ -453,12 +456,14 @@ def _same_measure(answer: str, gold: str) -> bool:
 
 
 def _guarded(answer: str, gold: str) -> bool:
-    """Ask math-verify, which ignores letter case and reads words as products: the letters of both sides must
-    be the same."""
+    """Compare by math-verify if both sides have the same letters and neither is words; else return False.
+
+    Without this check math-verify ignores the case of letters and reads words as products.
+    """
     letters, gold_letters = (
         {letter for letter in _LETTERS.findall(text) if letter} for text in (answer, gold)
     )
-    bound = _BINDERS.search(answer + gold)  # the letter that a sum runs over is nobody else's
+    bound = _BINDERS.search(answer + gold)  # the index letter of a sum may differ between the sides
     if (
         (letters != gold_letters and not bound)
         or _NUMBER_AFTER_FACTOR.search(answer)

@@ -1,7 +1,7 @@
-"""Evaluate the tree of an expression at one point, exactly where all arithmetic is rational.
+"""Evaluate the tree of an expression at one point; rational arithmetic is exact.
 
-Each letter has a rational value that depends on its name and on the point alone. Irrational arithmetic has as
-many digits as the mpmath context that the evaluator is given.
+The value of a letter is a rational number that depends only on its name and the point. Other arithmetic uses
+the precision of the evaluator's mpmath context.
 """
 
 import hashlib
@@ -11,21 +11,21 @@ from typing import Any
 
 from rlsc_mcore.grading.parser import Tree, unsupported
 
-Value = Any  # Fraction, or a real or complex number of an mpmath context
+Value = Any  # a Fraction, or a real or complex mpmath number
 
 POSITIVE_POINTS = 3
-POINTS = POSITIVE_POINTS + 1  # at the last one letters are negative
-STEP_POINTS = range(POINTS, POINTS + 24)  # letters are integers: floors differ at few points
+POINTS = POSITIVE_POINTS + 1  # at the last point letters are negative
+STEP_POINTS = range(POINTS, POINTS + 24)  # letters are integers; many points, as floors differ at few of them
 _MAX_BITS, _MAX_FACTORIAL, _MAX_EXPONENT = 100_000, 3000, 10**6
 
 
 def is_real(value: Value) -> bool:
-    """Say whether a value is real."""
+    """Return whether a value is real."""
     return isinstance(value, Fraction) or value.imag == 0
 
 
 class Evaluator:
-    """Computes trees at one point, in Fractions as long as they are exact and small."""
+    """Evaluate trees at one point, with Fractions as long as the values are exact and small."""
 
     def __init__(self, context: Any, point: int) -> None:
         self.context = context
@@ -79,7 +79,7 @@ class Evaluator:
         inexact = [self.inexact(value) for value in values]
         total = sum(inexact, self.context.mpf(0))
         size = max(map(abs, inexact))
-        # Terms that cancel leave rounding errors only: zero, unless more digits say otherwise.
+        # If the terms cancel, only rounding errors remain: treat the sum as zero.
         return Fraction(0) if abs(total) < size * self.context.mpf(10) ** (6 - self.context.dps) else total
 
     def of_product(self, factors: tuple[tuple[int, Any], ...]) -> Value:
@@ -198,7 +198,7 @@ def _exact_root(value: Fraction, degree: int) -> Fraction | None:
 
 
 def _integer_root(value: int, degree: int) -> int:
-    """Return the largest integer whose power is at most `value` (Newton's method in integers)."""
+    """Return the largest integer whose `degree`-th power is at most `value` (integer Newton's method)."""
     if value < 2:
         return value
     guess = 1 << -(-value.bit_length() // degree)

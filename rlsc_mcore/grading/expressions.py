@@ -1,8 +1,8 @@
-"""Decide whether two expressions are equal by their values at fixed points.
+"""Compare two expressions by their values at fixed points.
 
-Reads the LaTeX that final answers are made of: numbers, letters with indices, sums, products, fractions,
-powers, roots, factorials, elementary functions. What it does not know is left to math-verify. A text is
-evaluated once for all its comparisons. Irrational arithmetic has 60 digits.
+Supported are numbers, letters with indices, sums, products, fractions, powers, roots, factorials and
+elementary functions; math-verify compares other expressions. The values of a text are cached. Irrational
+arithmetic uses 60 digits.
 """
 
 import threading
@@ -18,20 +18,19 @@ from rlsc_mcore.grading.numbers import read_number
 from rlsc_mcore.grading.parser import Tree, UnsupportedError, parse, unsupported
 
 _DIGITS = 60
-_EQUAL, _DIFFERENT = 1e-40, 1e-25  # relative differences; between them nothing is decided
+_EQUAL, _DIFFERENT = 1e-40, 1e-25  # relative differences; between them the comparison is undecided
 
 
 @dataclass(frozen=True)
 class Result:
-    """A value, and whether a root, power or logarithm had several values to choose from."""
+    """A value, and whether a root, power or logarithm in it has several branches."""
 
     value: Value
     on_branch: bool
 
 
 def same_expression(answer: str, gold: str, scale: Fraction = Fraction(1)) -> bool | None:
-    """Say whether answer * scale equals gold; None where that cannot be decided here. Both texts are
-    normalized."""
+    """Return whether answer * scale equals gold for two normalized texts; None if this is undecided."""
     if any(read_number(side) is None and not is_expression(side) for side in (answer, gold)):
         return None
     constant = is_constant(answer) and is_constant(gold)
@@ -51,7 +50,7 @@ def same_expression(answer: str, gold: str, scale: Fraction = Fraction(1)) -> bo
                 continue
             if (
                 point == POSITIVE_POINTS
-            ):  # sqrt(x^2) and x differ here; math-verify knows which letters are real
+            ):  # letters are negative here, so sqrt(x^2) and x differ; leave it to math-verify
                 return None
             return False
         decided += 1
@@ -59,10 +58,9 @@ def same_expression(answer: str, gold: str, scale: Fraction = Fraction(1)) -> bo
 
 
 def proportional(answer: tuple[str, str], gold: tuple[str, str], *, positive: bool = False) -> bool | None:
-    """Say whether (a - b) of the first pair is a constant multiple of that of the second; None where that
-    cannot be decided.
+    """Return whether a - b of the first pair is a constant multiple of that of the second; None if undecided.
 
-    `positive` asks for a positive multiple, as equal inequalities have.
+    With `positive` the multiple must be positive, as for equal inequalities.
     """
     if not all(is_expression(side) for side in (*answer, *gold)):
         return None
@@ -86,7 +84,7 @@ def proportional(answer: tuple[str, str], gold: tuple[str, str], *, positive: bo
 
 
 def number_value(text: str) -> float | None:
-    """Return the real value of a normalized expression without letters; None where it has none."""
+    """Return the real value of a normalized expression without letters, or None if it has none."""
     number = read_number(text)
     if number is not None:
         return float(number)
@@ -97,19 +95,19 @@ def number_value(text: str) -> float | None:
 
 
 def is_expression(text: str) -> bool:
-    """Say whether the text can be parsed here."""
+    """Return whether `parse` can read the text."""
     return parse(text) is not None
 
 
 def is_constant(text: str) -> bool:
-    """Say whether the text has no letters that stand for unknown values."""
+    """Return whether the text has no variables; True also for a text that cannot be parsed."""
     parsed = parse(text)
     return parsed is None or not parsed[1]
 
 
 @lru_cache(maxsize=16384)
 def value_at(text: str, point: int) -> Result | None:
-    """Return the value of a text at a point; None where it has none there or is no expression."""
+    """Return the value of a text at a point; None if it is undefined there or the text is no expression."""
     number = read_number(text)
     if number is not None:
         return Result(number, False)
@@ -125,7 +123,7 @@ def value_at(text: str, point: int) -> Result | None:
 
 
 def _settle(tree: Tree, point: int) -> Result:
-    """Evaluate; a value that is nearly zero is evaluated with more digits to see whether it is zero."""
+    """Evaluate a tree at a point; a value near zero is evaluated again with three times the digits."""
     context = _context(_DIGITS)
     evaluator = Evaluator(context, point)
     value = evaluator.value(tree)
@@ -141,7 +139,7 @@ def _settle(tree: Tree, point: int) -> Result:
 
 _local = (
     threading.local()
-)  # a context of mpmath changes its precision while it computes, so each thread has its own
+)  # an mpmath context changes its precision during a computation, so each thread has its own
 
 
 def _context(digits: int) -> Any:

@@ -27,22 +27,20 @@ _WORD = re.compile(r"(?<![\\A-Za-z{])[A-Za-z]{3,}")
 
 
 def extract_boxed(text: str) -> str | None:
-    r"""Return what the last complete, non-empty \boxed{...} or \fbox{...} holds; of nested boxes the
-    innermost.
+    r"""Return the content of the last complete, non-empty \boxed{...} or \fbox{...}, or None.
 
-    Braces balance, \{ and \} apart. Without braces a box holds the formula that follows it up to the end of
-    the mathematics, or the number or command that follows it in plain text: prompts that ask for `\boxed`
-    invite it.
+    Of nested boxes the innermost counts. Braces must balance; \{ and \} are ignored. Without braces the
+    content is the formula that follows up to the end of the math, or in plain text the number or command that
+    follows. Prompts that ask for `\boxed` lead models to write this form.
     """
     boxes = find_boxes(text)
     return boxes[-1][1] if boxes else None
 
 
 def find_boxes(text: str) -> list[tuple[int, str]]:
-    """Return the position and the content of every complete, non-empty box, in the order in which they
-    begin."""
+    """Return (position, content) of every complete, non-empty box, sorted by position."""
     found: list[tuple[int, str]] = []
-    open_boxes: list[int | None] = []  # where each open group's content starts if it is a box
+    open_boxes: list[int | None] = []  # per open group: start of the content of a box, None for other groups
     position = 0
     while match := _BOX_OR_BRACE.search(text, position):
         position = match.end()
@@ -64,8 +62,7 @@ def find_boxes(text: str) -> list[tuple[int, str]]:
 
 
 def last_boxes(text: str, count: int) -> list[str] | None:
-    """Return the last `count` boxes where they stand in one sentence and none holds another; None where they
-    do not."""
+    """Return the contents of the last `count` boxes if they are in one sentence and not nested, else None."""
     boxes = find_boxes(text)[-count:]
     if len(boxes) < count:
         return None
@@ -79,8 +76,10 @@ def last_boxes(text: str, count: int) -> list[str] | None:
 
 
 def extract_stated(text: str) -> str | None:
-    """Return the answer of the last "the answer is ..." where it is short and no sentence; None where there
-    is none."""
+    """Return the answer of the last "the answer is ..." if it is a formula or a short text, else None.
+
+    A text with more than one word of three or more letters is a sentence and not an answer.
+    """
     matches = list(_STATED.finditer(text))
     if not matches:
         return None
@@ -94,8 +93,10 @@ def extract_stated(text: str) -> str | None:
 
 
 def extract_last_number(text: str) -> str | None:
-    r"""Return the last number of the text as it is written: 1,234.5, -3, 2/3 or \frac{2}{3}; exponents and
-    indices are none."""
+    r"""Return the last number as it is written: 1,234.5, -3, 2/3 or \frac{2}{3}; None if there is none.
+
+    Exponents and indices are not numbers here.
+    """
     last = None
     for match in _LAST_NUMBER.finditer(text.replace("\N{MINUS SIGN}", "-")):
         last = match["number"] or last

@@ -1,4 +1,4 @@
-"""Grade responses by the format of the question's answer: mathematics, multiple choice, lists, numbers with a
+"""Grade responses by the answer format of the question: math, multiple choice, lists, numbers with
 tolerance."""
 
 from collections.abc import Sequence
@@ -23,8 +23,10 @@ __all__ = ["GRADERS", "extract_choice", "grade_answer", "grade_answers"]
 def grade_answers(
     responses: Sequence[str], questions: Sequence[Question], grader: str = "boxed"
 ) -> list[Grade]:
-    """Grade many responses, each by the question at its place: identical ones once, algebra in several worker
-    processes."""
+    """Grade each response against the question at the same position.
+
+    Identical pairs are graded once. Symbolic comparisons run in several worker processes.
+    """
     pairs = list(zip(responses, questions, strict=True))
     distinct = list(dict.fromkeys(pairs))
     with ThreadPoolExecutor(NUM_WORKERS) as threads:
@@ -39,11 +41,11 @@ def grade_answers(
 
 
 def grade_answer(response: str, question: Question, grader: str = "boxed") -> Grade:
-    """Grade a response by the question's own answer format.
+    """Grade a response by the answer format of the question.
 
-    `grader` says what counts as right (`strict`): `boxed` the last box alone; `lenient` also the stated
-    answer or the last number where nothing is boxed; `qwen` what the evaluation script of Qwen2.5-Math
-    accepts (see `official.py`).
+    `grader` selects the rule for `strict`. `boxed`: only the last box counts. `lenient`: without a box, the
+    stated answer or the last number counts. `qwen`: the rule of the Qwen2.5-Math evaluation script (see
+    `official.py`).
     """
     gold = question.answer or ""
     is_choice = question.answer_format == "choice"
@@ -72,10 +74,10 @@ def _is_right(answer: str, gold: str, *, tolerance: float | None) -> bool:
 
 
 def _is_close(answer: str, gold: str, tolerance: float) -> bool:
-    """Compare numbers and constant expressions within an absolute tolerance, one by one in any order."""
+    """Compare numbers and constant expressions within an absolute tolerance; lists in any order."""
     for golds in map(_values, item_readings(normalize(gold))):
         for answers in map(_values, item_readings(normalize(answer))):
-            # A hundredth more: the bound itself counts, whatever its last binary digit.
+            # 1 % more, so that a difference equal to the tolerance passes despite rounding.
             if (
                 golds
                 and answers

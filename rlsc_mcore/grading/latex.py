@@ -1,9 +1,9 @@
-"""Rewrite spellings of LaTeX and of plain text that mean the same into one spelling."""
+"""Normalize LaTeX and plain text: rewrite different spellings of the same expression to one spelling."""
 
 import re
 from collections.abc import Callable
 
-MAX_CHARACTERS = 20_000  # a longer text is returned as it is: it is no answer
+MAX_CHARACTERS = 20_000  # a longer text is no answer and is returned unchanged
 
 _CHARACTERS = str.maketrans(
     {
@@ -160,7 +160,7 @@ _COMMANDS = {
     "sim": "approx",
     "simeq": "approx",
 }
-_PLAIN = {"{": "\\{", "}": "\\}"}  # of the replacements above, those that need a backslash
+_PLAIN = {"{": "\\{", "}": "\\}"}  # replacements above that need a backslash
 _COMMAND = re.compile(r"\\(" + "|".join(sorted(_COMMANDS, key=len, reverse=True)) + r")(?![A-Za-z])")
 _BLACKBOARD = re.compile(r"\\mathbb\s*\{?\s*([A-Z])\s*\}?")
 _WORD_COMMAND = re.compile(
@@ -185,10 +185,10 @@ _OUTER_DELIMITERS = (("$$", "$$"), ("$", "$"), ("\\(", "\\)"), ("\\[", "\\]"))
 
 
 def normalize(text: str) -> str:
-    """Return the text without delimiters, sizes, fonts and spacing, in one spelling of every command.
+    """Return the text without delimiters, sizes, fonts and spacing, with one spelling of every command.
 
-    Text commands become `\\text{...}`, fractions `\\frac`, degrees `\\degree`, percent signs `%`; currency
-    signs are dropped; separators of thousands that cannot be anything else are dropped.
+    Text commands become `\\text{...}`, fractions `\\frac`, degrees `\\degree`, percent signs `%`. Currency
+    signs and unambiguous thousands separators are removed.
     """
     if len(text) > MAX_CHARACTERS:
         return text
@@ -220,14 +220,14 @@ def normalize(text: str) -> str:
         text, _WORD_COMMAND, lambda match: "\\" + _WORD_COMMANDS.get(match[1], match[1]) + " "
     )
     text = re.sub(r"\\sqrt (?=[({\[])", r"\\sqrt", text)
-    if "[" in text and "]" in text:  # ]1,2[ is the open interval
+    if "[" in text and "]" in text:  # ]1,2[ is the open interval (1,2)
         text = _REVERSED_BRACKETS.sub(_in_round_brackets, text)
     text = " ".join(text.split()).strip(" ;").rstrip(". ,:\\")
     return unwrap(text)
 
 
 def compact(text: str) -> str:
-    """Return the text without the white space that does not separate two words or numbers."""
+    """Return the text without white space, except between two words or numbers."""
     return _COMPACT.sub("", text)
 
 
@@ -239,15 +239,14 @@ def unwrap(text: str) -> str:
 
 
 def plain_text(text: str) -> str:
-    """Return the text with each `\\text{...}` replaced by what it holds."""
+    """Return the text with each `\\text{...}` replaced by its content."""
     if "\\text" not in text:
         return text
     return " ".join(re.sub(r"\\text\{([^{}]*)\}", r" \1 ", text).split()).rstrip(".")
 
 
 def matching(text: str, start: int) -> int:
-    """Return the position of the bracket that closes the one at `start`, whatever its kind; -1 where none
-    does."""
+    """Return the position of the bracket that closes the one at `start`, or -1; the kinds may differ."""
     depth = 0
     for position in range(start, len(text)):
         character = text[position]

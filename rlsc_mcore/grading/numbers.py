@@ -58,17 +58,17 @@ _BASE_NAMES = {
 
 @dataclass(frozen=True)
 class BaseNumber:
-    """Digits with the base they are written in; equal only to the same digits in the same base."""
+    """Digits and their base; two are equal only if both digits and base are the same."""
 
     digits: str
     base: int
 
 
 def read_number(text: str) -> Fraction | None:
-    """Return the value of a normalized text that is one number: decimal, grouped, fraction, mixed, scientific
-    or repeating.
+    """Return the value of a normalized text if it is one number, else None.
 
-    None where it is anything else, a unit or percent sign included.
+    Formats: decimal, with thousands separators, fraction, mixed, scientific, repeating. A text with a unit or
+    a percent sign gives None.
     """
     if not text or len(text) > _MAX_CHARACTERS or not any(character.isdigit() for character in text):
         return None
@@ -83,8 +83,7 @@ def read_number(text: str) -> Fraction | None:
 
 
 def read_base_number(text: str) -> BaseNumber | None:
-    """Return the digits and the base of `1010_2`, `1010_{2}`, `(1010)_{\\text{two}}` or `1010 base 2`; None
-    for anything else."""
+    """Return digits and base of `1010_2`, `1010_{2}`, `(1010)_{\\text{two}}` or `1010 base 2`, else None."""
     match = _BASE.fullmatch(text)
     if match is None or not match["digits"][0].isdigit():
         return None

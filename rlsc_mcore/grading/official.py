@@ -1,9 +1,9 @@
-r"""Grade as the evaluation script of Qwen2.5-Math does, to compare with numbers that were published with it.
+r"""Grade like the evaluation script of Qwen2.5-Math, for comparison with published results.
 
-Its rules, beside those of `is_correct`: numbers agree within a relative 1e-4, a number also with a hundredth
-and with the hundredfold of the gold answer (percentages); tuples and intervals item by item whatever the kind
-of bracket; letter case is ignored in text; `x=` is dropped. Where nothing is boxed the text after "the answer
-is" counts, else the last number. Of several letters in an answer to a multiple choice question the last one
+Rules in addition to `is_correct`: numbers are equal within a relative tolerance of 1e-4, also to 1/100 and
+100 times the gold answer (percentages). Tuples and intervals are compared item by item, and the kind of
+bracket is ignored. Text is compared without regard to case. `x=` is removed. Without a box, the text after
+"the answer is" counts, else the last number. If a multiple choice answer has several letters, the last one
 counts.
 """
 
@@ -24,7 +24,7 @@ _LETTER = re.compile(r"\b([A-E])\b")
 
 
 def grade_official(response: str, gold: str) -> Grade:
-    """Grade a response; `strict` and `lenient` are the same, since the script has one count."""
+    """Grade a response; `strict` and `lenient` are equal, because the script has only one rule."""
     extracted = extract_official(response)
     correct = bool(extracted) and is_close_or_equal(extracted, gold)
     return Grade(
@@ -47,8 +47,11 @@ def grade_official_choice(response: str, gold: str) -> Grade:
 
 
 def extract_official(response: str) -> str:
-    """Return the last box, else what follows "the answer is" or "final answer is", else the last number, else
-    nothing."""
+    """Return the last box, else the text after "the answer is" or "final answer is", else the last number,
+    else "".
+
+    The text in "final answer is $...$. I hope" comes before all of these.
+    """
     _, stated, after = response.rpartition("final answer is $")
     if stated and "$. I hope" in after:
         return after.partition("$. I hope")[0].strip()
@@ -64,8 +67,10 @@ def extract_official(response: str) -> str:
 
 
 def extract_official_choice(response: str) -> str | None:
-    """Return the first lone letter A to E after the last "answer is" or "choice is", else the last lone
-    letter anywhere."""
+    """Return the first single letter A to E after the last "answer is" or "choice is".
+
+    Without such a phrase, return the last single letter A to E, or None.
+    """
     text = response.strip("\n")
     if max(text.count(phrase) for phrase in ("choice is", "answer is")) > 1:
         text = text.partition("\n\n")[0]
@@ -77,7 +82,7 @@ def extract_official_choice(response: str) -> str | None:
 
 
 def is_close_or_equal(answer: str, gold: str) -> bool:
-    """Compare by the script's tolerance; what `is_correct` accepts is accepted too."""
+    """Return whether `is_correct` accepts the answer, or it is equal within the script's tolerance."""
     if is_correct(answer, gold):
         return True
     first, second = normalize(answer), normalize(gold)

@@ -1,4 +1,4 @@
-"""Parse the LaTeX of final answers into trees: a tree is a tuple whose first item names the node."""
+"""Parse the LaTeX of final answers into trees. A tree is a tuple; its first item is the type of the node."""
 
 import re
 from fractions import Fraction
@@ -89,7 +89,7 @@ _DIFFERENTIAL = re.compile(r"(?:d|\\partial)(?:\^\{?[0-9]\}?)?(?![0-9^_'])(?:\\?
 
 
 class UnsupportedError(Exception):
-    """The text is no expression that this module evaluates."""
+    """Raised if the text is not an expression that this module supports."""
 
 
 def unsupported(reason: str) -> Any:
@@ -98,8 +98,7 @@ def unsupported(reason: str) -> Any:
 
 @lru_cache(maxsize=16384)
 def parse(text: str) -> tuple[Tree, frozenset[str]] | None:
-    """Return the tree of a text and the names in it; None where it is no expression that can be parsed
-    here."""
+    """Return the tree of a text and the names in it; None if the text is not a supported expression."""
     try:
         parser = _Parser(text)
         return parser.whole(), frozenset(parser.names)
@@ -108,7 +107,7 @@ def parse(text: str) -> tuple[Tree, frozenset[str]] | None:
 
 
 class _Parser:
-    """Recursive descent over the tokens of one text."""
+    """A recursive descent parser for one text."""
 
     def __init__(self, text: str) -> None:
         if len(text) > 1000:
@@ -174,7 +173,7 @@ class _Parser:
         return ("product", tuple(factors)) if len(factors) > 1 else factors[0][1]
 
     def check_juxtaposed_numbers(self) -> None:
-        """Refuse `18 18`, `x2` and `\\frac{1}{2}3`: neither clearly a product nor one number."""
+        """Raise UnsupportedError at `18 18`, `x2` and `\\frac{1}{2}3`, which are ambiguous."""
         before = self.tokens[self.position - 1]
         touching = self.position < len(self.starts) and not self.text[self.starts[self.position]].isspace()
         if self.next[0].isdigit() and (before[-1].isdigit() or touching):
@@ -203,7 +202,7 @@ class _Parser:
         return base
 
     def argument(self) -> Tree:
-        """Read what a command or `^` applies to: a group, or one token."""
+        """Parse the argument of a command or of `^`: a group or one token."""
         token = self.next
         if token == "{":
             return self.group()
@@ -339,7 +338,7 @@ class _Parser:
         return ("name", name)
 
     def raw_argument(self) -> str:
-        """Return a group's or one token's text without white space and text commands."""
+        """Return the text of a group or of one token, without white space and text commands."""
         if self.next != "{":
             token = self.take()
             return token if token != "\\text" else self.raw_argument()

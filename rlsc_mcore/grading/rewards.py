@@ -1,7 +1,8 @@
-"""Rewards of sampled answers: agreement with the question's majority (TTRL) or with its label (RLVR).
+"""Compute rewards of sampled answers: agreement with the majority (TTRL) or with the label (RLVR).
 
-`boxed` reads the last box alone: a sample that boxes nothing casts no vote and earns nothing, so training
-teaches the box. `any` reads what TTRL's own code does: the box, else the stated answer, else the last number.
+With `boxed` only the last box counts: a sample without a box has no vote and gets reward 0, so training also
+teaches to use a box. With `any`, as in TTRL's own code, the answer is the box, else the stated answer, else
+the last number.
 """
 
 import math
@@ -19,7 +20,7 @@ from rlsc_mcore.types import Question, Rollout
 
 Reward = Callable[
     [Sequence[str], Question, str], list[float]
-]  # responses to one question, `algorithm.rewards` -> a reward for each
+]  # (responses to one question, the question, `algorithm.rewards`) -> one reward per response
 
 
 def majority_rewards(
@@ -27,8 +28,8 @@ def majority_rewards(
 ) -> list[float]:
     """Return 1 for each response to one question whose answer is the most frequent one, else 0.
 
-    Answers agree when they are equal as `is_correct` has it, letters of a multiple choice question as
-    `extract_choice` reads them. Of equally frequent ones the first sampled wins. `answers` is `boxed` or
+    Answers are compared by `is_correct`; for multiple choice questions their letters (`extract_choice`) are
+    compared. If several answers are equally frequent, the first sampled one is used. `answers` is `boxed` or
     `any`.
     """
     classes = answer_classes([_final_answer(response, question, answers) for response in responses])
@@ -42,19 +43,18 @@ def majority_rewards(
 def frequency_rewards(
     responses: Sequence[str], question: Question | None = None, answers: str = "boxed"
 ) -> list[float]:
-    """Return for each response the share of the question's responses with the same answer; 0 without an
+    """Return for each response the fraction of responses with the same answer; 0 for a response without an
     answer.
 
-    The semantic clusters of EMPO (arXiv 2504.05812) are classes of equal answers here, as in its own
-    mathematical setup.
+    The semantic clusters of EMPO (arXiv 2504.05812) are classes of equal answers here, as in its experiments
+    on math.
     """
     classes = answer_classes([_final_answer(response, question, answers) for response in responses])
     return [classes.count(label) / len(classes) if label >= 0 else 0.0 for label in classes]
 
 
 def label_rewards(responses: Sequence[str], question: Question, answers: str = "boxed") -> list[float]:
-    """Return 1 for each response whose answer is the question's `answer` by its own format, as evaluation
-    grades it, else 0."""
+    """Return 1 for each response that `grade_answer` grades as right, as in an evaluation, else 0."""
     grader = "boxed" if answers == "boxed" else "lenient"
     return [float(grade_answer(response, question, grader).strict) for response in responses]
 
@@ -72,9 +72,10 @@ def _final_answer(response: str, question: Question | None, answers: str) -> str
 def answer_classes(
     answers: Sequence[str | None], agree: Callable[[str, str], bool] = is_correct
 ) -> list[int]:
-    """Number each answer's class of equal answers, in order of first appearance; None (no answer) is -1.
+    """Return the class of each answer, numbered in order of first appearance; -1 for None (no answer).
 
-    Equal spellings share a class at once; other spellings are compared with each class's first answer.
+    Answers with the same `answer_key` are in the same class. Other answers are compared with the first answer
+    of each class.
     """
     labels: dict[str, int] = {}
     firsts: list[str] = []
@@ -99,12 +100,12 @@ def trained_rollouts(
     rollouts: Sequence[Rollout],
     questions: Sequence[Question],
 ) -> list[tuple[Rollout, float]]:
-    """Return the rollouts that are trained, each with its advantage within its question (0 where the
-    objective has no reward).
+    """Return the trained rollouts, each with its advantage within its question; 0 if the objective has no
+    reward.
 
-    All samples of a question must be among `rollouts`; `questions[i].index` is i. Rewards compare all
-    `num_samples` of a question, of which the first `num_trained` are trained; mean and standard deviation are
-    those of the trained ones.
+    `rollouts` must contain all samples of a question; `questions[i].index` is i. Rewards are computed from
+    all `num_samples` of a question. The first `num_trained` are trained, and the mean and standard deviation
+    of the advantage are computed over these.
     """
     num_trained = options.num_trained or options.num_samples
     is_trained = [rollout.sample_index % options.num_samples < num_trained for rollout in rollouts]
@@ -144,7 +145,7 @@ def _rewards(
 
 
 def check_labels(objective: str, questions: Sequence[Question], source: str) -> None:
-    """Raise ConfigError at the first question without a label where the objective needs labels."""
+    """Raise ConfigError naming the first question without a label if the objective needs labels."""
     unlabelled = next((question for question in questions if question.answer is None), None)
     if OBJECTIVES[objective].needs_labels and unlabelled is not None:
         raise ConfigError(
@@ -160,11 +161,10 @@ def group_advantages(
     standardize: bool = False,
     counted: Sequence[bool] | None = None,
 ) -> list[float]:
-    """Return each reward minus the mean reward of its group, with `standardize` divided by the standard
-    deviation (n - 1).
+    """Return each reward minus the mean reward of its group.
 
-    Mean and deviation are over the members that are `counted` (default: all). A group of equal rewards has
-    advantages of 0.
+    With `standardize`, also divide by the sample standard deviation (n - 1). Mean and deviation are computed
+    over the `counted` members (default: all). A group of equal rewards has advantages of 0.
     """
     members: dict[int, list[float]] = {}
     for reward, group, counts in zip(rewards, groups, counted or [True] * len(rewards), strict=True):
@@ -178,6 +178,6 @@ def group_advantages(
 
 
 def _deviation(values: Sequence[float], mean: float) -> float:
-    """Return the sample standard deviation; 1 where all values are equal, so that their advantages are 0."""
+    """Return the sample standard deviation; 1 if all values are equal, so that their advantages are 0."""
     squares = sum((value - mean) ** 2 for value in values)
     return math.sqrt(squares / (len(values) - 1)) if squares > 0 else 1.0

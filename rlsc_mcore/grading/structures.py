@@ -1,4 +1,4 @@
-"""Take a normalized answer apart: brackets, items, relations, intervals, matrices."""
+"""Parse the structure of a normalized answer: brackets, items, relations, intervals, matrices."""
 
 import re
 from collections.abc import Callable, Sequence
@@ -26,7 +26,7 @@ _KNOWN_FUNCTION = re.compile(
 
 @dataclass(frozen=True)
 class Brackets:
-    """A bracketed whole with its items."""
+    """The brackets around a text and the text inside."""
 
     opening: str  # ( [ ] or \\{
     closing: str
@@ -35,7 +35,7 @@ class Brackets:
 
 @dataclass(frozen=True)
 class Interval:
-    """A piece of the real line between two values; None is infinite."""
+    """An interval of the real line; an end of None is infinite."""
 
     low: str | None
     high: str | None
@@ -44,12 +44,12 @@ class Interval:
 
 
 def tokens(text: str) -> list[str]:
-    """Split into commands, text commands and characters."""
+    """Split a text into `\\text{...}` commands, other commands and characters."""
     return _TOKEN.findall(text)
 
 
 def split_items(text: str) -> list[str]:
-    """Split at commas, semicolons and conjunctions outside of brackets."""
+    """Split a text at commas, semicolons and conjunctions outside of brackets."""
     items, current, depth = [], "", 0
     for token in tokens(_plain_conjunctions(text)):
         if token in ("{", "(", "[", "\\{", "\\langle", "\\begin", "\\lfloor"):
@@ -65,8 +65,8 @@ def split_items(text: str) -> list[str]:
 
 
 def item_readings(text: str) -> list[list[str]]:
-    """Return the ways to split a list: each comma separates, and commas between groups of three digits do
-    not."""
+    """Return the one or two ways to split a list: with and without splitting at possible thousands
+    separators."""
     readings = [split_items(text)]
     if _GROUPED.search(text):
         joined = split_items(_GROUPED.sub(lambda match: match[0].replace(",", ""), text))
@@ -89,7 +89,7 @@ def expand_signs(items: Sequence[str]) -> list[str]:
 
 
 def read_brackets(text: str) -> Brackets | None:
-    """Return the brackets that enclose the whole text; None where none do. `]1,2[` is the open interval."""
+    """Return the brackets around the whole text, or None; `]1,2[` is the open interval (1,2)."""
     for opening, closing in (*_OPENING.items(), ("]", "["), ("(", "]"), ("[", ")")):
         if not (text.startswith(opening) and text.endswith(closing)) or len(text) < len(opening) + len(
             closing
@@ -105,7 +105,7 @@ def read_brackets(text: str) -> Brackets | None:
 
 
 def read_matrix(text: str) -> tuple[str, list[list[str]]] | None:
-    """Return whether it is a matrix or a determinant, and the cells by row."""
+    """Return "matrix" or "determinant" and the cells by row; None if the text is neither."""
     match = _MATRIX.fullmatch(text) or _ARRAY.fullmatch(text)
     if match is None:
         return None
@@ -116,7 +116,7 @@ def read_matrix(text: str) -> tuple[str, list[list[str]]] | None:
 
 
 def read_relation(text: str) -> tuple[list[str], list[str]] | None:
-    """Return the sides and the relation signs between them; None where there is none outside of brackets."""
+    """Return the sides and the relation signs between them; None if no relation is outside of brackets."""
     sides, signs, current, depth = [], [], "", 0
     for token in tokens(text):
         if token in ("{", "(", "[", "\\{"):
@@ -135,7 +135,7 @@ def read_relation(text: str) -> tuple[list[str], list[str]] | None:
 
 
 def is_name(text: str) -> bool:
-    """Say whether a text names one quantity, as the left side of `x = 5`, `f(x) = 2x` or `AB = 3` does."""
+    """Return whether a text names one quantity, like the left side of `x = 5`, `f(x) = 2x` or `AB = 3`."""
     if re.fullmatch(r"\\text\{[^{}]*\}|[A-Za-z]{3,}(?: [A-Za-z]+)*|\([A-Za-z](?:, ?[A-Za-z])+\)", text):
         return True
     parts = text.split(":")
@@ -149,8 +149,10 @@ def is_name(text: str) -> bool:
 
 
 def read_real_set(text: str) -> list[Interval] | None:
-    """Read a union of intervals and of finite sets, or inequalities in one letter, as sorted pieces that do
-    not touch."""
+    """Parse a union of intervals and finite sets, or inequalities in one letter; None for any other text.
+
+    The returned intervals are sorted and do not touch.
+    """
     text = text.strip()
     if re.search(r"\\setminus|\\ne(?![A-Za-z])", text):
         return _read_punctured(text)
@@ -167,7 +169,7 @@ def read_real_set(text: str) -> list[Interval] | None:
 
 
 def same_real_set(first: list[Interval], second: list[Interval], same: Callable[[str, str], bool]) -> bool:
-    """Compare two unions of intervals end by end."""
+    """Return whether two unions of intervals have the same ends."""
     if len(first) != len(second):
         return False
     for a, b in zip(first, second, strict=True):
@@ -217,7 +219,8 @@ def _split_union(text: str) -> list[str]:
 
 
 def _read_piece(text: str) -> tuple[list[Interval], set[str]] | None:
-    """Return the intervals of one piece and the letter that it is about, if it names one."""
+    """Return the intervals of one part of a union and the set of its letters (at most one); None if
+    unreadable."""
     if text in ("\\R", "(-\\infty,\\infty)"):
         return [Interval(None, None, False, False)], set()
     relation = read_relation(text)
@@ -245,7 +248,7 @@ def _read_piece(text: str) -> tuple[list[Interval], set[str]] | None:
 
 
 def _is_end(text: str, direction: int) -> bool:
-    """Say whether a text is a number or the infinity of this direction."""
+    """Return whether a text is a number, or the infinity with the sign of `direction`."""
     infinite = ("-\\infty",) if direction < 0 else ("\\infty", "+\\infty")
     return text.replace(" ", "") in infinite or number_value(text) is not None
 
@@ -279,7 +282,7 @@ def _read_inequality(sides: list[str], signs: list[str]) -> tuple[list[Interval]
 
 
 def _read_punctured(text: str) -> list[Interval] | None:
-    """Read `\\R \\setminus \\{1, 2\\}` or `x \\ne 1`."""
+    """Parse `\\R \\setminus \\{1, 2\\}` or `x \\ne 1` as open intervals; None for any other text."""
     text = re.sub(r"^[A-Za-z] ?\\in ?", "", text)
     outside = re.fullmatch(r"(?:\\R|\(-\\infty ?, ?\\infty\)) ?\\setminus ?\\\{(.*)\\\}", text)
     unequal = re.fullmatch(r"([A-Za-z]) ?\\ne ?(.*)", text)
@@ -317,5 +320,5 @@ def _merged(pieces: list[Interval]) -> list[Interval]:
 
 
 def enclosed(text: str) -> bool:
-    """Say whether round brackets enclose the whole text."""
+    """Return whether round brackets enclose the whole text."""
     return text.startswith("(") and matching(text, 0) == len(text) - 1

@@ -1,9 +1,9 @@
-"""Symbolic equality by math-verify, in a process of its own.
+"""Compare expressions symbolically by math-verify in worker processes.
 
-An answer such as 10^{10^{10}} keeps Python inside one C call that neither a thread nor a signal handler can
-leave, and the timeouts of math-verify work in the main thread only. So a worker does the algebra: the kernel
-ends it when one comparison has used up its processor time, and the next comparison starts another. This is
-the client; symbolic_worker.py is the program.
+An answer such as 10^{10^{10}} keeps Python in one C call that neither a thread nor a signal handler can
+interrupt, and the timeouts of math-verify work only in the main thread. So a worker process compares the
+expressions. The kernel ends the worker if a comparison exceeds its CPU time, and the next comparison starts a
+new worker. This module is the client; symbolic_worker.py is the worker.
 """
 
 import atexit
@@ -22,12 +22,12 @@ from rlsc_mcore.grading.symbolic_worker import EQUAL, READY
 
 NUM_WORKERS = min(8, os.cpu_count() or 1)
 
-_WALL_SECONDS_PER_COMPARISON = 60.0  # beyond it the worker is taken for hung, however busy the machine
+_WALL_SECONDS_PER_COMPARISON = 60.0  # after this time the worker is considered hung, even on a busy machine
 _WALL_SECONDS_TO_START = 300.0
 
 
 class SymbolicComparer:
-    """Compares two LaTeX or plain expressions; safe to call from any thread and after a fork."""
+    """Compare two LaTeX or plain expressions in a worker process; thread-safe and fork-safe."""
 
     def __init__(self, cpu_seconds_per_comparison: float = 2.0) -> None:
         self._cpu_seconds = cpu_seconds_per_comparison
@@ -36,10 +36,10 @@ class SymbolicComparer:
         os.register_at_fork(after_in_child=self._forget_worker)
 
     def are_equal(self, answer: str, gold: str) -> bool:
-        """Say whether `answer` equals `gold` by the rules of math-verify; what cannot be parsed or takes too
-        long does not.
+        """Return whether math-verify finds `answer` and `gold` equal; False if it cannot parse them or takes
+        too long.
 
-        Raises RuntimeError where the worker cannot start (math-verify is missing or broken).
+        Raises RuntimeError if the worker cannot start (math-verify is missing or broken).
         """
         request = json.dumps([answer, gold]).encode() + b"\n"
         with self._lock:
@@ -47,32 +47,31 @@ class SymbolicComparer:
                 reply, ended_by = self._ask(request)
                 if reply or ended_by in (signal.SIGPROF, signal.SIGKILL):
                     return reply == EQUAL
-                # Ended by something else, perhaps from outside: a fresh worker gets one more try.
+                # The worker ended for another reason: try once more with a new worker.
             return False
 
     @property
     def is_free(self) -> bool:
-        """Whether a comparison would begin at once; another thread may be faster."""
+        """Return whether no comparison is running; another thread can start one at any time."""
         return not self._lock.locked()
 
     @property
     def worker_pid(self) -> int | None:
-        """Process id of the worker; None where none runs."""
+        """Return the process id of the worker, or None if there is no worker."""
         return None if self._worker is None else self._worker.pid
 
     def close(self) -> None:
-        """End the worker; the next comparison starts another."""
+        """End the worker; the next comparison starts a new one."""
         with self._lock:
             if self._worker is not None:
                 self._end_worker()
 
     def _forget_worker(self) -> None:
-        # A forked child must not talk on its parent's pipes, nor wait for a lock that a thread of the parent
-        # held.
+        # A forked child must not use the pipes of its parent, nor wait for a lock that was held at the fork.
         self._lock, self._worker = threading.Lock(), None
 
     def _ask(self, request: bytes) -> tuple[bytes, int]:
-        """Return the reply, or b"" and the signal that ended the worker (0 where it was none)."""
+        """Return (reply, 0), or b"" and the signal that ended the worker (0 if it exited)."""
         worker = self._worker or self._start_worker()
         assert worker.stdin is not None
         with contextlib.suppress(BrokenPipeError):
@@ -82,8 +81,8 @@ class SymbolicComparer:
         return (reply, 0) if reply else (b"", self._end_worker())
 
     def _start_worker(self) -> subprocess.Popen[bytes]:
-        # By path and with -P: neither the working directory nor the folder of this file can shadow a module
-        # that the worker imports.
+        # Start the file by its path and with -P, so that neither the working directory nor the folder of this
+        # file can shadow a module that the worker imports.
         command = [sys.executable, "-P", symbolic_worker.__file__, str(self._cpu_seconds)]
         environment = os.environ | {"PYTHONHASHSEED": "0"}
         self._worker = subprocess.Popen(
@@ -102,7 +101,7 @@ class SymbolicComparer:
         with contextlib.suppress(BrokenPipeError):
             worker.stdin.close()
         with contextlib.suppress(subprocess.TimeoutExpired):
-            worker.wait(timeout=0.5)  # idle, or ended already: its status says why
+            worker.wait(timeout=0.5)  # keeps the exit status of a worker that has ended or is idle
         worker.kill()
         status = worker.wait()
         worker.stdout.close()
@@ -111,15 +110,14 @@ class SymbolicComparer:
 
 comparers = tuple(
     SymbolicComparer() for _ in range(NUM_WORKERS)
-)  # a worker starts at the first comparison that needs it
+)  # each starts its worker at its first comparison
 symbolic_comparer = comparers[0]
 for _comparer in comparers:
     atexit.register(_comparer.close)
 
 
 def compare_symbolically(answer: str, gold: str) -> bool:
-    """Compare in the first worker that is free: called from several threads, several comparisons run at
-    once."""
+    """Compare with the first free comparer, so that calls from several threads run in parallel."""
     free = next((comparer for comparer in comparers if comparer.is_free), symbolic_comparer)
     return free.are_equal(answer, gold)
 

@@ -1,9 +1,9 @@
-"""The process that does the algebra: it reads pairs of expressions and answers one byte for each.
+"""Run the worker process of symbolic.py: read pairs of expressions and write one byte per pair.
 
-A program of its own (see symbolic.py for its client); it imports nothing of this package, and of the others
-only where it runs. The result is math-verify's, with two guards: letters keep their case, and expressions
-whose values differ clearly are different, however small both are. Three things make it cheaper: a parser that
-predicts without context first, a cache of parsed expressions, and the comparison of values before `simplify`.
+This file imports nothing from this package, and imports math-verify inside functions. The result is that of
+math-verify with two changes: letters are case-sensitive, and expressions whose values clearly differ are
+different even if both values are small. Three optimizations: the parser first predicts without context,
+parsed expressions are cached, and values are compared before `simplify`.
 """
 
 import cmath
@@ -19,15 +19,15 @@ from typing import Any
 READY, EQUAL, DIFFERENT = b"r", b"1", b"0"
 MEMORY_LIMIT_BYTES = 2 << 30
 
-_MOST_PARSED = 4096  # the gold answer of a question is parsed once for all its samples
-_CLEAR_DIFFERENCE = 1e-6  # relative, at a point where 30 digits are asked for
+_MOST_PARSED = 4096  # cache size; the gold answer of a question is parsed once for all its samples
+_CLEAR_DIFFERENCE = 1e-6  # relative difference of values that are computed with 30 digits
 
 
 def load_comparison() -> Callable[[str, str], bool]:
-    """Return math-verify's comparison of (answer, gold), made faster.
+    """Return a faster version of math-verify's comparison of (answer, gold).
 
-    Changes math-verify and its parser for this whole process, and sets no limit of time: for the worker and
-    for measurements.
+    Patches math-verify and its parser in this process and sets no time limit. Call it only in the worker and
+    in benchmarks.
     """
     import logging
 
@@ -49,12 +49,12 @@ def load_comparison() -> Callable[[str, str], bool]:
 
 
 def _parse_in_two_stages() -> None:
-    """Predict without the caller's context first, which ANTLR can look up, and with it only where that ends
-    in a syntax error.
+    """Parse in ANTLR's SLL mode first, and in the full LL mode only after a syntax error.
 
-    By ANTLR's definition of its SLL mode a parse that succeeds is the one of the full LL mode; the full mode
-    computes most of its predictions anew for every expression. The grammar's first rule reads to the end, so
-    a character that is no token makes every parse fail: it is looked for before either.
+    SLL predictions ignore the caller's context and can be cached. By ANTLR's definition, a successful SLL
+    parse equals the LL parse; the LL mode recomputes most predictions for every expression. The first rule of
+    the grammar reads to the end of the text, so a character that is no token makes both parses fail. All
+    tokens are read first to detect this early.
     """
     from antlr4.atn.PredictionMode import PredictionMode
     from latex2sympy2_extended.latex2sympy2 import _Latex2Sympy
@@ -70,7 +70,7 @@ def _parse_in_two_stages() -> None:
         def math() -> Any:
             try:
                 return predict_fast()
-            except Exception:  # which is what the error listener raises
+            except Exception:  # the error listener raises plain Exception
                 return create_parser(self, text).math()
 
         parser.math = math
@@ -80,7 +80,7 @@ def _parse_in_two_stages() -> None:
 
 
 def _look_for_a_difference_first() -> None:
-    """Ask math-verify only where the two do not differ clearly at one point."""
+    """Return "different" without math-verify if the values of two expressions clearly differ at one point."""
     from math_verify import grader
 
     are_symbolically_equal = grader.sympy_symbolic_eq
@@ -91,7 +91,7 @@ def _look_for_a_difference_first() -> None:
         return not differ_clearly(a, b) and bool(are_symbolically_equal(a, b))
 
     def are_equal_numbers(a: Any, b: Any, *precision: Any) -> bool:
-        # math-verify rounds to 6 decimals, so that small numbers are all equal to it
+        # math-verify rounds to 6 decimals, so it finds all small numbers equal
         return not differ_clearly(a, b) and bool(are_numerically_equal(a, b, *precision))
 
     grader.sympy_symbolic_eq = are_equal
@@ -99,8 +99,7 @@ def _look_for_a_difference_first() -> None:
 
 
 def _keep_letter_case() -> None:
-    """Parse R and r as different symbols; math-verify has no option that reaches this default of its
-    parser."""
+    """Make the parser read R and r as different symbols; math-verify has no option for this default."""
     from latex2sympy2_extended.latex2sympy2 import ConversionConfig, _Latex2Sympy, latex2sympy
 
     for function in (latex2sympy, _Latex2Sympy.__init__):
@@ -110,10 +109,11 @@ def _keep_letter_case() -> None:
 
 
 def differ_clearly(a: Any, b: Any) -> bool:
-    """Say whether two sympy expressions have different values at a point with positive coordinates.
+    """Return whether two sympy expressions have clearly different values at a point with positive
+    coordinates.
 
-    False where that cannot be told: matrices, sets, what is not finite, and what sympy integrates or sums
-    numerically.
+    Returns False if this is undecided: for matrices, sets, values that are not finite, and expressions that
+    sympy integrates or sums numerically.
     """
     import sympy
 
@@ -126,7 +126,7 @@ def differ_clearly(a: Any, b: Any) -> bool:
     try:
         names = sorted(a.free_symbols | b.free_symbols, key=str)
         point = {name: sympy.Rational(1009 + 211 * place, 997) for place, name in enumerate(names)}
-        # strict: digits lost to cancellation raise, so that a small value is not the rounding error of zero
+        # `strict` raises if cancellation loses digits, so a small value is not a rounding error of zero
         left, right = (complex(side.subs(point).evalf(30, strict=True)) for side in (a, b))
     except Exception:
         return False
@@ -135,13 +135,15 @@ def differ_clearly(a: Any, b: Any) -> bool:
 
 
 def serve(cpu_seconds: float) -> None:
-    """Answer requests from standard input until it ends; the kernel ends the process when one has used up its
-    processor time."""
+    """Answer requests from standard input until it ends.
+
+    The kernel ends the process if one request exceeds `cpu_seconds` of CPU time.
+    """
     replies = os.dup(1)
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # a library that prints must not answer
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # output of libraries must not be read as a reply
     signal.signal(
         signal.SIGINT, signal.SIG_IGN
-    )  # Ctrl-C is the client's to act on; end of input ends the worker
+    )  # the client handles Ctrl-C; the worker ends at the end of its input
     signal.signal(signal.SIGPROF, signal.SIG_DFL)  # ends the process even inside a C call
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_LIMIT_BYTES, MEMORY_LIMIT_BYTES))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
@@ -153,7 +155,7 @@ def serve(cpu_seconds: float) -> None:
         signal.setitimer(signal.ITIMER_PROF, cpu_seconds)
         try:
             equal = are_equal(answer, gold)
-        except Exception:  # whatever a hostile expression raises, it is not the gold answer
+        except Exception:  # an expression that raises is not equal to the gold answer
             equal = False
         signal.setitimer(signal.ITIMER_PROF, 0)
         os.write(replies, EQUAL if equal else DIFFERENT)

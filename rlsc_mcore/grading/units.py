@@ -1,7 +1,7 @@
 """Split the unit from the end of an answer and compare units.
 
-A unit that only one side names is dropped. Two known units of one dimension are converted exactly; two
-unknown ones agree where the words of one are among those of the other.
+A unit on one side only is ignored. Two known units of the same dimension are converted exactly. If a unit is
+unknown, the two agree if the words of one are a subset of the words of the other.
 """
 
 import re
@@ -16,14 +16,14 @@ Dimension = tuple[tuple[str, int], ...]  # base unit and exponent, sorted
 class Unit:
     """The unit of an answer."""
 
-    factor: Fraction = Fraction(1)  # of the known unit, in base units
-    dimension: Dimension | None = None  # None: not among the known units
+    factor: Fraction = Fraction(1)  # size of a known unit in base units
+    dimension: Dimension | None = None  # None: the unit is unknown
     words: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
 class Measure:
-    """An answer without its unit."""
+    """An answer, split into the text without unit, the unit, and whether it has a percent sign."""
 
     core: str
     unit: Unit | None = None
@@ -128,7 +128,7 @@ _ENDS_OPEN = re.compile(
 
 
 def split_measure(text: str) -> Measure:
-    """Split percent signs and the unit off the end of a normalized answer."""
+    """Split the percent sign or the unit from the end of a normalized answer."""
     percent = False
     quotient = _UNIT_QUOTIENT.search(text)
     if quotient is not None and quotient[1] in KNOWN and quotient[2] in KNOWN:
@@ -155,8 +155,7 @@ def split_measure(text: str) -> Measure:
 
 
 def same_unit(first: Unit | None, second: Unit | None) -> Fraction | None:
-    """Return what to multiply the first value with to have it in the second's unit; None where the units
-    differ."""
+    """Return the factor that converts a value from the first unit to the second; None if the units differ."""
     if first is None or second is None or first == second:
         return Fraction(1)
     if not first.words or not second.words or first.dimension == () or second.dimension == ():
@@ -170,7 +169,7 @@ def same_unit(first: Unit | None, second: Unit | None) -> Fraction | None:
 
 @lru_cache(maxsize=4096)
 def read_unit(text: str) -> Unit:
-    """Read a unit such as `\\text{ cm}^2`, `m/s` or `apples per day`."""
+    """Parse a unit such as `\\text{ cm}^2`, `m/s` or `apples per day`."""
     text = re.sub(r"\\mu\s*", "\u03bc", text).replace("\\Omega", "\u03a9").replace("\\AA", "\u00c5")
     text = re.sub(r"\\(?:degree|circ)(?![A-Za-z])", " degree ", text)
     plain = re.sub(r"\\text\{([^{}]*)\}", r" \1 ", text).replace("\\cdot", " ").replace("*", " ").strip()
@@ -204,8 +203,10 @@ def read_unit(text: str) -> Unit:
 
 
 def _may_follow(core: str, unit: str, border: str) -> bool:
-    """Say whether letters after `core` are a unit rather than a variable: `5 m` and `5cm` are, `5m` and `x
-    cm` are not."""
+    """Return whether the letters after `core` are a unit and not a variable.
+
+    They are in `5 m` and `5cm`; they are not in `5m` and `x cm`.
+    """
     letters = re.findall(r"[A-Za-z]+", unit)
     if not re.search(r"[0-9)}]\s*$", core):
         return False

@@ -1,4 +1,4 @@
-"""Tell answers that are words from answers that are algebra, and compare words."""
+"""Distinguish answers that are words from answers that are expressions, and compare words."""
 
 import re
 
@@ -45,7 +45,7 @@ _LETTER = re.compile(r"\(?\s*([A-Za-z])\s*[).]?")
 
 
 def is_words(text: str) -> bool:
-    """Say whether a normalized text is to be compared as words."""
+    """Return whether a normalized text must be compared as words."""
     plain = plain_text(text)
     if "\\" in plain or re.search(r"[=^_+*<>|\[\]{}]", plain):
         return False
@@ -61,8 +61,8 @@ def is_words(text: str) -> bool:
 
 
 def same_words(first: str, second: str) -> bool:
-    """Compare words without regard to case, punctuation and a leading article; names of points in their
-    case."""
+    """Compare words without regard to case, punctuation and a leading article; names of points are
+    case-sensitive."""
     a, b = plain_text(first), plain_text(second)
     if _NAME.fullmatch(a) or _NAME.fullmatch(b):
         short = min(len(a), len(b)) < 3 and a.casefold() not in _TWO_LETTER_WORDS and not _ROMAN.fullmatch(a)
@@ -78,7 +78,7 @@ def single_letter(text: str) -> str | None:
 
 
 def _is_product(text: str) -> bool:
-    """Say whether letters such as `abc` or `xyz` are variables rather than a word."""
+    """Return whether letters such as `abc` or `xyz` are a product of variables and not a word."""
     letters = set(text)
     return (
         "\\" not in text
