@@ -43,7 +43,7 @@ class Job:
     benchmark: str
     template: str
     questions: Sequence[Question]
-    examples: Sequence[Example] = ()  # before each question
+    examples: Sequence[Example] = ()  # few-shot examples before each question
     max_new_tokens: int | None = None  # None: rollout.max_new_tokens
 
     def prompts(self, tokenizer: Any, date: datetime) -> list[list[int]]:

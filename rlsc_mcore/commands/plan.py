@@ -1,4 +1,5 @@
-"""`rlsc plan`: memory, communication and seconds per GPU before a run; `rlsc train --dry-run` plans a
+"""`rlsc plan`: estimate memory, communication and seconds per GPU before a run; `rlsc train --dry-run` plans
+a
 configuration. Imports no torch."""
 
 import argparse

@@ -15,7 +15,7 @@ FILE_ENDS = (".jsonl", "_test.jsonl", ".json", "_test.json")  # a .json file is 
 
 @dataclass(frozen=True)
 class Benchmark:
-    """Where a benchmark is published and what its file holds."""
+    """The source of a benchmark on the hub and the fields of its file."""
 
     name: str
     hub: str

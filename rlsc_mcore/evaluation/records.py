@@ -66,8 +66,8 @@ def read_question_records(folder: Path, name: str) -> dict[int, QuestionRecord]:
 
 
 def question_means(answers: Sequence[AnswerRecord], temperature: float, field: str) -> dict[int, float]:
-    """Return each question's mean of a field (`strict`, `lenient`, `boxed`, `tokens`, ...) over its answers
-    at `temperature`."""
+    """Return question -> mean of a field (`strict`, `lenient`, `boxed`, `tokens`, ...) over its answers at
+    `temperature`."""
     totals: dict[int, list[float]] = {}
     for answer in answers:
         if answer.temperature == temperature:

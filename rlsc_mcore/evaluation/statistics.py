@@ -23,7 +23,7 @@ import numpy.typing as npt
 
 CONFIDENCE_LEVEL = 0.95
 NUM_RESAMPLES = 10_000
-LARGEST_EXACT_TEST = 14  # questions: 2^14 sign patterns are fewer than the random ones
+LARGEST_EXACT_TEST = 14  # most changed questions for which all 2^n sign patterns are enumerated
 _CHUNK_ELEMENTS = 2_000_000
 
 
@@ -208,7 +208,7 @@ def holm(p_values: Mapping[str, float]) -> dict[str, float]:
 
 def t_distribution(value: float, freedom: float) -> float:
     """Return the probability that Student's t with `freedom` degrees (1 or more) is below `value`."""
-    # With x = sqrt(freedom) tan(angle) the density is a power of a cosine on a finite interval.
+    # Substitute x = sqrt(freedom) tan(angle): the density becomes a power of a cosine on a finite interval.
     angle = math.atan(abs(value) / math.sqrt(freedom))
     grid = np.linspace(0.0, angle, 401)
     heights = np.cos(grid) ** (freedom - 1)

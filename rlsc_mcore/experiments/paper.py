@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 # Benchmarks in the order of the table.
 COLUMNS = ("aime24", "math500", "amc23", "gsm8k", "minerva", "olympiad", "mmlu_stem", "gpqa_diamond")
-# Accuracy in percent, version 3 of the paper, by size, row and column.
+# Accuracy in percent from version 3 of the paper, by size, row and column.
 PAPER: dict[str, dict[str, dict[str, float]]] = {
     size: {row: dict(zip(COLUMNS, values, strict=True)) for row, values in rows.items()}
     for size, rows in {
@@ -35,7 +35,7 @@ class Protocol:
     benchmarks: tuple[str, ...]
     num_samples: int = 0  # answers per question at `temperature`; 0: only one greedy answer
     temperature: float = 0.0
-    template: str | None = None  # None: the template of the size
+    template: str | None = None  # None: the templates of the size
     few_shot: int = 0
     base_only: bool = False
     column: bool = True  # shown in the main table; False: shown in a separate table

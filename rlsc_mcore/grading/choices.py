@@ -1,4 +1,4 @@
-"""Find the letter that a response to a multiple choice question names."""
+"""Extract the letter that a response to a multiple choice question chooses."""
 
 import re
 

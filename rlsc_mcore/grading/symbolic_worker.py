@@ -148,7 +148,7 @@ def serve(cpu_seconds: float) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_LIMIT_BYTES, MEMORY_LIMIT_BYTES))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     are_equal = load_comparison()
-    are_equal("\\frac{1}{2}", "0.5")  # builds the parser's tables
+    are_equal("\\frac{1}{2}", "0.5")  # the first comparison builds the tables of the parser
     os.write(replies, READY)
     for request in sys.stdin.buffer:
         answer, gold = json.loads(request)

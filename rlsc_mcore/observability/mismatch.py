@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-# Keys of metrics.jsonl: |trainer - engine| over tokens; |sum of trainer - engine| over answers.
+# Keys of metrics.jsonl: |trainer - engine| per token; |sum of (trainer - engine)| per answer.
 GAPS = (
     "log_prob_gap_mean",
     "log_prob_gap_p99",

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 SECONDS_BETWEEN_READS = 0.5
-MOST_OF_A_CORE = 0.004  # processor time of the thread
+MOST_OF_A_CORE = 0.004  # largest fraction of a core that the thread may use
 # Bits of NVML's clock event reasons that mean throttling, with their NVML names.
 _HELD_BACK = {
     "sw_power_cap": 0x4,

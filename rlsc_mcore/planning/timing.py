@@ -24,9 +24,9 @@ class Gpu:
     name: str
     bf16_tflops: float
     memory_tb_per_s: float
-    link_gb_per_s: float  # to the GPUs of its node, one direction
-    network_gb_per_s: float = 50.0  # to other nodes, per GPU
-    host_gb_per_s: float = 25.0  # to page-locked host memory, one direction
+    link_gb_per_s: float  # bandwidth to the GPUs of its node, one direction
+    network_gb_per_s: float = 50.0  # bandwidth to other nodes, per GPU
+    host_gb_per_s: float = 25.0  # bandwidth to page-locked host memory, one direction
     host_memory_gb_per_s: float = 37.0  # bandwidth of the host memory, per GPU of a node with eight
 
 

@@ -12,7 +12,7 @@ from rlsc_mcore.run.made_here import files_made
 
 CONFIG_FILE = "config.yaml"
 EXPORT_FOLDER = "export"
-SKIPPED_FOLDER = "skipped"  # batches of steps that were not finite
+SKIPPED_FOLDER = "skipped"  # batches of skipped steps, whose loss or gradient is not finite
 METRICS_FILE = "metrics.jsonl"
 INPUTS_FILE = "inputs.json"
 FOLDER = "checkpoints"

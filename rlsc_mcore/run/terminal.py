@@ -55,5 +55,5 @@ class _Surviving:
             null = os.open(os.devnull, os.O_WRONLY)
             os.dup2(null, self._descriptor)
             os.close(null)
-        except OSError:  # no file descriptor left
+        except OSError:  # no file descriptor is left for /dev/null
             return
