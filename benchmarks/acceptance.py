@@ -1,9 +1,9 @@
-"""The marks of one GPU as one table: claim, floor, measured, peer, verdict: `python -m benchmarks.acceptance
-[FOLDER]`.
+"""Write the table of the claims about one GPU: `python -m benchmarks.acceptance [FOLDER]`. Each row has the
+claim, its floor, the measured value, the best peer, and whether the claim holds.
 
-Reads the result files that the benchmarks wrote into FOLDER (default: benchmarks/results/h200), writes
-acceptance.json and acceptance.md beside them, and prints the table. What no file holds is "not measured",
-never claimed. Imports no torch.
+Reads the result files of the benchmarks in FOLDER (default: benchmarks/results/h200), writes acceptance.json
+and acceptance.md beside them, and prints the table. A claim without a result file is "not measured". Imports
+no torch.
 """
 
 import argparse
@@ -24,12 +24,12 @@ REACHED, MISSED, NOT_MEASURED = "reached", "MISSED", "not measured"
 
 
 class NotMeasuredError(Exception):
-    """What is missing, and where it was looked for."""
+    """A result is missing; the message names the file or value that was looked for."""
 
 
 @dataclass(frozen=True)
 class Measured:
-    """What a result file says about a mark."""
+    """The measured value of a claim, whether the claim holds, and the peer's value."""
 
     text: str
     holds: bool
@@ -37,7 +37,7 @@ class Measured:
 
 
 class Results:
-    """The result files of one folder; everything that is not there raises `NotMeasuredError`."""
+    """The result files of one folder. A missing file or value raises `NotMeasuredError`."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -60,7 +60,7 @@ class Results:
         return content
 
     def number(self, name: str, *path: str) -> float:
-        """Return a number of NAME.json by the keys that lead to it."""
+        """Return the number of NAME.json at the path of keys `path`."""
         value: Any = self.file(name)
         for key in path:
             value = value.get(key) if isinstance(value, dict) else None
@@ -82,7 +82,7 @@ class Results:
 
 @dataclass(frozen=True)
 class Mark:
-    """One claim, the floor that it is measured against, and how to read it from the results."""
+    """One claim, the floor that it is compared with, and the function that reads it from the results."""
 
     part: str
     claim: str
@@ -91,12 +91,12 @@ class Mark:
 
 
 def marks() -> list[Mark]:
-    """Return every mark, by part of `gpu_acceptance.sh`."""
+    """Return all claims, in the order of the parts of `gpu_acceptance.sh`."""
     return [*_kernel_marks(), *_swap_marks(), *_train_marks(), *_loop_marks(), *_peer_marks()]
 
 
 def judge(results: Results) -> list[dict[str, str]]:
-    """Return a line per mark: part, claim, floor, measured, peer, verdict."""
+    """Return one row per claim: part, claim, floor, measured, peer, verdict."""
     lines = []
     for mark in marks():
         line = {"part": mark.part, "claim": mark.claim, "floor": mark.floor}
@@ -117,7 +117,7 @@ def judge(results: Results) -> list[dict[str, str]]:
 
 
 def table(lines: list[dict[str, str]]) -> str:
-    """Lay the lines out as Markdown, with a count of the verdicts below."""
+    """Format the rows as a Markdown table, followed by the count of each result."""
     head = ["part", "claim", "floor", "measured", "peer", "verdict"]
     rows = ["| " + " | ".join(line[name].replace("|", "/") for name in head) + " |" for line in lines]
     verdicts = [line["verdict"] for line in lines]
@@ -180,7 +180,7 @@ def _kernel_marks() -> list[Mark]:
 
 
 def _ours(rows: dict[str, dict[str, Any]]) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
-    """The product's own choice (not a backend by name) and the peers."""
+    """Return this engine's default provider (not a backend that was set by name) and the peers."""
     mine = [row for name, row in rows.items() if name == "ours" or name.startswith("ours auto")]
     if not mine:
         raise NotMeasuredError("ours was not timed there")
@@ -430,7 +430,7 @@ def main() -> None:
 
 
 def _source(path: Path) -> dict[str, Any]:
-    """Command, commit and device of a result file."""
+    """Return command, commit and device of a result file."""
     try:
         about = json.loads(path.read_text(encoding="utf-8")).get("about", {})
     except (OSError, ValueError, AttributeError):

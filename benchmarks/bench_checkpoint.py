@@ -1,9 +1,10 @@
-"""What a checkpoint costs: `python -m benchmarks.bench_checkpoint [--model NAME|FOLDER]`.
+"""Measure the time of saving and loading a checkpoint: `python -m benchmarks.bench_checkpoint [--model
+NAME|FOLDER]`.
 
-Saves and resumes a trainer's whole state and times it against copying a file of the same size on the same
-disk (write and fsync; read): seconds per GiB of each, and the ratio, which is what a CPU's result is for. The
-step that goes on while a checkpoint is written beside it is timed too. First of all the loaded state must
-equal the saved one.
+First checks that the loaded state equals the saved one. Then saves and loads a trainer's complete state and
+compares the time with writing (with fsync) and reading a file of the same size on the same disk. Reports
+seconds per GiB of each and the ratios; on a CPU only the ratios are meaningful. Also times how long an
+asynchronous save blocks the training.
 """
 
 import argparse
@@ -68,7 +69,7 @@ def main() -> None:
 
 
 def measure(trainer: Trainer, folder: Path, repeats: int) -> dict[str, Any]:
-    """Time saves, loads and raw copies in turns."""
+    """Time saves, loads and raw copies in turn."""
     times: dict[str, list[float]] = {"save": [], "save_beside": [], "write": [], "load": [], "read": []}
     size = 0
     for turn in range(repeats + 1):  # the first warms up
@@ -119,14 +120,14 @@ def measure(trainer: Trainer, folder: Path, repeats: int) -> dict[str, Any]:
 
 
 def clock(act: Callable[[], Any]) -> float:
-    """Return the seconds of a call."""
+    """Return the duration of a call in seconds."""
     begin = time.perf_counter()
     act()
     return time.perf_counter() - begin
 
 
 def write_raw(file: Path, size: int) -> None:
-    """Write `size` bytes and wait for the disk."""
+    """Write `size` random bytes and call fsync."""
     block = os.urandom(1 << 20) * (CHUNK >> 20)
     with file.open("wb") as out:
         for start in range(0, size, CHUNK):

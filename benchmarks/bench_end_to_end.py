@@ -1,15 +1,18 @@
-"""Where a step's time goes, and what colocation costs: `python -m benchmarks.bench_end_to_end [--config FILE
-...]`.
+"""Measure the phases of a step and the cost of colocation: `python -m benchmarks.bench_end_to_end [--config
+FILE ...]`.
 
-Three questions, answered in one run on one machine:
+Measures three things in one run on one machine:
 
-1. seconds and share of each phase of a step (rollout, pack, train, swap), tokens/s, memory and, on a GPU, energy;
-2. rollout tokens/s against a stock `vllm.LLM` on the exported weights, same requests (its own process, taking turns);
-3. forward+backward tokens/s against plain `transformers` on the same sequences (length-sorted padded batches, full logits).
+1. seconds and share of each phase of a step (rollout, pack, train, swap), tokens/s, memory and, on a GPU,
+  energy;
+2. rollout tokens/s, compared with a stock `vllm.LLM` on the exported weights with the same requests (in its
+  own process, in turn);
+3. forward+backward tokens/s, compared with plain `transformers` on the same sequences (length-sorted padded
+  batches, full logits).
 
-`--only phases` leaves out the two comparisons, for models that fit a GPU only once. Correctness first: the
-log-probs of trainer and engine must agree, and `transformers` must give the trainer's loss. Absolute speeds
-depend on the machine and its neighbours; only ratios and shares are to be quoted.
+`--only phases` omits the two comparisons, for models that fit a GPU only once. Correctness is checked first:
+the log-probs of trainer and engine must agree, and `transformers` must give the trainer's loss. Absolute
+speeds depend on the machine and on other processes that use it; quote only ratios and shares.
 """
 
 import argparse
@@ -87,7 +90,7 @@ def main() -> None:
 
 
 def save(result: dict[str, Any], file: Path) -> None:
-    """Write what is measured so far, so that a run that is cut off keeps it."""
+    """Write the results so far, so that an interrupted run keeps them."""
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
@@ -133,13 +136,13 @@ def time_phases(session: Session, steps: int) -> dict[str, Any]:
 
 
 def samples_per_step(session: Session) -> int:
-    """Answers of one step."""
+    """Return the number of answers of one step."""
     return session.config.data.questions_per_step * session.config.rollout.num_samples
 
 
 def device_facts(session: Session, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Peak of the allocator, and joules per step and sampled token where NVML counts them; nothing on a
-    CPU."""
+    """Return the allocator's peak, and joules per step and per sampled token if NVML measures energy; nothing
+    on a CPU."""
     if not session.backend.is_cuda:
         return {}
     facts: dict[str, Any] = {"peak_device_bytes": session.backend.memory_bytes()["device_peak"]}
@@ -151,7 +154,7 @@ def device_facts(session: Session, rows: Sequence[dict[str, Any]]) -> dict[str, 
 
 
 def compare_rollout(session: Session, export: Path, repeats: int, correct: dict[str, Any]) -> dict[str, Any]:
-    """Time the colocated engine and a stock one in turns on the same requests."""
+    """Time the colocated engine and a stock one in turn on the same requests."""
     config = session.config
     indices = session.inputs.sampler.step_indices(0)
     requests = [
@@ -200,7 +203,7 @@ def compare_rollout(session: Session, export: Path, repeats: int, correct: dict[
 
 
 def stock_options(session: Session) -> dict[str, Any]:
-    """Return the settings of the session's own engine, for a plain `vllm.LLM` beside it."""
+    """Return the settings of the session's engine for a plain `vllm.LLM`."""
     config, settings = session.config, session.engine.settings()
     options: dict[str, Any] = {
         "dtype": config.rollout.dtype or config.model.dtype,
@@ -262,7 +265,8 @@ def stock_engine(
 
 
 def compare_training(session: Session, export: Path, repeats: int, correct: dict[str, Any]) -> dict[str, Any]:
-    """Time forward+backward of one step's distinct sequences here and in `transformers`, in turns."""
+    """Time forward+backward of one step's distinct sequences in this trainer and in `transformers`, in
+    turn."""
     from transformers import AutoModelForCausalLM
 
     config, device = session.config, session.backend.device
@@ -315,8 +319,8 @@ def compare_training(session: Session, export: Path, repeats: int, correct: dict
 
 
 def interleave(providers: dict[str, harness.Task], repeats: int) -> dict[str, Any]:
-    """Time the providers in turns after one untimed call; returns their seconds and the per-turn ratios,
-    first to second."""
+    """Time the providers in turn after one untimed call. Return their seconds and the ratios per turn, first
+    provider over second."""
     seconds: dict[str, list[float]] = {name: [] for name in providers}
     tokens = {}
     for name, task in providers.items():
@@ -343,14 +347,14 @@ def interleave(providers: dict[str, harness.Task], repeats: int) -> dict[str, An
 
 
 def peak_host_bytes() -> int:
-    """Peak resident set of this process."""
+    """Return the peak resident set of this process in bytes."""
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def about(session: Session, options: argparse.Namespace) -> dict[str, Any]:
-    """What produced this file."""
+    """Return command, versions, device and settings of this run."""
     return {
         **harness.about(session.backend.device),
         "versions": versions(),

@@ -1,17 +1,19 @@
-"""What grading costs: `python -m benchmarks.bench_grading [--data FOLDER]`.
+"""Measure the time of grading: `python -m benchmarks.bench_grading [--data FOLDER]`.
 
-Mixes of responses, in `numbers` and `algebra` 16 for each question, graded by the product (`grade_answers`:
-identical responses once, one rule for each kind of answer, math-verify in worker processes for what no rule
-decides) and by math-verify as it comes (one extracted answer after the other, nothing kept):
+Grades several sets of responses with this program and with unmodified math-verify. This program
+(`grade_answers`) grades identical responses once, has one rule for each kind of answer, and runs math-verify
+in worker processes for the others. Unmodified math-verify grades one extracted answer after the other without
+a cache. `numbers` and `algebra` have 16 responses per question:
 
 - `numbers`: answers of gsm8k, amc23 and aime24 in sentences, boxed or not, right and wrong (needs `--data`);
-- `expressions`: the values in the worked solutions of aime24 (what follows the last `=` of a formula), each against its
-  solution's last one (needs `--data`);
-- `algebra`: fractions, roots, polynomials, intervals, sets, tuples, matrices, equations; most samples repeat an answer;
-- `algebra_distinct`: the same kinds, no pair twice: nothing to remember but the gold answer.
+- `expressions`: the values in the worked solutions of aime24 (the text after the last `=` of a formula), each
+  compared with the last value of its solution (needs `--data`);
+- `algebra`: fractions, roots, polynomials, intervals, sets, tuples, matrices, equations; most samples repeat
+  an answer;
+- `algebra_distinct`: the same kinds without repeated pairs, so that only the gold answer can be cached.
 
-Every mix runs in fresh processes, workers included, so that no repeat profits from an earlier one. The
-processor time of all processes is compared; starting the workers is reported apart. Answers on which the two
+Every set runs in new processes, including the workers, so that no run uses results of an earlier one. The CPU
+time of all processes is compared; the start of the workers is reported separately. Answers on which the two
 disagree are counted and listed.
 """
 
@@ -48,7 +50,7 @@ Sample = tuple[str, Question]
 
 
 def main() -> None:
-    """Measure every mix in processes of its own and write benchmarks/results/cpu/bench_grading.json."""
+    """Measure every set in separate processes and write benchmarks/results/cpu/bench_grading.json."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
         "--data", type=Path, help="folder with aime24.jsonl, amc23.jsonl and gsm8k_test.jsonl"
@@ -79,14 +81,14 @@ def main() -> None:
 
 
 def in_fresh_process(path: str, mix: str, data: Path | None) -> dict[str, Any]:
-    """Grade one mix in a new interpreter."""
+    """Grade one set in a new interpreter."""
     command = [sys.executable, "-m", "benchmarks.bench_grading", "--one", path, mix]
     command += [] if data is None else ["--data", str(data)]
     return dict(json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout))
 
 
 def summary(mix: str, runs: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
-    """Compare outcomes and processor time; RuntimeError where two runs of one path disagree."""
+    """Compare grades and CPU time; RuntimeError if two runs of one side disagree."""
     for path in PATHS:
         if len({run["right"] for run in runs[path]}) > 1:
             raise RuntimeError(f"{mix}: two runs of {path} disagree")
@@ -117,8 +119,8 @@ def summary(mix: str, runs: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
 
 
 def measure(path: str, samples: list[Sample]) -> dict[str, Any]:
-    """Grade all samples; returns outcomes, seconds of all processes, and how many comparisons math-verify
-    made."""
+    """Grade all samples. Return the grades, the CPU seconds of all processes, and the number of comparisons
+    by math-verify."""
     responses, questions = [text for text, _ in samples], [question for _, question in samples]
     compared = [0]
     start_cpu = 0.0
@@ -148,8 +150,8 @@ def measure(path: str, samples: list[Sample]) -> dict[str, Any]:
 
 
 def plain_comparison() -> Callable[[str, str], bool]:
-    """math-verify as it comes, in this process, with the workers' limit of processor time; a timer cannot
-    leave one C call."""
+    """Compare with unmodified math-verify in this process, with the workers' limit of CPU time. The timer
+    cannot interrupt a single C call."""
     import logging
 
     from math_verify import parse, verify  # type: ignore[import-untyped, unused-ignore]
@@ -176,7 +178,7 @@ def plain_comparison() -> Callable[[str, str], bool]:
 
 
 def counted(compare: Callable[[str, str], bool], calls: list[int]) -> Callable[[str, str], bool]:
-    """Count the calls."""
+    """Return `compare` with a call counter: every call increments `calls[0]`."""
 
     def count(answer: str, gold: str) -> bool:
         calls[0] += 1
@@ -186,7 +188,7 @@ def counted(compare: Callable[[str, str], bool], calls: list[int]) -> Callable[[
 
 
 def workers_cpu_s() -> float:
-    """Processor time of the workers that run, user and system."""
+    """Return the CPU time of the running workers, user and system."""
     ticks = 0
     for comparer in symbolic.comparers:
         if comparer.worker_pid is not None:
@@ -201,7 +203,7 @@ def workers_cpu_s() -> float:
 
 
 def mixes(data: Path | None) -> dict[str, Callable[[], list[Sample]]]:
-    """Name every mix that can be made here."""
+    """Return the sets that the available data allows: functions by name that make the samples."""
     found = {
         "algebra": lambda: algebra(140, distinct=False),
         "algebra_distinct": lambda: algebra(280, distinct=True),
@@ -212,7 +214,8 @@ def mixes(data: Path | None) -> dict[str, Callable[[], list[Sample]]]:
 
 
 def numbers(data: Path) -> list[Sample]:
-    """Samples of real questions with numeric answers: boxed, with units, in sentences, near misses, cut."""
+    """Return samples for real questions with numeric answers: boxed, with units, in sentences, nearly right,
+    cut."""
     stream = random.Random(0)
     samples = []
     for name, most in (("gsm8k", 150), ("amc23", 40), ("aime24", 30)):
@@ -240,7 +243,8 @@ def numbers(data: Path) -> list[Sample]:
 
 
 def expressions(data: Path) -> list[Sample]:
-    """The values of real worked solutions as answers, against the last one of each solution."""
+    """Return the values of real worked solutions as answers; the last value of each solution is its gold
+    answer."""
     samples = []
     for index, line in enumerate((data / "aime24.jsonl").read_text(encoding="utf-8").splitlines()):
         formulas = re.findall(
@@ -257,8 +261,8 @@ def expressions(data: Path) -> list[Sample]:
 
 
 def algebra(num_questions: int, *, distinct: bool) -> list[Sample]:
-    """Samples for generated gold answers: mostly the gold's own spelling, else an equal or a different
-    expression."""
+    """Return samples for generated gold answers: mostly the gold answer's own spelling, else an equal or a
+    different expression."""
     stream = random.Random(1)
     samples = []
     for index, (gold, equal, different) in zip(range(num_questions), families(stream), strict=False):
@@ -272,7 +276,7 @@ def algebra(num_questions: int, *, distinct: bool) -> list[Sample]:
 
 
 def families(stream: random.Random) -> Iterator[tuple[str, list[str], list[str]]]:
-    """Yield (gold, equal spellings, different answers) without end, of each kind in turn."""
+    """Yield (gold, equal spellings, different answers) endlessly, from each kind in turn."""
     while True:
         a, b, c, d = (stream.randint(2, 19) for _ in range(4))
         yield (

@@ -1,10 +1,10 @@
-"""The head and the weighted loss together, logits never whole: `python -m benchmarks.bench_linear_log_prob
-[--full]`.
+"""Time the output head and the weighted loss without storing all logits: `python -m
+benchmarks.bench_linear_log_prob [--full]`.
 
-Timed per shape: forward and backward of -sum_t c_t log p_t, c_t non-uniform, both gradients. Floor: three
-matrix products at the rate of a bf16 product in the same run (forward, d hidden, d weight) over the tokens
-that are trained. Ours computes c_t from the log p of the same pass; the peers are handed c_t, which is less
-work.
+Timed per shape: forward and backward of -sum_t c_t log p_t with non-uniform c_t and both gradients. The floor
+is the time of three matrix products (forward, d hidden, d weight) over the trained tokens, at the rate of a
+bf16 product in the same run. This engine computes c_t from the log p of the same pass; the peers get c_t as
+an input, which is less work.
 """
 
 from collections.abc import Callable
@@ -35,7 +35,7 @@ SEQUENCE_TOKENS = 1024
 
 
 class Inputs(NamedTuple):
-    """A packed batch, its coefficients, and leaves for the gradients."""
+    """A packed batch, its coefficients, and the tensors that receive gradients."""
 
     hidden: Tensor  # [N, H]
     weight: Tensor  # [V, H]
@@ -46,7 +46,7 @@ class Inputs(NamedTuple):
 
 
 def make_inputs(shape: Shape, device: torch.device, dtype: torch.dtype) -> Inputs:
-    """Hidden states and a weight whose logits are about N(0, 2)."""
+    """Return hidden states and a weight whose logits are about N(0, 2)."""
     generator = torch.Generator(device).manual_seed(3)
     hidden = torch.randn(shape.num_tokens, shape.hidden_size, device=device, generator=generator).to(dtype)
     weight = (
@@ -147,7 +147,7 @@ def quack_unweighted() -> Loss:
 
 
 def providers(device: torch.device) -> dict[str, Callable[[], Loss]]:
-    """Name -> builder; a builder that raises is reported."""
+    """Return builders by name; a builder that raises is reported."""
     return {
         "ours": lambda: ours("auto", device),
         "ours, recomputed": lambda: ours_recompute("auto"),
@@ -168,7 +168,7 @@ def gradients(loss: Loss, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def check(name: str, loss: Loss, shape: Shape, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
-    """Compare both gradients with float64 on a few tokens; ValueError where they are wrong."""
+    """Compare both gradients with float64 on a few tokens; ValueError if they are wrong."""
     few = shape._replace(num_tokens=CHECKED_TOKENS, num_columns=min(shape.num_columns, 20000))
     inputs = make_inputs(few, device, dtype)
     if name.endswith("(unweighted)"):

@@ -1,9 +1,9 @@
-"""Weighted, masked token log-probs from logits: `python -m benchmarks.bench_log_prob [--full]`.
+"""Time weighted, masked token log-probs from logits: `python -m benchmarks.bench_log_prob [--full]`.
 
-Two things are timed per shape: `forward` (log p alone, one read: floor 2 bytes per logit) and `step` (log p
-and the gradient of a sum with non-uniform weights: floor 4 bytes per logit, one read and one write). Inputs
-that a provider overwrites are restored between rounds, untimed; two sets of logits take turns, so that no
-cache is warm.
+Two calls are timed per shape: `forward` (log p alone, one read: floor 2 bytes per logit) and `step` (log p
+and the gradient of a sum with non-uniform weights, one read and one write: floor 4 bytes per logit). Inputs
+that a provider overwrites are restored between rounds; this is not timed. Two sets of logits are used in
+turn, so that no logits are in the cache.
 """
 
 import itertools
@@ -34,8 +34,8 @@ CHECKED_TOKENS = 64
 def make_inputs(
     shape: Shape, device: torch.device, dtype: torch.dtype, seed: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Logits N(0, 2) with a quarter of the tokens confident, targets (ignored where not trained) and weights
-    of both signs."""
+    """Return logits N(0, 2) with a quarter of the tokens confident, targets (ignored if not trained) and
+    weights of both signs."""
     generator = torch.Generator(device).manual_seed(seed)
     logits = torch.empty(shape.num_tokens, shape.num_columns, dtype=dtype, device=device).normal_(
         0.0, 2.0, generator=generator
@@ -50,7 +50,7 @@ def make_inputs(
 
 
 def check(provider: Provider, shape: Shape, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
-    """Compare a provider with float64 on a few tokens at the real width; ValueError where it is wrong."""
+    """Compare a provider with float64 on a few tokens at the real width; ValueError if it is wrong."""
     few = shape._replace(num_tokens=CHECKED_TOKENS)
     logits, targets, weights = make_inputs(few, device, dtype, seed=7)
     live = targets >= 0
@@ -82,7 +82,7 @@ def check(provider: Provider, shape: Shape, device: torch.device, dtype: torch.d
 def tasks_of(
     provider: Provider, inputs: list[tuple[Tensor, Tensor, Tensor]], work: Tensor, mode: str
 ) -> Task | None:
-    """The timed call of a provider; inputs take turns."""
+    """Return the timed call of a provider; it uses the inputs in turn."""
     turn = itertools.cycle(range(len(inputs)))
     current = [0]
 

@@ -1,11 +1,11 @@
-"""Measure what rounding logits costs: log-probs of whole answers from float32 and from bfloat16 logits
-against float64.
+"""Measure the effect of rounding logits: compare log-probs of whole answers from float32 and from bfloat16
+logits with float64.
 
     python -m benchmarks.bench_logits_dtype
 
-Operands (hidden states, head weight) are bfloat16 in all three; only the logits' type differs. p_old is a
-product over an answer, so what counts is the error of the sum of an answer's log-probs. Answers are drawn
-with the spread of a trained model: most tokens are confident, some are not. Writes
+The operands (hidden states, head weight) are bfloat16 in all three cases; only the type of the logits
+differs. p_old is a product over an answer, so the error of the sum of an answer's log-probs is reported.
+Answers are drawn with the spread of a trained model: most tokens are confident, some are not. Writes
 results/<device>/logits_dtype.json.
 """
 
@@ -53,7 +53,7 @@ def exact_log_probs(hidden: Tensor, weight: Tensor, targets: Tensor, rows: int) 
 
 
 def errors(log_probs: Tensor, exact: Tensor, length: int) -> dict[str, Any]:
-    """Compare token by token and answer by answer."""
+    """Return the errors per token and per answer."""
     off = log_probs.double() - exact
     answers = off.view(-1, length).sum(1)
     return {

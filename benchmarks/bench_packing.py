@@ -1,14 +1,18 @@
-"""What packing and balancing are worth on length distributions: `python -m benchmarks.bench_packing`.
+"""Count the effect of packing and balancing on several length distributions: `python -m
+benchmarks.bench_packing`.
 
-For each distribution, one step's rollouts are merged, spread over data-parallel ranks and packed by the
-product's own code:
+For each distribution, the rollouts of one step are merged, assigned to data-parallel ranks and packed with
+the code of the training loop. Reported are:
 
-- share of computed tokens that is filler, packed (thd) against padded batches of equal-length neighbours, and as sampled;
-- by how much the busiest data-parallel rank exceeds the mean FLOPs, training what it sampled and after the exchange;
-- share of sequences that move, share of tokens spared by merging identical answers, passes against the fewest possible.
+- the share of padding among the computed tokens: packed (thd), in padded batches of neighbours in length, and
+  in padded batches in the sampled order;
+- the FLOPs of the busiest data-parallel rank over the mean, minus 1, if each rank trains its own samples and
+  after the exchange;
+- the share of sequences that move, the share of tokens that merging identical answers saves, and the number
+  of passes over the fewest possible.
 
-Counts only, no times: the numbers are the same on every machine. `--rollouts RUN` adds the rollouts of a run
-of yours.
+The results are counts, not times, and are the same on every machine. `--rollouts RUN` adds the rollouts of
+your own run.
 """
 
 import argparse
@@ -60,8 +64,8 @@ def main() -> None:
 
 
 def distributions(run: Path | None) -> dict[str, list[Question]]:
-    """Return the questions of every distribution: recorded lengths, and one synthetic of long answers cut at
-    3072 tokens."""
+    """Return the questions of every distribution: the recorded lengths, and a synthetic one of long answers
+    cut at 3072 tokens."""
     stream = random.Random(0)
     found: dict[str, list[Question]] = {}
     for file in sorted(LENGTHS.glob("*.json")):
@@ -86,17 +90,18 @@ def distributions(run: Path | None) -> dict[str, list[Question]]:
 
 
 def centres(stream: random.Random) -> list[float]:
-    """Typical answer lengths of 256 questions of mixed difficulty."""
+    """Return typical answer lengths of 256 questions of mixed difficulty."""
     return [stream.lognormvariate(math.log(900), 0.7) for _ in range(256)]
 
 
 def scatter(stream: random.Random, centre: float, sigma: float) -> int:
-    """Draw an answer's length around its question's, log-normal, at least 1 and at most 3072."""
+    """Draw the length of an answer from a log-normal distribution around its question's, at least 1 and at
+    most 3072."""
     return min(3072, max(1, round(stream.lognormvariate(math.log(max(1.0, centre)), sigma))))
 
 
 def recorded_rollouts(run: Path) -> list[Question]:
-    """Read the lengths of a run's rollouts (prompts are not recorded: 0 tokens)."""
+    """Read the lengths of a run's rollouts; prompts are not recorded and count as one token."""
     answers: dict[tuple[str, int], dict[tuple[int, ...], int]] = {}
     for file in sorted((run / "rollouts").glob("step_*.jsonl")):
         for line in file.read_text(encoding="utf-8").splitlines():
@@ -125,7 +130,7 @@ def rollouts_of(questions: Sequence[Question]) -> list[Rollout]:
 
 
 def measure(name: str, questions: Sequence[Question], tp: int, dp: int) -> dict[str, Any]:
-    """Spread, pack and count one step on tp x dp ranks."""
+    """Assign, pack and count one step on tp x dp ranks."""
     shape: Architecture = MODELS["qwen2.5-math-7b"]
     cost = shape.cost_model()
     rollouts = rollouts_of(questions)
@@ -163,12 +168,12 @@ def measure(name: str, questions: Sequence[Question], tp: int, dp: int) -> dict[
 
 
 def size(sequence: UniqueSequence) -> int:
-    """Tokens of a sequence, prompt included."""
+    """Return the number of tokens of a sequence with its prompt."""
     return len(sequence.rollout.prompt_ids) + len(sequence.rollout.response_ids)
 
 
 def padded(lengths: Sequence[int]) -> float:
-    """Share of filler when neighbours share padded batches of at most BUDGET tokens."""
+    """Return the share of padding if neighbours share padded batches of at most BUDGET tokens."""
     computed, longest, count = 0, 0, 0
     for length in lengths:
         if count and max(longest, length) * (count + 1) > BUDGET:

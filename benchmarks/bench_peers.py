@@ -1,14 +1,14 @@
-"""A whole step against TRL's GRPO trainer: `python -m benchmarks.bench_peers --model DIR [--questions 8
+"""Compare a whole step with TRL's GRPO trainer: `python -m benchmarks.bench_peers --model DIR [--questions 8
 ...]`.
 
-The same model folder, prompts, number of samples, temperature, longest answer, optimizer and dtype; TRL gets
-a constant reward and no reference model. Each side runs in a process of its own, one after the other, twice
-each in turns; the first step of each is not counted. Sampled answers differ, so the result is time per
-sampled token. First of all both must read the same prompt tokens, and both must train: a finite loss, and on
-our side a log-prob agreement with the engine.
+Both sides use the same model folder, prompts, number of samples, temperature, maximum answer length,
+optimizer and dtype. TRL gets a constant reward and no reference model. Each side runs in a separate process,
+in turn, twice each; the first step of each is not counted. Sampled answers differ, so the result is time per
+sampled token. The checks come first: both sides must read the same prompt tokens, and both must train with a
+finite loss. On this engine's side the log-probs of trainer and engine must agree too.
 
-TRL samples with its colocated vLLM on a GPU; on a CPU, where its vLLM mode does not run, with transformers'
-generate.
+TRL samples with its colocated vLLM on a GPU. Its vLLM mode does not run on a CPU; there it samples with
+`generate` of transformers.
 """
 
 import argparse
@@ -80,7 +80,7 @@ def main() -> None:
 
 
 def summarize(runs: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
-    """Return seconds per 1000 sampled tokens of each side, and how many times ours TRL takes."""
+    """Return seconds per 1000 sampled tokens of each side, and TRL's time as a multiple of this engine's."""
     per_token = {
         name: [
             1e3 * seconds / tokens
@@ -107,7 +107,7 @@ def summarize(runs: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
 
 
 def in_process(side: Any, options: argparse.Namespace) -> dict[str, Any]:
-    """Run one side in a fresh process, so that neither finds what the other left."""
+    """Run one side in a new process, so that the sides share no state."""
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_send, args=(side, options, sender))
@@ -129,7 +129,7 @@ def _send(side: Any, options: argparse.Namespace, sender: Any) -> None:
 
 
 def _questions(options: argparse.Namespace) -> tuple[Any, list[Any], list[list[int]]]:
-    """Tokenizer, the step's questions and their prompts' tokens."""
+    """Return the tokenizer, the step's questions and the tokens of their prompts."""
     from rlsc_mcore.config import ModelConfig
     from rlsc_mcore.data.questions import read_questions
     from rlsc_mcore.data.templates import render_prompt
@@ -145,7 +145,7 @@ def _questions(options: argparse.Namespace) -> tuple[Any, list[Any], list[list[i
 
 
 def ours(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
-    """The product's loop: sample, train, swap, record."""
+    """Run this engine's loop: sample, train, swap, record."""
     from rlsc_mcore.config_file import parse_config
     from rlsc_mcore.training.session import Session
     from rlsc_mcore.training.signals import StopRequest
@@ -214,7 +214,7 @@ def ours(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
 
 
 def trl(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
-    """TRL's GRPO trainer with a constant reward."""
+    """Run TRL's GRPO trainer with a constant reward."""
     hide_broken_torchvision()
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, TrainerCallback

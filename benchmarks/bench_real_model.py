@@ -1,10 +1,10 @@
-"""RLSC on real weights and real questions: `python -m benchmarks.bench_real_model --model DIR --questions
-gsm8k_test.jsonl`.
+"""Train real weights on real questions by RLSC: `python -m benchmarks.bench_real_model --model DIR
+--questions gsm8k_test.jsonl`.
 
-SmolLM2-135M-Instruct on GSM8K, with its baselines and seeds, by `rlsc compare`: trained on one part of the
-file, evaluated before and after on another, drawn apart by the questions' own text. What was begun goes on
-with the same command. The result is the comparison, with the split and the settings:
-benchmarks/results/<device>/real_model.json.
+Runs `rlsc compare` with SmolLM2-135M-Instruct on GSM8K, with baselines and several seeds. It trains on one
+part of the file and evaluates before and after on the other; the parts are separated by a digest of the
+questions' text. The same command continues an interrupted comparison. Writes the comparison with the split
+and the settings to benchmarks/results/<device>/real_model.json.
 """
 
 import argparse
@@ -31,8 +31,8 @@ CONFIG = Path(__file__).parent.parent / "configs" / "smollm2_135m.yaml"
 
 
 def split(questions: Sequence[Question]) -> tuple[list[Question], list[Question]]:
-    """Return (to train on, held out): a quarter of the questions is held out, by a digest of their text,
-    whatever their order."""
+    """Return (training questions, held-out questions). A quarter is held out, by a digest of the text,
+    independent of the order."""
 
     def is_held_out(question: Question) -> bool:
         return hashlib.sha256(question.text.encode()).digest()[0] % 8 < HELD_OUT_OF_8
@@ -51,7 +51,7 @@ def write_questions(file: Path, questions: Sequence[Question]) -> Path:
 
 
 def main() -> None:
-    """Compare, and write the result."""
+    """Run the comparison and write the result."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )

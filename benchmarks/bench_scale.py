@@ -1,20 +1,23 @@
 """Simulate a step on 8 to 1,024 GPUs from recorded answer lengths: `python -m benchmarks.bench_scale`. Needs
 no GPU.
 
-Nothing here was measured on a cluster. The simulation draws answer lengths, spreads them over engines and
-data-parallel ranks by the product's own code, and takes seconds from the planner's model of a GPU. Its
-assumptions:
+Nothing in its result was measured on a cluster. The simulation draws answer lengths, assigns them to engines
+and data-parallel ranks with the code of the training loop, and takes seconds from the planner's model of a
+GPU. Its assumptions:
 
-- lengths: those of the AIME 2024 reference solutions (`benchmarks/lengths`), each sample a log-normal factor (sigma 0.35) away,
-  times a scale, cut at the limit; prompts of 150 tokens;
-- an engine decodes at most 256 sequences at once; a token takes the reading of the weights and of the KV cache at 60 % of the
-  memory's bandwidth, plus two all-reduces of 15 us per layer; a finished sequence makes room for the next;
-- training runs at 45 % of the GPU's peak, on the layout that `rlsc plan` finds best, until its slowest data-parallel rank is done;
-- a header of 72 bytes per answer reaches every rank over gloo at 1 GB/s per node; tokens travel at 50 GB/s per GPU;
-- merging headers and assigning sequences costs what it takes in this process.
+- lengths: those of the AIME 2024 reference solutions (`benchmarks/lengths`); each sample is a log-normal
+  factor (sigma 0.35) away, times a scale, cut at the limit; prompts have 150 tokens;
+- an engine decodes at most 256 sequences at once; a token takes the time of reading the weights and the KV
+  cache at 60 % of the memory bandwidth, plus two all-reduces of 15 us per layer; when a sequence ends, the
+  next one starts;
+- training runs at 45 % of the GPU's peak, on the layout that `rlsc plan` finds best, until its slowest
+  data-parallel rank is done;
+- a header of 72 bytes per answer reaches every rank over gloo at 1 GB/s per node; tokens are transferred at
+  50 GB/s per GPU;
+- merging headers and assigning sequences takes the time that it takes in this process.
 
-The last columns contrast what each rank would receive if all answers went to all ranks, pickled: 17.5 bytes
-per token, twice, and 137 ns each to unpickle, as measured with tuples of Python numbers.
+The last columns show the bytes that each rank would receive if all answers were sent to all ranks as pickles:
+17.5 bytes per token, twice, and 137 ns each to unpickle, as measured with tuples of Python numbers.
 """
 
 import argparse
@@ -150,8 +153,8 @@ def draw_lengths(rng: np.random.Generator, num_questions: int, scale: float, lon
 
 
 def engine_seconds(shape: Architecture, layout: Layout, gpu: Gpu, lengths: Sequence[int]) -> float:
-    """Decode `lengths` on one engine, at most `MAX_SEQS` at once: a sequence that ends makes room for the
-    next."""
+    """Return the seconds of decoding `lengths` on one engine, at most `MAX_SEQS` at once. When a sequence
+    ends, the next one starts."""
     width = WIDTH[layout.dtype]
     weights = num_parameters(shape, layout.engine_ranks, padded=True) * width
     per_token = kv_bytes_per_token(shape, layout)
@@ -183,8 +186,8 @@ def engine_seconds(shape: Architecture, layout: Layout, gpu: Gpu, lengths: Seque
 def train_seconds(
     shape: Architecture, best: Candidate, work: Work, gpu: Gpu, lengths: np.ndarray
 ) -> tuple[float, dict[str, float]]:
-    """Assign the sequences as the product does; seconds of the slowest data-parallel rank, and what the
-    exchange moves."""
+    """Assign the sequences with the code of the training loop. Return the seconds of the slowest
+    data-parallel rank and the bytes of the exchange."""
     layout, cost = best.layout, shape.cost_model()
     flat = [int(length) for length in lengths.ravel()]
     engine_of = np.zeros(lengths.shape, dtype=np.int64)
@@ -217,7 +220,7 @@ def train_seconds(
 
 
 def draw(rows: Sequence[dict[str, Any]], file: Path) -> None:
-    """Draw the seconds of each case as stacked bars; nothing where matplotlib is not installed."""
+    """Draw the seconds of each case as stacked bars; draw nothing if matplotlib is not installed."""
     try:
         import matplotlib
     except ImportError:

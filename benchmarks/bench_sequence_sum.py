@@ -1,7 +1,8 @@
-"""Masked sums of packed sequences in float64: `python -m benchmarks.bench_sequence_sum`.
+"""Time masked sums of packed sequences in float64: `python -m benchmarks.bench_sequence_sum`.
 
-Peers: a float64 index_add (atomics on a GPU: not repeatable), torch.segment_reduce (the reference), a
-difference of cumulative sums. The floor is one read of values and mask; at these sizes a launch costs more.
+Peers: a float64 index_add (atomics on a GPU, so results differ between runs), torch.segment_reduce (the
+reference), and a difference of cumulative sums. The floor is one read of values and mask; at these sizes a
+kernel launch takes longer.
 """
 
 from collections.abc import Callable
@@ -34,7 +35,7 @@ class Inputs(NamedTuple):
 
 
 def make_inputs(num_tokens: int, num_sequences: int, device: torch.device) -> Inputs:
-    """Log-probs of ragged sequences, a quarter masked."""
+    """Return log-probs of sequences of different lengths, a quarter of them masked."""
     generator = torch.Generator().manual_seed(0)
     cuts = torch.randint(0, num_tokens + 1, (num_sequences - 1,), generator=generator).sort().values
     cu_seqlens = torch.cat([torch.tensor([0]), cuts, torch.tensor([num_tokens])]).int()
@@ -67,7 +68,7 @@ PROVIDERS: dict[str, Callable[[Inputs], Tensor]] = {
 
 
 def check(provider: Callable[[Inputs], Tensor], inputs: Inputs) -> dict[str, Any]:
-    """Compare with a float64 sum on the host; ValueError where it is wrong."""
+    """Compare with a float64 sum on the host; ValueError if it is wrong."""
     got = provider(inputs)
     host = torch.where(inputs.mask, inputs.values.double(), 0.0).cpu()
     bounds = inputs.cu_seqlens.tolist()

@@ -1,15 +1,15 @@
-"""What a training step costs: `python -m benchmarks.bench_train_step [--shape NAME] [--section.field VALUE
+"""Measure a training step: `python -m benchmarks.bench_train_step [--shape NAME] [--section.field VALUE
 ...]`.
 
-The product's own step (`Trainer.step`: forward, weighted loss, backward, clipping, AdamW) on packed
-sequences, with the layers that a run would take and no engine beside it: tokens/s, share of attention, MLP,
-head, optimizer and collectives, peak memory, and model FLOPs utilisation: FLOPs of the model (causal
-attention, head on trained tokens, no recomputation) over the GPU's published bf16 rate. Every field of `rlsc
-train` can be set, `--training.recompute full` or `--optimizer.cpu-offload 0.5` say.
+Runs `Trainer.step` (forward, weighted loss, backward, clipping, AdamW) on packed sequences, with the layers
+of a run and without an engine. Reports tokens/s, the share of attention, MLP, head, optimizer and
+collectives, peak memory, and model FLOPs utilisation: FLOPs of the model (causal attention, head on trained
+tokens, no recomputation) over the GPU's published bf16 rate. Every field of `rlsc train` can be set, for
+example `--training.recompute full` or `--optimizer.cpu-offload 0.5`.
 
-Correctness first: loss and gradient norm of two steps must be those of plain `transformers` with
-`torch.optim.AdamW`. On a CPU that side is timed too, in turns on the same sequences (padded by length, full
-logits): quote its ratios only.
+Correctness is checked first: loss and gradient norm of two steps must equal those of plain `transformers`
+with `torch.optim.AdamW`. On a CPU that side is timed too, in turn on the same sequences (padded by length,
+full logits); quote only the ratios.
 
     python -m benchmarks.bench_train_step                               # the embedded model, a CPU
     python -m benchmarks.bench_train_step --shape qwen2.5-1.5b          # random weights; one H200: goal 45 %
@@ -140,12 +140,12 @@ def main() -> None:
 
 
 def short_name(shape: str) -> str:
-    """A shape's name without owner or kind: qwen2.5-7b, tiny_qwen2."""
+    """Return a shape's name without owner or kind: qwen2.5-7b, tiny_qwen2."""
     return shape.rpartition("/")[2].rpartition(":")[2].lower()
 
 
 def default_flags(shape: Architecture, backend: Backend) -> list[str]:
-    """Settings with which a model of up to 7 B parameters fits one H200; on a CPU float32."""
+    """Return settings with which a model of up to 7 B parameters fits one H200; on a CPU float32."""
     if not backend.is_cuda:
         return ["--model.dtype", "float32"]
     if num_parameters(shape) < 4e9:
@@ -228,19 +228,19 @@ class Bench:
         return {**result, "about": self.about(trainer)}
 
     def our_step(self, trainer: Trainer) -> Callable[[], Any]:
-        """A step of the product on this rank's share of the sequences."""
+        """Run one step of this engine's trainer on this rank's share of the sequences."""
         batches = self.batches(trainer, self.sequences)
         return lambda: trainer.step(batches, 0, len(self.sequences))
 
     def batches(self, trainer: Trainer, sequences: Sequence[UniqueSequence]) -> list[Any]:
-        """This data-parallel rank's packed micro-batches."""
+        """Return the packed micro-batches of this data-parallel rank."""
         mine = sequences[self.groups.dp_rank :: self.groups.dp_size]
         return pack(mine, trainer.config.training.tokens_per_micro_batch, multiple_of=trainer.token_multiple)
 
     def their_step(
         self, trainer: Trainer, folder: Path, sequences: Sequence[UniqueSequence]
     ) -> Callable[[], tuple[float, float]]:
-        """The same step with the same weights in plain `transformers`; returns loss and gradient norm."""
+        """Run the same step with the same weights in plain `transformers`. Return loss and gradient norm."""
         config, policy = trainer.config, trainer.policy
         tensors = export_weights(
             policy.weights, policy.architecture, self.groups.tp_group, self.groups.tp_size
@@ -295,7 +295,7 @@ class Bench:
         return {**found, "layers": trainer.policy.megatron_config.num_layers, "sequences": len(sequences)}
 
     def sizes(self, trainer: Trainer) -> dict[str, Any]:
-        """Count what a step has to compute, over all ranks."""
+        """Count the tokens and FLOPs of a step over all ranks."""
         cost = trainer.policy.architecture.cost_model()
         lengths = [
             (len(s.rollout.prompt_ids) + len(s.rollout.response_ids), sum(s.trained)) for s in self.sequences
@@ -313,7 +313,7 @@ class Bench:
         }
 
     def utilisation(self, flops_per_s: float, gemm: float) -> dict[str, Any]:
-        """Relate the model FLOPs per second of a rank to the published and to the measured rate of a matrix
+        """Return the model FLOPs per second of a rank over the published and the measured rate of a matrix
         product."""
         found: dict[str, Any] = {
             "model_tflops_per_s": round(flops_per_s / 1e12, 4),
@@ -327,7 +327,7 @@ class Bench:
         return {**found, "mfu": mfu, "peak_tflops_per_s": gpu and gpu.bf16_tflops, "goal_on_one_h200": goal}
 
     def shares(self, trainer: Trainer, step: Callable[[], Any], seconds: float) -> dict[str, float]:
-        """Time the parts of a few more steps; collectives are inside the other parts."""
+        """Time the parts of a few more steps; the time of collectives is included in the other parts."""
         with timed_parts(trainer) as parts:
             for _ in range(max(2, self.options.repeats // 2)):
                 parts.begin("whole")
@@ -341,8 +341,8 @@ class Bench:
         return {part: round(value, 4) for part, value in share.items()}
 
     def memory(self, device_memory: dict[str, int]) -> dict[str, Any]:
-        """Peak of a step: torch's allocator on a GPU; on a CPU the growth of a process that does only this
-        side."""
+        """Return the peak memory of a step: of torch's allocator on a GPU; on a CPU the growth of a process
+        that runs only one side."""
         if self.backend.is_cuda:
             return {name: device_memory[name] for name in ("device_peak", "device_reserved")}
         if self.groups.world_size > 1:
@@ -354,7 +354,7 @@ class Bench:
         }
 
     def peak_of_child(self, side: str) -> int:
-        """Run this benchmark with the same arguments as a process that measures one side's memory."""
+        """Run this benchmark with the same arguments in a process that measures the memory of one side."""
         command = [sys.executable, "-m", "benchmarks.bench_train_step", *sys.argv[1:], "--memory-of", side]
         run = subprocess.run(
             command, env={**os.environ, **MALLOC}, capture_output=True, text=True, check=False
@@ -363,8 +363,7 @@ class Bench:
         return int(json.loads(run.stdout.splitlines()[-1])["peak_bytes"])
 
     def peak_host_bytes(self, side: str) -> int:
-        """Build one side, step twice and return the second step's peak beyond what the process held
-        before."""
+        """Build one side, run two steps and return the peak of the second minus the memory before it."""
         import transformers  # noqa: F401  # so that neither side is charged with the code
 
         before = resident("VmRSS")
@@ -382,7 +381,7 @@ class Bench:
         return resident("VmHWM") - before
 
     def about(self, trainer: Trainer) -> dict[str, Any]:
-        """What was measured, and what made this file."""
+        """Return what was measured, and the command, commit and versions of the run."""
         config = trainer.config
         return {
             **about(self.backend.device),
@@ -406,7 +405,7 @@ class Bench:
 
 
 def make_sequences(options: argparse.Namespace, vocab_size: int) -> list[UniqueSequence]:
-    """Make a step's sequences of random tokens, all different; the same on every rank."""
+    """Return a step's sequences of random tokens, all different; the same on every rank."""
     stream = random.Random(0)
     sequences = []
     for index in range(options.sequences):
@@ -420,7 +419,7 @@ def make_sequences(options: argparse.Namespace, vocab_size: int) -> list[UniqueS
 
 
 def measured_gemm_flops_per_s(backend: Backend, dtype: torch.dtype) -> float:
-    """Measure the rate of a matrix product; on a CPU as the trainer computes it."""
+    """Measure the rate of a matrix product; on a CPU with the product that the trainer uses."""
     if backend.is_cuda:
         best = measure_ceilings(backend.device, dtype).matmul_flops_per_s
         torch.cuda.empty_cache()
@@ -433,13 +432,13 @@ def measured_gemm_flops_per_s(backend: Backend, dtype: torch.dtype) -> float:
 
 
 def ratio(timings: dict[str, Any]) -> float | None:
-    """Speed over that of `transformers`, None where it was not timed."""
+    """Return the speed over that of `transformers`, None if it was not timed."""
     theirs = timings.get("transformers")
     return None if theirs is None else round(theirs.median_ms / timings["rlsc_mcore"].median_ms, 3)
 
 
 def verdict(result: dict[str, Any]) -> str:
-    """Say in one line whether the goal is reached."""
+    """Return one line that says whether the goal is reached."""
     utilisation, shape = result["utilisation"], result["about"]["shape"]
     if "mfu" not in utilisation:
         over = result["tokens_per_s_over_transformers"]
@@ -456,7 +455,7 @@ def verdict(result: dict[str, Any]) -> str:
 
 
 def resident(field: str) -> int:
-    """A line of /proc/self/status in bytes."""
+    """Return the value of one line of /proc/self/status in bytes."""
     lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field + ":"))
 

@@ -1,13 +1,12 @@
-"""Every way to bring new weights to the engine, side by side: `python -m benchmarks.bench_weight_swap
-[--shape NAME]`.
+"""Time all ways to bring new weights to the engine: `python -m benchmarks.bench_weight_swap [--shape NAME]`.
 
-One process holds a trainer's policy (random weights) and one vLLM engine. First the product's swap: shared
-storage, the rest rewritten; the whole transition from training back to sampling is broken down. Then the
-engine is given a copy of all weights, as other trainers have it, and each other way fills that copy. Before a
-way is timed, the engine's tensors are overwritten and must come back equal to an export of the policy in
-every element. On a CPU the result is for its ratios.
+One process holds a trainer's policy (random weights) and one vLLM engine. The hot swap of this engine is
+measured first: most weights share storage, the rest is rewritten. The complete transition from training to
+sampling is broken down into parts. Then the engine gets its own copy of all weights, as in other trainers,
+and every other way fills that copy. Before a way is timed, the engine's tensors are overwritten; afterwards
+every element must equal an export of the policy. On a CPU only the ratios are meaningful.
 
-With torchrun, `--tp T --engine-tp E` times the product's swap between unequal layouts alone.
+With torchrun, `--tp T --engine-tp E` times only the hot swap between unequal layouts.
 """
 
 import argparse
@@ -99,7 +98,7 @@ def main() -> None:
 
 
 def make_config(options: argparse.Namespace, scratch: Path, backend: Backend) -> Config:
-    """The run's configuration on a folder with nothing but a config.json."""
+    """Return the run's configuration for a model folder that holds only a config.json."""
     folder = write_config(
         find_shape(options.shape), scratch / f"model{os.environ.get('RANK', '0')}", options.layers
     )
@@ -136,8 +135,8 @@ def run(
     seconds: float,
     save: Callable[[dict[str, Any]], None],
 ) -> dict[str, Any]:
-    """Build policy and engine, then gate and time every way; `save` gets the result as soon as it has a
-    number more."""
+    """Build policy and engine, then check and time every way. `save` gets the result after each new
+    number."""
     policy = build_policy(config, Path(config.model.path), backend, groups, load=False)
     swap = HotSwap(policy, groups)
     dtype = DTYPES[config.model.dtype]
@@ -211,14 +210,14 @@ def _way(milliseconds: float, ours: float, size: int, ceiling: float) -> dict[st
 
 
 def own_tensors(swap: HotSwap) -> list[torch.Tensor]:
-    """The engine's tensors that a swap rewrites."""
+    """Return the engine's tensors that a swap rewrites."""
     return [swap._engine_parameters[item.engine_name].data for item in swap._bound_plan().copies]
 
 
 @torch.no_grad()
 def gate_ours(swap: HotSwap) -> None:
-    """Change the trainer's weights and scramble the engine's own: after a swap every element must be the
-    export's."""
+    """Change the trainer's weights, overwrite the engine's own tensors, and check that after a swap every
+    element equals the export."""
     for weight in swap._policy.weights:
         weight.parameter.mul_(1.0625)
     for tensor in own_tensors(swap):
@@ -229,8 +228,8 @@ def gate_ours(swap: HotSwap) -> None:
 
 
 def transition(engine: RolloutEngine, swap: HotSwap, backend: Backend, rounds: int) -> dict[str, float]:
-    """Milliseconds of each part from the end of sampling to the next first token could be asked for, without
-    the training."""
+    """Return the milliseconds of each part from the end of sampling to the time at which the engine can
+    sample again, without the training."""
     parts: dict[str, list[float]] = {}
     request = [SamplingRequest(PROMPT, 2, 1.0, 8, 0)]
 
@@ -259,8 +258,8 @@ def transition(engine: RolloutEngine, swap: HotSwap, backend: Backend, rounds: i
 def others(
     engine: RolloutEngine, swap: HotSwap, policy: Policy, scratch: Path, backend: Backend
 ) -> Iterator[tuple[str, Task | str]]:
-    """Give the engine a copy of its own of every tensor; yield each way that fills it, or why it is not
-    timed."""
+    """Give the engine its own copy of every tensor. Yield each way that fills the copy, or the reason why it
+    is not timed."""
     module, llm = engine.module, engine._llm
     fused = {
         name: parameter.data.clone() for name, parameter in module.named_parameters()

@@ -1,8 +1,8 @@
-"""One way to measure: a correctness gate first, then all providers in turn, round after round, against
-ceilings of the same run.
+"""Measure providers in one common way: check correctness, then time all providers in turn, round after round,
+and relate them to the copy, read and product speed of the same run.
 
-A provider whose check fails is reported and not timed; a benchmark that timed nothing raises. Every result is
-a JSON file with the command, the commit and the versions that made it.
+A provider whose check fails is reported and not timed. A benchmark that timed nothing raises. Every result is
+a JSON file with the command, the commit and the versions of the run.
 """
 
 import argparse
@@ -37,12 +37,12 @@ PACKAGES = (
 
 
 class UnavailableError(Exception):
-    """Why a provider cannot take part: not installed, wrong device, wrong shape."""
+    """A provider cannot take part; the message gives the reason: not installed, wrong device, wrong shape."""
 
 
 @dataclass(frozen=True)
 class Task:
-    """What is timed: `run`, after `prepare` has restored what `run` overwrites (untimed)."""
+    """A timed call `run`. `prepare` restores the inputs that `run` overwrites and is not timed."""
 
     run: Callable[[], Any]
     prepare: Callable[[], Any] = lambda: None
@@ -61,7 +61,7 @@ class Timing:
 
 @dataclass
 class Row:
-    """One line of a table: a provider on a case."""
+    """One line of a table: a provider in one case."""
 
     case: str
     provider: str
@@ -76,8 +76,8 @@ class Row:
 
 @dataclass(frozen=True)
 class Ceilings:
-    """What this machine reaches in this run: bytes per second of a copy and of a read, operations per second
-    of a bf16 product."""
+    """The highest rates of this machine in this run: bytes per second of a copy and of a read, operations per
+    second of a bf16 product."""
 
     copy_bytes_per_s: float
     read_bytes_per_s: float
@@ -95,7 +95,7 @@ def measure(
     """Time the tasks in turn, one run of each per round, until `seconds` have passed (at least `fewest`
     rounds).
 
-    `clock` is a CPU's; a GPU has its events.
+    `clock` is used on a CPU; a GPU is timed with events.
     """
     times: dict[str, list[float]] = {name: [] for name in tasks}
     peaks: dict[str, int | None] = {}
@@ -142,7 +142,7 @@ def _synchronize(device: torch.device) -> None:
 
 
 def measure_ceilings(device: torch.device, dtype: torch.dtype) -> Ceilings:
-    """Measure copy, read and matrix product with sizes far beyond the caches (on a CPU: as far as is
+    """Measure copy, read and matrix product with sizes much larger than the caches (on a CPU: limited, to be
     quick)."""
     numel, side = (1 << 30, 8192) if device.type == "cuda" else (1 << 24, 768)
     source = torch.zeros(numel, dtype=dtype, device=device)
@@ -164,7 +164,7 @@ def measure_ceilings(device: torch.device, dtype: torch.dtype) -> Ceilings:
 
 
 def finish(rows: list[Row], reference: str, *, ceiling_of: Callable[[Row], float | None]) -> None:
-    """Fill in percentages and ratios; RuntimeError where nothing was timed."""
+    """Fill in percentages and ratios; RuntimeError if nothing was timed."""
     timed = {(row.case, row.provider): row.timing for row in rows if row.timing is not None}
     if not timed:
         raise RuntimeError(
@@ -180,8 +180,8 @@ def finish(rows: list[Row], reference: str, *, ceiling_of: Callable[[Row], float
 
 
 def table(rows: Iterable[Row], device: torch.device) -> str:
-    """Lay the rows out as Markdown; on a CPU ratios only: its milliseconds say more about its neighbours than
-    about the code."""
+    """Format the rows as a Markdown table. On a CPU it has ratios only, because milliseconds depend on the
+    other processes of the machine."""
     with_times = device.type == "cuda"
     head = [
         "case",
@@ -232,7 +232,7 @@ def _mib(value: int | None) -> str:
 
 
 def write(name: str, rows: list[Row], ceilings: Ceilings, device: torch.device, folder: Path | None) -> Path:
-    """Write rows, ceilings and what made them to results/<device>/<name>.json and return its path."""
+    """Write rows, ceilings, command and versions to results/<device>/<name>.json and return its path."""
     folder = folder or RESULTS / device_name(device)
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.json"
@@ -242,7 +242,7 @@ def write(name: str, rows: list[Row], ceilings: Ceilings, device: torch.device, 
 
 
 def about(device: torch.device) -> dict[str, Any]:
-    """Command, commit, versions and device of this run."""
+    """Return command, commit, versions and device of this run."""
     module = Path(sys.argv[0]).stem
     commit = _git("rev-parse", "HEAD")
     changed = _git("status", "--porcelain", "-uno", "--", "rlsc_mcore", "csrc", "benchmarks/*.py", "setup.py")
@@ -275,14 +275,14 @@ def _installed() -> dict[str, str]:
 
 
 def device_name(device: torch.device) -> str:
-    """Return the folder of a device's results: h200, h100, cpu."""
+    """Return the name of the folder of a device's results: h200, h100, cpu."""
     if device.type != "cuda":
         return "cpu"
     return torch.cuda.get_device_name().removeprefix("NVIDIA ").split()[0].lower()
 
 
 def arguments(description: str) -> argparse.Namespace:
-    """Parse what every benchmark takes."""
+    """Parse the options that all benchmarks share."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument(
         "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu"

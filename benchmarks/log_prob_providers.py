@@ -1,5 +1,5 @@
-"""Who computes weighted token log-probs from logits: ours and the peers that are installed, each behind the
-same two calls."""
+"""Provide weighted token log-probs from logits by this engine and by the installed peers, all with the same
+two calls."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -15,8 +15,8 @@ IGNORED = -100  # what the peers call ignore_index
 
 
 class Provider(NamedTuple):
-    """`forward(logits, targets) -> log p`, `step(logits, targets, weights) -> (log p, dlogits)`; either may
-    be None."""
+    """Two calls, either of which may be None: `forward(logits, targets) -> log p` and `step(logits, targets,
+    weights) -> (log p, dlogits)`."""
 
     name: str
     forward: Callable[[Tensor, Tensor], Tensor] | None
@@ -26,7 +26,7 @@ class Provider(NamedTuple):
 
 
 def from_loss(name: str, loss: Callable[[Tensor, Tensor], Tensor], *, overwrites: bool = False) -> Provider:
-    """A peer that returns per-token losses and has a backward."""
+    """Make a provider of a peer that returns per-token losses and has a backward pass."""
 
     def forward(logits: Tensor, targets: Tensor) -> Tensor:
         with torch.no_grad():
@@ -43,7 +43,8 @@ def from_loss(name: str, loss: Callable[[Tensor, Tensor], Tensor], *, overwrites
 
 
 def ours(backend: str, device: torch.device) -> Provider:
-    """One pass where the weights are known (step), one read where only log p is asked for (forward)."""
+    """Make this engine's provider: `step` is one pass with known weights, `forward` reads the logits once for
+    log p alone."""
     if backend != "auto":
         for op in OFFERS[backend]:
             if (reason := why_not(backend, op, device.type)) is not None:
@@ -134,7 +135,7 @@ def transformer_engine() -> Provider:
 
 
 def single_rank_group() -> Any:
-    """A process group of this process alone, which Megatron's vocab-parallel loss asks for."""
+    """Return a process group of this process alone; Megatron's vocab-parallel loss needs one."""
     import torch.distributed as dist
 
     if not dist.is_initialized():
@@ -144,7 +145,7 @@ def single_rank_group() -> Any:
 
 
 def providers(device: torch.device) -> list[tuple[str, Callable[[], Provider]]]:
-    """Every provider with its name, to be built under guard: a peer that is missing or raises is reported,
+    """Return the builders of all providers by name. A missing peer or a builder that raises is reported and
     not fatal."""
     names = ("auto", "cuda", "triton") if device.type == "cuda" else ("auto",)
     peers = {

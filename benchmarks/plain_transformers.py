@@ -1,5 +1,5 @@
-"""The other side of the training benchmarks: plain `transformers` on length-sorted padded batches, with full
-logits."""
+"""Train with plain `transformers` on length-sorted padded batches with full logits: the reference of the
+training benchmarks."""
 
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -19,7 +19,8 @@ Weigh = Callable[[torch.Tensor, list[int]], torch.Tensor]
 def load_model(
     folder: Path, tensors: Iterable[tuple[str, torch.Tensor]], dtype: torch.dtype, device: torch.device
 ) -> Any:
-    """Build the model of a folder's config.json with these weights; every one must find its place."""
+    """Build the model of a folder's config.json with these weights. Every weight must match a parameter of
+    the model."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config = AutoConfig.from_pretrained(folder)
@@ -35,7 +36,7 @@ def load_model(
 
 
 def pad_by_length(sequences: Sequence[UniqueSequence], budget: int) -> list[PaddedBatch]:
-    """Lay sequences out in length-sorted padded batches of at most `budget` tokens."""
+    """Return the sequences in length-sorted padded batches of at most `budget` tokens."""
     order = sorted(
         range(len(sequences)),
         key=lambda i: len(sequences[i].rollout.prompt_ids) + len(sequences[i].rollout.response_ids),
@@ -59,7 +60,7 @@ def pad_by_length(sequences: Sequence[UniqueSequence], budget: int) -> list[Padd
 
 
 def accumulate(model: Any, batches: Sequence[PaddedBatch], weigh: Weigh, temperature: float) -> float:
-    """Run forward and backward of the sum of -weight x log p; returns it. Mutates the parameters'
+    """Run forward and backward of the sum of -weight x log p and return the sum. Mutates the parameters'
     gradients."""
     model.zero_grad(set_to_none=True)
     device, total = model.device, 0.0

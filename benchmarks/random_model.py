@@ -1,8 +1,8 @@
 """Write a model folder of a public shape with random weights: `python -m benchmarks.random_model --shape
 qwen2.5-1.5b --output DIR`.
 
-For speed and memory only: the tokenizer is the embedded model's, whose few tokens are the first ids of the
-vocabulary.
+The model is for measurements of speed and memory only. The tokenizer is the embedded model's; its few tokens
+are the first ids of the vocabulary.
 """
 
 import argparse
@@ -21,8 +21,8 @@ from rlsc_mcore.model.hf_checkpoint import SIDE_FILES, resolve_model_folder  # n
 
 
 def make_model(shape: str, output: Path, layers: int | None = None) -> Path:
-    """Write config, bfloat16 weights N(0, 0.02) of a fixed seed and tokenizer into `output`, which is
-    replaced; returns it."""
+    """Write config, bfloat16 weights N(0, 0.02) of a fixed seed and tokenizer into `output` and return it.
+    Replaces `output`."""
     if output.exists():
         shutil.rmtree(output)
     output.parent.mkdir(parents=True, exist_ok=True)

@@ -61,7 +61,7 @@ def render(text: str) -> str:
 
 
 def quickstart_lines(kept: Sequence[str] = ()) -> list[str]:
-    """Return the before/after table of the embedded model; `kept` names its rows, by default all."""
+    """Return the before/after table of the embedded model; `kept` selects its rows, default: all."""
     summary = _read("cpu/quickstart.json")
     columns = {"before": summary["before"], "RLSC": summary["after"]}
     columns.update(
@@ -84,7 +84,7 @@ def quickstart_lines(kept: Sequence[str] = ()) -> list[str]:
 
 
 def comparison_lines() -> list[str]:
-    """One row per objective of `rlsc compare`."""
+    """Return one row per objective of `rlsc compare`."""
     result = _read("cpu/comparison.json")
     keys = ("accuracy_t0.5", "accuracy_t1", "greedy", "lenient_t0.5", "lenient_t1", "confidence_f")
     columns = {key: title(key) for key in keys}
@@ -109,7 +109,7 @@ def comparison_lines() -> list[str]:
 
 
 def cpu_lines() -> list[str]:
-    """Ratios and shares of the end-to-end benchmark on a CPU."""
+    """Return ratios and shares of the end-to-end benchmark on a CPU."""
     lines = ["| one core, both sides in one run | embedded model | SmolLM2-135M |", "| --- | ---: | ---: |"]
     tiny, smol = _read("cpu/end_to_end.json"), _read("cpu/end_to_end_smollm2.json")
     both = (tiny, smol)
@@ -147,7 +147,7 @@ def cpu_lines() -> list[str]:
 
 
 def train_step_lines() -> list[str]:
-    """Ratios and shares of the training-step benchmark on a CPU."""
+    """Return ratios and shares of the training-step benchmark on a CPU."""
     both = [_read(f"cpu/train_step_{name}.json") for name in ("tiny_qwen2", "smollm2-135m")]
     lines = [
         "| an optimizer step, against plain `transformers` with AdamW | embedded model | SmolLM2-135M |",
@@ -173,7 +173,7 @@ def train_step_lines() -> list[str]:
 
 
 def weight_swap_lines() -> list[str]:
-    """Every way to bring weights to the engine, as a multiple of the product's time."""
+    """Return all ways to bring weights to the engine, as multiples of the hot swap's time."""
     both = (_read("cpu/weight_swap_tiny_qwen2.json"), _read("cpu/weight_swap_smollm2-135m.json"))
     lines = [
         "| CPU time to bring the engine to new weights, this way / ours | embedded model | SmolLM2-135M's "
@@ -195,8 +195,8 @@ def weight_swap_lines() -> list[str]:
 
 
 def gpu_lines(results: Path = RESULTS / "h200") -> list[str]:
-    """The marks of one GPU with what was measured, and who made each file; without results, that there are
-    none."""
+    """Return the claims about one GPU with the measured values and the source of each file; without results,
+    a statement that nothing was measured."""
     command = "`bash benchmarks/gpu_acceptance.sh`"
     file = results / "acceptance.json"
     if not file.is_file():
@@ -223,7 +223,7 @@ def gpu_lines(results: Path = RESULTS / "h200") -> list[str]:
 
 
 def grading_lines() -> list[str]:
-    """Processor time of grading, against math-verify alone."""
+    """Return the CPU time of grading, compared with math-verify alone."""
     result = _read("cpu/bench_grading.json")
     names = {
         "numbers": "numbers in sentences (gsm8k, amc23, aime24)",
@@ -253,7 +253,7 @@ def grading_lines() -> list[str]:
 
 
 def sweep_lines() -> list[str]:
-    """One row per combination of the committed sweep."""
+    """Return one row per combination of the committed sweep."""
     result = _read("cpu/sweep.json")
     columns = {key: title(key) for key in ("accuracy_t0.5", "accuracy_t1", "greedy", "confidence_f")}
     fields = [field.rpartition(".")[2].replace("_", " ") for field in result["over"]]

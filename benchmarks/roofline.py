@@ -1,5 +1,5 @@
-"""Draw a result file as a roofline: operations per second over operations per byte, against the ceilings of
-the same run."""
+"""Draw a result file as a roofline: operations per second over operations per byte, with the ceilings of the
+same run."""
 
 import json
 import sys
@@ -8,8 +8,8 @@ from typing import Any
 
 
 def draw(path: Path) -> list[Path]:
-    """Write <result>.png and <result>.svg beside a result file and return them; nothing where matplotlib is
-    not installed."""
+    """Write <result>.png and <result>.svg beside a result file and return their paths; write nothing if
+    matplotlib is not installed."""
     try:
         import matplotlib
     except ImportError:
@@ -51,7 +51,7 @@ def draw(path: Path) -> list[Path]:
 
 
 def _ceilings(axes: Any, points: list[dict[str, Any]], ceilings: dict[str, float]) -> None:
-    """The slope of the copy bandwidth up to the matrix product's rate."""
+    """Draw the line of the copy bandwidth up to the rate of the matrix product."""
     intensity = [row["flops"] / row["bytes_moved"] for row in points]
     ridge = ceilings["matmul_flops_per_s"] / ceilings["copy_bytes_per_s"]
     low, high = min(*intensity, ridge) / 3, max(*intensity, ridge) * 3

@@ -1,11 +1,12 @@
-"""The shapes that are measured: heads of Qwen2.5 under tensor parallelism, and token counts of a step."""
+"""Shapes of the kernel benchmarks: output heads of Qwen2.5 under tensor parallelism, and token counts of a
+step."""
 
 from typing import NamedTuple
 
 
 class Shape(NamedTuple):
-    """A head on one rank: N tokens, H hidden, V columns of this rank, and the share of tokens that is
-    trained."""
+    """An output head on one rank: N tokens, hidden size H, V columns of this rank, and the share of trained
+    tokens."""
 
     name: str
     num_tokens: int
@@ -28,14 +29,14 @@ MEMORY_SHAPE = Shape("7B N=49152 TP=1", 49152, 3584, 152064)
 
 
 def head_shapes(device_type: str, full: bool) -> list[Shape]:
-    """Return the shapes for the head and the loss together: `shapes` and, on a GPU, that of the memory
-    mark."""
+    """Return the shapes for the head with the loss: `shapes` and, on a GPU, the shape of the memory claim."""
     found = shapes(device_type, full)
     return found if device_type != "cuda" or MEMORY_SHAPE in found else [*found, MEMORY_SHAPE]
 
 
 def shapes(device_type: str, full: bool) -> list[Shape]:
-    """Return the shapes for a device: on a GPU the marks (all of them with `full`), on a CPU small ones."""
+    """Return the shapes for a device: on a GPU those of the claims (all shapes with `full`), on a CPU small
+    ones."""
     if device_type != "cuda":
         return [
             Shape("N=512 H=256 V=32768", 512, 256, 32768),

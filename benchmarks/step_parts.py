@@ -1,5 +1,4 @@
-"""Seconds of a training step by part of the model, forward and backward, through the product's own
-`Trainer.step`."""
+"""Time a training step by part of the model, forward and backward, in `Trainer.step`."""
 
 import time
 from collections import defaultdict
@@ -15,7 +14,7 @@ from rlsc_mcore.training.step import Trainer
 
 
 class _Mark(torch.autograd.Function):
-    """Does nothing to a tensor, and calls `act` when the backward pass comes by."""
+    """Return the tensor unchanged and call `act` in its backward pass."""
 
     @staticmethod
     def forward(ctx: Any, tensor: torch.Tensor, act: Callable[[], None]) -> torch.Tensor:
@@ -29,8 +28,8 @@ class _Mark(torch.autograd.Function):
 
 
 class PartTimer:
-    """Opens and closes intervals per part: CUDA events on a GPU; on a CPU this process's CPU time, whatever
-    its neighbours take."""
+    """Measure intervals per part: with CUDA events on a GPU, with this process's CPU time on a CPU, so that
+    other processes have no effect."""
 
     def __init__(self, backend: Backend) -> None:
         self._backend = backend
@@ -38,15 +37,15 @@ class PartTimer:
         self._spans: dict[str, list[tuple[Any, Any]]] = defaultdict(list)
 
     def begin(self, part: str) -> None:
-        """Open an interval."""
+        """Open an interval of a part."""
         self._open[part].append(self._now())
 
     def end(self, part: str) -> None:
-        """Close the part's youngest interval."""
+        """Close the interval of a part that was opened last."""
         self._spans[part].append((self._open[part].pop(), self._now()))
 
     def seconds(self) -> dict[str, float]:
-        """Return the seconds of every part; waits for the device."""
+        """Return the seconds of every part. Waits for the device."""
         self._backend.synchronize()
         assert not any(self._open.values()), (
             f"left open: {[part for part, spans in self._open.items() if spans]}"
@@ -64,7 +63,8 @@ class PartTimer:
         return first.elapsed_time(last) / 1e3 if self._backend.is_cuda else last - first
 
     def around(self, part: str, call: Callable[[torch.Tensor], Any], tensor: torch.Tensor) -> Any:
-        """Time `call(tensor)`, and its backward pass from its (first) result back to `tensor`."""
+        """Time `call(tensor)` and its backward pass from its (first) result back to `tensor`. Return the
+        result."""
         if torch.is_grad_enabled() and tensor.requires_grad:
             tensor = _Mark.apply(tensor, lambda: self.end(part))
         self.begin(part)
@@ -80,7 +80,7 @@ class PartTimer:
 def timed_parts(trainer: Trainer) -> Iterator[PartTimer]:
     """Time attention, MLP (each with its norm), head and optimizer of every step inside the block.
 
-    What an interval holds is all that its part does, collectives and recomputation included.
+    The interval of a part includes its collectives and its recomputation.
     """
     timer, model = PartTimer(trainer.backend), trainer.policy.model
     wrapped: list[tuple[Any, str]] = []
@@ -129,10 +129,10 @@ def _timed(timer: PartTimer, part: str, forward: Callable[..., Any]) -> Callable
 
 
 def seconds_in_collectives(backend: Backend, act: Callable[[], Any]) -> float:
-    """Run `act` under torch's profiler and return the seconds of its collectives, hidden behind computation
-    or not.
+    """Run `act` under torch's profiler and return the seconds of its collectives, including those that
+    overlap with computation.
 
-    On a GPU those of NCCL's kernels, on a CPU those of gloo's operations on this rank.
+    On a GPU these are NCCL's kernels, on a CPU gloo's operations on this rank.
     """
     activities = [torch.profiler.ProfilerActivity.CPU]
     if backend.is_cuda:

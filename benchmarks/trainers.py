@@ -1,4 +1,4 @@
-"""The product's trainer for a model's shape, with random weights and without an engine."""
+"""Build a trainer for a model's shape with random weights and without an engine."""
 
 import json
 from collections.abc import Sequence
@@ -14,13 +14,13 @@ from rlsc_mcore.training.step import Trainer
 
 
 def find_shape(name: str) -> Architecture:
-    """Return the shape of a public model's name, a model folder, or `embedded:...`."""
+    """Return the shape of a public model's name, of a model folder, or of `embedded:...`."""
     return find_model(str(resolve_model_folder(name)) if name.startswith("embedded:") else name)
 
 
 def write_config(shape: Architecture, folder: Path, layers: int | None = None) -> Path:
-    """Write a config.json of `shape`, of its first `layers` layers only where given, into a new folder and
-    return it."""
+    """Write a config.json of `shape` into a new folder and return the folder; with `layers`, the model has
+    only its first `layers` layers."""
     assert shape.rope_scaling_factor is None, (
         f"{shape.name} with scaled rotary embeddings is not written here"
     )
@@ -37,8 +37,8 @@ def write_config(shape: Architecture, folder: Path, layers: int | None = None) -
 
 
 def make_trainer(folder: Path, flags: Sequence[str], backend: Backend, groups: Groups) -> Trainer:
-    """Build the trainer of a folder's config.json with Megatron's random weights; later flags win. Collective
-    over the world."""
+    """Build the trainer for a folder's config.json with Megatron's random weights. Later flags override
+    earlier ones. Collective over the world."""
     config = parse_config(
         ["--run-dir", "unused", "--model.path", str(folder), "--data.path", "embedded:train", *flags]
     )
