@@ -19,7 +19,7 @@ RESULTS = Path(__file__).parent / "results"
 GIB = 2**30
 BF16_BYTES = 2
 WHOLE, SHARD, HALF = shapes("cuda", full=False)  # V = 152064, an eighth of it, half of the tokens masked
-GPU_DEVICES = ("NVIDIA", "cuda")  # as the benchmarks write them
+GPU_DEVICES = ("NVIDIA", "cuda")  # beginnings of the device names in result files
 REACHED, MISSED, NOT_MEASURED = "reached", "MISSED", "not measured"
 
 
@@ -352,9 +352,7 @@ def _loop_marks() -> list[Mark]:
 def _swap_marks() -> list[Mark]:
     file = "weight_swap_qwen2.5-7b"
     ours, official = "shared storage, the rest rewritten (ours)", "reload_weights, Hugging Face names"
-    published_ms = (
-        2500.0  # the fastest weight synchronisation that a colocated trainer has published (8-27B on 8 GPUs)
-    )
+    published_ms = 2500.0  # fastest published weight synchronisation of a colocated trainer (8-27B on 8 GPUs)
 
     def at_most(limit_ms: float, *path: str) -> Callable[[Results], Measured]:
         def read(results: Results) -> Measured:

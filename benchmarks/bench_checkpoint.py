@@ -72,7 +72,7 @@ def measure(trainer: Trainer, folder: Path, repeats: int) -> dict[str, Any]:
     """Time saves, loads and raw copies in turn."""
     times: dict[str, list[float]] = {"save": [], "save_beside": [], "write": [], "load": [], "read": []}
     size = 0
-    for turn in range(repeats + 1):  # the first warms up
+    for turn in range(repeats + 1):  # the first turn warms up
         run = folder / f"run{turn}"
         saver = CheckpointSaver(run, trainer, "questions", keep_last=1)
         save = clock(lambda saver=saver: saver.save(1, 1))

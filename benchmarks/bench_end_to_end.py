@@ -86,7 +86,7 @@ def main() -> None:
         print(json.dumps(result, indent=1))
         sys.stdout.flush()
         session.close()
-    os._exit(0)  # engine threads and process groups have nothing left to say
+    os._exit(0)  # skip the shutdown of engine threads and process groups
 
 
 def save(result: dict[str, Any], file: Path) -> None:
@@ -171,7 +171,7 @@ def compare_rollout(session: Session, export: Path, repeats: int, correct: dict[
     ours, theirs = context.Pipe()
     arguments = (theirs, str(export), stock_options(session), session.inputs.stop_token_ids)
     process = context.Process(target=stock_engine, args=arguments, daemon=True)
-    session.engine.sleep()  # on a GPU its KV cache makes room for the other engine's; nothing on a CPU
+    session.engine.sleep()  # on a GPU, frees the KV cache for the other engine; no effect on a CPU
     process.start()
     assert ours.recv() == "ready"
 
@@ -214,7 +214,7 @@ def stock_options(session: Session) -> dict[str, Any]:
         "kv_cache_memory_bytes": settings.kv_cache_bytes,
     }
     if session.backend.is_cuda:
-        # Checked against free memory only; the size of the KV cache is given.
+        # vLLM only compares it with free memory; the size of the KV cache is set explicitly.
         options |= {"gpu_memory_utilization": 0.02, "compilation_config": PINNED_COMPILATION}
     return options
 
@@ -233,7 +233,7 @@ def stock_engine(
 
     if current_platform.is_cpu():
         type(current_platform).simple_compile_backend = "eager"
-    # Prefill is not chunked, as in the colocated engine: a seeded request that is split fails on a CPU.
+    # No chunked prefill, as in the colocated engine: a seeded request that is split fails on a CPU.
     llm = LLM(
         model=folder,
         enable_chunked_prefill=False,
@@ -271,7 +271,7 @@ def compare_training(session: Session, export: Path, repeats: int, correct: dict
 
     config, device = session.config, session.backend.device
     rollouts = session.sample(10**6)
-    session.engine.sleep()  # neither side trains beside a KV cache
+    session.engine.sleep()  # both sides train without a KV cache in memory
     sequences = merge_identical(
         rollouts,
         train_end_token=True,

@@ -43,8 +43,8 @@ from rlsc_mcore.types import Question
 
 NUM_SAMPLES = 16
 GOAL_PER_S = 400  # distinct algebraic answers of one core
-MOST_CHARACTERS = 80  # of a formula of `expressions`: an answer, not a derivation
-PLAIN_SECONDS = 2.0  # processor time per comparison, as the workers have
+MOST_CHARACTERS = 80  # limit of a formula in `expressions`; longer ones are derivations
+PLAIN_SECONDS = 2.0  # CPU time per comparison, the same limit as in the workers
 PATHS = ("product", "plain")
 Sample = tuple[str, Question]
 

@@ -212,7 +212,7 @@ def main() -> None:
                 loss = build()
                 checks[name] = check(name, loss, shape, device, dtype)
                 tasks[name] = Task(partial(gradients, loss, inputs))
-                tasks[name].run()  # a peer that runs out of memory at the real size is reported, not fatal
+                tasks[name].run()  # a peer that runs out of memory at the real size is reported
             except Exception as error:
                 tasks.pop(name, None)
                 rows.append(

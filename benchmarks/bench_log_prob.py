@@ -121,9 +121,7 @@ def main() -> None:
                 provider = build()
                 checks[provider.name] = check(provider, shape, device, dtype)
                 built[provider.name] = provider
-            except (
-                Exception
-            ) as error:  # a peer that is missing, does not take the shape or is wrong: reported, never timed
+            except Exception as error:  # a missing, unsuitable or wrong peer is reported and not timed
                 rows.append(
                     Row(
                         shape.name,

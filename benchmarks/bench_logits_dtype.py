@@ -22,11 +22,11 @@ from benchmarks.harness import RESULTS, about, device_name
 from rlsc_mcore.ops import linear_token_log_probs
 
 VOCAB = 152064
-SPREAD = 2.5  # standard deviation of a logit that is not the target's
+SPREAD = 2.5  # standard deviation of the logits other than the target's
 BOOST = (
     10.0,
     30.0,
-)  # what the target's logit has more than the others, drawn uniformly: p from 1 % to 1 - 1e-6
+)  # offset of the target's logit, drawn uniformly: p from 1 % to 1 - 1e-6
 
 
 def draw(num_tokens: int, hidden_size: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:

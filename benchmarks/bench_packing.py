@@ -70,7 +70,7 @@ def distributions(run: Path | None) -> dict[str, list[Question]]:
     found: dict[str, list[Question]] = {}
     for file in sorted(LENGTHS.glob("*.json")):
         recorded = json.loads(file.read_text(encoding="utf-8"))["questions"]
-        if isinstance(recorded[0][1][0], int):  # one reference solution each: the samples scatter around it
+        if isinstance(recorded[0][1][0], int):  # one reference solution each: draw lengths around it
             questions = [
                 (prompt, [(scatter(stream, answer[0], 0.3), 1) for _ in range(NUM_SAMPLES)])
                 for prompt, answer in recorded

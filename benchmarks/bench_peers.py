@@ -60,7 +60,7 @@ def main() -> None:
         "--out", type=Path, help="folder of the result (default: benchmarks/results/<device>)"
     )
     options = parser.parse_args()
-    options.cuda = torch.cuda.is_available()  # does not initialise a GPU that two children need
+    options.cuda = torch.cuda.is_available()  # leaves the GPU to the two child processes
     options.dtype = "bfloat16" if options.cuda else "float32"
     options.per_device_batch = options.per_device_batch or (4 if options.cuda else 16)
     runs: dict[str, list[dict[str, Any]]] = {"ours": [], "trl": []}
@@ -125,7 +125,7 @@ def _send(side: Any, options: argparse.Namespace, sender: Any) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         sender.send(side(options, Path(scratch)))
     sender.close()
-    os._exit(0)  # engine threads have nothing left to say
+    os._exit(0)  # skip the shutdown of engine threads
 
 
 def _questions(options: argparse.Namespace) -> tuple[Any, list[Any], list[list[int]]]:

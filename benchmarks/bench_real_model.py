@@ -70,7 +70,7 @@ def main() -> None:
         "--out", type=Path, help="folder of the result (default: benchmarks/results/<device>)"
     )
     options, flags = parser.parse_known_args()
-    is_cuda = torch.cuda.is_available()  # does not initialise the GPU, which is the runs'
+    is_cuda = torch.cuda.is_available()  # does not initialise the GPU, which the runs need
     train, held_out = split(read_questions(options.questions))
     if not train or not held_out:
         raise ConfigError(
@@ -129,7 +129,7 @@ def main() -> None:
         "model": Path(options.model).name,
         "questions_file": Path(options.questions).name,
     }
-    result["settings"]["flags"] = flags  # without the paths of the files made here
+    result["settings"]["flags"] = flags  # without the paths of temporary files
     out = options.out or RESULTS / device_name(device)
     out.mkdir(parents=True, exist_ok=True)
     (out / "real_model.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")

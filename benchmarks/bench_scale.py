@@ -203,14 +203,14 @@ def train_seconds(
     totals = loads(costs, targets, layout.dp)
     passes = {"full": 4 / 3, "selective": 1.22}.get(layout.recompute, 1.0)
     compute = max(totals) * passes / (layout.tp * layout.pp * gpu.bf16_tflops * 1e12 * TRAIN_EFFICIENCY)
-    # Of every stage of every group: a rank receives what its group trains and its own engine did not sample.
+    # Per stage and group: a rank receives sequences that its group trains and its engine did not sample.
     arriving = np.zeros((layout.pp, layout.dp))
     sampled_by = engine_of.ravel().tolist()
     for length, engine, target in zip(flat, sampled_by, targets, strict=True):
         for stage in range(layout.pp):
             if (stage * per_stage + target * layout.tp) // layout.engine_ranks != engine:
                 arriving[stage, target] += TOKEN_BYTES * length
-    headers = HEADER_BYTES * len(flat) * 8  # to the eight ranks of a node
+    headers = HEADER_BYTES * len(flat) * 8  # sent to the eight ranks of a node
     return (compute + best.seconds["of it tensor-parallel"]) * pipeline_waits(shape, layout, work), {
         "seconds": planning + headers / HOST_BYTES_PER_S + arriving.max() / NETWORK_BYTES_PER_S,
         "imbalance": max(totals) * layout.dp / sum(totals) - 1,
@@ -226,7 +226,7 @@ def draw(rows: Sequence[dict[str, Any]], file: Path) -> None:
     except ImportError:
         return
     matplotlib.use("Agg")
-    matplotlib.rcParams["svg.hashsalt"] = "rlsc"  # the same drawing gives the same file
+    matplotlib.rcParams["svg.hashsalt"] = "rlsc"  # makes the file reproducible
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(9, 0.42 * len(rows) + 1.2))

@@ -59,12 +59,12 @@ TOLERANCES = {"float32": (1e-4, 1e-3), "bfloat16": (2e-2, 5e-2)}  # relative, of
 GATE_LAYERS, GATE_SEQUENCES = (
     2,
     4,
-)  # on a GPU the gate is a model of so many layers: two whole ones would not fit
+)  # layers of the checked model on a GPU, because two whole models would not fit
 MALLOC = {
     "MALLOC_MMAP_THRESHOLD_": "65536",
     "MALLOC_TRIM_THRESHOLD_": "65536",
     "MALLOC_ARENA_MAX": "1",
-}  # freed memory is given back
+}  # freed memory returns to the system
 
 
 def main() -> None:
@@ -136,7 +136,7 @@ def main() -> None:
         )
     groups.barrier()
     sys.stdout.flush()
-    os._exit(0)  # process groups have nothing left to say
+    os._exit(0)  # skip the shutdown of process groups
 
 
 def short_name(shape: str) -> str:
@@ -151,8 +151,8 @@ def default_flags(shape: Architecture, backend: Backend) -> list[str]:
     if num_parameters(shape) < 4e9:
         return ["--model.dtype", "bfloat16", "--training.tokens-per-micro-batch", "15360"]
     # 7.6 B parameters: weights 14 GiB, gradients 28, masters 28, moments 28 in bfloat16 (57 in float32, which
-    # leaves no room), and 22 of activations per 3072 tokens. Without TransformerEngine's Adam half of the
-    # optimizer goes to the host.
+    # does not fit), and 22 of activations per 3072 tokens. Without TransformerEngine's Adam half of the
+    # optimizer state is offloaded to the host.
     memory = (
         ["--optimizer.precision-aware", "True"]
         if has_transformer_engine()
@@ -206,8 +206,8 @@ class Bench:
             tasks["transformers"] = Task(self.their_step(trainer, self.folder, self.sequences))
         if self.backend.is_cuda:
             torch.cuda.reset_peak_memory_stats()
-        # One process on a CPU is timed by its own CPU seconds: its neighbours do not count. Every rank makes
-        # as many rounds.
+        # A single process on a CPU is timed by its own CPU seconds, so that other processes have no effect.
+        # Every rank runs the same number of rounds.
         alone = not self.backend.is_cuda and self.groups.world_size == 1
         clock = time.process_time if alone else time.perf_counter
         timings = measure(tasks, self.backend.device, seconds=0.0, fewest=self.options.repeats, clock=clock)
@@ -280,7 +280,7 @@ class Bench:
         theirs = self.their_step(trainer, self.gate_folder, sequences)
         losses, norms = [], []
         loss_limit, norm_limit = TOLERANCES[trainer.config.model.dtype]
-        for step in range(2):  # the second sees the first's update
+        for step in range(2):  # the second step uses the first step's update
             outcome = trainer.step(batches, 0, len(sequences))
             loss, norm = theirs()
             losses.append([outcome.loss, loss])
@@ -364,7 +364,7 @@ class Bench:
 
     def peak_host_bytes(self, side: str) -> int:
         """Build one side, run two steps and return the peak of the second minus the memory before it."""
-        import transformers  # noqa: F401  # so that neither side is charged with the code
+        import transformers  # noqa: F401  # import it before the measurement, for both sides
 
         before = resident("VmRSS")
         trainer = make_trainer(self.folder, self.flags, self.backend, self.groups)
@@ -376,7 +376,7 @@ class Bench:
         del trainer
         gc.collect()
         step()
-        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the peak so far is forgotten
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # reset the peak
         step()
         return resident("VmHWM") - before
 

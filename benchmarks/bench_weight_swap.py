@@ -94,7 +94,7 @@ def main() -> None:
     if groups.is_main:
         print(json.dumps(result, indent=1))
     groups.barrier()
-    os._exit(0)  # engine threads have nothing left to say
+    os._exit(0)  # skip the shutdown of engine threads
 
 
 def make_config(options: argparse.Namespace, scratch: Path, backend: Backend) -> Config:
@@ -155,15 +155,13 @@ def run(
     }
     gate_ours(swap)
     result["transition_ms"] = transition(engine, swap, backend, rounds=8)
-    # A machine that others use too: where one process does all the work, its own CPU time says more than the
+    # The machine may be shared. If one process does all the work, its CPU time is more accurate than the wall
     # clock.
     alone = not backend.is_cuda and groups.world_size == 1
     result["clock"] = "CPU time of the process" if alone else "time"
     clock = time.process_time if alone else time.perf_counter
     if groups.world_size > 1:
-        seconds = (
-            0.0  # ranks that each look at their own clock would stop at different rounds of a collective
-        )
+        seconds = 0.0  # with a time limit, ranks could stop at different rounds of a collective
     checks = {"checksums": Task(swap.verify_checksums), "full": Task(swap.verify_full)}
     timings = measure(checks, backend.device, seconds / 2, FEWEST_ROUNDS, clock)
     result["verify_ms"] = {name: timing.median_ms for name, timing in timings.items()}
@@ -175,19 +173,19 @@ def run(
     shared = {OURS: Task(swap._refresh), "copy": Task(lambda: target.copy_(source))}
     timings = measure(shared, backend.device, seconds, FEWEST_ROUNDS, clock)
     ours_ms = timings[OURS].median_ms
-    ceiling = 2 * source.nbytes / (timings["copy"].median_ms * 1e-3)  # read and written
+    ceiling = 2 * source.nbytes / (timings["copy"].median_ms * 1e-3)  # one read and one write
     result["copy_ceiling_bytes_per_s"] = ceiling
     result["ways"] = {OURS: _way(ours_ms, ours_ms, moved[OURS], ceiling)}
     save(result)
     if groups.world_size > 1:
         return result
-    # The engine gets weights of its own now; what ours rewrites is the trainer's storage no more, but takes
+    # From here on the engine has its own copy of all weights. The hot swap is timed beside each way; it takes
     # as long as before.
     for name, task in others(engine, swap, policy, scratch, backend):
         if isinstance(task, str):
             result["ways"][name] = {"skipped": task}
         else:
-            slow = name == DISK  # gigabytes written and read: once in the gate and once here
+            slow = name == DISK  # writes and reads gigabytes: once in the check and once here
             rounds = (0.0, 1) if slow else (seconds / 2, FEWEST_ROUNDS)
             timings = measure(
                 {OURS: shared[OURS], name: task}, backend.device, *rounds, clock, warm_ups=0 if slow else 2
@@ -263,7 +261,7 @@ def others(
     module, llm = engine.module, engine._llm
     fused = {
         name: parameter.data.clone() for name, parameter in module.named_parameters()
-    }  # the trainer's side, engine layout
+    }  # the trainer's weights in the engine's layout
     for parameter in module.parameters():
         parameter.data = parameter.data.clone()
     targets = {name: parameter.data for name, parameter in module.named_parameters()}
@@ -322,7 +320,7 @@ def others(
             swap.verify_full()
         except SwapMismatch as mismatch:
             yield name, str(mismatch)
-        except Exception as error:  # a version without it, or that does it otherwise: reported, not timed
+        except Exception as error:  # reported, not timed: this version lacks the call or changed it
             yield name, f"{type(error).__name__}: {error}"
         else:
             yield name, Task(way)

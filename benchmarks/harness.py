@@ -24,7 +24,7 @@ RESULTS = Path(__file__).parent / "results"
 MEAN_GAP_LIMIT = {
     "float32": 1e-3,
     "bfloat16": 0.1,
-}  # |trainer - engine| log-prob per token of a step; above it nothing is timed
+}  # limit of |trainer - engine| log-prob per token of a step; above it nothing is timed
 PACKAGES = (
     "torch",
     "triton",
@@ -65,7 +65,7 @@ class Row:
 
     case: str
     provider: str
-    skipped: str | None = None  # why it was not timed
+    skipped: str | None = None  # the reason why it was not timed
     checks: dict[str, float | bool | str] = field(default_factory=dict)
     timing: Timing | None = None
     bytes_moved: float = 0.0

@@ -11,7 +11,7 @@ from benchmarks.harness import UnavailableError
 from rlsc_mcore.ops import library  # noqa: F401  registers torch.ops.rlsc
 from rlsc_mcore.ops.dispatch import OFFERS, choose, why_not
 
-IGNORED = -100  # what the peers call ignore_index
+IGNORED = -100  # the ignore_index of the peers
 
 
 class Provider(NamedTuple):
@@ -116,7 +116,7 @@ def megatron() -> Provider:
 
     def loss(
         logits: Tensor, targets: Tensor
-    ) -> Tensor:  # it takes no ignored tokens, and may overwrite its input
+    ) -> Tensor:  # it accepts no ignored tokens and may overwrite its input
         losses = fused_vocab_parallel_cross_entropy(
             logits[:, None].clone(), targets.clamp_min(0)[:, None], group
         )

@@ -15,7 +15,7 @@ def draw(path: Path) -> list[Path]:
     except ImportError:
         return []
     matplotlib.use("Agg")
-    matplotlib.rcParams["svg.hashsalt"] = "rlsc"  # the same drawing gives the same file
+    matplotlib.rcParams["svg.hashsalt"] = "rlsc"  # makes the file reproducible
     from matplotlib import pyplot
 
     content = json.loads(path.read_text(encoding="utf-8"))

@@ -24,7 +24,7 @@ MODELS = {
 GOALS = {"qwen2.5-1.5b": 0.45, "qwen2.5-7b": 0.50}  # model FLOPs utilisation of a training step on one H200
 TENSOR_PARALLEL = (1, 2, 4, 8)
 NUM_TOKENS = (4096, 16384, 49152)
-# A step of 16 answers of 3072 tokens, whose logits no peer of the head should have to hold.
+# A step of 16 answers of 3072 tokens. No provider of the head should store all of its logits.
 MEMORY_SHAPE = Shape("7B N=49152 TP=1", 49152, 3584, 152064)
 
 

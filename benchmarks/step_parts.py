@@ -97,9 +97,7 @@ def timed_parts(trainer: Trainer) -> Iterator[PartTimer]:
             ("mlp", "mlp"),
         ):
             module = getattr(layer, name)
-            if not isinstance(
-                module, IdentityOp
-            ):  # TransformerEngine has the norm inside the product that follows
+            if not isinstance(module, IdentityOp):  # TransformerEngine fuses the norm with the next product
                 wrap(module, "forward", _timed(timer, part, module.forward))
     plain_head, plain_update = model._postprocess, trainer._update
 
