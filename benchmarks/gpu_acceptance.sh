@@ -1,17 +1,17 @@
 #!/usr/bin/env bash
-# Everything that is claimed of one GPU, measured and put into one table.
+# Measure all claims about one GPU and write them to one table.
 #
 #   bash benchmarks/gpu_acceptance.sh [--only kernels|swap|train|loop|peers]... [--again] [--out FOLDER]
 #   bash benchmarks/gpu_acceptance.sh --dry-run                                  print the commands; needs no GPU
 #   bash benchmarks/gpu_acceptance.sh --rehearse --out FOLDER                    run every command on a CPU, with tiny shapes
 #
-# Ends within 9 minutes: what did not fit is left, and the next call goes on there. A step that was done with these very sources is
-# not done again (--again does). Results, plots and the table: benchmarks/results/<gpu>/. What is wrong is not timed: where a
-# part's tests fail, its benchmarks do not run. Exit codes: 0 all done, 1 something failed, 2 no GPU or bad input, 3 steps are left.
+# Ends within 9 minutes. The next call runs the steps that are left. A step that is done with the same sources is not repeated (--again
+# repeats it). Results, plots and the table: benchmarks/results/<gpu>/. If the tests of a part fail, its benchmarks do not run.
+# Exit codes: 0 all done, 1 a step failed, 2 no GPU or bad input, 3 steps are left.
 #
-# PYTHON names the interpreter (default: .venv/bin/python, else python3): an environment with a CUDA torch, vLLM and pytest; nvcc
-# in PATH for the kernels. Peers that are installed take part (pip install '.[bench]'). RLSC_SMOLLM2 names a folder that `rlsc
-# prepare smollm2` made (models/smollm2_135m) and RLSC_GSM8K a file of questions (gsm8k_test.jsonl) for the run on real weights.
+# PYTHON is the interpreter (default: .venv/bin/python, else python3) of an environment with a CUDA torch, vLLM and pytest; the kernels
+# need nvcc in PATH. Installed peers are measured too (pip install '.[bench]'). For the run on real weights, RLSC_SMOLLM2 is a folder
+# made by `rlsc prepare smollm2` (models/smollm2_135m) and RLSC_GSM8K a file of questions (gsm8k_test.jsonl).
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit
 
@@ -73,7 +73,7 @@ unset PYTHONDONTWRITEBYTECODE
 
 failed=() left=() broken_parts=" "
 declare -A tried # by name: what several parts stand on runs once in a call
-# step PART NAME SECONDS COMMAND...: run it once for these sources, unless its part is not wanted, has failed, or time is over.
+# step PART NAME SECONDS COMMAND...: run it once for these sources, unless its part is not selected, has failed, or no time is left.
 step() {
     local part=$1 name=$2 seconds=$3 remaining begin=$SECONDS status=0
     shift 3
@@ -116,7 +116,7 @@ step() {
     fi
 }
 
-# needs GIB NAME FILE PART: succeed where the GPU has so much memory; elsewhere write FILE.json, which says what it needs.
+# needs GIB NAME FILE PART: succeed if the GPU has so much memory; otherwise write FILE.json with the required memory and fail.
 needs() {
     if ((gpu_gib >= $1)); then return 0; fi
     if [[ " ${wanted[*]} " != *" $4 "* ]]; then return 1; fi
@@ -126,7 +126,7 @@ needs() {
     return 1
 }
 
-# --- what several parts stand on, made by the first that is wanted; another machine, or a tidy one, has it no more
+# --- steps that several parts need; the first selected part runs them. Repeat them if their output does not exist on this machine
 compgen -G 'rlsc_mcore/_C*.so' >/dev/null || rm -f "$out/.done/build"
 small=1.5b large=7b
 swap_shapes=(qwen2.5-0.5b qwen2.5-1.5b) step_flags=() loop_config=configs/qwen2.5_math_1.5b_1gpu.yaml
@@ -158,7 +158,7 @@ for bench in log_prob linear_log_prob sequence_sum; do
     step kernels "$bench" 100 "$python" -m "benchmarks.bench_$bench" --seconds "$seconds_per_case" --out "$out"
 done
 
-# --- swap: the transition from training to sampling, every way side by side
+# --- swap: the transition from training to sampling, and all ways to bring weights to the engine
 if [[ -n $rehearse ]]; then
     step swap weight_swap 100 "$python" -m benchmarks.bench_weight_swap --seconds 0.1 --out "$out"
 fi
@@ -199,12 +199,12 @@ if needs 130 "end_to_end_$large" "end_to_end_$large" loop; then
         --output "$out/end_to_end_$large.json"
 fi
 
-# --- peers: other trainers, the same model, prompts, samples and lengths
+# --- peers: other trainers with the same model, prompts, samples and lengths
 if [[ -z $rehearse ]] || "$python" -c 'import trl' 2>/dev/null; then
     step peers trl 300 "$python" -m benchmarks.bench_peers --model "$small_model" ${peer_flags[@]+"${peer_flags[@]}"} --out "$out"
 fi
 
-# --- real weights and questions, 20 steps and 3 seeds, with baselines: what is begun goes on in the next call
+# --- real weights and questions, 20 steps and 3 seeds, with baselines; the next call continues an incomplete run
 if [[ -n $dry || (-f $smollm2/config.json && -f $gsm8k) ]]; then
     step loop real_model "$((minutes_in_all * 60))" "$python" -m benchmarks.bench_real_model --model "$smollm2" --questions "$gsm8k" --out "$out"
 elif [[ " ${wanted[*]} " == *" loop "* ]]; then

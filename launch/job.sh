@@ -1,16 +1,16 @@
 # shellcheck shell=bash
-# The job as SLURM knows it: who it is, whose the run folder is, what is recorded, how it ends and whether it goes back into the
-# queue. Sourced by launch/lib.sh.
+# Functions for the SLURM job: its id and attempt, the owner of the run folder, the records, the end of the job and the requeue.
+# Sourced by launch/lib.sh.
 
-# ------------------------------------------------------------------------------------------------ which job this is
+# ------------------------------------------------------------------------------------------------ identity of the job
 
-# Ask SLURM about this job. The environment does not say it: what an outer job exported (an array's ids, a restart count) is still in
-# it. Sets job (JOB, or ARRAY_TASK in an array, since the plain id may stand for all its tasks), attempt, task and record.
+# Query SLURM about this job. The environment is not reliable: it may hold variables of an outer job (an array's ids, a restart count).
+# Sets job (JOB, or ARRAY_TASK in an array, because the plain id may mean all tasks), attempt, task and record.
 _rlsc_identify_job() {
     job=${SLURM_JOB_ID:-} attempt=0 task="" record=""
     if [[ -z $job ]]; then return; fi
     local end=$((SECONDS + check_timeout_s))
-    # An array's own id names several records.
+    # The id of an array has several records.
     until record=$(scontrol show job -d -o "$job" 2>/dev/null | grep "^JobId=$job ") && [[ -n $record ]]; do
         if ((SECONDS >= end)); then
             printf 'rlsc: error: SLURM does not answer: scontrol show job %s\n' "$job" >&2
@@ -30,8 +30,8 @@ _rlsc_identify_job() {
     fi
 }
 
-# Take away what srun would read as options: the step has all of the job, whatever job or shell it was submitted from. Two of these
-# that exclude each other end srun (SLURM_MEM_PER_CPU of an interactive job beside the SLURM_MEM_PER_NODE of this one).
+# Unset the variables that srun reads as options, so that the step gets all resources of the job, independent of the submitting job or
+# shell. srun also fails if two of them exclude each other (SLURM_MEM_PER_CPU of an interactive job and SLURM_MEM_PER_NODE of this job).
 _rlsc_forget_inherited_options() {
     local name
     for name in $(compgen -e | grep -E '^(SLURM|SRUN)_(MEM_PER_|CPU_BIND|MEM_BIND|GPU_BIND|ACCEL_BIND|TRES_|GPUS$|GPUS_PER_|GPU_FREQ|GRES|STEP_GRES|CPUS_PER_|NTASKS|NPROCS|DIST|EXACT|EXCLUSIVE|WHOLE|OVERCOMMIT|OVERLAP|OVERSUBSCRIBE|HINT|THREADS|CORE_SPEC|CONSTRAINT|CLUSTER_CONSTRAINT|HOSTFILE|MULTI|IMMEDIATE|SPREAD_JOB|USE_MIN_NODES|REMOTE_CWD|WORKING_DIR|STDINMODE|STDOUTMODE|STDERRMODE|LABELIO|TIMELIMIT|CONTAINER|HET_|PACK_|RESV_PORTS|OPEN_MODE)'); do
@@ -39,19 +39,19 @@ _rlsc_forget_inherited_options() {
     done
 }
 
-# Print how many GPUs a GRES text counts, of all types: gpu:8, gres:gpu:a100:2,gres:gpu:v100:1, gpu:8(IDX:0-3,5).
+# Print the number of GPUs of all types in a GRES text: gpu:8, gres:gpu:a100:2,gres:gpu:v100:1, gpu:8(IDX:0-3,5).
 _rlsc_count_gpus() {
     tr ',' '\n' <<<"$1" | awk -F'[:/=]' '{ sub(/\(.*/, "") } /(^|[:\/])gpu([:=]|$)/ { n += ($NF ~ /^[0-9]+$/) ? $NF : 1 } END { print n + 0 }'
 }
 
-# Print what this job asked for on each node, as srun's --gpus-per-node takes it (8, a100:8); nothing where it did not.
+# Print the GPUs per node that this job requested, in the format of srun's --gpus-per-node (8, a100:8); print nothing without a request.
 _rlsc_asked_gpus() {
     if [[ $record =~ \ TresPerNode=([^ ]+) ]]; then
         tr ',' '\n' <<<"${BASH_REMATCH[1]}" | sed -nE 's/^(gres[:\/])?gpu$/1/p; s/^(gres[:\/])?gpu[:=]//p' | paste -sd , -
     fi
 }
 
-# Print the GPUs on each node: what was asked for per node, else the smallest count of the nodes, else the recipe's.
+# Print the number of GPUs on each node: the requested number per node, else the smallest number of all nodes, else the recipe's.
 _rlsc_gpus_per_node() { # RECIPE'S
     local counts="" entry
     if [[ $record =~ \ TresPerNode=([^ ]+) ]]; then
@@ -74,15 +74,15 @@ _rlsc_gpus_per_node() { # RECIPE'S
     echo "${entry##*:}"
 }
 
-# Print the CPUs that every node has for this job: nodes differ, and a step that asks for more than the smallest has is refused.
+# Print the smallest number of CPUs that a node has for this job. srun refuses a step that requests more than the smallest node has.
 _rlsc_least_cpus() {
     sed 's/([^)]*)//g' <<<"${SLURM_JOB_CPUS_PER_NODE:-${SLURM_CPUS_ON_NODE:-}}" | tr ',' '\n' | sort -n | head -n 1
 }
 
 # ------------------------------------------------------------------------------------------------ the run folder
 
-# Tell whether a job is running or will go on by itself: 0 yes, 1 no, 2 SLURM does not answer. With USER NAME, another job that was
-# given the same id (ids start again when a cluster is set up anew) does not count.
+# Return 0 if a job is running or will continue by itself, 1 if not, 2 if SLURM does not answer. With USER NAME, another job with the
+# same id does not count (ids start again when a cluster is reinstalled).
 _rlsc_lives() { # ID [USER NAME]
     local answer end=$((SECONDS + check_timeout_s))
     until answer=$(squeue --noheader --jobs "$1" --states PENDING,CONFIGURING,RUNNING,COMPLETING,SUSPENDED --format '%u %j' 2>&1); do
@@ -115,7 +115,7 @@ _rlsc_claim_run_dir() {
     fi
     printf '%s\n%s %s\n' "$job" "$(id -un)" "${SLURM_JOB_NAME:-}" >"$run_dir/.owner"
     export RLSC_ATTEMPT=$attempt RLSC_LOGS=$run_dir/logs/$job.$attempt
-    # What lies there under the name of this attempt or a later one is of an earlier job that had the same id.
+    # Log folders of this attempt or a later one belong to an earlier job that had the same id.
     for old in "$run_dir/logs/$job".*; do
         if [[ -d $old && ${old##*.} =~ ^[0-9]+$ ]] && ((${old##*.} >= attempt)); then
             mv "$old" "$run_dir/logs/before_$(date -r "$old" +%Y%m%dT%H%M%S)_${old##*/}"
@@ -136,7 +136,7 @@ _rlsc_claim_run_dir() {
     fi
 }
 
-# Print how many attempts in a row, up to number LAST - 1, began with the checkpoint that there is now.
+# Print the number of consecutive attempts, up to number LAST - 1, that began with the current checkpoint.
 _rlsc_fruitless() { # LAST
     local count=0 number current
     current=$(_rlsc_checkpoint)
@@ -149,7 +149,7 @@ _rlsc_fruitless() { # LAST
 
 # ------------------------------------------------------------------------------------------------ records
 
-# Pass text on without what looks like a secret: the user part of an address, and a key or token in its query.
+# Copy stdin to stdout and replace secrets: the user part of an address, and a key or token in its query.
 _rlsc_without_secrets() { sed -E 's#(://)[^/@[:space:]]+@#\1***@#g; s#([?&][^=&[:space:]]*(key|token|secret|pass|sig)[^=&[:space:]]*=)[^&[:space:]]+#\1***#Ig'; }
 
 _rlsc_variables() { # PATTERN FORMAT: the exported variables whose names match, without secrets
@@ -181,12 +181,12 @@ print("python", sys.version.split()[0])
 for name in sorted({f"{d.name}=={d.version}" for d in m.distributions()}, key=str.lower): print(name)' >"$RLSC_LOGS/packages.txt" 2>&1 || true
 )
 
-# ------------------------------------------------------------------------------------------------ how it ended
+# ------------------------------------------------------------------------------------------------ end of the job
 
 _rlsc_status() { sed -n "s/^ \"$1\": \"\{0,1\}\([^\",]*\).*/\1/p" "$run_dir/status.json" 2>/dev/null | head -n 1; }
 _rlsc_checkpoint() { cat "$run_dir/checkpoints/latest" 2>/dev/null || echo none; }
 
-# The status must tell how the job ended also where no rank could; what a rank has said stays. Only once no rank writes.
+# Write the final state to status.json if no rank has written one; a rank's own state is kept. Call it only when no rank writes.
 _rlsc_settle_status() { # STATE [MESSAGE]
     case $(_rlsc_status state) in running | launching) ;; *) return 0 ;; esac
     if sed "s|^ \"state\": .*| \"state\": \"$1\",${2:+\\n \"message\": \"$2\",}|" "$run_dir/status.json" >"$run_dir/status.json.settled"; then
@@ -202,7 +202,7 @@ _rlsc_settle_unstarted() { # at the exit of this script, when no rank was starte
     esac
 }
 
-# Tell whether srun refused what it was asked for, as FILE shows: it would do so each time.
+# Return 0 if srun refused the request, by its output in FILE. It would refuse the same request every time.
 _rlsc_was_refused() { # FILE
     grep -qE 'srun: fatal:|srun: error: ([Ii]nvalid|[Uu]nrecognized|.* is not a valid)|Unable to create step.*(More processors requested|node configuration|Invalid|Memory required|not permitted)' "$1" 2>/dev/null
 }
@@ -243,7 +243,7 @@ _rlsc_end() {
     exit "$((code ? code : 1))"
 }
 
-# Tell whether all nodes still run a task: a rank whose node has died is no fault of the run, and the ranks notice before SLURM does.
+# Return 0 if all nodes still run a task. A dead node is not a fault of the run, and the ranks detect it before SLURM does.
 _rlsc_nodes_answer() {
     local nodes=${SLURM_JOB_NUM_NODES:-1}
     if ((nodes == 1)); then return 0; fi

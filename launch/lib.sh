@@ -1,25 +1,25 @@
 # shellcheck shell=bash
-# The body of the launch scripts: settings, plan, checks, ranks, signals. Sourced, never run; docs/cluster.md says how to use it.
-# launch/job.sh has what concerns the job in SLURM (owner, records, requeue), launch/node.sh what runs in its tasks.
+# Shared code of the launch scripts: settings, plan, checks, ranks, signals. Sourced, never run; docs/cluster.md describes its use.
+# launch/job.sh has the functions for the SLURM job (owner, records, requeue), launch/node.sh the functions that run in its tasks.
 #
 # Settings, all optional, from the environment:
-#   MODEL DATA TP RUN_DIR         model.path, data.path, parallel.tp, run_dir (default: runs/<job name> where you submit, so that
-#                                 the same command goes on where the last job stopped; in an array runs/<job name>_<task>)
+#   MODEL DATA TP RUN_DIR         model.path, data.path, parallel.tp, run_dir (default: runs/<job name> in the folder of submission,
+#                                 so that the same command continues the last job's run; in an array runs/<job name>_<task>)
 #   RLSC_CONFIG                   configuration file instead of the recipe's
 #   PYTHON                        interpreter (default: .venv/bin/python of the checkout, else python3)
-#   GPUS_PER_NODE NPROC_PER_NODE  GPUs wanted on each node, ranks on each node (default: one per GPU)
-#   GPU_MEMORY_GIB                memory of one GPU; with it the plan warns of what will not fit (the counts of `rlsc plan`)
+#   GPUS_PER_NODE NPROC_PER_NODE  GPUs required on each node, ranks on each node (default: one per GPU)
+#   GPU_MEMORY_GIB                memory of one GPU; if set, the plan warns when the run does not fit (by the numbers of `rlsc plan`)
 #   MASTER_PORT                   rendezvous port (default: from the job's id and attempt)
-#   CONTAINER MOUNTS              image to run in: a file *.sif by apptainer, anything else by pyxis; extra mounts A:B,C:D
-#   RLSC_MAX_RESTARTS             restarts after crashes that had made progress, and after checks that were cut off (3)
-#   RLSC_MAX_FRUITLESS            attempts in a row that may end without a new checkpoint, however they end (10)
-#   RLSC_MIN_FREE_GB              free space wanted in the run folder on every node (1)
-#   RLSC_CHECK_IMPORTS            1: every node imports torch, Megatron-Core and vLLM once before the ranks start (10 s of processor time,
-#                                 more from a cold file system; the ranks then find them cached). 0: the packages are only looked up
-#   RLSC_CHECK_TIMEOUT_S          seconds after which the check of a node has failed, or SLURM is taken not to answer (300)
-#   RLSC_ROOT                     the checkout, where the script cannot find it
+#   CONTAINER MOUNTS              image to run in: *.sif with apptainer, any other with pyxis; extra mounts A:B,C:D
+#   RLSC_MAX_RESTARTS             restarts after crashes that wrote a checkpoint, and after checks that were cut off (3)
+#   RLSC_MAX_FRUITLESS            consecutive attempts that may end without a new checkpoint, for any reason (10)
+#   RLSC_MIN_FREE_GB              free space required in the run folder on every node (1)
+#   RLSC_CHECK_IMPORTS            1: every node imports torch, Megatron-Core and vLLM once before the ranks start (10 s of CPU time, more
+#                                 from a cold file system; the ranks then read cached files). 0: only check that the packages exist
+#   RLSC_CHECK_TIMEOUT_S          seconds after which the check of a node fails, or SLURM counts as not answering (300)
+#   RLSC_ROOT                     the checkout, if the script cannot find it
 #
-# In an array, %a in the trainer's arguments and in RUN_DIR stands for the task: sbatch --array=0-3 launch/rlsc_7b.sh --seed %a
+# In an array, %a in the trainer's arguments and in RUN_DIR is replaced by the task: sbatch --array=0-3 launch/rlsc_7b.sh --seed %a
 
 RLSC_ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 export RLSC_ROOT
@@ -31,14 +31,14 @@ rlsc_die() {
     exit 2
 }
 
-# Read a setting that counts something into a variable; anything else than a whole number ends with exit 2.
+# Read a whole-number setting into a variable; exit with code 2 if it is not one.
 _rlsc_number() { # NAME UNIT LEAST DEFAULT VARIABLE
     local value=${!1:-$4}
     if [[ ! $value =~ ^(0|[1-9][0-9]{0,8})$ ]] || ((value < $3)); then rlsc_die "$1: expected $2, at least $3, got '$value'"; fi
     printf -v "$5" %s "$value"
 }
 
-# rlsc_launch --nodes N --gpus-per-node G --config FILE -- [--dry-run] TRAINER ARGUMENTS: everything, from checks to exit.
+# rlsc_launch --nodes N --gpus-per-node G --config FILE -- [--dry-run] TRAINER ARGUMENTS: run the whole job, from checks to exit.
 rlsc_launch() {
     local nodes=$2 gpus=$4 config=$6 dry=""
     shift 7
@@ -58,7 +58,7 @@ rlsc_launch() {
         [[ -n $nodes ]] || rlsc_die "SLURM_JOB_NUM_NODES: SLURM did not say how many nodes job $job has"
     fi
     gpus=${GPUS_PER_NODE:-$(_rlsc_gpus_per_node "$gpus")}
-    # An exclusive node has more GPUs than were asked for: a step gets these only.
+    # An exclusive node may have more GPUs than requested; the step gets the requested number.
     srun_gpus=$(_rlsc_asked_gpus)
     srun_gpus=${srun_gpus:+--gpus-per-node=$srun_gpus}
     local ranks=${NPROC_PER_NODE:-$gpus}
@@ -92,7 +92,7 @@ rlsc_launch() {
     _rlsc_end
 }
 
-# ------------------------------------------------------------------------------------------------ what is to be run
+# ------------------------------------------------------------------------------------------------ commands and checks of input
 
 _rlsc_trainer_arguments() { # CONFIG ARGUMENTS...: environment first, so that an argument wins
     local config=$1
@@ -149,7 +149,7 @@ _rlsc_check_input() { # NODES RANKS: the trainer's own parser decides, without t
         if [[ $name == run_dir ]]; then run_dir=$value; fi
         plan+=("$(printf '%-11s %s' "$name" "$value")")
     done <<<"$facts"
-    # vLLM turns them off around its sleep pool only where PYTORCH_CUDA_ALLOC_CONF spells them exactly so.
+    # vLLM disables them around its sleep pool only if PYTORCH_CUDA_ALLOC_CONF has exactly this spelling.
     if [[ ${PYTORCH_CUDA_ALLOC_CONF:-}${PYTORCH_ALLOC_CONF:-} == *expandable_segments:[Tt]rue* ]]; then
         rlsc_say "warning: expandable_segments and the engine's sleep mode exclude each other; unset PYTORCH_CUDA_ALLOC_CONF"
     fi
@@ -160,7 +160,7 @@ _rlsc_rendezvous() { # NODES
     if (($1 > 1)) && [[ -n $job ]]; then
         read -r MASTER_ADDR < <(scontrol show hostnames "$SLURM_JOB_NODELIST") || rlsc_die "SLURM_JOB_NODELIST: '$SLURM_JOB_NODELIST' names no host"
     fi
-    # Below the ports that the system gives out; jobs that share a node differ, and so do attempts of one job and tasks of one array.
+    # The port is below the system's ephemeral ports. It differs between jobs on a node, attempts of a job and tasks of an array.
     MASTER_PORT=${MASTER_PORT:-$((15000 + (${SLURM_JOB_ID:-0} * 10 + attempt) % 15000))}
     export MASTER_ADDR MASTER_PORT
 }
@@ -175,7 +175,7 @@ _rlsc_print_plan() { # NODES GPUS RANKS
     while IFS= read -r line; do rlsc_say "  env         $line"; done < <(_rlsc_variables '^(CUDA|NCCL|TORCH_NCCL|VLLM|RLSC|GLOO|OMP)_' %s | grep -v '^RLSC_ROOT=')
 }
 
-# What starts the ranks, and what each of them is.
+# Set step, the srun command that starts the ranks, and command, the command of each rank.
 _rlsc_step() { # NODES RANKS_PER_NODE
     local cpus overcommit=()
     cpus=$(_rlsc_least_cpus)
@@ -202,7 +202,7 @@ _rlsc_check_nodes() { # NODES GPUS
         >"$log" 2>&1 || status=$?
     grep -v '^checked ' "$log" >&2 || true
     if ((status == 2)); then exit 2; fi
-    # srun also exits with 0 where its step was cancelled before it began: each node must have said that it is well.
+    # srun also exits with 0 if its step was cancelled before it began, so each node must have printed "checked".
     if ((status == 0 && $(grep -c '^checked ' "$log") == $1)); then return; fi
     if ((SECONDS - began >= check_timeout_s + 60)); then
         rlsc_say "a node did not answer within $((check_timeout_s + 60)) s; srun -w NODE hostname finds it"
@@ -220,7 +220,7 @@ _rlsc_check_nodes() { # NODES GPUS
 _rlsc_run() { # NODES RANKS_PER_NODE
     local code=0 srun_lines tee_pid
     rlsc_say "starting $(($1 * $2)) ranks; logs: $RLSC_LOGS/rank_*.log"
-    # srun's own lines are kept: they tell a step that was refused from one that failed.
+    # Keep srun's own lines: they distinguish a refused step from a failed one.
     exec {srun_lines}> >(trap '' USR1 USR2 TERM && exec tee -a "$RLSC_LOGS/srun.log" >&2)
     tee_pid=$!
     "${step[@]}" bash -c 'source "$1" && shift && rlsc_rank "$@"' _ "$RLSC_ROOT/launch/node.sh" "${command[@]}" 2>&"$srun_lines" {srun_lines}>&- &
@@ -236,7 +236,7 @@ _rlsc_run() { # NODES RANKS_PER_NODE
     if [[ -n ${relay_pid:-} ]]; then kill "$relay_pid" 2>/dev/null || true; fi
 }
 
-# Ask the ranks to save, again every few seconds until they have left: one that is just starting may not listen yet.
+# Send USR1 to the ranks every few seconds until they have ended. A rank that is starting may not handle the signal yet.
 _rlsc_relay() {
     if [[ -z ${step_pid:-} || -n ${relay_pid:-} ]]; then return 0; fi
     (

@@ -1,7 +1,8 @@
 # shellcheck shell=bash
-# What runs in the tasks of a job, sourced there: the checks of a node, and the start of a rank. Called by launch/lib.sh.
+# Functions that run in the tasks of a job: the checks of a node, and the start of a rank. Sourced in the tasks by launch/lib.sh.
 
-# Print what a Python cannot import, and why; nothing where all is well. All in one process, as in a rank: libraries can break each other.
+# Print the packages that are not installed, or the first one that a Python cannot import, with the reason; print nothing if there is
+# none. One process imports all packages, as a rank does, because libraries can break each other.
 rlsc_broken_import() { # IMPORTS SECONDS PYTHON...
     local imports=$1 seconds=$2 code=0 output
     shift 2
@@ -25,7 +26,7 @@ os._exit(0)' "$imports" 2>&1) || code=$?
     esac
 }
 
-# Print the devices that this task sees, one per line: a whole GPU by its index or id, a slice of one (MIG) as "MIG ...".
+# Print the devices that are visible to this task, one per line: a whole GPU by its index or id, a slice of a GPU (MIG) as "MIG ...".
 rlsc_visible_devices() {
     local gpus device
     # "INDEX UUID SLICES" for each GPU that the driver lists
@@ -78,8 +79,8 @@ rlsc_check_node() {
     return "$bad"
 }
 
-# Make the folder of this node's compiler caches, private to this user: the compilers load libraries from it. Where the name is taken
-# by somebody else, use a folder that only this task knows, and remove it at the end.
+# Make the folder of this node's compiler caches. It is private to this user, because compilers load libraries from it. If the folder
+# belongs to another user, use a temporary folder of this task and remove it at the end.
 rlsc_private_caches() {
     local shared=${RLSC_NODE_CACHE:-} name
     if [[ -z $shared ]]; then return 0; fi # all caches are where the user wants them
@@ -92,7 +93,8 @@ rlsc_private_caches() {
     done
 }
 
-# In every task: become a rank and run COMMAND... Signals that ask for a save must not end this shell, nor the trainer before it listens.
+# Set the variables of a rank and run COMMAND... in this task. Ignore the signals that request a save, so that they end neither this shell
+# nor a trainer that has not installed its handlers yet.
 rlsc_rank() {
     trap '' USR1 USR2 TERM
     local code=0
@@ -107,7 +109,7 @@ rlsc_rank() {
     rlsc_private_caches
     "$@" || code=$?
     if ((code)); then
-        # The first rank that fails is the cause; srun's own code is that of the ranks which it then kills.
+        # Record the first rank that fails. srun returns the exit code of the ranks that it kills afterwards.
         (set -o noclobber && echo "$code $RANK $(hostname)" >"$RLSC_LOGS/first_failure") 2>/dev/null || true
     fi
     exit "$code"

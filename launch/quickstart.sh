@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Install what is missing and train the embedded model by RLSC; arguments go to `rlsc quickstart` (see --help).
+# Install missing packages and train the embedded model by RLSC; arguments are passed to `rlsc quickstart` (see --help).
 # Paths are relative to the repository's root; the run is written to runs/quickstart there.
 set -euo pipefail
 

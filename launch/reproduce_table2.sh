@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
-# The paper's experiment (arXiv 2506.06395, table 2) as one chain: evaluate the base models under every template, each column by
-# the protocol that its published numbers follow; train on AIME 2024 the paper's recipe, its parts and controls with three
-# seeds each; evaluate after 10, 20 and 40 steps; and write the table beside the paper's numbers with confidence intervals.
+# Run the paper's experiment (arXiv 2506.06395, table 2) as one chain of jobs: evaluate the base models under every template, each
+# column with the protocol of its published numbers; train on AIME 2024 the paper's recipe, its parts and controls with three seeds
+# each; evaluate after 10, 20 and 40 steps; and write the table with confidence intervals beside the paper's numbers.
 #
 #   bash launch/reproduce_table2.sh --benchmark-dir DIR [--sizes 1.5b,7b] [--output DIR]       submits the chain to SLURM
 #   bash launch/reproduce_table2.sh --benchmark-dir DIR --arms rlsc --seeds 0 --steps 10      a part of it
 #   bash launch/reproduce_table2.sh --local --sizes tiny --seeds 0 --steps 1,2                 the same chain, here
 #   bash launch/reproduce_table2.sh --dry-run ...                                              prints it
 #
-# Everything that is needed and not there is named first, and nothing is started then. Partition and account:
-# SBATCH_PARTITION and SBATCH_ACCOUNT. Other options go to every training and evaluation.
+# If an input is missing, the script names it and starts nothing. Partition and account: SBATCH_PARTITION and
+# SBATCH_ACCOUNT. Other options are passed to every training and evaluation.
 set -euo pipefail
 
 RLSC_ROOT=${RLSC_ROOT:-$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)}

@@ -2,7 +2,7 @@
 # Train Qwen2.5-Math-7B by RLSC on one node with 8 GPUs, as in the paper (arXiv 2506.06395).
 #
 #   sbatch [sbatch options] launch/rlsc_7b.sh [trainer options]     for example: --training.num-steps 20
-#   bash launch/rlsc_7b.sh --dry-run [trainer options]              print the plan and check what needs no GPU; runs nothing
+#   bash launch/rlsc_7b.sh --dry-run [trainer options]              print the plan and run the checks that need no GPU; runs nothing else
 #
 # Partition and account: sbatch -p ... -A ..., or SBATCH_PARTITION and SBATCH_ACCOUNT. Everything else: docs/cluster.md.
 #SBATCH --job-name=rlsc_7b
@@ -19,7 +19,7 @@
 #SBATCH --dependency=singleton
 set -euo pipefail
 
-# sbatch runs a copy of this file: SLURM names the original, and its arguments after it.
+# sbatch runs a copy of this file. SLURM reports the path of the original, followed by its arguments.
 script=${BASH_SOURCE[0]}
 if [[ ! -f $(dirname "$script")/lib.sh ]]; then script=$(scontrol show job "${SLURM_JOB_ID:-}" | sed -n '/^ *Command=/{s///;p;q}') || true; fi
 while [[ ! -f $script && $script == *" "* ]]; do script=${script% *}; done

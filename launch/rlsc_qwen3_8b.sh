@@ -2,7 +2,7 @@
 # Train Qwen3-8B by RLSC on one node with 8 GPUs.
 #
 #   sbatch [sbatch options] launch/rlsc_qwen3_8b.sh [trainer options]     for example: --training.num-steps 20
-#   bash launch/rlsc_qwen3_8b.sh --dry-run [trainer options]              print the plan and check what needs no GPU; runs nothing
+#   bash launch/rlsc_qwen3_8b.sh --dry-run [trainer options]              print the plan and run the checks that need no GPU; runs nothing else
 #
 # Partition and account: sbatch -p ... -A ..., or SBATCH_PARTITION and SBATCH_ACCOUNT. Everything else: docs/cluster.md.
 #SBATCH --job-name=rlsc_qwen3_8b
@@ -19,7 +19,7 @@
 #SBATCH --dependency=singleton
 set -euo pipefail
 
-# sbatch runs a copy of this file: SLURM knows where the original lies.
+# sbatch runs a copy of this file. SLURM reports the path of the original.
 if [[ -z ${RLSC_ROOT:-} ]]; then
     script=${BASH_SOURCE[0]}
     if [[ ! -f $(dirname "$script")/lib.sh ]]; then

@@ -1,6 +1,6 @@
 # shellcheck shell=bash
-# What the packages need of the operating system; launch/install.sh sources it and checks before it downloads anything.
-# Missing system packages are installed where that is possible: as root, with apt-get or dnf, unless RLSC_SYSTEM_PACKAGES=0.
+# Check the operating system for the requirements of the packages. launch/install.sh sources this file and checks before it downloads
+# anything. Missing system packages are installed if possible: as root, with apt-get or dnf, unless RLSC_SYSTEM_PACKAGES=0.
 # Expects the functions say and die, and the variable device.
 
 package_manager() {
@@ -13,7 +13,7 @@ package_manager() {
     done
 }
 
-# package_of WHAT [VERSION]: the name of the system package that has it; VERSION is Python's, where it is not the system's own.
+# package_of WHAT [VERSION]: print the system package that contains WHAT; VERSION is Python's, if it is not the system's Python.
 package_of() {
     local version=${2:-3}
     case $(package_manager)/$1 in
@@ -29,7 +29,7 @@ package_of() {
     esac
 }
 
-# install_system_packages NAME...: install them; returns 1 where this user or machine cannot.
+# install_system_packages NAME...: install them; return 1 if this user or machine cannot.
 install_system_packages() {
     local manager
     manager=$(package_manager)
@@ -42,7 +42,7 @@ install_system_packages() {
     fi
 }
 
-# how_to_install NAME...: the command for the user to run.
+# how_to_install NAME...: print the command for the user to run.
 how_to_install() {
     case $(package_manager) in
         apt-get) echo "apt-get install $*" ;;
@@ -55,14 +55,14 @@ has_library() { "$1" -c 'import ctypes, sys; ctypes.CDLL(sys.argv[1])' "$2" 2>/d
 has_compiler() { command -v "${CXX:-c++}" >/dev/null; }
 has_headers() { "$1" -c 'import pathlib, sys, sysconfig; sys.exit(not pathlib.Path(sysconfig.get_path("include"), "Python.h").exists())' 2>/dev/null; }
 
-# missing_parts PYTHON: print what the machine lacks, one word per line: numa (required on a CPU), compiler, headers (wanted).
+# missing_parts PYTHON: print the missing parts, one word per line: numa (required on a CPU), compiler, headers (optional).
 missing_parts() {
     if [[ $device == cpu ]] && ! has_library "$1" libnuma.so.1; then echo numa; fi
     if ! has_compiler; then echo compiler; fi
     if ! has_headers "$1"; then echo headers; fi
 }
 
-# check_platform: die where the pinned packages have no builds for the machine.
+# check_platform: exit with an error if the pinned packages have no builds for the machine.
 check_platform() {
     local machine libc
     machine=$(uname -sm)
@@ -75,7 +75,7 @@ check_platform() {
     fi
 }
 
-# check_disk FOLDER GIB: die where fewer GiB are free for FOLDER.
+# check_disk FOLDER GIB: exit with an error if fewer GiB are free for FOLDER.
 check_disk() {
     local folder=$1 free_kib
     while [[ ! -e $folder ]]; do folder=$(dirname "$folder"); done
@@ -83,7 +83,7 @@ check_disk() {
     ((free_kib >= $2 * 1048576)) || die "$1 needs about $2 GiB of disk, $((free_kib / 1048576)) GiB are free; make room or set RLSC_VENV to another disk"
 }
 
-# check_system PYTHON: install what the machine lacks; die where a required part stays missing, and note the others.
+# check_system PYTHON: install missing parts; exit with an error if a required part stays missing, and print a note for the others.
 check_system() {
     local python=$1 version part names=() left
     version=$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])')

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Install what is missing and run the default test suite; arguments go to pytest (for example: -m slow, -k swap, tests/unit).
-# Without arguments two files are tested at a time, but on a machine with a GPU, whose memory one engine fills.
+# Install missing packages and run the default test suite; arguments are passed to pytest (for example: -m slow, -k swap, tests/unit).
+# Without arguments two files are tested at a time. On a machine with a GPU it is one file, because one engine fills the GPU memory.
 set -euo pipefail
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
