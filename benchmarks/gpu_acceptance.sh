@@ -5,13 +5,15 @@
 #   bash benchmarks/gpu_acceptance.sh --dry-run                                  print the commands; needs no GPU
 #   bash benchmarks/gpu_acceptance.sh --rehearse --out FOLDER                    run every command on a CPU, with tiny shapes
 #
-# Ends within 9 minutes. The next call runs the steps that are left. A step that is done with the same sources is not repeated (--again
-# repeats it). Results, plots and the table: benchmarks/results/<gpu>/. If the tests of a part fail, its benchmarks do not run.
+# Ends within 9 minutes. The next call runs the steps that are left. A step that is done with the same sources
+# is not repeated (--again repeats it). Results, plots and the table: benchmarks/results/<gpu>/. If the tests
+# of a part fail, its benchmarks do not run.
 # Exit codes: 0 all done, 1 a step failed, 2 no GPU or bad input, 3 steps are left.
 #
-# PYTHON is the interpreter (default: .venv/bin/python, else python3) of an environment with a CUDA torch, vLLM and pytest; the kernels
-# need nvcc in PATH. Installed peers are measured too (pip install '.[bench]'). For the run on real weights, RLSC_SMOLLM2 is a folder
-# made by `rlsc prepare smollm2` (models/smollm2_135m) and RLSC_GSM8K a file of questions (gsm8k_test.jsonl).
+# PYTHON is the interpreter (default: .venv/bin/python, else python3) of an environment with a CUDA torch,
+# vLLM and pytest; the kernels need nvcc in PATH. Installed peers are measured too (pip install '.[bench]').
+# For the run on real weights, RLSC_SMOLLM2 is a folder made by `rlsc prepare smollm2` (models/smollm2_135m)
+# and RLSC_GSM8K a file of questions (gsm8k_test.jsonl).
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit
 
@@ -73,7 +75,8 @@ unset PYTHONDONTWRITEBYTECODE
 
 failed=() left=() broken_parts=" "
 declare -A tried # by name: what several parts stand on runs once in a call
-# step PART NAME SECONDS COMMAND...: run it once for these sources, unless its part is not selected, has failed, or no time is left.
+# step PART NAME SECONDS COMMAND...: run it once for these sources, unless its part is not selected, has
+# failed, or no time is left.
 step() {
     local part=$1 name=$2 seconds=$3 remaining begin=$SECONDS status=0
     shift 3
@@ -116,7 +119,8 @@ step() {
     fi
 }
 
-# needs GIB NAME FILE PART: succeed if the GPU has so much memory; otherwise write FILE.json with the required memory and fail.
+# needs GIB NAME FILE PART: succeed if the GPU has so much memory; otherwise write FILE.json with the required
+# memory and fail.
 needs() {
     if ((gpu_gib >= $1)); then return 0; fi
     if [[ " ${wanted[*]} " != *" $4 "* ]]; then return 1; fi

@@ -15,10 +15,11 @@ _default NCCL_DEBUG WARN         # one line when NCCL fails; INFO for the networ
 _default TORCH_NCCL_DUMP_ON_TIMEOUT 1 # a hang leaves the flight recorder's file of the last collectives
 
 # --- CUDA and NCCL
-# One hardware queue starts Megatron's communication before the computation that overlaps it; needed for tp > 1 before Blackwell.
+# One hardware queue starts Megatron's communication before the computation that overlaps it; needed for
+# tp > 1 before Blackwell.
 _default CUDA_DEVICE_MAX_CONNECTIONS 1
-# Timeout for a hung rank in seconds: waiting ranks stop and the job ends. It must be longer than the longest rollout, because
-# data-parallel ranks wait for the rank whose rollout takes longest.
+# Timeout for a hung rank in seconds: waiting ranks stop and the job ends. It must be longer than the longest
+# rollout, because data-parallel ranks wait for the rank whose rollout takes longest.
 _default RLSC_COLLECTIVE_TIMEOUT_S 1800
 
 # --- vLLM in the trainer's process

@@ -4,7 +4,8 @@
 #   bash launch/install.sh [--with test] [--with smollm2] [--with hub] [--with wandb] [--with bench] [--with docs]
 #
 # Idempotent: packages that have the pinned version are kept; if nothing is missing, it ends within a second.
-# The stacks and their versions are in rlsc_mcore/commands/stacks.tsv. Settings, all optional, from the environment:
+# The stacks and their versions are in rlsc_mcore/commands/stacks.tsv. Settings, all optional, from the
+# environment:
 #   RLSC_DEVICE=cpu|cuda       device; default: cuda where the NVIDIA driver is present, else cpu
 #   RLSC_STACK=NAME            stack to install; default: the device's first one (cpu or gpu)
 #   RLSC_PYTHON=python3.12     interpreter; default: the first of python3.11, 3.12, 3.13 and python3 that suits the stack
@@ -44,7 +45,8 @@ trap stop_ticker EXIT
 trap 'say "interrupted; run it again to go on"; exit 130' INT # pip may turn the signal into a mere failure
 trap 'say "terminated; run it again to go on"; exit 143' TERM
 
-# run "what" COMMAND...: run it with its output in the log and print a progress line every 15 seconds; return its exit status.
+# run "what" COMMAND...: run it with its output in the log and print a progress line every 15 seconds; return
+# its exit status.
 run() {
     local what=$1 status=0 begin=$SECONDS
     shift
@@ -68,8 +70,8 @@ give_up() {
     grep -v '^WARNING: Location' "$log" | tail -n 20 | sed 's/^/    /' >&8
     die "$1 failed (all of it in $log). $2"
 }
-# Return 0 if pip's last failure was a version that does not exist for this machine, and not, for example, the network. If the site's
-# configuration constrains the package, pip reports a conflict.
+# Return 0 if pip's last failure was a version that does not exist for this machine, and not, for example, the
+# network. If the site's configuration constrains the package, pip reports a conflict.
 was_not_found() {
     local output
     output=$(tac "$log" | sed '/^== /q')
@@ -116,7 +118,8 @@ stack=${RLSC_STACK:-$(head -n 1 <<<"$device_stacks" | cut -f 1)}
 suitable_pythons=$(awk -F '\t' -v stack="$stack" '$1 == stack { print $3 }' <<<"$device_stacks" | tr ' ' '\n' | sort -V | paste -s -d ' ' -)
 [[ -n $suitable_pythons ]] || die "RLSC_STACK: expected one of $(names <<<"$device_stacks") for RLSC_DEVICE=$device, got '$stack'"
 
-# Print the pins of a list. A list that names another list in "# over:" replaces that list's pins of the same packages.
+# Print the pins of a list. A list that names another list in "# over:" replaces that list's pins of the same
+# packages.
 pins_of() {
     local list=$root/launch/requirements-$1.txt base
     base=$(sed -n 's/^# over: //p' "$list")
@@ -131,8 +134,8 @@ version_of() { "$1" -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/de
 suits_stack() { [[ " $suitable_pythons " == *" $1 "* ]]; }
 candidates=(python3.11 python3.12 python3.13 python3)
 if [[ -n ${RLSC_PYTHON:-} ]]; then candidates=("$RLSC_PYTHON"); fi
-# find_python: set base_python to the first suitable interpreter that can make environments. If none can, set python_without_venv to
-# an interpreter that is suitable otherwise.
+# find_python: set base_python to the first suitable interpreter that can make environments. If none can, set
+# python_without_venv to an interpreter that is suitable otherwise.
 find_python() {
     local candidate version
     base_python="" python_without_venv=""
@@ -170,7 +173,8 @@ if command -v flock >/dev/null; then
 fi
 
 # --- the environment --------------------------------------------------------------------------------------------------
-# It is kept only if stack, folder and interpreter are the same as when it was made, because its scripts hold absolute paths.
+# It is kept only if stack, folder and interpreter are the same as when it was made, because its scripts hold
+# absolute paths.
 made_for="$stack $root"
 if [[ -e $venv ]] && ! has_mark made_for "$made_for"; then
     [[ -d $marks || -z $(ls -A "$venv") ]] || die "$venv exists and was not made by this script; move it away or set RLSC_VENV"

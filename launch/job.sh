@@ -1,11 +1,12 @@
 # shellcheck shell=bash
-# Functions for the SLURM job: its id and attempt, the owner of the run folder, the records, the end of the job and the requeue.
-# Sourced by launch/lib.sh.
+# Functions for the SLURM job: its id and attempt, the owner of the run folder, the records, the end of the
+# job and the requeue. Sourced by launch/lib.sh.
 
 # ------------------------------------------------------------------------------------------------ identity of the job
 
-# Query SLURM about this job. The environment is not reliable: it may hold variables of an outer job (an array's ids, a restart count).
-# Sets job (JOB, or ARRAY_TASK in an array, because the plain id may mean all tasks), attempt, task and record.
+# Query SLURM about this job. The environment is not reliable: it may hold variables of an outer job (an
+# array's ids, a restart count). Sets job (JOB, or ARRAY_TASK in an array, because the plain id may mean all
+# tasks), attempt, task and record.
 _rlsc_identify_job() {
     job=${SLURM_JOB_ID:-} attempt=0 task="" record=""
     if [[ -z $job ]]; then return; fi
@@ -30,8 +31,9 @@ _rlsc_identify_job() {
     fi
 }
 
-# Unset the variables that srun reads as options, so that the step gets all resources of the job, independent of the submitting job or
-# shell. srun also fails if two of them exclude each other (SLURM_MEM_PER_CPU of an interactive job and SLURM_MEM_PER_NODE of this job).
+# Unset the variables that srun reads as options, so that the step gets all resources of the job, independent
+# of the submitting job or shell. srun also fails if two of them exclude each other (SLURM_MEM_PER_CPU of an
+# interactive job and SLURM_MEM_PER_NODE of this job).
 _rlsc_forget_inherited_options() {
     local name
     for name in $(compgen -e | grep -E '^(SLURM|SRUN)_(MEM_PER_|CPU_BIND|MEM_BIND|GPU_BIND|ACCEL_BIND|TRES_|GPUS$|GPUS_PER_|GPU_FREQ|GRES|STEP_GRES|CPUS_PER_|NTASKS|NPROCS|DIST|EXACT|EXCLUSIVE|WHOLE|OVERCOMMIT|OVERLAP|OVERSUBSCRIBE|HINT|THREADS|CORE_SPEC|CONSTRAINT|CLUSTER_CONSTRAINT|HOSTFILE|MULTI|IMMEDIATE|SPREAD_JOB|USE_MIN_NODES|REMOTE_CWD|WORKING_DIR|STDINMODE|STDOUTMODE|STDERRMODE|LABELIO|TIMELIMIT|CONTAINER|HET_|PACK_|RESV_PORTS|OPEN_MODE)'); do
@@ -39,19 +41,22 @@ _rlsc_forget_inherited_options() {
     done
 }
 
-# Print the number of GPUs of all types in a GRES text: gpu:8, gres:gpu:a100:2,gres:gpu:v100:1, gpu:8(IDX:0-3,5).
+# Print the number of GPUs of all types in a GRES text: gpu:8, gres:gpu:a100:2,gres:gpu:v100:1,
+# gpu:8(IDX:0-3,5).
 _rlsc_count_gpus() {
     tr ',' '\n' <<<"$1" | awk -F'[:/=]' '{ sub(/\(.*/, "") } /(^|[:\/])gpu([:=]|$)/ { n += ($NF ~ /^[0-9]+$/) ? $NF : 1 } END { print n + 0 }'
 }
 
-# Print the GPUs per node that this job requested, in the format of srun's --gpus-per-node (8, a100:8); print nothing without a request.
+# Print the GPUs per node that this job requested, in the format of srun's --gpus-per-node (8, a100:8); print
+# nothing without a request.
 _rlsc_asked_gpus() {
     if [[ $record =~ \ TresPerNode=([^ ]+) ]]; then
         tr ',' '\n' <<<"${BASH_REMATCH[1]}" | sed -nE 's/^(gres[:\/])?gpu$/1/p; s/^(gres[:\/])?gpu[:=]//p' | paste -sd , -
     fi
 }
 
-# Print the number of GPUs on each node: the requested number per node, else the smallest number of all nodes, else the recipe's.
+# Print the number of GPUs on each node: the requested number per node, else the smallest number of all nodes,
+# else the recipe's.
 _rlsc_gpus_per_node() { # RECIPE'S
     local counts="" entry
     if [[ $record =~ \ TresPerNode=([^ ]+) ]]; then
@@ -74,15 +79,16 @@ _rlsc_gpus_per_node() { # RECIPE'S
     echo "${entry##*:}"
 }
 
-# Print the smallest number of CPUs that a node has for this job. srun refuses a step that requests more than the smallest node has.
+# Print the smallest number of CPUs that a node has for this job. srun refuses a step that requests more than
+# the smallest node has.
 _rlsc_least_cpus() {
     sed 's/([^)]*)//g' <<<"${SLURM_JOB_CPUS_PER_NODE:-${SLURM_CPUS_ON_NODE:-}}" | tr ',' '\n' | sort -n | head -n 1
 }
 
 # ------------------------------------------------------------------------------------------------ the run folder
 
-# Return 0 if a job is running or will continue by itself, 1 if not, 2 if SLURM does not answer. With USER NAME, another job with the
-# same id does not count (ids start again when a cluster is reinstalled).
+# Return 0 if a job is running or will continue by itself, 1 if not, 2 if SLURM does not answer. With USER
+# NAME, another job with the same id does not count (ids start again when a cluster is reinstalled).
 _rlsc_lives() { # ID [USER NAME]
     local answer end=$((SECONDS + check_timeout_s))
     until answer=$(squeue --noheader --jobs "$1" --states PENDING,CONFIGURING,RUNNING,COMPLETING,SUSPENDED --format '%u %j' 2>&1); do
@@ -186,7 +192,8 @@ for name in sorted({f"{d.name}=={d.version}" for d in m.distributions()}, key=st
 _rlsc_status() { sed -n "s/^ \"$1\": \"\{0,1\}\([^\",]*\).*/\1/p" "$run_dir/status.json" 2>/dev/null | head -n 1; }
 _rlsc_checkpoint() { cat "$run_dir/checkpoints/latest" 2>/dev/null || echo none; }
 
-# Write the final state to status.json if no rank has written one; a rank's own state is kept. Call it only when no rank writes.
+# Write the final state to status.json if no rank has written one; a rank's own state is kept. Call it only
+# when no rank writes.
 _rlsc_settle_status() { # STATE [MESSAGE]
     case $(_rlsc_status state) in running | launching) ;; *) return 0 ;; esac
     if sed "s|^ \"state\": .*| \"state\": \"$1\",${2:+\\n \"message\": \"$2\",}|" "$run_dir/status.json" >"$run_dir/status.json.settled"; then
@@ -243,7 +250,8 @@ _rlsc_end() {
     exit "$((code ? code : 1))"
 }
 
-# Return 0 if all nodes still run a task. A dead node is not a fault of the run, and the ranks detect it before SLURM does.
+# Return 0 if all nodes still run a task. A dead node is not a fault of the run, and the ranks detect it
+# before SLURM does.
 _rlsc_nodes_answer() {
     local nodes=${SLURM_JOB_NUM_NODES:-1}
     if ((nodes == 1)); then return 0; fi

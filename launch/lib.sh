@@ -1,6 +1,7 @@
 # shellcheck shell=bash
-# Shared code of the launch scripts: settings, plan, checks, ranks, signals. Sourced, never run; docs/cluster.md describes its use.
-# launch/job.sh has the functions for the SLURM job (owner, records, requeue), launch/node.sh the functions that run in its tasks.
+# Shared code of the launch scripts: settings, plan, checks, ranks, signals. Sourced, never run;
+# docs/cluster.md describes its use. launch/job.sh has the functions for the SLURM job (owner, records,
+# requeue), launch/node.sh the functions that run in its tasks.
 #
 # Settings, all optional, from the environment:
 #   MODEL DATA TP RUN_DIR         model.path, data.path, parallel.tp, run_dir (default: runs/<job name> in the folder of submission,
@@ -19,7 +20,8 @@
 #   RLSC_CHECK_TIMEOUT_S          seconds after which the check of a node fails, or SLURM counts as not answering (300)
 #   RLSC_ROOT                     the checkout, if the script cannot find it
 #
-# In an array, %a in the trainer's arguments and in RUN_DIR is replaced by the task: sbatch --array=0-3 launch/rlsc_7b.sh --seed %a
+# In an array, %a in the trainer's arguments and in RUN_DIR is replaced by the task:
+#   sbatch --array=0-3 launch/rlsc_7b.sh --seed %a
 
 RLSC_ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 export RLSC_ROOT
@@ -38,7 +40,8 @@ _rlsc_number() { # NAME UNIT LEAST DEFAULT VARIABLE
     printf -v "$5" %s "$value"
 }
 
-# rlsc_launch --nodes N --gpus-per-node G --config FILE -- [--dry-run] TRAINER ARGUMENTS: run the whole job, from checks to exit.
+# rlsc_launch --nodes N --gpus-per-node G --config FILE -- [--dry-run] TRAINER ARGUMENTS: run the whole job,
+# from checks to exit.
 rlsc_launch() {
     local nodes=$2 gpus=$4 config=$6 dry=""
     shift 7
@@ -160,7 +163,8 @@ _rlsc_rendezvous() { # NODES
     if (($1 > 1)) && [[ -n $job ]]; then
         read -r MASTER_ADDR < <(scontrol show hostnames "$SLURM_JOB_NODELIST") || rlsc_die "SLURM_JOB_NODELIST: '$SLURM_JOB_NODELIST' names no host"
     fi
-    # The port is below the system's ephemeral ports. It differs between jobs on a node, attempts of a job and tasks of an array.
+    # The port is below the system's ephemeral ports. It differs between jobs on a node, attempts of a job and
+    # tasks of an array.
     MASTER_PORT=${MASTER_PORT:-$((15000 + (${SLURM_JOB_ID:-0} * 10 + attempt) % 15000))}
     export MASTER_ADDR MASTER_PORT
 }
@@ -202,7 +206,8 @@ _rlsc_check_nodes() { # NODES GPUS
         >"$log" 2>&1 || status=$?
     grep -v '^checked ' "$log" >&2 || true
     if ((status == 2)); then exit 2; fi
-    # srun also exits with 0 if its step was cancelled before it began, so each node must have printed "checked".
+    # srun also exits with 0 if its step was cancelled before it began, so each node must have printed
+    # "checked".
     if ((status == 0 && $(grep -c '^checked ' "$log") == $1)); then return; fi
     if ((SECONDS - began >= check_timeout_s + 60)); then
         rlsc_say "a node did not answer within $((check_timeout_s + 60)) s; srun -w NODE hostname finds it"
@@ -236,7 +241,8 @@ _rlsc_run() { # NODES RANKS_PER_NODE
     if [[ -n ${relay_pid:-} ]]; then kill "$relay_pid" 2>/dev/null || true; fi
 }
 
-# Send USR1 to the ranks every few seconds until they have ended. A rank that is starting may not handle the signal yet.
+# Send USR1 to the ranks every few seconds until they have ended. A rank that is starting may not handle the
+# signal yet.
 _rlsc_relay() {
     if [[ -z ${step_pid:-} || -n ${relay_pid:-} ]]; then return 0; fi
     (

@@ -1,8 +1,10 @@
 # shellcheck shell=bash
-# Functions that run in the tasks of a job: the checks of a node, and the start of a rank. Sourced in the tasks by launch/lib.sh.
+# Functions that run in the tasks of a job: the checks of a node, and the start of a rank. Sourced in the
+# tasks by launch/lib.sh.
 
-# Print the packages that are not installed, or the first one that a Python cannot import, with the reason; print nothing if there is
-# none. One process imports all packages, as a rank does, because libraries can break each other.
+# Print the packages that are not installed, or the first one that a Python cannot import, with the reason;
+# print nothing if there is none. One process imports all packages, as a rank does, because libraries can
+# break each other.
 rlsc_broken_import() { # IMPORTS SECONDS PYTHON...
     local imports=$1 seconds=$2 code=0 output
     shift 2
@@ -26,7 +28,8 @@ os._exit(0)' "$imports" 2>&1) || code=$?
     esac
 }
 
-# Print the devices that are visible to this task, one per line: a whole GPU by its index or id, a slice of a GPU (MIG) as "MIG ...".
+# Print the devices that are visible to this task, one per line: a whole GPU by its index or id, a slice of a
+# GPU (MIG) as "MIG ...".
 rlsc_visible_devices() {
     local gpus device
     # "INDEX UUID SLICES" for each GPU that the driver lists
@@ -47,8 +50,8 @@ rlsc_visible_devices() {
     done
 }
 
-# Check this node. RUN_DIR CANARY GPUS FREE_GB IMPORTS SECONDS PYTHON...; prints one line per fault, with the node's
-# name, or "checked NODE".
+# Check this node. RUN_DIR CANARY GPUS FREE_GB IMPORTS SECONDS PYTHON...; prints one line per fault, with the
+# node's name, or "checked NODE".
 rlsc_check_node() {
     local run_dir=$1 canary=$2 gpus=$3 free_gb=$4 imports=$5 seconds=$6 bad=0 devices visible slices free broken host
     host=$(hostname)
@@ -79,8 +82,9 @@ rlsc_check_node() {
     return "$bad"
 }
 
-# Make the folder of this node's compiler caches. It is private to this user, because compilers load libraries from it. If the folder
-# belongs to another user, use a temporary folder of this task and remove it at the end.
+# Make the folder of this node's compiler caches. It is private to this user, because compilers load libraries
+# from it. If the folder belongs to another user, use a temporary folder of this task and remove it at the
+# end.
 rlsc_private_caches() {
     local shared=${RLSC_NODE_CACHE:-} name
     if [[ -z $shared ]]; then return 0; fi # all caches are where the user wants them
@@ -93,8 +97,8 @@ rlsc_private_caches() {
     done
 }
 
-# Set the variables of a rank and run COMMAND... in this task. Ignore the signals that request a save, so that they end neither this shell
-# nor a trainer that has not installed its handlers yet.
+# Set the variables of a rank and run COMMAND... in this task. Ignore the signals that request a save, so that
+# they end neither this shell nor a trainer that has not installed its handlers yet.
 rlsc_rank() {
     trap '' USR1 USR2 TERM
     local code=0

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Install missing packages and train the embedded model by RLSC; arguments are passed to `rlsc quickstart` (see --help).
-# Paths are relative to the repository's root; the run is written to runs/quickstart there.
+# Install missing packages and train the embedded model by RLSC; arguments are passed to `rlsc quickstart`
+# (see --help). Paths are relative to the repository's root; the run is written to runs/quickstart there.
 set -euo pipefail
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.."

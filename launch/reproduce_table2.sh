@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# Run the paper's experiment (arXiv 2506.06395, table 2) as one chain of jobs: evaluate the base models under every template, each
-# column with the protocol of its published numbers; train on AIME 2024 the paper's recipe, its parts and controls with three seeds
-# each; evaluate after 10, 20 and 40 steps; and write the table with confidence intervals beside the paper's numbers.
+# Run the paper's experiment (arXiv 2506.06395, table 2) as one chain of jobs: evaluate the base models under
+# every template, each column with the protocol of its published numbers; train on AIME 2024 the paper's
+# recipe, its parts and controls with three seeds each; evaluate after 10, 20 and 40 steps; and write the
+# table with confidence intervals beside the paper's numbers.
 #
 #   bash launch/reproduce_table2.sh --benchmark-dir DIR [--sizes 1.5b,7b] [--output DIR]       submits the chain to SLURM
 #   bash launch/reproduce_table2.sh --benchmark-dir DIR --arms rlsc --seeds 0 --steps 10      a part of it

@@ -4,7 +4,8 @@
 #   sbatch [sbatch options] launch/rlsc_72b.sh [trainer options]     for example: --training.num-steps 20
 #   bash launch/rlsc_72b.sh --dry-run [trainer options]              print the plan and run the checks that need no GPU; runs nothing else
 #
-# Partition and account: sbatch -p ... -A ..., or SBATCH_PARTITION and SBATCH_ACCOUNT. Everything else: docs/cluster.md.
+# Partition and account: sbatch -p ... -A ..., or SBATCH_PARTITION and SBATCH_ACCOUNT. Everything else:
+# docs/cluster.md.
 #SBATCH --job-name=rlsc_72b
 #SBATCH --nodes=4
 #SBATCH --ntasks-per-node=1

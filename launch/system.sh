@@ -1,7 +1,7 @@
 # shellcheck shell=bash
-# Check the operating system for the requirements of the packages. launch/install.sh sources this file and checks before it downloads
-# anything. Missing system packages are installed if possible: as root, with apt-get or dnf, unless RLSC_SYSTEM_PACKAGES=0.
-# Expects the functions say and die, and the variable device.
+# Check the operating system for the requirements of the packages. launch/install.sh sources this file and
+# checks before it downloads anything. Missing system packages are installed if possible: as root, with
+# apt-get or dnf, unless RLSC_SYSTEM_PACKAGES=0. Expects the functions say and die, and the variable device.
 
 package_manager() {
     local name
@@ -13,7 +13,8 @@ package_manager() {
     done
 }
 
-# package_of WHAT [VERSION]: print the system package that contains WHAT; VERSION is Python's, if it is not the system's Python.
+# package_of WHAT [VERSION]: print the system package that contains WHAT; VERSION is Python's, if it is not
+# the system's Python.
 package_of() {
     local version=${2:-3}
     case $(package_manager)/$1 in
@@ -55,7 +56,8 @@ has_library() { "$1" -c 'import ctypes, sys; ctypes.CDLL(sys.argv[1])' "$2" 2>/d
 has_compiler() { command -v "${CXX:-c++}" >/dev/null; }
 has_headers() { "$1" -c 'import pathlib, sys, sysconfig; sys.exit(not pathlib.Path(sysconfig.get_path("include"), "Python.h").exists())' 2>/dev/null; }
 
-# missing_parts PYTHON: print the missing parts, one word per line: numa (required on a CPU), compiler, headers (optional).
+# missing_parts PYTHON: print the missing parts, one word per line: numa (required on a CPU), compiler,
+# headers (optional).
 missing_parts() {
     if [[ $device == cpu ]] && ! has_library "$1" libnuma.so.1; then echo numa; fi
     if ! has_compiler; then echo compiler; fi
@@ -83,7 +85,8 @@ check_disk() {
     ((free_kib >= $2 * 1048576)) || die "$1 needs about $2 GiB of disk, $((free_kib / 1048576)) GiB are free; make room or set RLSC_VENV to another disk"
 }
 
-# check_system PYTHON: install missing parts; exit with an error if a required part stays missing, and print a note for the others.
+# check_system PYTHON: install missing parts; exit with an error if a required part stays missing, and print a
+# note for the others.
 check_system() {
     local python=$1 version part names=() left
     version=$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])')

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Install missing packages and run the default test suite; arguments are passed to pytest (for example: -m slow, -k swap, tests/unit).
-# Without arguments two files are tested at a time. On a machine with a GPU it is one file, because one engine fills the GPU memory.
+# Install missing packages and run the default test suite; arguments are passed to pytest (for example:
+# -m slow, -k swap, tests/unit). Without arguments two files are tested at a time. On a machine with a GPU it
+# is one file, because one engine fills the GPU memory.
 set -euo pipefail
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
