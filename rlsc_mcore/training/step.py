@@ -203,11 +203,7 @@ class Trainer:
             if first is not None:
                 normalizers = first.normalizers
             elif objective.needs_group:
-                self.policy.model.set_is_first_microbatch()
                 normalizers = [*self._group_normalizers(batches, objective)]
-            # TransformerEngine's layers reuse their fp8 copies of the weights until this call marks the next
-            # pass as the first on new weights.
-            self.policy.model.set_is_first_microbatch()
 
             def forward(index: int) -> Any:
                 batch = batches[index]

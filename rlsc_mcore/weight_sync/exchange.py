@@ -110,7 +110,8 @@ class WeightExchange:
         self, slot: int, size: int, outgoing: dict[int, list[_Piece]], incoming: dict[int, list[_Piece]]
     ) -> _Bucket:
         """Build one bucket, whose largest part has `size` elements, on buffer `slot`."""
-        unique = {self._part_of[rank]: pieces for rank, pieces in outgoing.items()}
+        # A rank that needs nothing has no part of its own and must not replace the content of another one.
+        unique = {self._part_of[rank]: pieces for rank, pieces in outgoing.items() if pieces}
         packed, shards, unpacked, received = [], [], [], []
         for part, pieces in unique.items():
             for piece in pieces:

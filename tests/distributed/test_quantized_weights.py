@@ -32,7 +32,7 @@ def train(folder: str, flags: list[str], tells: bool) -> dict[str, Any]:
         layer.mlp.linear_fc1.is_first_microbatch, layer.mlp.linear_fc1._fp8_workspaces = True, {}
         layer.mlp.linear_fc1.register_forward_pre_hook(use_cached)
     if not tells:
-        model.set_is_first_microbatch = lambda: None
+        trainer.ddp.set_is_first_microbatch = model.set_is_first_microbatch = lambda: None
     for step in range(3):
         batches, count = make_batches(trainer, step, lonely=False)
         assert len(batches) > 1

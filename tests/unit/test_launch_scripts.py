@@ -148,7 +148,7 @@ def test_a_setting_that_the_engine_cannot_have_is_warned_of(dry_run: DryRun) -> 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"TP": "3"}, "parallel.tp: 3 does not divide the 8 ranks"),
+        ({"TP": "12"}, "parallel.tp: 12 does not divide the 8 ranks"),
         ({"NPROC_PER_NODE": "many"}, "NPROC_PER_NODE: expected ranks per node, at least 1, got 'many'"),
         ({"GPUS_PER_NODE": "x"}, "GPUS_PER_NODE: expected a number, got 'x'"),
         ({"PYTHON": "/absent/python"}, "PYTHON: no program /absent/python"),

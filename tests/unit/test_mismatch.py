@@ -96,6 +96,9 @@ def test_mismatched_steps_are_counted_from_the_end(means: list[float | None], co
     assert mismatched_steps([row(mean) for mean in means], 1.0) == count
 
 
+ALONE: Any = SimpleNamespace(reduce_over_dp=lambda values, op=None: values)  # one data-parallel rank
+
+
 @given(
     st.lists(st.floats(0, 50, width=32), min_size=1, max_size=400),
     st.lists(st.floats(-1e3, 1e3), min_size=1, max_size=20),
@@ -104,7 +107,7 @@ def test_statistics_against_numpy(gaps: list[float], sums: list[float]) -> None:
     scores: Any = SimpleNamespace(
         token_gaps=torch.tensor(gaps, dtype=torch.float32), gap_sums=torch.tensor(sums, dtype=torch.float64)
     )
-    found, tokens, sequences = _gaps(scores), np.array(gaps, np.float32), np.abs(sums)
+    found, tokens, sequences = _gaps(scores, ALONE), np.array(gaps, np.float32), np.abs(sums)
     expected = (
         tokens.mean(dtype=np.float64),
         np.quantile(tokens, 0.99, method="inverted_cdf"),
@@ -119,4 +122,4 @@ def test_statistics_against_numpy(gaps: list[float], sums: list[float]) -> None:
 
 def test_a_step_without_tokens_differs_by_nothing() -> None:
     scores: Any = SimpleNamespace(token_gaps=torch.zeros(0), gap_sums=torch.zeros(0))
-    assert set(_gaps(scores).values()) == {0.0}
+    assert set(_gaps(scores, ALONE).values()) == {0.0}

@@ -160,8 +160,12 @@ def _install(*arguments: str, **environment: str) -> subprocess.CompletedProcess
 @pytest.mark.parametrize(
     ("arguments", "environment", "error"),
     [
-        (("--with", "everything"), {}, "--with takes test, smollm2, hub, wandb or bench, got 'everything'"),
-        (("--with",), {}, "--with takes test, smollm2, hub, wandb or bench, got ''"),
+        (
+            ("--with", "everything"),
+            {},
+            "--with takes test, smollm2, hub, wandb, bench or docs, got 'everything'",
+        ),
+        (("--with",), {}, "--with takes test, smollm2, hub, wandb, bench or docs, got ''"),
         (("--fast",), {}, "unknown argument '--fast'"),
         ((), {"RLSC_DEVICE": "tpu"}, "RLSC_DEVICE: expected cpu or cuda, got 'tpu'"),
         (
