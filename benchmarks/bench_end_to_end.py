@@ -39,13 +39,13 @@ from benchmarks.plain_transformers import Weigh, accumulate, pad_by_length  # no
 from rlsc_mcore.algorithm.objective import WeightedObjective  # noqa: E402
 from rlsc_mcore.config_file import parse_config, read_flags  # noqa: E402
 from rlsc_mcore.data.packing import merge_identical, pack  # noqa: E402
+from rlsc_mcore.observability.mismatch import LIMITS  # noqa: E402
 from rlsc_mcore.rollout.engine import PINNED_COMPILATION, SamplingRequest  # noqa: E402
 from rlsc_mcore.rollout.sampling import sample_seed  # noqa: E402
 from rlsc_mcore.training.announce import versions  # noqa: E402
 from rlsc_mcore.training.session import Session  # noqa: E402
 from rlsc_mcore.training.signals import StopRequest  # noqa: E402
 
-LARGEST_GAP = {"float32": 1e-3, "bfloat16": 5.0}  # |trainer - engine| log-prob of a token
 LOSS_TOLERANCE = {"float32": 1e-4, "bfloat16": 2e-2}  # relative
 
 
@@ -297,7 +297,9 @@ def compare_training(session: Session, export: Path, repeats: int, correct: dict
     reference = accumulate(model, padded, weigh, session.trainer.log_prob_temperature)
     correct["log_prob_gap_mean"], correct["log_prob_gap_max"] = gap, scores.gap_max
     correct["loss"], correct["loss_transformers"] = float(loss), reference
-    assert scores.gap_max < LARGEST_GAP[config.model.dtype], f"trainer and engine disagree: {scores.gap_max}"
+    assert scores.gap_max < LIMITS[config.model.dtype].largest, (
+        f"trainer and engine disagree: {scores.gap_max}"
+    )
     difference, tolerance = abs(float(loss) - reference), LOSS_TOLERANCE[config.model.dtype] * abs(reference)
     assert difference < tolerance, (
         f"loss {float(loss)}, transformers {reference}: {difference} apart, more than {tolerance}"

@@ -22,7 +22,7 @@ from rlsc_mcore.evaluation.table import print_comparison
 from rlsc_mcore.grading.formats import GRADERS
 from rlsc_mcore.model.hf_checkpoint import load_tokenizer, resolve_model_folder
 from rlsc_mcore.model.shape import read_architecture
-from rlsc_mcore.run.folder import CHECKPOINT_HELP, LATEST, find_checkpoint
+from rlsc_mcore.run.folder import CHECKPOINT_HELP, CONFIG_FILE, LATEST, find_checkpoint
 from rlsc_mcore.run.machine_errors import explain
 from rlsc_mcore.run.owner import OWNER_FILE, is_main_rank, owned, release_all
 from rlsc_mcore.run.scratch import remove_scratch, scratch_folder
@@ -217,7 +217,7 @@ def evaluate_model(
     from rlsc_mcore.training.signals import AbortPoll
 
     stop = StopRequest() if stop is None else stop  # without a signal it never stops
-    run_file = Path(model) / "config.yaml"
+    run_file = Path(model) / CONFIG_FILE
     is_run = run_file.is_file()
     if checkpoint is not None and not is_run:
         raise ConfigError(f"--checkpoint {checkpoint}: --model {model} is no run")

@@ -10,6 +10,7 @@ from rlsc_mcore.experiments import compare, sweep
 from rlsc_mcore.reports.contents import RunView
 from rlsc_mcore.reports.read import _read_json, read_run
 from rlsc_mcore.run.files import write_atomically
+from rlsc_mcore.run.folder import CONFIG_FILE
 from rlsc_mcore.run.made_here import FILE_MARK as MARKER
 
 FORMATS = ("html", "png", "svg")
@@ -74,7 +75,7 @@ def _is_report(file: Path) -> bool:
 
 def _run_folders(folder: Path) -> list[Path]:
     """Return the run folders of `folder`: itself, or the first seed's runs of a comparison or sweep."""
-    if (folder / "config.yaml").is_file() or not (folder / "logs").is_dir():
+    if (folder / CONFIG_FILE).is_file() or not (folder / "logs").is_dir():
         return [folder]
     seeds = sorted(
         {
@@ -84,7 +85,7 @@ def _run_folders(folder: Path) -> list[Path]:
         }
     )
     return (
-        sorted(path for path in folder.glob(f"*_seed{seeds[0]}") if (path / "config.yaml").is_file())
+        sorted(path for path in folder.glob(f"*_seed{seeds[0]}") if (path / CONFIG_FILE).is_file())
         if seeds
         else []
     )

@@ -5,7 +5,6 @@ Imports no torch, so that the command is fast on a login node.
 
 import argparse
 import json
-import statistics
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,10 +14,9 @@ from rlsc_mcore.config import ConfigError
 from rlsc_mcore.run.folder import newest_checkpoint
 from rlsc_mcore.run.owner import owner_state
 from rlsc_mcore.run.printable import printable
-from rlsc_mcore.run.progress import duration, last_metrics
+from rlsc_mcore.run.progress import duration, last_metrics, seconds_left, seconds_per_step
 from rlsc_mcore.run.status import ENDED, FILE, read_status
 
-STEPS_AVERAGED = 5
 SILENT_S = 600.0  # a live run updates its status at every phase, and every few seconds during a rollout
 
 
@@ -71,9 +69,9 @@ def describe(run_dir: Path, *, now: float) -> dict[str, str]:
     done, wanted = int(status.get("step", rows[-1]["step"] + 1 if rows else 0)), status.get("num_steps")
     facts["step"] = f"{done}" + (f" of {wanted} done" if wanted else " done")
     facts |= _speed(status, rows, now, state)
-    if wanted and state == "running" and rows:
-        per_step = statistics.median(sum(row["seconds"].values()) for row in rows[-STEPS_AVERAGED:])
-        facts["time_left"] = f"about {duration((int(wanted) - done) * per_step)} ({per_step:.1f} s per step)"
+    left, per_step = seconds_left(rows, int(wanted or 0), done), seconds_per_step(rows)
+    if wanted and state == "running" and left is not None:
+        facts["time_left"] = f"about {duration(left)} ({per_step:.1f} s per step)"
     if rows:
         facts["last_step"] = (
             f"loss {rows[-1]['loss']:.4f}, F {rows[-1]['f_estimate']:.4f}, mean length "

@@ -19,9 +19,10 @@ from rlsc_mcore.config import ConfigError
 from rlsc_mcore.config_file import load_config
 from rlsc_mcore.observability.metrics import read_metrics
 from rlsc_mcore.observability.step_metrics import DESCRIPTIONS
+from rlsc_mcore.run.folder import config_file
 from rlsc_mcore.run.owner import owner_state
 from rlsc_mcore.run.printable import printable
-from rlsc_mcore.run.progress import seconds_left
+from rlsc_mcore.run.progress import duration, seconds_left
 from rlsc_mcore.run.status import ENDED, read_status
 
 CURVES = {name: description.watch for name, description in DESCRIPTIONS.items() if description.watch}
@@ -42,10 +43,7 @@ def run_watch(arguments: Sequence[str]) -> int:
     known = parser.parse_args(arguments)
     if not known.every > 0:
         raise ConfigError(f"--every: expected more than 0, got {known.every:g}")
-    file = known.run / "config.yaml"
-    if not file.is_file():
-        raise ConfigError(f"{known.run}: no run there; expected {file}")
-    num_steps = load_config(file).training.num_steps
+    num_steps = load_config(config_file(known.run)).training.num_steps
     console = Console(highlight=False)
 
     def screen() -> RenderableType:
@@ -95,14 +93,6 @@ def sparkline(values: Sequence[float], width: int) -> str:
     return "".join(_BLOCKS[min(len(_BLOCKS) - 1, int((value - low) / span * len(_BLOCKS)))] for value in kept)
 
 
-def describe(seconds: float) -> str:
-    """Format a duration: 45 s, 12 min, 3 h 05 min."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
-
-
 def render(
     name: str,
     rows: Sequence[Mapping[str, Any]],
@@ -149,7 +139,7 @@ def _phase(status: Mapping[str, Any], now: float) -> Text:
     since = float(status.get("phase_since", now))
     tokens = int(status.get("tokens", 0))
     return Text(
-        f"{printable(phase)} for {describe(max(0.0, now - since))}"
+        f"{printable(phase)} for {duration(max(0.0, now - since))}"
         + (f", {tokens:,} tokens" if tokens else "")
     )
 
@@ -158,4 +148,4 @@ def _left(rows: Sequence[Mapping[str, Any]], num_steps: int, status: Mapping[str
     left = seconds_left(rows, num_steps)
     if left is None or status.get("state") != "running" or len(rows) >= num_steps:
         return Text("")
-    return Text(f"about {describe(left)} of steps left")
+    return Text(f"about {duration(left)} of steps left")

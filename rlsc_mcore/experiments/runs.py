@@ -20,6 +20,7 @@ from rlsc_mcore.config import Config, ConfigError, RunError
 from rlsc_mcore.config_file import changed_fields, load_config, parse_config, read_flags
 from rlsc_mcore.evaluation.records import AnswerRecord, read_answers
 from rlsc_mcore.observability.console import Reporter
+from rlsc_mcore.run.folder import CONFIG_FILE
 from rlsc_mcore.run.machine_errors import explain
 from rlsc_mcore.run.owner import owned, refuse_owned
 from rlsc_mcore.training.signals import Interrupted
@@ -180,7 +181,7 @@ class Experiment:
         ]
 
     def _check_same(self, variant: Variant, seed: int) -> None:
-        file = self.run_dir(variant, seed) / "config.yaml"
+        file = self.run_dir(variant, seed) / CONFIG_FILE
         changes = changed_fields(load_config(file), self.config(variant, seed)) if file.is_file() else []
         if changes:
             raise ConfigError(

@@ -15,7 +15,7 @@ from rlsc_mcore.planning.known_models import num_parameters, stage_parameters
 
 GIB = 2**30
 
-HEAD_WORKSPACE_BYTES = 1 << 30  # logits in memory at the same time, as in ops/chunks.py on a GPU
+HEAD_WORKSPACE_BYTES = 5 << 28  # logits in memory at the same time; a test compares it with ops/chunks.py
 CONTEXT_BYTES = int(1.5 * 2**30)  # CUDA and NCCL contexts of a process, which torch does not allocate
 ENGINE_RESIDENT_BYTES = 1 << 30  # CUDA graphs and workspaces that a sleeping engine keeps
 EXCHANGE_BUCKET_BYTES = 32 << 20  # same as in weight_sync/exchange.py

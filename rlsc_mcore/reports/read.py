@@ -26,6 +26,7 @@ from rlsc_mcore.reports.contents import (
     Sampling,
     Step,
 )
+from rlsc_mcore.run.folder import config_file
 
 MOST_GRADED_ROLLOUTS = 20_000  # per run, over all steps; grading them takes seconds even with algebra
 
@@ -33,10 +34,7 @@ MOST_GRADED_ROLLOUTS = 20_000  # per run, over all steps; grading them takes sec
 def read_run(folder: Path) -> RunView:
     """Read the files of a run, which may be unfinished; raises ConfigError naming a missing or damaged
     file."""
-    file = folder / "config.yaml"
-    if not file.is_file():
-        raise ConfigError(f"{folder}: no run there; expected {file}")
-    config = load_config(file)
+    config = load_config(config_file(folder))
     before, after = (read_answers(folder / "evaluation", name) for name in ("before", "after"))
     summary = _read_json(folder / "summary.json")
     return RunView(

@@ -46,6 +46,14 @@ _WRITTEN = (
 )
 
 
+def config_file(run_dir: Path, option: str = "") -> Path:
+    """Return the configuration file of a run; raises `ConfigError` that names `option` if there is no run."""
+    file = run_dir / CONFIG_FILE
+    if not file.is_file():
+        raise ConfigError(f"{option} {run_dir}: no run there; expected {file}".lstrip())
+    return file
+
+
 def checkpoint_step(path: Path) -> int | None:
     """Return the number of optimizer steps in a checkpoint folder's name, or None for any other name."""
     match = _CHECKPOINT_NAME.fullmatch(path.name)

@@ -1,5 +1,6 @@
 """Read how far a run is and estimate the time left, from its files."""
 
+import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -39,8 +40,18 @@ def last_metrics(run_dir: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def seconds_left(rows: Sequence[Mapping[str, Any]], num_steps: int) -> float | None:
-    """Estimate the seconds of the remaining steps from the mean of the last five; None before the first
-    step."""
+def seconds_per_step(rows: Sequence[Mapping[str, Any]]) -> float | None:
+    """Return the median seconds of the last five steps; None before the first."""
     recent = [sum(row["seconds"].values()) for row in rows[-RECENT_STEPS:]]
-    return sum(recent) / len(recent) * max(0, num_steps - len(rows)) if recent else None
+    return statistics.median(recent) if recent else None
+
+
+def seconds_left(
+    rows: Sequence[Mapping[str, Any]], num_steps: int, steps_done: int | None = None
+) -> float | None:
+    """Estimate the seconds of the steps that are left; None before the first step.
+
+    `steps_done` is the number of rows unless it is given.
+    """
+    per_step = seconds_per_step(rows)
+    return None if per_step is None else per_step * max(0, num_steps - (steps_done or len(rows)))

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from rlsc_mcore.config import Config, ConfigError
 from rlsc_mcore.config_file import changed_fields, load_config, parse_config, read_flags
-from rlsc_mcore.run.folder import find_resumable, newest_checkpoint
+from rlsc_mcore.run.folder import CONFIG_FILE, config_file, find_resumable, newest_checkpoint
 
 TRAIN_HELP = """Train a language model by RLSC.
 
@@ -43,9 +43,7 @@ def resolve_training(options: Mapping[str, str], flags: Sequence[str]) -> tuple[
         if "--config" in options:
             raise ConfigError("--resume: a run brings its own configuration; leave --config out")
         run_dir = Path(options["--resume"])
-        file = run_dir / "config.yaml"
-        if not file.is_file():
-            raise ConfigError(f"--resume {run_dir}: no run there; expected {file}")
+        file = config_file(run_dir, "--resume")
         old = load_config(file)
         config = load_config(file, ["--run-dir", str(run_dir), *flags])
         foreign = [
@@ -63,7 +61,7 @@ def _same_run(config: Config) -> Path | None:
     """Return the checkpoint to resume from if `run_dir` holds a run with this configuration; None for a new
     run."""
     run_dir = Path(config.run_dir)
-    file = run_dir / "config.yaml"
+    file = run_dir / CONFIG_FILE
     if not file.is_file():
         return None
     changes = changed_fields(load_config(file), config)

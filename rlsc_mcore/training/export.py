@@ -2,14 +2,14 @@
 
 from pathlib import Path
 
-from rlsc_mcore.config import Config, ConfigError
+from rlsc_mcore.config import Config
 from rlsc_mcore.config_file import load_config
 from rlsc_mcore.model.build import Policy
 from rlsc_mcore.model.hf_checkpoint import resolve_model_folder, write_hf_folder
 from rlsc_mcore.model.weight_map import export_weights
 from rlsc_mcore.parallel.backend import get_backend
 from rlsc_mcore.parallel.groups import Groups, initialize_groups
-from rlsc_mcore.run.folder import LATEST, find_checkpoint
+from rlsc_mcore.run.folder import LATEST, config_file, find_checkpoint
 from rlsc_mcore.run.made_here import check_replaceable
 from rlsc_mcore.training.checkpoint import load_checkpoint
 from rlsc_mcore.training.step import Trainer
@@ -22,9 +22,7 @@ def export_run(run_dir: Path, output: Path, checkpoint: str = LATEST) -> Path:
     `ConfigError` if `output` exists and is no earlier export, and if it is or contains the run or the model
     that is read.
     """
-    file = run_dir / "config.yaml"
-    if not file.is_file():
-        raise ConfigError(f"{run_dir}: no run there; expected {file}")
+    file = config_file(run_dir)
     chosen = find_checkpoint(run_dir, checkpoint)
     config: Config = load_config(file)
     model_folder = resolve_model_folder(config.model.path)

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from rlsc_mcore.commands.watch import describe, render, run_watch, sparkline
+from rlsc_mcore.commands.watch import render, run_watch, sparkline
 from rlsc_mcore.config import ConfigError
 from rlsc_mcore.run.progress import seconds_left
 from tests.helpers.run_folders import make_metrics, write_run
@@ -24,13 +24,6 @@ from tests.helpers.run_folders import make_metrics, write_run
 )
 def test_sparklines(values: list[float], width: int, expected: str) -> None:
     assert sparkline(values, width) == expected
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"), [(45, "45 s"), (720, "12 min"), (11_100, "3 h 05 min"), (0, "0 s")]
-)
-def test_durations(seconds: float, text: str) -> None:
-    assert describe(seconds) == text
 
 
 def test_what_is_left_follows_the_last_steps() -> None:
