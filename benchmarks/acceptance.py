@@ -96,21 +96,21 @@ def marks() -> list[Mark]:
 
 
 def judge(results: Results) -> list[dict[str, str]]:
-    """Return one row per claim: part, claim, floor, measured, peer, verdict."""
+    """Return one row per claim: part, claim, floor, measured, peer, outcome."""
     lines = []
     for mark in marks():
         line = {"part": mark.part, "claim": mark.claim, "floor": mark.floor}
         try:
             measured = mark.read(results)
         except NotMeasuredError as missing:
-            lines.append({**line, "measured": f"- ({missing})", "peer": "-", "verdict": NOT_MEASURED})
+            lines.append({**line, "measured": f"- ({missing})", "peer": "-", "outcome": NOT_MEASURED})
             continue
         lines.append(
             {
                 **line,
                 "measured": measured.text,
                 "peer": measured.peer,
-                "verdict": REACHED if measured.holds else MISSED,
+                "outcome": REACHED if measured.holds else MISSED,
             }
         )
     return lines
@@ -118,10 +118,10 @@ def judge(results: Results) -> list[dict[str, str]]:
 
 def table(lines: list[dict[str, str]]) -> str:
     """Format the rows as a Markdown table, followed by the count of each result."""
-    head = ["part", "claim", "floor", "measured", "peer", "verdict"]
+    head = ["part", "claim", "floor", "measured", "peer", "outcome"]
     rows = ["| " + " | ".join(line[name].replace("|", "/") for name in head) + " |" for line in lines]
-    verdicts = [line["verdict"] for line in lines]
-    count = ", ".join(f"{verdicts.count(verdict)} {verdict}" for verdict in (REACHED, MISSED, NOT_MEASURED))
+    outcomes = [line["outcome"] for line in lines]
+    count = ", ".join(f"{outcomes.count(outcome)} {outcome}" for outcome in (REACHED, MISSED, NOT_MEASURED))
     return "\n".join(["| " + " | ".join(head) + " |", "|" + " --- |" * len(head), *rows, "", count])
 
 

@@ -127,7 +127,7 @@ def main() -> None:
     if groups.is_main:
         text = json.dumps(result, indent=1)
         print(text)
-        print(verdict(result))
+        print(describe(result))
         out = options.out or RESULTS / device_name(backend.device)
         out.mkdir(parents=True, exist_ok=True)
         spread = f"_tp{groups.tp_size}_dp{groups.dp_size}" if groups.world_size > 1 else ""
@@ -437,7 +437,7 @@ def ratio(timings: dict[str, Any]) -> float | None:
     return None if theirs is None else round(theirs.median_ms / timings["rlsc_mcore"].median_ms, 3)
 
 
-def verdict(result: dict[str, Any]) -> str:
+def describe(result: dict[str, Any]) -> str:
     """Return one line that says whether the goal is reached."""
     utilisation, shape = result["utilisation"], result["about"]["shape"]
     if "mfu" not in utilisation:

@@ -205,9 +205,9 @@ def gpu_lines(results: Path = RESULTS / "h200") -> list[str]:
             "this section becomes its table."
         ]
     accepted = json.loads(file.read_text(encoding="utf-8"))
-    lines = ["| claim | floor | measured | peer | verdict |", "| --- | --- | ---: | --- | --- |"]
+    lines = ["| claim | floor | measured | peer | outcome |", "| --- | --- | ---: | --- | --- |"]
     for mark in accepted["marks"]:
-        cells = [mark[name].replace("|", "/") for name in ("claim", "floor", "measured", "peer", "verdict")]
+        cells = [mark[name].replace("|", "/") for name in ("claim", "floor", "measured", "peer", "outcome")]
         lines.append("| " + " | ".join(cells) + " |")
     files = [
         f"`{name}.json`: `{source['command']}`"

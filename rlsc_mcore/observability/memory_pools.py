@@ -97,7 +97,7 @@ def worst_of(tables: Sequence[Table]) -> Table:
     return worst
 
 
-def residue_warnings(tables: Sequence[Table]) -> list[str]:
+def growth_warnings(tables: Sequence[Table]) -> list[str]:
     """Return a warning for every pool that looks like a memory leak.
 
     A pool leaks if it grows by more than 1 % in each of the last three steps at one of `RESIDUE_BORDERS`.

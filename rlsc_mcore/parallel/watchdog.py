@@ -23,7 +23,7 @@ from rlsc_mcore.config import ConfigError
 DEAD_VARIABLE, DEFAULT_DEAD_AFTER_S = "RLSC_DEAD_AFTER_S", 60.0
 BEATS_PER_LIMIT = 6
 SLOW_PHASES = {"start-up": 4.0}  # compilation and graph capture report no progress
-_VERDICT = "verdict"
+_REPORT = "report"
 _OWN = ("rlsc_mcore", "megatron")
 
 
@@ -71,10 +71,10 @@ class Watchdog:
             self._closed.set()
             with contextlib.suppress(Exception):  # the store may already be closed
                 self._store.compare_set(
-                    _VERDICT, "", f"rank {self._rank} failed in phase {self._doing()}: {text}"
+                    _REPORT, "", f"rank {self._rank} failed in phase {self._doing()}: {text}"
                 )
 
-    def wait_for_verdict(self) -> None:
+    def wait_for_report(self) -> None:
         """Wait until the watchdog thread finds the lost rank that caused an error here.
 
         The thread then ends the process. Returns if no lost rank is found in that time.
@@ -97,8 +97,8 @@ class Watchdog:
             count += 1
             try:
                 self._store.set(f"beat/{self._rank}", json.dumps({"count": count, **self._beat()}))
-                if self._store.check([_VERDICT]):
-                    self._exit(self._store.get(_VERDICT).decode(), is_mine=False)
+                if self._store.check([_REPORT]):
+                    self._exit(self._store.get(_REPORT).decode(), is_mine=False)
                 limit = self._hang_after_s * SLOW_PHASES.get(self.phase_name, 1.0)
                 if time.monotonic() - self._progress > limit and not self._lost_a_peer:
                     self._judge(self._describe_hang())
@@ -126,7 +126,7 @@ class Watchdog:
 
     def _judge(self, text: str) -> None:
         mine = f"{self._rank}: {text}"  # the rank makes equal reports of two ranks distinguishable
-        self._exit(text, is_mine=self._store.compare_set(_VERDICT, "", mine).decode() == mine)
+        self._exit(text, is_mine=self._store.compare_set(_REPORT, "", mine).decode() == mine)
 
     def _exit(self, text: str, *, is_mine: bool) -> None:
         if is_mine:

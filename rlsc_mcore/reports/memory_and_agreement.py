@@ -93,7 +93,7 @@ def hand_over_tables(runs: Sequence[RunView]) -> list[MemoryTable]:
     return tables
 
 
-def residue_panels(runs: Sequence[RunView]) -> list[Panel]:
+def growth_panels(runs: Sequence[RunView]) -> list[Panel]:
     """Draw the pools over the steps at each of `RESIDUE_BORDERS`; a line that keeps rising shows a memory
     leak."""
     panels = []
@@ -105,7 +105,7 @@ def residue_panels(runs: Sequence[RunView]) -> list[Panel]:
                 Line(name.replace("_", " "), [(step, _gib(pools.get(name))) for step, pools in rows], i, i)
                 for i, name in enumerate(names)
             ]
-            svg = line_chart(lines, name=f"residue after {border} of {run.name}", x_label="step", unit=" GiB")
+            svg = line_chart(lines, name=f"memory after {border} of {run.name}", x_label="step", unit=" GiB")
             title = f"after {border}" if len(runs) == 1 else f"{run.name}, after {border}"
             panels.append(
                 Panel(title, f"In GiB, when {BORDERS[border]}.", svg, tuple(line.name for line in lines))

@@ -21,10 +21,10 @@ from rlsc_mcore.reports.curves import (
 )
 from rlsc_mcore.reports.math_markup import render_text
 from rlsc_mcore.reports.memory_and_agreement import (
+    growth_panels,
     hand_over_panels,
     hand_over_tables,
     mismatch_panels,
-    residue_panels,
 )
 from rlsc_mcore.reports.standalone import chart_css
 
@@ -56,8 +56,8 @@ def render_page(
         ),
         ("time", "Where the time went, in seconds", _markup(phase_panels(runs))),
         ("agreement", "Trainer against engine, in nats", _markup(mismatch_panels(runs))),
-        ("memory", "Memory hand-over, at the borders of a step", _markup(hand_over_panels(runs))),
-        ("residue", "Memory, step by step", _markup([*residue_panels(runs), *memory_panels(runs)])),
+        ("memory", "Memory at each phase boundary", _markup(hand_over_panels(runs))),
+        ("growth", "Memory, step by step", _markup([*growth_panels(runs), *memory_panels(runs)])),
         ("gpu", "GPU", _markup(gpu_panels(runs))),
     ]
     charts = sum(len(str(panel["svg"])) for _, _, panels in sections for panel in panels) + sum(
@@ -73,7 +73,7 @@ def render_page(
         style=Markup(chart_css() + _asset("report.css")),  # trusted: files of this package
         script=Markup(script),
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
-        verdicts=[verdict(run) for run in runs],
+        outcomes=[outcome(run) for run in runs],
         change_charts=[Markup(_change_chart(run)) for run in runs],  # labels are escaped in the chart
         sections=sections,
         memory_tables=hand_over_tables(runs),
@@ -83,7 +83,7 @@ def render_page(
     )
 
 
-def verdict(run: RunView) -> list[str]:
+def outcome(run: RunView) -> list[str]:
     """Return sentences that summarize the changes, with intervals, and the part of a gain that is
     formatting."""
     by_name = {change.name: change for change in run.changes if change.difference is not None}

@@ -91,7 +91,7 @@ def reported() -> Iterator[None]:
             watchdog.fail(str(failure))
             raise failure from error
         if not isinstance(error, RunError) and any(text in str(error) for text in _PEER_IS_GONE):
-            watchdog.wait_for_verdict()
+            watchdog.wait_for_report()
         watchdog.fail(_first_line(error))
         raise
 

@@ -1,6 +1,6 @@
 """Measure the memory of trainer and engine at every phase boundary of a step and warn of memory leaks."""
 
-from rlsc_mcore.observability.memory_pools import STEPS_OF_GROWTH, Table, residue_warnings, worst_of
+from rlsc_mcore.observability.memory_pools import STEPS_OF_GROWTH, Table, growth_warnings, worst_of
 from rlsc_mcore.parallel.backend import Backend
 from rlsc_mcore.parallel.groups import Groups
 from rlsc_mcore.rollout.engine import RolloutEngine
@@ -36,4 +36,4 @@ class MemoryLedger:
         table = worst_of(groups.gather_objects(self._table))
         self._table = {}
         self._history = [*self._history[-STEPS_OF_GROWTH:], table]
-        return table, residue_warnings(self._history)
+        return table, growth_warnings(self._history)

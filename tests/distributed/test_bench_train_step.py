@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from benchmarks import bench_train_step
-from benchmarks.bench_train_step import Bench, default_flags, flag_value, short_name, verdict
+from benchmarks.bench_train_step import Bench, default_flags, describe, flag_value, short_name
 from rlsc_mcore.planning.known_models import MODELS
 from tests.helpers.ranks import run_ranks
 from tests.helpers.tiny import make_model_folder
@@ -196,7 +196,7 @@ def test_collectives_are_timed(tmp_path: Path) -> None:
 )
 def test_the_verdict(shape: str, mfu: float, said: str) -> None:
     utilisation = {"mfu": mfu, "goal_on_one_h200": bench_train_step.GOALS[shape]}
-    assert said in verdict({"utilisation": utilisation, "about": {"shape": shape}})
+    assert said in describe({"utilisation": utilisation, "about": {"shape": shape}})
 
 
 def test_settings_that_fit_a_gpu_are_the_last_word_of_nobody() -> None:

@@ -134,7 +134,7 @@ def test_the_rank_that_is_waited_for_is_named_where_collectives_return_at_once(t
         for process in ranks:
             process.kill()
             process.join()
-    (message,) = verdicts([(tmp_path / f"rank{rank}.err").read_text(encoding="utf-8") for rank in range(3)])
+    (message,) = outcomes([(tmp_path / f"rank{rank}.err").read_text(encoding="utf-8") for rank in range(3)])
     assert message.startswith(f"rlsc: rank {CULPRIT} hangs: no progress for ")
     assert "2 of 3 ranks wait for it in a collective that it has not begun" in message
 
@@ -186,7 +186,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(make_model_folder(tmp_path_factory.mktemp("faults") / "model"))
 
 
-def verdicts(texts: list[str]) -> list[str]:
+def outcomes(texts: list[str]) -> list[str]:
     return [line for text in texts for line in text.splitlines() if line.startswith("rlsc: ")]
 
 
@@ -194,7 +194,7 @@ def verdicts(texts: list[str]) -> list[str]:
 def test_a_rank_that_is_gone_is_named_by_one_message(folder: str, tmp_path: Path, fault: str) -> None:
     codes, texts, _ = run_with(fault, folder, tmp_path)
     assert [code for rank, code in enumerate(codes) if rank != CULPRIT] == [1, 1]
-    (message,) = verdicts(texts)
+    (message,) = outcomes(texts)
     assert message.startswith(f"rlsc: rank {CULPRIT} is gone: silent for "), texts
     assert "last in phase training, step 2" in message and message.endswith("rlsc train --resume")
     status = Path(tmp_path / "status.json")
@@ -204,7 +204,7 @@ def test_a_rank_that_is_gone_is_named_by_one_message(folder: str, tmp_path: Path
 def test_a_rank_that_hangs_is_named_with_who_waits_for_it(folder: str, tmp_path: Path) -> None:
     codes, texts, _ = run_with("sleeps", folder, tmp_path)
     assert codes == [1, 1, 1]
-    (message,) = verdicts(texts)
+    (message,) = outcomes(texts)
     assert message.startswith(f"rlsc: rank {CULPRIT} hangs: no progress for "), texts
     assert "in phase training, step 2" in message
     assert "2 of 3 ranks wait for it" in message and "collective " in message and "called by " in message
@@ -225,7 +225,7 @@ def test_a_rank_that_fails_says_why_and_the_others_end_silently(
     assert texts[CULPRIT].startswith(said), texts
     if fault == "memory":
         assert "lower training.tokens_per_micro_batch, set training.recompute to full" in texts[CULPRIT]
-    assert verdicts(texts) == []
+    assert outcomes(texts) == []
     assert [text for rank, text in enumerate(texts) if rank != CULPRIT] == ["", ""]
 
 

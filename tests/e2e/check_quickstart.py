@@ -71,7 +71,7 @@ def _is_number(value: object) -> bool:
 
 
 def main() -> int:
-    """Check the file named on the command line, print the verdict, return 0 or 1."""
+    """Check the file named on the command line, print the outcome, return 0 or 1."""
     summary = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
     problems = check(summary)
     for problem in problems:

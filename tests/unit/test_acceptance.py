@@ -47,10 +47,10 @@ def with_cases(name: str, cases: dict[str, dict[str, tuple[float, float, float |
     return content
 
 
-def verdicts(folder: Path, part: str) -> dict[str, tuple[str, str]]:
-    """Return measured and verdict by claim."""
+def outcomes(folder: Path, part: str) -> dict[str, tuple[str, str]]:
+    """Return measured and outcome by claim."""
     return {
-        line["claim"]: (line["measured"], line["verdict"])
+        line["claim"]: (line["measured"], line["outcome"])
         for line in judge(Results(folder))
         if line["part"] == part
     }
@@ -58,7 +58,7 @@ def verdicts(folder: Path, part: str) -> dict[str, tuple[str, str]]:
 
 def test_nothing_is_claimed_without_results(tmp_path: Path) -> None:
     lines = judge(Results(tmp_path))
-    assert len(lines) == len(marks()) and {line["verdict"] for line in lines} == {NOT_MEASURED}
+    assert len(lines) == len(marks()) and {line["outcome"] for line in lines} == {NOT_MEASURED}
     assert f"0 {REACHED}, 0 {MISSED}, {len(lines)} {NOT_MEASURED}" in table(lines)
 
 
@@ -67,7 +67,7 @@ def test_results_of_a_cpu_are_no_gpu_s(tmp_path: Path) -> None:
         put(tmp_path, file.stem, json.loads(file.read_text()))
     put(tmp_path, "end_to_end_1.5b", json.loads((CPU / "end_to_end.json").read_text()))
     lines = judge(Results(tmp_path))
-    assert {line["verdict"] for line in lines} == {NOT_MEASURED}
+    assert {line["outcome"] for line in lines} == {NOT_MEASURED}
     assert any("log_prob.json is of x86_64" in line["measured"] for line in lines)
     assert any("end_to_end_1.5b.json is of x86_64" in line["measured"] for line in lines)
 
@@ -87,7 +87,7 @@ def test_shares_and_peers_of_the_kernels(tmp_path: Path) -> None:
         f"forward {WHOLE.name}": {"ours auto (cuda)": (1.2, 95.0, 0.0)},
     }
     put(tmp_path, "log_prob", with_cases("log_prob", cases))
-    found = verdicts(tmp_path, "kernels")
+    found = outcomes(tmp_path, "kernels")
     one_pass = "log p and weighted gradient, one pass, in place"
     assert found[f"{one_pass}, V = 152064: >= 93 %"] == (
         "97.0 % (ours auto (cuda))",
@@ -104,8 +104,8 @@ def test_shares_and_peers_of_the_kernels(tmp_path: Path) -> None:
     assert line["peer"] == "QuACK 84.5 %"
 
 
-@pytest.mark.parametrize(("whole", "verdict"), [(30.0, REACHED), (13.9, MISSED), (None, REACHED)])
-def test_memory_of_the_head(tmp_path: Path, whole: float | None, verdict: str) -> None:
+@pytest.mark.parametrize(("whole", "outcome"), [(30.0, REACHED), (13.9, MISSED), (None, REACHED)])
+def test_memory_of_the_head(tmp_path: Path, whole: float | None, outcome: str) -> None:
     ours = {"ours": (80.0, 96.0, GRADIENTS + 1.25 * GIB), "whole logits": (81.0, 95.0, GRADIENTS + 6 * GIB)}
     big = {"ours": (240.0, 96.0, 6 * GIB)} | (
         {} if whole is None else {"whole logits": (243.0, 95.0, whole * GIB)}
@@ -117,13 +117,13 @@ def test_memory_of_the_head(tmp_path: Path, whole: float | None, verdict: str) -
             {**out_of_memory, "timing": None, "skipped": "OutOfMemoryError: CUDA out of memory."}
         )
     put(tmp_path, "linear_log_prob", content)
-    found = verdicts(tmp_path, "kernels")
+    found = outcomes(tmp_path, "kernels")
     assert found["the same: at most 2.5 GiB beside inputs and gradients"] == ("1.25 GiB", REACHED)
     assert found["the same: every peer slower, the unweighted one too"] == (
         "1.01 x the fastest of 1",
         REACHED,
     )
-    assert found["head and loss of 16 x 3072 tokens: >= 8 GiB below whole logits"][1] == verdict
+    assert found["head and loss of 16 x 3072 tokens: >= 8 GiB below whole logits"][1] == outcome
 
 
 def test_the_loop(tmp_path: Path) -> None:
@@ -131,14 +131,14 @@ def test_the_loop(tmp_path: Path) -> None:
     claims = [mark.claim for mark in marks() if mark.part == "loop"]
     put(tmp_path, "end_to_end_1.5b", content)
     rollout, share = content["rollout"]["ratio_median"], content["phases"]["share"]
-    found = verdicts(tmp_path, "loop")
+    found = outcomes(tmp_path, "loop")
     assert found[claims[0]] == (f"{rollout:.1%}", REACHED if rollout >= 0.98 else MISSED)
     outside = 1 - share["rollout"] - share["train"]
     assert found[claims[1]] == (f"{outside:.2%}", REACHED if outside < 0.03 else MISSED)
     content["rollout"]["ratio_median"] = 0.99
     del content["phases"]
     put(tmp_path, "end_to_end_1.5b", content)
-    found = verdicts(tmp_path, "loop")
+    found = outcomes(tmp_path, "loop")
     assert found[claims[0]] == ("99.0%", REACHED)
     assert found[claims[1]] == ("- (end_to_end_1.5b.json has no number phases.share.rollout)", NOT_MEASURED)
 
@@ -148,7 +148,7 @@ def test_the_whole_loop_at_7b(tmp_path: Path) -> None:
     content["phases"]["peak_device_bytes"] = 121.5 * GIB
     content["phases"]["median_seconds"]["whole_step"] = 24.04
     put(tmp_path, "end_to_end_7b", content)
-    found = verdicts(tmp_path, "loop")
+    found = outcomes(tmp_path, "loop")
     assert found["7B, 8 x 16 x 1024: the whole loop on one GPU, peak below 130 GiB"] == (
         "121.5 GiB, 24.0 s per step",
         REACHED,
@@ -156,16 +156,16 @@ def test_the_whole_loop_at_7b(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("rise", "p_value", "verdict"), [(0.05, 0.001, REACHED), (0.05, 0.2, MISSED), (-0.05, 0.001, MISSED)]
+    ("rise", "p_value", "outcome"), [(0.05, 0.001, REACHED), (0.05, 0.2, MISSED), (-0.05, 0.001, MISSED)]
 )
-def test_real_weights(tmp_path: Path, rise: float, p_value: float, verdict: str) -> None:
+def test_real_weights(tmp_path: Path, rise: float, p_value: float, outcome: str) -> None:
     content = json.loads((CPU / "comparison.json").read_text()) | {"about": {"device": "NVIDIA H200"}}
     content["rows"]["rlsc"]["confidence_f"]["change"].update(mean=rise, p_value=p_value)
     put(tmp_path, "real_model", content)
-    measured, found = verdicts(tmp_path, "loop")[
+    measured, found = outcomes(tmp_path, "loop")[
         "SmolLM2-135M, 20 steps on GSM8K, 3 seeds: F rises (p < 0.05)"
     ]
-    assert found == verdict and measured.startswith(
+    assert found == outcome and measured.startswith(
         f"F {rise:+.3f} (p = {p_value:.3f}), accuracy at T = 0.5 +"
     )
 
@@ -253,7 +253,7 @@ def test_training(tmp_path: Path) -> None:
     }
     put(tmp_path, "train_step_qwen2.5-7b", {**step, "utilisation": {"mfu": 0.512}})
     put(tmp_path, "train_step_qwen2.5-1.5b", {**step, "utilisation": {"mfu": None}})
-    found = list(verdicts(tmp_path, "train").values())
+    found = list(outcomes(tmp_path, "train").values())
     assert found == [
         ("- (train_step_qwen2.5-1.5b.json has no number utilisation.mfu)", NOT_MEASURED),
         ("51.2%, 10500 tokens/s", REACHED),
@@ -267,7 +267,7 @@ def test_training(tmp_path: Path) -> None:
 def test_a_broken_file_is_not_measured(tmp_path: Path, text: str) -> None:
     for name in ("log_prob", "linear_log_prob", "end_to_end_1.5b", "train_step_qwen2.5-7b"):
         (tmp_path / f"{name}.json").write_text(text)
-    assert {line["verdict"] for line in judge(Results(tmp_path))} == {NOT_MEASURED}
+    assert {line["outcome"] for line in judge(Results(tmp_path))} == {NOT_MEASURED}
 
 
 def test_a_gpu_that_is_too_small_says_what_is_needed(tmp_path: Path) -> None:
@@ -293,7 +293,7 @@ def test_every_command_runs_on_a_cpu_with_tiny_shapes(tmp_path: Path) -> None:
     }
     assert written >= expected | {"end_to_end_1.5b", "end_to_end_7b", "acceptance"}
     lines = json.loads((tmp_path / "acceptance.json").read_text())["marks"]
-    assert {line["verdict"] for line in lines} == {NOT_MEASURED}, "a CPU's results reach no mark of a GPU"
+    assert {line["outcome"] for line in lines} == {NOT_MEASURED}, "a CPU's results reach no mark of a GPU"
 
 
 def acceptance(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -353,7 +353,7 @@ def test_swap_marks(tmp_path: Path) -> None:
     content["ways"][official].update(ms=120.0, times_ours=96.0)
     content["memory"]["saved_bytes"] = 14.4 * GIB
     put(tmp_path, "weight_swap_qwen2.5-7b", content)
-    assert list(verdicts(tmp_path, "swap").values()) == [
+    assert list(outcomes(tmp_path, "swap").values()) == [
         ("45.00 ms", REACHED), ("1.25 ms", MISSED), ("0.20 ms", REACHED), ("96 x", REACHED), ("2000 x", REACHED), ("14.4 GiB", REACHED),
     ]  # fmt: skip
 
@@ -361,10 +361,10 @@ def test_swap_marks(tmp_path: Path) -> None:
 def test_the_peer_must_have_sampled_with_vllm(tmp_path: Path) -> None:
     content = real("peers")
     put(tmp_path, "peers", content)
-    assert next(iter(verdicts(tmp_path, "peers").values())) == (
+    assert next(iter(outcomes(tmp_path, "peers").values())) == (
         "- (TRL sampled with transformers generate)",
         NOT_MEASURED,
     )
     content.update(sampler_of_trl="colocated vLLM", times_ours=1.75)
     put(tmp_path, "peers", content)
-    assert next(iter(verdicts(tmp_path, "peers").values())) == ("1.75 x", REACHED)
+    assert next(iter(outcomes(tmp_path, "peers").values())) == ("1.75 x", REACHED)

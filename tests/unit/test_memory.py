@@ -16,8 +16,8 @@ from rlsc_mcore.observability.memory_pools import (
     STEPS_OF_GROWTH,
     Table,
     device_pools,
+    growth_warnings,
     host_pools,
-    residue_warnings,
     storages,
     worst_of,
 )
@@ -108,7 +108,7 @@ def tables(pool: str, sizes: list[float], border: str = "release") -> list[Table
 @pytest.mark.parametrize("border", RESIDUE_BORDERS)
 @pytest.mark.parametrize("pool", sorted(set(POOLS) - {"free", "other"}))
 def test_a_leak_is_named(pool: str, border: str) -> None:
-    (warning,) = residue_warnings(tables(pool, [500, 500, 510, 520, 530], border))
+    (warning,) = growth_warnings(tables(pool, [500, 500, 510, 520, 530], border))
     assert (
         warning == f"memory of {pool} grows: 500.0 to 530.0 MiB in 3 steps, after '{border}' ({POOLS[pool]})"
     )
@@ -127,23 +127,23 @@ def test_a_leak_is_named(pool: str, border: str) -> None:
     ],
 )
 def test_what_is_no_leak_is_not(sizes: list[float], why: str) -> None:
-    assert residue_warnings(tables("workspace", sizes)) == [], why
+    assert growth_warnings(tables("workspace", sizes)) == [], why
 
 
-def test_growth_elsewhere_in_the_step_is_not_residue() -> None:
+def test_growth_elsewhere_in_the_step_is_no_leak() -> None:
     for border in set(BORDERS) - set(RESIDUE_BORDERS):
-        assert residue_warnings(tables("activations_cached", [100, 200, 300, 400], border)) == []
-    assert residue_warnings(tables("free", [100, 200, 300, 400])) == []
+        assert growth_warnings(tables("activations_cached", [100, 200, 300, 400], border)) == []
+    assert growth_warnings(tables("free", [100, 200, 300, 400])) == []
 
 
 def test_other_is_judged_where_it_is_known() -> None:
-    assert len(residue_warnings(tables("other", [100, 150, 200, 250]))) == 1
-    assert residue_warnings(tables("other", [100, 110, 120, 130])) == []  # 10 MiB may be another process
+    assert len(growth_warnings(tables("other", [100, 150, 200, 250]))) == 1
+    assert growth_warnings(tables("other", [100, 110, 120, 130])) == []  # 10 MiB may be another process
     on_a_cpu = tables("other", [100, 150, 200, 250])
     for table in on_a_cpu:
         for row in table.values():
             row["workspace"] = None
-    assert residue_warnings(on_a_cpu) == []
+    assert growth_warnings(on_a_cpu) == []
 
 
 @given(st.integers(10, 10**5), st.floats(0.0, 0.05), st.integers(STEPS_OF_GROWTH + 1, 12))
@@ -151,4 +151,4 @@ def test_steady_growth_is_found_exactly_above_its_limit(start: int, rate: float,
     sizes = [start * (1 + rate) ** step for step in range(steps)]
     last = [int(size * MIB) for size in sizes[-STEPS_OF_GROWTH - 1 :]]
     expected = all(b - a > GROWTH_PER_STEP * a and b - a > MIB for a, b in itertools.pairwise(last))
-    assert bool(residue_warnings(tables("weights", sizes))) == expected
+    assert bool(growth_warnings(tables("weights", sizes))) == expected

@@ -440,4 +440,4 @@ def test_the_head_s_workspace_is_that_of_the_kernels() -> None:
     from rlsc_mcore.ops.chunks import WORKSPACE_BYTES
     from rlsc_mcore.planning.memory import HEAD_WORKSPACE_BYTES
 
-    assert HEAD_WORKSPACE_BYTES == WORKSPACE_BYTES["cuda"]
+    assert WORKSPACE_BYTES["cuda"] == HEAD_WORKSPACE_BYTES

@@ -1,4 +1,4 @@
-"""The report: charts and markup against what they were given, hostile text kept text, sizes bounded, verdicts
+"""The report: charts and markup against what they were given, hostile text kept text, sizes bounded, outcomes
 true."""
 
 import html.parser
@@ -23,10 +23,10 @@ from rlsc_mcore.reports.charts import Dot, Line, dot_chart, line_chart, stacked_
 from rlsc_mcore.reports.math_markup import _ELEMENTS, render_text, to_mathml
 from rlsc_mcore.reports.memory_and_agreement import (
     STACKED,
+    growth_panels,
     hand_over_panels,
     hand_over_tables,
     mismatch_panels,
-    residue_panels,
 )
 from rlsc_mcore.reports.read import changes, question_views, read_run
 from rlsc_mcore.reports.standalone import standalone_svg
@@ -428,9 +428,9 @@ def test_a_cpus_table_says_what_it_cannot_know(tmp_path: Path) -> None:
     )
     (chart,) = hand_over_panels([run])
     assert chart.legend == ("weights", "other")  # nothing is drawn for what was not measured
-    assert len(residue_panels([run])) == 2
+    assert len(growth_panels([run])) == 2
     old = read_run(write_run(tmp_path / "old", metrics=[make_metrics(0, memory={})]))
-    assert hand_over_panels([old]) == hand_over_tables([old]) == residue_panels([old]) == []
+    assert hand_over_panels([old]) == hand_over_tables([old]) == growth_panels([old]) == []
 
 
 def test_agreement_is_drawn_with_its_limits(tmp_path: Path) -> None:
