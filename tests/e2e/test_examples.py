@@ -1,0 +1,59 @@
+"""Every example runs as its first line says."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.helpers.run_folders import write_run
+
+ROOT = Path(__file__).resolve().parents[2]
+SHORT = ["--rollout.num-samples", "2", "--rollout.max-new-tokens", "8", "--training.num-steps", "1"]
+
+pytestmark = pytest.mark.e2e
+
+
+def run(*command: object) -> str:
+    environment = {**os.environ, "PYTHON": sys.executable}
+    done = subprocess.run(
+        [str(word) for word in command],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    return done.stdout
+
+
+def test_every_example_is_listed() -> None:
+    files = {file.name for file in (ROOT / "examples").iterdir() if file.suffix in (".py", ".sh")}
+    text = (ROOT / "examples" / "README.md").read_text(encoding="utf-8")
+    assert files and all(f"`{name}`" in text for name in files)
+
+
+def test_an_objective_of_one_s_own(tmp_path: Path) -> None:
+    out = run(
+        sys.executable, "examples/own_objective.py", "--config", "configs/tiny_cpu.yaml", "--run-dir", tmp_path / "run",
+        "--evaluation.path", "None", "--data.questions-per-step", "2", *SHORT,
+    )  # fmt: skip
+    assert "step 1/1" in out
+
+
+def test_own_data(tmp_path: Path) -> None:
+    short = ["--rollout.num-samples", "2", "--rollout.max-new-tokens", "8", "--evaluation.num-samples", "1"]
+    out = run("bash", "examples/own_data.sh", tmp_path / "run", *short)
+    assert "step 2/2" in out and (tmp_path / "run" / "evaluation" / "after.json").is_file()
+
+
+def test_only_the_kernels() -> None:
+    assert "largest difference of the head's gradient" in run(sys.executable, "examples/kernels_only.py")
+
+
+def test_reading_a_run(tmp_path: Path) -> None:
+    pytest.importorskip("pandas")
+    out = run(sys.executable, "examples/read_run.py", write_run(tmp_path / "run"))
+    assert "mean_length" in out and "after:" in out
