@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers.run_folders import make_metrics, write_run
+from tests.helpers.run_folders import make_answer, make_metrics, write_run
 
 ROOT = Path(__file__).resolve().parents[2]
 SHORT = ["--rollout.num-samples", "2", "--rollout.max-new-tokens", "8", "--training.num-steps", "1"]
@@ -55,9 +55,7 @@ def test_only_the_kernels() -> None:
 
 def test_reading_a_run(tmp_path: Path) -> None:
     pytest.importorskip("pandas")
-    out = run(
-        sys.executable,
-        "examples/read_run.py",
-        write_run(tmp_path / "run", metrics=[make_metrics(i) for i in range(3)]),
-    )
+    answers = [make_answer(question, "\\boxed{8}", right=True) for question in range(2)]
+    folder = write_run(tmp_path / "run", metrics=[make_metrics(i) for i in range(3)], after=answers)
+    out = run(sys.executable, "examples/read_run.py", folder)
     assert "mean_length" in out and "after:" in out
