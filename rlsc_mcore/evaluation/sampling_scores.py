@@ -81,8 +81,8 @@ def _majority(votes: Sequence[int], is_right: Mapping[int, bool]) -> float:
 def sampling_scores(answers: Sequence[AnswerRecord], temperature: float) -> dict[str, Any]:
     """Score all answers at one temperature; return name -> mean and standard error over questions.
 
-    The scores are avg@n over all n samples; pass@k and maj@k for each power of two up to n and for n; and the
-    median length. If every answer has a log-prob, also the mean log p and `calibration`.
+    The scores are avg@n over all n samples; pass@k for each power of two up to n and for n; maj@k for every k
+    up to n; and the median length. If every answer has a log-prob, also the mean log p and `calibration`.
     """
     groups: dict[int, list[AnswerRecord]] = {}
     for answer in answers:
@@ -100,7 +100,7 @@ def sampling_scores(answers: Sequence[AnswerRecord], temperature: float) -> dict
         scores[f"pass@{k}"] = estimate(
             [pass_at_k(len(g), sum(a.strict for a in g), k) for g in groups.values()]
         )
-    for k in sizes:
+    for k in range(1, count + 1):
         scores[f"maj@{k}"] = estimate([majority_at_k(group, k) for group in groups.values()])
     lengths = [answer.tokens for group in groups.values() for answer in group]
     scores["median_length"] = {"mean": float(np.median(lengths)), "standard_error": None}

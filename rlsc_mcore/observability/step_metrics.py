@@ -70,7 +70,9 @@ class StepMetrics:
         watch="alpha share",
     )
     effective_samples: float = described(
-        "effective samples", "(sum w)² / sum w²: how many answers carry the step.", is_curve=True
+        "effective samples",
+        "(sum |w|)² / sum w²: how many answers carry the step. Advantages have both signs.",
+        is_curve=True,
     )
     num_samples: int = described("samples", "Rollouts of the step.")
     mean_length: float = described(

@@ -51,10 +51,13 @@ def step_row(
             scores.multiplicity.sum(),
             (scores.multiplicity * probabilities).sum(),
             (scores.multiplicity * weights).sum(),
+            (scores.multiplicity * weights.abs()).sum(),
             (scores.multiplicity * weights**2).sum(),
         ]
     )
-    num_tokens, trained_samples, probability, weight, squared_weight = groups.reduce_over_dp(sums).tolist()
+    num_tokens, trained_samples, probability, weight, absolute_weight, squared_weight = groups.reduce_over_dp(
+        sums
+    ).tolist()
     comparable = config.rollout.top_p == 1.0 or config.algorithm.log_prob_temperature == "1.0"
     objective = WeightedObjective(config.algorithm, int(num_samples))
     return {
@@ -64,7 +67,7 @@ def step_row(
         "f_estimate": probability / max(1.0, trained_samples),
         "log_p_old": _quantiles(scores.log_probs, scores.multiplicity, groups),
         "alpha_share": objective.alpha * trained_samples / weight if weight > 0 else 0.0,
-        "effective_samples": weight * weight / squared_weight if squared_weight > 0 else 0.0,
+        "effective_samples": absolute_weight**2 / squared_weight if squared_weight > 0 else 0.0,
         "num_samples": int(num_samples),
         "mean_length": response_tokens / num_samples,
         "truncated_share": truncated / num_samples,
