@@ -43,8 +43,9 @@ def print_comparison(
 
 
 def _cell(name: str, value: Any) -> str:
+    # Equal values of all questions (all right, all wrong) have a spread of 0, which is no error of 0.
     if value is None:
         return "-"
     digits, unit = (1, "") if name in IN_TOKENS else (3, "")
     error = value["standard_error"]
-    return f"{value['mean']:.{digits}f}{unit}" + (f" +- {error:.{digits}f}" if error is not None else "")
+    return f"{value['mean']:.{digits}f}{unit}" + (f" +- {error:.{digits}f}" if error else "")
