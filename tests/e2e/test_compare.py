@@ -64,7 +64,7 @@ def test_an_interrupted_comparison_goes_on(tmp_path: Path) -> None:
         time.sleep(0.01)
     os.killpg(process.pid, signal.SIGINT)  # as Ctrl-C does: to the comparison and to its run
     said, _ = process.communicate(timeout=300)
-    assert process.returncode == 1 and "the same command goes on" in said, said
+    assert process.returncode == 128 + signal.SIGINT and "the same command goes on" in said, said
     finished = tmp_path / "rlsc_seed0" / "summary.json"
     when = finished.stat().st_mtime_ns
     steps = len(metrics.read_text(encoding="utf-8").splitlines())
