@@ -142,7 +142,7 @@ def run(
     dtype = DTYPES[config.model.dtype]
     engine = RolloutEngine(
         config, Path(config.model.path), backend, groups, swap.bind, max_model_len=256,
-        kv_bytes_per_token=policy.architecture.kv_bytes_per_token(dtype, groups.engine_tp_size), stop_token_ids=[],
+        kv_bytes_per_token=policy.architecture.kv_bytes_per_token(dtype.itemsize, groups.engine_tp_size), stop_token_ids=[],
     )  # fmt: skip
     swap.fill()
     parameters = {name: parameter.data for name, parameter in engine.module.named_parameters()}

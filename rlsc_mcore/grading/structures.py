@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from rlsc_mcore.grading.expressions import number_value
-from rlsc_mcore.grading.latex import matching, unwrap
+from rlsc_mcore.grading.latex import unwrap
 
 _OPENING = {"(": ")", "[": "]", "\\{": "\\}", "\\langle": "\\rangle"}
 _TOKEN = re.compile(r"\\text\{[^{}]*\}|\\[A-Za-z]+|\\.|.", re.DOTALL)
@@ -317,8 +317,3 @@ def _merged(pieces: list[Interval]) -> list[Interval]:
         else:
             merged.append(piece)
     return merged
-
-
-def enclosed(text: str) -> bool:
-    """Return whether round brackets enclose the whole text."""
-    return text.startswith("(") and matching(text, 0) == len(text) - 1

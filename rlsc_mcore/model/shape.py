@@ -4,14 +4,11 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rlsc_mcore.config import ConfigError, ParallelConfig
 from rlsc_mcore.data.balance import CostModel
 from rlsc_mcore.model.families import FAMILIES
-
-if TYPE_CHECKING:
-    import torch
 
 # Megatron (for its shards) and vLLM (always) pad the vocabulary to a multiple of this value, so their shards
 # match.
@@ -38,9 +35,9 @@ class Architecture:
     qkv_bias: bool
     qk_norm: bool
 
-    def kv_bytes_per_token(self, dtype: "torch.dtype", tp_size: int) -> int:
-        """Return the KV cache bytes per token on one rank."""
-        return 2 * self.num_layers * (self.num_kv_heads // tp_size) * self.head_dim * dtype.itemsize
+    def kv_bytes_per_token(self, element_bytes: int, tp_size: int) -> int:
+        """Return the KV cache bytes per token on one of `tp_size` ranks of an engine."""
+        return 2 * self.num_layers * (self.num_kv_heads // tp_size) * self.head_dim * element_bytes
 
     def cost_model(self) -> CostModel:
         """Return the FLOPs of training: forward plus backward of twice the cost, with 2 m n k per matrix

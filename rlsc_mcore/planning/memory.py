@@ -161,13 +161,7 @@ def _stage_train_bytes(shape: Architecture, layout: Layout, stage: int) -> dict[
 
 def kv_bytes_per_token(shape: Architecture, layout: Layout) -> int:
     """Return the bytes of keys and values of one token on one rank."""
-    return (
-        2
-        * shape.num_layers
-        * (shape.num_kv_heads // layout.engine_ranks)
-        * shape.head_dim
-        * WIDTH[layout.dtype]
-    )
+    return shape.kv_bytes_per_token(WIDTH[layout.dtype], layout.engine_ranks)
 
 
 def engine_weight_bytes(shape: Architecture, layout: Layout, stage: int = 0) -> int:

@@ -15,7 +15,6 @@ from rlsc_mcore.run.owner import FolderInUse, Owner, own
 from rlsc_mcore.types import UniqueSequence
 
 if TYPE_CHECKING:
-    from rlsc_mcore.parallel.groups import Groups
     from rlsc_mcore.types import Rollout
 
 

@@ -119,7 +119,7 @@ class Session:
             self.swap.bind,
             max_model_len=self.inputs.max_model_len,
             kv_bytes_per_token=architecture.kv_bytes_per_token(
-                DTYPES[config.rollout.dtype or config.model.dtype], engine_tp
+                DTYPES[config.rollout.dtype or config.model.dtype].itemsize, engine_tp
             ),
             stop_token_ids=self.inputs.stop_token_ids,
             tempered=config.algorithm.log_prob_temperature == "sampling",

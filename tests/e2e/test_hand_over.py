@@ -65,7 +65,7 @@ def observe(run: str) -> dict[str, Any]:
         "numel": sum(p.numel() for p in parameters),
         "own": sum(p.numel() * p.element_size() for p in own)
         + sum(b.nbytes for b in session.engine.module.buffers()),
-        "kv": blocks * block * shape.kv_bytes_per_token(torch.float32, 1),
+        "kv": blocks * block * shape.kv_bytes_per_token(torch.float32.itemsize, 1),
     }
 
 
