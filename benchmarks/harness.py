@@ -7,6 +7,7 @@ a JSON file with the command, the commit and the versions of the run.
 
 import argparse
 import json
+import os
 import platform
 import statistics
 import subprocess
@@ -242,9 +243,10 @@ def write(name: str, rows: list[Row], ceilings: Ceilings, device: torch.device, 
 
 
 def about(device: torch.device) -> dict[str, Any]:
-    """Return command, commit, versions and device of this run."""
+    """Return command, commit, versions and device of this run. A copy of the sources without git takes the
+    commit from RLSC_COMMIT."""
     module = Path(sys.argv[0]).stem
-    commit = _git("rev-parse", "HEAD")
+    commit = _git("rev-parse", "HEAD") or os.environ.get("RLSC_COMMIT", "unknown")
     changed = _git("status", "--porcelain", "-uno", "--", "rlsc_mcore", "csrc", "benchmarks/*.py", "setup.py")
     return {
         "command": " ".join(["python", "-m", f"benchmarks.{module}", *sys.argv[1:]]),

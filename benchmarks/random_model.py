@@ -28,7 +28,9 @@ def make_model(shape: str, output: Path, layers: int | None = None) -> Path:
     output.parent.mkdir(parents=True, exist_ok=True)
     write_config(find_shape(shape), output, layers)
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(output), dtype=torch.bfloat16)
+    # On a CPU the numbers of a 7B model take minutes.
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(output), dtype=torch.bfloat16)
     model.save_pretrained(output)
     source = resolve_model_folder("embedded:tiny_qwen2")
     for name in SIDE_FILES:
