@@ -6,7 +6,7 @@ with `auto`. float64 input always uses the reference.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from importlib import import_module
 from typing import Any, Literal, NamedTuple
 
@@ -23,6 +23,9 @@ OPS = (
     "join_stats",
     "join_backward",
     "sequence_sums",
+    "kl_stats",
+    "jsd_stats",
+    "kl_dlogits_",
 )
 PREFERENCE = {"cuda": ("cuda", "triton", "reference"), "cpu": ("cpp", "reference")}
 OFFERS = {
@@ -97,7 +100,6 @@ def why_not(backend: str, op: str, device_type: str) -> str | None:
     return import_module(MODULES[backend]).why_not(op, device_type)
 
 
-def describe_backends() -> list[Choice]:
-    """List the backend that `auto` takes for every op on every device of this machine."""
-    devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
-    return [choose(op, device) for device in devices for op in OPS]
+def describe_backends(device_types: Iterable[str]) -> list[Choice]:
+    """List the backend that `auto` takes for every op on each device type."""
+    return [choose(op, device_type) for device_type in device_types for op in OPS]

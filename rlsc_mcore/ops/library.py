@@ -188,6 +188,53 @@ def _fake_sequence_sums(values_T: Tensor, mask_T: Tensor, cu_seqlens: Tensor, ba
     return values_T.new_empty(cu_seqlens.shape[0] - 1, dtype=torch.float64)
 
 
+def _check_pair(student_TVp: Tensor, teacher_TVp: Tensor) -> None:
+    """Raise ValueError if the two rows of a divergence differ in shape, dtype or device."""
+    if (student_TVp.shape, student_TVp.dtype, student_TVp.device) != (
+        teacher_TVp.shape,
+        teacher_TVp.dtype,
+        teacher_TVp.device,
+    ):
+        raise ValueError(
+            f"teacher_TVp: expected {list(student_TVp.shape)} {student_TVp.dtype} on {student_TVp.device} like "
+            f"student_TVp, got {list(teacher_TVp.shape)} {teacher_TVp.dtype} on {teacher_TVp.device}"
+        )
+
+
+def _kl_stats(
+    student_TVp: Tensor, teacher_TVp: Tensor, inv_temperature: float, num_columns: int, backend: str
+) -> Tensor:
+    _check_pair(student_TVp, teacher_TVp)
+    run = select("kl_stats", student_TVp.device, student_TVp.dtype, backend)
+    return run(student_TVp, teacher_TVp, inv_temperature, num_columns)
+
+
+def _fake_kl_stats(student_TVp: Tensor, *_: Any) -> Tensor:
+    return student_TVp.new_empty(student_TVp.shape[0], 5, dtype=working_dtype(student_TVp.dtype))
+
+
+def _jsd_stats(student_TVp: Tensor, teacher_TVp: Tensor, norms_Tk: Tensor, *shape_and_backend: Any) -> Tensor:
+    _check_pair(student_TVp, teacher_TVp)
+    *shape, backend = shape_and_backend
+    run = select("jsd_stats", student_TVp.device, student_TVp.dtype, backend)
+    return run(student_TVp, teacher_TVp, norms_Tk, *shape)
+
+
+def _kl_dlogits_(
+    student_TVp: Tensor,
+    teacher_TVp: Tensor,
+    norms_Tk: Tensor,
+    scale_T: Tensor,
+    student_kl_T: Tensor,
+    *shape_and_backend: Any,
+) -> None:
+    _check_pair(student_TVp, teacher_TVp)
+    _overwrite(student_TVp)
+    *shape, backend = shape_and_backend
+    run = select("kl_dlogits_", student_TVp.device, student_TVp.dtype, backend)
+    run(student_TVp, teacher_TVp, norms_Tk, scale_T, student_kl_T, *shape)
+
+
 # Reduce rows to their target-excluded statistics.
 _register(
     f"log_prob_stats(Tensor logits_TVp, Tensor targets_T, {SHARD}, bool with_entropy, str backend) -> Tensor",
@@ -254,4 +301,25 @@ _register(
     "sequence_sums(Tensor values_T, Tensor mask_T, Tensor cu_seqlens, str backend) -> Tensor",
     _sequence_sums,
     _fake_sequence_sums,
+)
+# Reduce the rows of a student and a teacher to the normalisers of both and the mean gap between them.
+_register(
+    "kl_stats(Tensor student_TVp, Tensor teacher_TVp, float inv_temperature, SymInt num_columns, str backend) "
+    "-> Tensor",
+    _kl_stats,
+    _fake_kl_stats,
+)
+# Return this rank's part of the two divergences from the mixture, [T, 2].
+_register(
+    "jsd_stats(Tensor student_TVp, Tensor teacher_TVp, Tensor norms_Tk, float inv_temperature, SymInt "
+    "num_columns, float beta, str backend) -> Tensor",
+    _jsd_stats,
+    lambda student_TVp, teacher_TVp, norms_Tk, *_: norms_Tk.new_empty(student_TVp.shape[0], 2),
+)
+# Overwrite the student's logits with the scaled gradient of each row's divergence from the teacher.
+_register(
+    "kl_dlogits_(Tensor(a!) student_TVp, Tensor teacher_TVp, Tensor norms_Tk, Tensor scale_T, Tensor "
+    "student_kl_T, float inv_temperature, SymInt num_columns, float beta, str backend) -> ()",
+    _kl_dlogits_,
+    lambda *_: None,
 )

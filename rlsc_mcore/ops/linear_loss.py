@@ -32,7 +32,6 @@ from rlsc_mcore.ops.chunks import (
     live_offsets,
     live_tokens,
     longest,
-    pieces_of,
     sequence_chunks,
 )
 from rlsc_mcore.ops.dispatch import Backend
@@ -278,7 +277,6 @@ def linear_weighted_loss(
     sequence_parallel: bool = False,
     chunk_tokens: int | None = None,
     live_counts: Sequence[int] | None = None,
-    whole_batch: bool = False,
     unit_upstream: bool = False,
     logits_dtype: torch.dtype | None = None,
     backend: Backend = "auto",
@@ -290,13 +288,12 @@ def linear_weighted_loss(
     this rank's rows from `vocab_start`; rows at or beyond `vocab_size` are padding. target_ids_T int64 [T],
     mask_T bool [T] and cu_seqlens int32 [S + 1] hold all tokens on every rank.
 
-    `coefficient_fn` (see CoefficientFn) receives whole sequences, or the whole batch at once with
-    `whole_batch`; it must not synchronize with the device. `chunk_tokens`: maximum number of rows of logits
-    at once (default: a fixed workspace); a longer sequence is recomputed in pieces. `live_counts`: tokens in
-    the mask per sequence, on the host; avoids the only device-to-host copy. `logits_dtype`: dtype of the
-    logits, default hidden_TH's; float32 avoids the rounding of logits to bfloat16. `unit_upstream`: the
-    caller promises one backward call with upstream gradient 1; the weight gradient is then added to
-    `main_grad` during forward, without a [Vp, H] buffer.
+    `coefficient_fn` (see CoefficientFn) receives whole sequences; it must not synchronize with the device.
+    `chunk_tokens`: maximum number of rows of logits at once (default: a fixed workspace); a longer sequence
+    is recomputed in pieces. `live_counts`: tokens in the mask per sequence, on the host; avoids the only
+    device-to-host copy. `logits_dtype`: dtype of the logits, default hidden_TH's; float32 avoids the rounding
+    of logits to bfloat16. `unit_upstream`: the caller promises one backward call with upstream gradient 1;
+    the weight gradient is then added to `main_grad` during forward, without a [Vp, H] buffer.
 
     Returns (loss float64 [], token log-probs float32 [T], detached, 0 outside the mask), equal on every rank
     of `group`. Collectives over `group`, all in forward: one all-gather of 12 bytes per token and chunk;
@@ -318,13 +315,7 @@ def linear_weighted_loss(
         rounded = 0 if dtype == hidden_TH.dtype else dtype.itemsize
         per_logit = hidden_TH.element_size() * min(group_size(group), 2) + rounded
         chunk_tokens = default_chunk_tokens(hidden_TH.device, weight_VpH.shape[0], per_logit)
-    if whole_batch:
-        chunks = [
-            SequenceChunk(slice(0, len(live.counts)), pieces_of(0, live.positions.shape[0], chunk_tokens))
-        ]
-    else:
-        chunks = sequence_chunks(live.counts, chunk_tokens)
-    chunks = [chunk for chunk in chunks if chunk.pieces]
+    chunks = [chunk for chunk in sequence_chunks(live.counts, chunk_tokens) if chunk.pieces]
     call = HeadCall(shard, group, sequence_parallel, backend, dtype)
     cu_live = live_offsets(mask_T, cu_seqlens)
     return _LinearWeightedLoss.apply(

@@ -20,6 +20,8 @@ Shape suffixes: T tokens (rows of logits), Vp vocabulary columns of this rank wi
 or 4 with entropy), R tensor-parallel ranks, S sequences, 1 a dimension of size 1.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -279,3 +281,138 @@ def sequence_sums(values_T: Tensor, mask_T: Tensor, cu_seqlens: Tensor) -> Tenso
     sequence."""
     live = torch.where(mask_T, values_T.double(), 0.0)
     return torch.segment_reduce(live, "sum", offsets=cu_seqlens.long(), initial=0.0, unsafe=True)
+
+
+# Divergences between the rows of a teacher and of a student. With log q = log softmax(student / temperature)
+# and log p = log softmax(teacher / temperature), over the real columns of all ranks:
+#
+#     forward KL        KL(p || q)
+#     beta in (0, 1)    JSD = beta KL(p || m) + (1 - beta) KL(q || m),   m = beta p + (1 - beta) q
+#
+# beta = 0 selects the forward KL.
+STUDENT_TOP, STUDENT_LOG_SUM, TEACHER_TOP, TEACHER_LOG_SUM, TEACHER_GAP = range(5)
+ELEMENTS_AT_ONCE = 1 << 18  # of a block of rows on a CPU, whose temporaries then stay in its cache
+
+
+def _row_blocks(rows_TVp: Tensor) -> list[slice]:
+    num_rows, num_columns = rows_TVp.shape
+    size = max(ELEMENTS_AT_ONCE // max(num_columns, 1), 1) if rows_TVp.device.type == "cpu" else num_rows
+    return [slice(start, start + size) for start in range(0, num_rows, max(size, 1))]
+
+
+def _depths(x: Tensor, inv_temperature: float) -> tuple[Tensor, Tensor]:
+    """Return the largest element [T] of each row and the tempered differences from it, [T, V]."""
+    top_T = x.amax(dim=1)
+    return top_T, torch.where(x == NEG_INF, NEG_INF, (x - top_T[:, None]) * inv_temperature)
+
+
+def kl_stats(student_TVp: Tensor, teacher_TVp: Tensor, inv_temperature: float, num_columns: int) -> Tensor:
+    """Reduce each pair of rows to (top, log_sum) of the student, of the teacher, and the gap: [T, 5].
+
+    Only this rank's real columns count. log_sum is relative to top, as in `log_prob_stats`. The gap is the
+    mean of (y - teacher top - x + student top) / temperature under the softmax of this rank's teacher logits
+    y. A row without a finite logit has (top, log_sum) = (-inf, -inf) and gap 0. No collective.
+    """
+    shape = student_TVp.shape[0], 5
+    stats = torch.zeros(shape, dtype=working_dtype(student_TVp.dtype), device=student_TVp.device)
+    if num_columns == 0:
+        stats[:, :TEACHER_GAP] = NEG_INF
+        return stats
+    for rows in _row_blocks(student_TVp):
+        top_T, depth = _depths(student_TVp[rows, :num_columns].to(stats.dtype), inv_temperature)
+        stats[rows, STUDENT_TOP], stats[rows, STUDENT_LOG_SUM] = top_T, depth.exp().sum(dim=1).log()
+        top_T, teacher_depth = _depths(teacher_TVp[rows, :num_columns].to(stats.dtype), inv_temperature)
+        exps = teacher_depth.exp()
+        total_T = exps.sum(dim=1)
+        stats[rows, TEACHER_TOP], stats[rows, TEACHER_LOG_SUM] = top_T, total_T.log()
+        weighted_T = torch.where(exps == 0, 0.0, exps * (teacher_depth - depth)).sum(dim=1)
+        stats[rows, TEACHER_GAP] = torch.where(total_T == 0, 0.0, weighted_T / total_T)
+    return stats
+
+
+def join_kl(stats_RTk: Tensor, inv_temperature: float) -> tuple[Tensor, Tensor]:
+    """Combine all ranks' `kl_stats`: return (top, log_sum) of student and teacher over the whole vocabulary,
+    [T, 4], and the forward KL [T]."""
+    norms, relative = [], []
+    for top, log_sum in ((STUDENT_TOP, STUDENT_LOG_SUM), (TEACHER_TOP, TEACHER_LOG_SUM)):
+        top_RT, log_sum_RT = stats_RTk[:, :, top], stats_RTk[:, :, log_sum]
+        top_T = top_RT.amax(dim=0)
+        shift_RT = torch.where(top_RT == NEG_INF, 0.0, (top_RT - top_T) * inv_temperature)
+        mass_RT = torch.where(log_sum_RT == NEG_INF, NEG_INF, shift_RT + log_sum_RT)
+        norms += [top_T, torch.logsumexp(mass_RT, dim=0)]
+        relative += [shift_RT, mass_RT]
+    student_shift, _, teacher_shift, teacher_mass = relative
+    share_RT = torch.where(teacher_mass == NEG_INF, 0.0, (teacher_mass - norms[TEACHER_LOG_SUM]).exp())
+    gap_RT = stats_RTk[:, :, TEACHER_GAP] + teacher_shift - student_shift
+    gap_T = torch.where(share_RT == 0, 0.0, share_RT * gap_RT).sum(dim=0)
+    return torch.stack(norms, dim=1), gap_T + norms[STUDENT_LOG_SUM] - norms[TEACHER_LOG_SUM]
+
+
+def _log_softmax_of(x: Tensor, top_T: Tensor, log_sum_T: Tensor, inv_temperature: float) -> Tensor:
+    is_zero = (x == NEG_INF) | (log_sum_T == NEG_INF)[:, None]
+    return torch.where(is_zero, NEG_INF, (x - top_T[:, None]) * inv_temperature - log_sum_T[:, None])
+
+
+def _both_log_softmax(
+    student: Tensor, teacher: Tensor, norms_Tk: Tensor, inv_temperature: float
+) -> tuple[Tensor, Tensor]:
+    """Return (log q, log p) of a block of rows from `join_kl`'s norms."""
+    dtype = norms_Tk.dtype
+    log_q = _log_softmax_of(student.to(dtype), norms_Tk[:, 0], norms_Tk[:, 1], inv_temperature)
+    log_p = _log_softmax_of(teacher.to(dtype), norms_Tk[:, 2], norms_Tk[:, 3], inv_temperature)
+    return log_q, log_p
+
+
+def _to_mixture(log_own: Tensor, log_other: Tensor, own_share: float) -> Tensor:
+    """Return log(own / m) with m = own_share own + (1 - own_share) other; 0 where own is 0."""
+    offset = math.log1p(-own_share) + log_other - log_own
+    ratio = -torch.logaddexp(torch.full_like(offset, math.log(own_share)), offset)
+    return torch.where(log_own == NEG_INF, 0.0, ratio)
+
+
+def jsd_stats(
+    student_TVp: Tensor,
+    teacher_TVp: Tensor,
+    norms_Tk: Tensor,
+    inv_temperature: float,
+    num_columns: int,
+    beta: float,
+) -> Tensor:
+    """Return this rank's part of (KL(q || m), KL(p || m)): [T, 2]; the sum over the ranks is the whole."""
+    sums = torch.zeros(student_TVp.shape[0], 2, dtype=norms_Tk.dtype, device=student_TVp.device)
+    for rows in _row_blocks(student_TVp):
+        log_q, log_p = _both_log_softmax(
+            student_TVp[rows, :num_columns], teacher_TVp[rows, :num_columns], norms_Tk[rows], inv_temperature
+        )
+        sums[rows, 0] = (log_q.exp() * _to_mixture(log_q, log_p, 1 - beta)).sum(dim=1)
+        sums[rows, 1] = (log_p.exp() * _to_mixture(log_p, log_q, beta)).sum(dim=1)
+    return sums
+
+
+def kl_dlogits_(
+    student_TVp: Tensor,
+    teacher_TVp: Tensor,
+    norms_Tk: Tensor,
+    scale_T: Tensor,
+    student_kl_T: Tensor,
+    inv_temperature: float,
+    num_columns: int,
+    beta: float,
+) -> None:
+    """Overwrite the student's logits with scale_t times the gradient of the row's divergence, 0 in padding
+    columns.
+
+    Forward KL: (q_j - p_j) / temperature. JSD: (1 - beta) q_j (log(q_j / m_j) - KL(q || m)) / temperature,
+    with `student_kl_T` = KL(q || m) over all ranks.
+    """
+    factor_T = scale_T.to(norms_Tk.dtype) * inv_temperature * (1 - beta)
+    for rows in _row_blocks(student_TVp):
+        log_q, log_p = _both_log_softmax(
+            student_TVp[rows, :num_columns], teacher_TVp[rows, :num_columns], norms_Tk[rows], inv_temperature
+        )
+        if beta == 0:
+            gradient = log_q.exp() - log_p.exp()
+        else:
+            gradient = log_q.exp() * (_to_mixture(log_q, log_p, 1 - beta) - student_kl_T[rows, None])
+        student_TVp[rows, :num_columns] = (gradient * factor_T[rows, None]).to(student_TVp.dtype)
+    student_TVp[:, num_columns:] = 0.0

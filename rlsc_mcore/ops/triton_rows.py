@@ -5,6 +5,7 @@ ranks, k statistics.
 """
 
 import importlib.util
+import math
 import os
 from typing import Any
 
@@ -22,6 +23,7 @@ STATS_NARROW, STATS_WIDE = (
     (1024, 4),
 )  # (columns per block, warps) below WIDE_ROW, and from WIDE_ROW on
 DLOGITS_BLOCK, DLOGITS_WARPS = 4096, 8
+KL_BLOCK, KL_WARPS = 2048, 4
 SUMS_BLOCK, SUMS_WARPS, JOIN_BLOCK = 4096, 32, 256  # sums: 4 values in flight per thread
 
 
@@ -255,3 +257,64 @@ def sequence_sums(values_T: Tensor, mask_T: Tensor, cu_seqlens: Tensor) -> Tenso
             num_warps=SUMS_WARPS,
         )
     return sums
+
+
+def _kl_kernels() -> Any:
+    from rlsc_mcore.ops import triton_kl_kernels
+
+    return triton_kl_kernels
+
+
+def kl_stats(student_TVp: Tensor, teacher_TVp: Tensor, inv_temperature: float, num_columns: int) -> Tensor:
+    """Triton `reference.kl_stats`."""
+    num_rows = student_TVp.shape[0]
+    stats = torch.empty(num_rows, 5, dtype=torch.float32, device=student_TVp.device)
+    if num_rows:
+        _kl_kernels().kl_stats_kernel[(num_rows,)](
+            student_TVp, student_TVp.stride(0), teacher_TVp, teacher_TVp.stride(0), stats, inv_temperature, num_columns,
+            BLOCK=min(_width(num_columns), KL_BLOCK), num_warps=KL_WARPS,
+        )  # fmt: skip
+    return stats
+
+
+def jsd_stats(
+    student_TVp: Tensor,
+    teacher_TVp: Tensor,
+    norms_Tk: Tensor,
+    inv_temperature: float,
+    num_columns: int,
+    beta: float,
+) -> Tensor:
+    """Triton `reference.jsd_stats`."""
+    num_rows = student_TVp.shape[0]
+    sums = torch.empty(num_rows, 2, dtype=torch.float32, device=student_TVp.device)
+    if num_rows:
+        _kl_kernels().jsd_stats_kernel[(num_rows,)](
+            student_TVp, student_TVp.stride(0), teacher_TVp, teacher_TVp.stride(0), norms_Tk.contiguous(), sums,
+            inv_temperature, num_columns, math.log(beta), math.log1p(-beta),
+            BLOCK=min(_width(num_columns), KL_BLOCK), num_warps=KL_WARPS,
+        )  # fmt: skip
+    return sums
+
+
+def kl_dlogits_(
+    student_TVp: Tensor,
+    teacher_TVp: Tensor,
+    norms_Tk: Tensor,
+    scale_T: Tensor,
+    student_kl_T: Tensor,
+    inv_temperature: float,
+    num_columns: int,
+    beta: float,
+) -> None:
+    """Triton `reference.kl_dlogits_`."""
+    num_rows, row_columns = student_TVp.shape
+    if not num_rows or not row_columns:
+        return
+    block = min(_width(row_columns), KL_BLOCK)
+    log_beta = math.log(beta) if beta else 0.0
+    _kl_kernels().kl_dlogits_kernel[(num_rows, _blocks(row_columns, block))](
+        student_TVp, student_TVp.stride(0), teacher_TVp, teacher_TVp.stride(0), norms_Tk.contiguous(),
+        scale_T.to(torch.float32).contiguous(), student_kl_T.to(torch.float32).contiguous(), inv_temperature, num_columns,
+        row_columns, log_beta, math.log1p(-beta), MIXED=beta > 0, BLOCK=block, num_warps=KL_WARPS,
+    )  # fmt: skip

@@ -4,7 +4,13 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from rlsc_mcore.ops import linear_token_log_probs, linear_weighted_loss, sequence_sums, token_log_probs
+from rlsc_mcore.ops import (
+    linear_kl_loss,
+    linear_token_log_probs,
+    linear_weighted_loss,
+    sequence_sums,
+    token_log_probs,
+)
 from rlsc_mcore.ops.sequence_sums import per_token
 from tests.helpers.ranks import run_ranks
 from tests.unit.ops.batches import HIDDEN, VOCAB, make
@@ -181,6 +187,60 @@ def rank_count_collectives(sequence_parallel):
     return forward.calls, backward.calls, batch.live_counts
 
 
+def kl_loss(batch, hidden, weight, beta, **options):
+    generator = torch.Generator().manual_seed(3)
+    teacher = torch.randn(int(batch.mask.sum()), HIDDEN, dtype=torch.float64, generator=generator)
+    coefficients_T = torch.randn(len(batch.mask), dtype=torch.float64, generator=generator)
+    teacher = teacher + batch.hidden[batch.mask].double()
+    return linear_kl_loss(
+        hidden, teacher.to(hidden.dtype), weight, coefficients_T=coefficients_T, mask_T=batch.mask, beta=beta, **options
+    )  # fmt: skip
+
+
+def rank_kl_head(dtype_name, beta, sequence_parallel, chunk_tokens):
+    group = join_ranks()
+    dtype = getattr(torch, dtype_name)
+    batch = make(dtype)
+    shard = Shard(batch, group)
+    hidden, weight = (value.double().requires_grad_() for value in (batch.hidden, batch.weight))
+    whole = [*kl_loss(batch, hidden, weight, beta, vocab_size=VOCAB, temperature=TEMPERATURE)]
+    whole += torch.autograd.grad(whole[0], (hidden, weight))
+    hidden = shard.rows_of(batch.hidden, sequence_parallel).clone().requires_grad_()
+    weight = shard.weight.clone().requires_grad_()
+    ours = [
+        *kl_loss(
+            batch, hidden, weight, beta, sequence_parallel=sequence_parallel, chunk_tokens=chunk_tokens, **shard.arguments
+        )
+    ]  # fmt: skip
+    ours += torch.autograd.grad(ours[0], (hidden, weight))
+    assert not ours[3][shard.num_columns :].any()
+    pairs = {
+        "loss": (ours[0], whole[0]),
+        "divergence": (ours[1], whole[1]),
+        "d hidden": (ours[2], shard.rows_of(whole[2], sequence_parallel)),
+        "d weight": (ours[3][: shard.num_columns], shard.columns_of(whole[3][:VOCAB])),
+    }
+    slack = SHARDED if dtype == torch.float64 else 4 * HEAD_SLACK[dtype]
+    for name, (got, expected) in pairs.items():
+        assert_close(got, expected, slack * (1 + whole[2].abs().max() + expected.abs()), name)
+    return float(ours[0]), ours[1].tolist()
+
+
+def rank_count_kl_collectives(beta, sequence_parallel):
+    group = join_ranks()
+    batch = make(torch.float32)
+    shard = Shard(batch, group)
+    hidden = shard.rows_of(batch.hidden, sequence_parallel).clone().requires_grad_()
+    with CountedCollectives() as forward:
+        loss, _ = kl_loss(
+            batch, hidden, shard.weight.requires_grad_(), beta, sequence_parallel=sequence_parallel, chunk_tokens=16,
+            **shard.arguments,
+        )  # fmt: skip
+    with CountedCollectives() as backward:
+        loss.backward()
+    return forward.calls, backward.calls
+
+
 def rank_whole_vocabulary():
     """Logits that were gathered before the call, and given with the group: the mass would count once per
     rank."""
@@ -246,4 +306,40 @@ def test_one_collective_of_twelve_bytes_per_token_and_chunk(sequence_parallel):
             else [("all_reduce", tokens)]
         )
         assert [call for call in forward if call[1] not in gathers] == hidden
+        assert backward == []
+
+
+@pytest.mark.parametrize(
+    ("world_size", "dtype", "beta", "sequence_parallel", "chunk_tokens"),
+    [
+        (1, "float64", 0.0, False, 13),
+        (2, "float64", 0.0, False, 13),
+        (2, "float64", 0.5, True, 13),
+        (2, "bfloat16", 0.0, True, 64),
+        (4, "float64", 0.3, True, 30),
+        (4, "float32", 0.0, False, 7),
+    ],
+)
+def test_the_kl_loss_of_shards_is_that_of_the_whole(world_size, dtype, beta, sequence_parallel, chunk_tokens):
+    results = run_ranks(world_size, rank_kl_head, dtype, beta, sequence_parallel, chunk_tokens)
+    assert all(result == results[0] for result in results), "every rank returns the same bits"
+
+
+@pytest.mark.parametrize("sequence_parallel", [False, True])
+@pytest.mark.parametrize(
+    ("beta", "expected"),
+    [(0.0, [20 * 16, 20 * 16, 20 * 14]), (0.5, [20 * 16, 20 * 16 + 8 * 16, 20 * 14 + 8 * 16, 8 * 14])],
+)
+def test_one_collective_per_chunk_of_the_kl_loss(beta, expected, sequence_parallel):
+    """46 tokens in 3 chunks. The sums of the JSD travel with the statistics of the next chunk."""
+    batch = make(torch.float32)
+    whole = len(batch.targets) * HIDDEN * 4
+    for forward, backward in run_ranks(2, rank_count_kl_collectives, beta, sequence_parallel):
+        of_hidden = (
+            [("all_gather_into_tensor", whole // 2), ("reduce_scatter_tensor", whole)]
+            if sequence_parallel
+            else [("all_reduce", whole)]
+        )
+        assert [call for call in forward if call in of_hidden] == of_hidden
+        assert [size for name, size in forward if (name, size) not in of_hidden] == expected
         assert backward == []

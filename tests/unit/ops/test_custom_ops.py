@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from rlsc_mcore.ops import token_log_probs
+from rlsc_mcore.ops.reference import join_kl
 from tests.unit.ops.conftest import Placement
 from tests.unit.ops.tolerances import assert_close
 
@@ -16,6 +17,12 @@ def arguments(device):
     logits = torch.randn(5, 40, generator=generator).to(device)
     targets = torch.tensor([3, 39, 100, -1, 20], device=device)
     return logits, targets
+
+
+def norms(logits, backend):
+    """The normalisers of the rows and of the same rows in reverse order, [5, 4]."""
+    stats = torch.ops.rlsc.kl_stats(logits, logits.flip(0).contiguous(), 1.25, 37, backend)
+    return join_kl(stats[None], 1.25)[0]
 
 
 CALLS = {
@@ -47,6 +54,19 @@ CALLS = {
         1.25,
         x[:, 8].contiguous(),
         None,
+        b,
+    ),
+    "kl_stats": lambda x, t, b: (x, x.flip(0).contiguous(), 1.25, 37, b),
+    "jsd_stats": lambda x, t, b: (x, x.flip(0).contiguous(), norms(x, b), 1.25, 37, 0.5, b),
+    "kl_dlogits_": lambda x, t, b: (
+        x,
+        x.flip(0).contiguous(),
+        norms(x, b),
+        torch.ones_like(x[:, 0]),
+        torch.zeros_like(x[:, 0]),
+        1.25,
+        37,
+        0.5,
         b,
     ),
     "sequence_sums": lambda x, t, b: (

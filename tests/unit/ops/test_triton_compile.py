@@ -21,7 +21,7 @@ import triton.language as tl  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from rlsc_mcore.ops import triton_copy, triton_rows  # noqa: E402
+from rlsc_mcore.ops import triton_copy, triton_kl_kernels, triton_rows  # noqa: E402
 from rlsc_mcore.ops import triton_kernels as kernels  # noqa: E402
 
 CHECK_SASS = Path(__file__).parents[3] / "csrc" / "check_sass.py"
@@ -30,7 +30,8 @@ HOPPER = 90
 
 TYPES = {
     "logits": "*bf16", "out": "*bf16", "targets": "*i64", "cu_seqlens": "*i32", "mask": "*u8", "sums": "*fp64", "table": "*i64",
-    "first_tiles": "*i64", "inv_temperature": "fp32",
+    "first_tiles": "*i64", "inv_temperature": "fp32", "student": "*bf16", "teacher": "*bf16", "log_beta": "fp32",
+    "log_rest": "fp32",
 }  # fmt: skip
 FLOATS = (
     "stats",
@@ -42,11 +43,15 @@ FLOATS = (
     "grad_log_probs",
     "grad_entropy",
     "values",
+    "norms",
+    "scales",
+    "student_kls",
 )
 TYPES |= dict.fromkeys(FLOATS, "*fp32")
 TILE = {"SEARCH_STEPS": 10, "ROWS": triton_copy.ROWS, "COLUMNS": triton_copy.COLUMNS}
 ROW = dict(zip(("BLOCK", "REST"), triton_rows.row_tiles(19008), strict=True))
 LONGEST = dict(zip(("BLOCK", "REST"), triton_rows.row_tiles(triton_rows.MAX_ROW), strict=True))
+KL = {"BLOCK": triton_rows.KL_BLOCK}
 JOIN = {"NUM_RANKS": 8, "NUM_STATS": 4, "BLOCK": triton_rows.JOIN_BLOCK}
 
 
@@ -92,6 +97,10 @@ CASES = {
     "join": (kernels.join_kernel, JOIN, 4),
     "join backward": (kernels.join_backward_kernel, {**JOIN, "HAS_LOG_PROBS": True, "HAS_ENTROPY": True}, 4),
     "sums": (kernels.sums_kernel, {"BLOCK": triton_rows.SUMS_BLOCK}, triton_rows.SUMS_WARPS),
+    "kl stats": (triton_kl_kernels.kl_stats_kernel, KL, triton_rows.KL_WARPS),
+    "jsd stats": (triton_kl_kernels.jsd_stats_kernel, KL, triton_rows.KL_WARPS),
+    "kl dlogits": (triton_kl_kernels.kl_dlogits_kernel, {"MIXED": False, **KL}, triton_rows.KL_WARPS),
+    "jsd dlogits": (triton_kl_kernels.kl_dlogits_kernel, {"MIXED": True, **KL}, triton_rows.KL_WARPS),
     "copy": (
         triton_copy.copy_kernel,
         {"SOURCE": tl.bfloat16, "TARGET": tl.bfloat16, "ALIGNED": True, "VECTOR": 8, **TILE},
@@ -108,8 +117,8 @@ CASES = {
         triton_copy.CHECKSUM_WARPS,
     ),
 }
-TABLE_SUMS = {"checksum": {"sums": "*i64"}}
-STRIDES = {"row_stride", "out_stride"}
+TABLE_SUMS = {"checksum": {"sums": "*i64"}, "jsd stats": {"sums": "*fp32"}}
+STRIDES = {"row_stride", "out_stride", "student_stride", "teacher_stride"}
 WIDTHS = {"num_columns", "row_columns"}
 
 

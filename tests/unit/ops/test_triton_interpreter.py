@@ -16,6 +16,7 @@ MODULES = (
     "test_row_ops.py",
     "test_sequence_sums.py",
     "test_linear_weighted_loss.py",
+    "test_linear_kl_loss.py",
     "test_block_copy.py",
     "test_not_finite.py",
     "test_common_offset.py",
