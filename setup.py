@@ -25,7 +25,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from setuptools import setup
+from setuptools import find_packages, setup
 
 ROOT = Path(__file__).resolve().parent
 NATIVE = os.environ.get("RLSC_NATIVE", "auto")
@@ -39,6 +39,13 @@ CXX_FLAGS = [
     "-ffp-contract=fast",
     "-fvisibility=hidden",
     TARGET_VERSION,
+]
+# Every Python version from 3.11 on loads the extension: it uses the limited API and torch's stable ABI.
+WHEEL_TAG = {"bdist_wheel": {"py_limited_api": "cp311"}}
+PACKAGES = [
+    *find_packages(str(ROOT), include=["rlsc_mcore", "rlsc_mcore.*"], exclude=["rlsc_mcore.assets.make"]),
+    "rlsc_mcore.configs",
+    "rlsc_mcore.launch",
 ]
 NVCC_FLAGS = ["-std=c++20", "-O3", "-lineinfo", "--expt-relaxed-constexpr", "-DUSE_CUDA", TARGET_VERSION]
 EVERY_ARCH = "8.0;9.0;10.0;12.0+PTX"
@@ -244,4 +251,9 @@ def native() -> tuple[list[Any], dict[str, Any]]:
 
 if __name__ == "__main__":  # setuptools runs this file as a program; tests import its functions
     ext_modules, cmdclass = native()
-    setup(ext_modules=ext_modules, cmdclass=cmdclass)
+    setup(
+        packages=PACKAGES,
+        ext_modules=ext_modules,
+        cmdclass=cmdclass,
+        options=WHEEL_TAG if ext_modules else {},
+    )

@@ -19,6 +19,7 @@ import yaml
 
 from rlsc_mcore.config import Config, ConfigError
 from rlsc_mcore.objectives import OBJECTIVES
+from rlsc_mcore.shipped import shipped_folder
 
 # YAML spellings of Python constants
 _YAML_WORDS = {
@@ -58,6 +59,17 @@ def parse_config(flags: Sequence[str], *, prog: str = "rlsc train", description:
         raise ConfigError(_one_line(printed.getvalue())) from None
 
 
+def shipped_configs() -> list[Path]:
+    """Return the configuration files that ship with the program."""
+    return [shipped_name(file) for file in sorted(shipped_folder("configs").glob("*.yaml"))]
+
+
+def shipped_name(file: Path) -> Path:
+    """Return `file` relative to the working directory if it lies below it."""
+    here = Path.cwd()
+    return file.relative_to(here) if file.is_relative_to(here) else file
+
+
 def read_flags(file: Path) -> list[str]:
     """Read a YAML configuration file as a list of flags.
 
@@ -65,7 +77,7 @@ def read_flags(file: Path) -> list[str]:
     mapping.
     """
     if not file.is_file():
-        raise ConfigError(f"--config {file}: no such file")
+        raise ConfigError(f"--config {file}: no such file; shipped: {', '.join(map(str, shipped_configs()))}")
     try:
         root = yaml.compose(file.read_text(encoding="utf-8-sig"), Loader=yaml.BaseLoader)  # text only
     except (yaml.YAMLError, UnicodeDecodeError) as error:

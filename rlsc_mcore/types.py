@@ -9,6 +9,12 @@ from typing import Any, Literal
 import torch
 
 
+def over_tokens(values_S: torch.Tensor, cu_seqlens: torch.Tensor, num_tokens: int) -> torch.Tensor:
+    """Repeat the value of each sequence for its tokens: [S], int32 [S + 1] -> [num_tokens], without a host
+    synchronization."""
+    return torch.repeat_interleave(values_S, cu_seqlens.diff().long(), output_size=num_tokens)
+
+
 @dataclass(frozen=True)
 class Question:
     """One line of a question file."""
@@ -18,6 +24,9 @@ class Question:
     answer: str | None  # gold answer, reduced to its final value ("#### 18" -> "18"); None if absent
     answer_format: Literal["math", "choice"] = "math"  # choice: the answer is a letter
     tolerance: float | None = None  # numbers that differ by at most this count as equal
+    family: str = (
+        ""  # kind of question, from the field `family` of its record; scores are also shown by family
+    )
 
 
 @dataclass(frozen=True)
@@ -32,6 +41,15 @@ class Rollout:
     finish_reason: Literal["stop", "length"]
     policy_version: int  # number of hot swaps before it was sampled
     text: str = ""  # decoded response without special tokens
+
+
+@dataclass(frozen=True)
+class OfflineAnswer:
+    """One answer of an offline file."""
+
+    text: str
+    advantage: float  # 1 chosen, -1 rejected, or the reward of the file
+    place: str  # field, file and line, for error messages
 
 
 @dataclass(frozen=True)
@@ -54,6 +72,17 @@ class PackedBatch:
     advantages: torch.Tensor  # float64 [S], advantage of an objective with a reward, else 0
     group_ids: torch.Tensor  # int64 [S], index of the question in the step; -1 for padding
     sequence_ids: torch.Tensor  # int64 [S], index into the step's unique sequences; -1 for padding
+    teacher: "PackedBatch | None" = None  # distilled sequences after their teacher's prompts, same order
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of all forward passes over the batch, those of the teacher included."""
+        return len(self.token_ids) + (0 if self.teacher is None else len(self.teacher.token_ids))
+
+    @property
+    def distilled_mask(self) -> torch.Tensor:
+        """Trained tokens of the sequences with a positive advantage, bool [T]: those of `teacher`."""
+        return self.response_mask & over_tokens(self.advantages > 0, self.cu_seqlens, len(self.token_ids))
 
     @property
     def max_seqlen(self) -> int:
@@ -66,6 +95,8 @@ class PackedBatch:
             for name, value in vars(self).items()
             if isinstance(value, torch.Tensor)
         }
+        if self.teacher is not None:
+            moved["teacher"] = self.teacher.to(device)
         return replace(self, **moved)
 
 
@@ -79,6 +110,7 @@ class UniqueSequence:
     multiplicity: int
     trained: tuple[bool, ...]  # one per response token
     advantage: float = 0.0  # of an objective with a reward, else 0
+    teacher_prompt: tuple[int, ...] = ()  # token ids of the teacher's prompt for the question; may be empty
 
 
 @dataclass(frozen=True)
@@ -93,6 +125,7 @@ class SequenceScores:
     num_tokens: torch.Tensor  # float64 [S], trained tokens
     gap_sums: torch.Tensor  # float64 [S], sum over tokens of trainer - engine log-prob, signed
     token_gaps: torch.Tensor  # float32 [trained tokens], |trainer - engine| log-prob of each
+    start_kl_sums: torch.Tensor  # float64 [S], the tokens' k3 estimates of KL(p || start), summed; else 0
 
     @property
     def gap_max(self) -> float:
@@ -132,3 +165,28 @@ class StepOutcome:
     def updated(self) -> bool:
         """False if an update was skipped."""
         return all(update.updated for update in self.updates)
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """Hold the sequences that this rank trains, and statistics of the exchange."""
+
+    sequences: list[UniqueSequence]
+    num_sequences: int  # distinct sequences that are trained, over all ranks
+    num_distinct: int  # distinct sequences that were sampled
+    num_tokens: int  # tokens of the trained sequences, prompts included
+    num_tokens_unmerged: int  # the same without merging identical answers
+    num_dropped: int  # answers to questions without signal, left out of training and of the loss's mean
+    moved_share: float  # fraction of the sequences that change their data-parallel rank
+    imbalance_sampled: float  # max / mean - 1 of the ranks' FLOPs, before sequences move
+    imbalance: float  # the same, after sequences moved
+    engine_imbalance: float  # max / mean - 1 of the engines' sampled tokens
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What `Session.train` hands to `Session.record`."""
+
+    policy_version: int  # of the weights that sampled the step's rollouts
+    exchange: Exchange
+    outcome: StepOutcome

@@ -5,6 +5,8 @@ import os
 import random
 import shutil
 import sys
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -58,3 +60,13 @@ def _seeded() -> None:
         sys.modules["numpy"].random.seed(0)
     if "torch" in sys.modules:
         sys.modules["torch"].manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _no_watchdog_stays() -> Iterator[None]:
+    """Fail a test that leaves a watchdog open: it would end this process, and all later tests with it."""
+    yield
+    for thread in threading.enumerate():
+        if thread.name == "watchdog":
+            thread.join(5)
+            assert not thread.is_alive(), "the test left a watchdog open"

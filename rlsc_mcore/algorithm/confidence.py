@@ -12,12 +12,12 @@ def log_confidence(
     response_mask_T: torch.Tensor,
     cu_seqlens: torch.Tensor,
     kind: Confidence,
-    log_normalizer_S: torch.Tensor | None = None,
+    group_values_S: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Return the log of the model's confidence in each answer (arXiv 2506.06395, section 2; variants:
     `algorithm.confidence`).
 
-    float32 [T], bool [T], int32 [S + 1] -> float64 [S]. `group_softmax` needs `log_normalizer_S`, the
+    float32 [T], bool [T], int32 [S + 1] -> float64 [S]. `group_softmax` needs `group_values_S`, the
     logsumexp over the question's samples (`group_log_normalizer`). An answer without trained tokens has log
     confidence 0.
     """
@@ -26,10 +26,10 @@ def log_confidence(
         counts_S = sequence_sums(torch.ones_like(token_log_probs_T), response_mask_T, cu_seqlens)
         return sums_S / counts_S.clamp(min=1.0)
     if kind == "group_softmax":
-        assert log_normalizer_S is not None, (
+        assert group_values_S is not None, (
             "group_softmax needs the log-probs of all samples of a question first"
         )
-        return sums_S - log_normalizer_S
+        return sums_S - group_values_S
     return sums_S
 
 

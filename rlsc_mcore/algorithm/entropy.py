@@ -3,6 +3,7 @@
 import torch
 
 from rlsc_mcore.algorithm.rule import ObjectiveRule
+from rlsc_mcore.types import over_tokens
 
 
 class Entropy(ObjectiveRule):
@@ -23,6 +24,5 @@ def entropy_loss(
     float32 [T], bool [T], int32 [S + 1], float64 [S] -> float64 []. `divisor` is the number of samples for a
     mean and 1 for a sum.
     """
-    lengths_S = cu_seqlens.diff().long()
-    counts_T = torch.repeat_interleave(multiplicity_S, lengths_S, output_size=len(token_entropy_T))
+    counts_T = over_tokens(multiplicity_S, cu_seqlens, len(token_entropy_T))
     return torch.where(response_mask_T, token_entropy_T.double() * counts_T, 0.0).sum() / divisor

@@ -33,7 +33,7 @@ class Rlsc(ObjectiveRule):
             per_token = self._plus_alpha(scored.token_log_probs_T.double())
             return log_confidence(per_token, mask_T, cu_seqlens, "length_normalized")
         return self._plus_alpha(
-            log_confidence(scored.token_log_probs_T, mask_T, cu_seqlens, kind, scored.log_normalizer_S)
+            log_confidence(scored.token_log_probs_T, mask_T, cu_seqlens, kind, scored.group_values_S)
         )
 
     def token_weights(self, scored: ScoredSequences) -> torch.Tensor | None:

@@ -10,7 +10,7 @@ import math
 import torch
 
 from rlsc_mcore.algorithm.rlsc import Rlsc
-from rlsc_mcore.algorithm.rule import ScoredSequences
+from rlsc_mcore.algorithm.rule import GroupSamples, ScoredSequences
 
 
 class ShuffledConfidence(Rlsc):
@@ -21,35 +21,34 @@ class ShuffledConfidence(Rlsc):
         """True: the weights of a question's samples are permuted among these samples."""
         return True
 
-    def group_values(
-        self, sequence_log_probs_S: torch.Tensor, multiplicity_S: torch.Tensor, group_ids_S: torch.Tensor
-    ) -> torch.Tensor:
+    def group_values(self, samples: GroupSamples) -> torch.Tensor:
         """Return the log of each sequence's mean confidence after the permutation, float64 [S]; 0 for padding
         (group -1).
 
         A sequence sampled k times is k samples and gets the mean of k confidences. The permutation is seeded
         with the log-probs, so it needs no state and is equal on every rank.
         """
-        log_probs, counts, groups = sequence_log_probs_S.cpu(), multiplicity_S.cpu().long(), group_ids_S.cpu()
+        log_probs, counts = samples.values_S.cpu(), samples.multiplicity_S.cpu().long()
+        groups = samples.group_ids_S.cpu()
         values = torch.zeros_like(log_probs)
         for group in sorted(set(groups[groups >= 0].tolist())):
             members = torch.nonzero(groups == group).flatten()
-            samples = (
+            sampled = (
                 log_probs[members].repeat_interleave(counts[members]).sort().values
             )  # sorted, so the order is equal on every rank
-            generator = torch.Generator().manual_seed(int(abs(float(samples.sum())) * 100) % 2**31 + group)
-            dealt = samples[torch.randperm(len(samples), generator=generator)]
+            generator = torch.Generator().manual_seed(int(abs(float(sampled.sum())) * 100) % 2**31 + group)
+            dealt = sampled[torch.randperm(len(sampled), generator=generator)]
             order = members[torch.argsort(log_probs[members], stable=True)]
             for member, share in zip(order.tolist(), dealt.split(counts[order].tolist()), strict=True):
                 values[member] = torch.logsumexp(share, 0) - math.log(len(share)) if len(share) else 0.0
-        return values.to(sequence_log_probs_S.device)
+        return values.to(samples.values_S.device)
 
     def sequence_weights(self, scored: ScoredSequences) -> torch.Tensor:
         """Return the permuted confidence + alpha, float64 [S]."""
-        assert scored.log_normalizer_S is not None, (
+        assert scored.group_values_S is not None, (
             "shuffled weights need the log-probs of all samples of a question first"
         )
-        return self._plus_alpha(scored.log_normalizer_S)
+        return self._plus_alpha(scored.group_values_S)
 
     def token_weights(self, scored: ScoredSequences) -> torch.Tensor | None:
         """Return None: all tokens of a sample have its weight."""

@@ -6,6 +6,12 @@ from pathlib import Path
 
 from rlsc_mcore.config import LOWEST_TEMPERATURE, ConfigError
 from rlsc_mcore.experiments.compare import figure, gather, markdown, parse_seeds, print_table
+from rlsc_mcore.experiments.learning_rates import (
+    check_validation,
+    choose_rates,
+    parse_rates,
+    with_chosen_rates,
+)
 from rlsc_mcore.experiments.paired import compare_evaluations, print_pairs
 from rlsc_mcore.experiments.runs import Experiment, Variant, check_flags, run_settings
 from rlsc_mcore.objectives import OBJECTIVES
@@ -57,6 +63,14 @@ def run_compare(arguments: Sequence[str]) -> int:
         help="folder of the runs and of comparison.json, .svg and .md (default: runs/compare)",
     )
     parser.add_argument("--temperature-factor", type=float, default=0.5, help="of lower_temperature")
+    parser.add_argument(
+        "--learning-rates",
+        help="rates like 1e-4,5e-4,1e-3: train each objective with each, on the first seed, and compare it with "
+        "the one of the best accuracy on --validation (default: optimizer.lr for all)",
+    )
+    parser.add_argument(
+        "--validation", help="questions that choose the learning rates, such as embedded:validation"
+    )
     known, flags = parser.parse_known_args(arguments)
     if known.runs is not None:
         return _compare_finished(known.runs, known.output, flags)
@@ -74,9 +88,12 @@ def run_compare(arguments: Sequence[str]) -> int:
     ]
     experiment = Experiment(known.config, tuple(flags), parse_seeds(known.seeds), known.output)
     check_flags(flags)
+    rates = parse_rates(known.learning_rates, flags)
     config = experiment.config(variants[0], experiment.seeds[0])
     if config.evaluation.path is None:
         raise ConfigError("evaluation.path: a comparison needs questions to evaluate on")
+    if rates:
+        check_validation(known.validation, config.evaluation.path, config.data.split)
     if all(variant.temperature_factor is not None for variant in variants):
         raise ConfigError("--objectives: name one that trains; its run evaluates the base model too")
     coldest = known.temperature_factor * min(config.evaluation.temperatures, default=1.0)
@@ -88,11 +105,13 @@ def run_compare(arguments: Sequence[str]) -> int:
         )
     report = Reporter(enabled=True)
     with experiment.owned("comparison.json"):
+        chosen = choose_rates(experiment, variants, rates, known.validation, report) if rates else {}
+        variants = with_chosen_rates(variants, chosen)
         experiment.run(variants, report)
         trained = next(variant for variant in variants if variant.temperature_factor is None)
-        result = gather(experiment, variants, config.evaluation.temperatures) | run_settings(
-            experiment, trained
-        )
+        evaluation = config.evaluation
+        gathered = gather(experiment, variants, evaluation.temperatures, evaluation.num_samples, chosen)
+        result = gathered | run_settings(experiment, trained)
         write_atomically(known.output / "comparison.json", to_json(result, indent=1) + "\n")
         write_atomically(known.output / "comparison.svg", figure(result))
         write_atomically(known.output / "comparison.md", markdown(result))
@@ -116,7 +135,8 @@ def _compare_finished(runs: Sequence[Path], output: Path | None, flags: Sequence
 
 def _names(text: str, known: Sequence[str]) -> list[str]:
     if text == ALL:
-        return [*OBJECTIVES, LOWER_TEMPERATURE]
+        # Offline objectives read another kind of file.
+        return [*(name for name, row in OBJECTIVES.items() if not row.is_offline), LOWER_TEMPERATURE]
     names = [name.strip() for name in text.split(",")]
     unknown = [name for name in names if name not in known]
     if unknown or len(set(names)) != len(names):

@@ -29,8 +29,13 @@ from rlsc_mcore.commands.findings import (
 )
 from rlsc_mcore.commands.stacks import ENGINE, Stack, closest_stack, read_stacks
 from rlsc_mcore.parallel.packages import TORCHVISION_FAMILY, hide_broken_torchvision
+from rlsc_mcore.shipped import IS_CHECKOUT, shipped_folder
 
-REBUILD = "pip install --no-build-isolation --no-deps -e ."
+REBUILD = (
+    "pip install --no-build-isolation --no-deps -e ."
+    if IS_CHECKOUT
+    else "pip install --force-reinstall --no-build-isolation --no-deps FILE, where FILE is the source distribution"
+)
 BUILD_NOTE = "_C.build.txt"  # written by setup.py beside the extension
 LIBRARY_PACKAGES = {
     "libnuma.so.1": "libnuma1 (Fedora: numactl-libs)",
@@ -87,6 +92,17 @@ def check_python() -> Iterator[Finding]:
     )
 
 
+def check_files() -> Iterator[Finding]:
+    """Report the folders of the shipped configurations and launch scripts."""
+    folders = {name: shipped_folder(name) for name in ("configs", "launch")}
+    missing = [str(folder) for folder in folders.values() if not folder.is_dir()]
+    if missing:
+        yield Finding("error", "files", f"missing: {', '.join(missing)}", "install rlsc_mcore again")
+    else:
+        texts = [f"configurations: {folders['configs']}", f"launch scripts: {folders['launch']}"]
+        yield Finding("ok", "files", "; ".join(texts))
+
+
 def check_stack() -> Iterator[Finding]:
     """Report the version sets that were tested together, starting with the one closest to this
     installation."""
@@ -105,14 +121,14 @@ def check_torch() -> Iterator[Finding]:
         yield Finding("error", "torch", failure, REINSTALL)
         return
     cuda = torch.version.cuda
-    if torch.cuda.is_available():
+    if device_type() == "cuda":
+        from rlsc_mcore.parallel.backend import num_gpus
+
         capability = ".".join(map(str, torch.cuda.get_device_capability()))
-        yield _against_pin(
-            "torch", f"built for CUDA {cuda}, {torch.cuda.device_count()} GPU(s), capability {capability}"
-        )
+        yield _against_pin("torch", f"built for CUDA {cuda}, {num_gpus()} GPU(s), capability {capability}")
     elif machine_checks.has_nvidia_driver():
         why = "it is a CPU build" if cuda is None else f"its CUDA {cuda} and the driver do not work together"
-        fix = "RLSC_DEVICE=cuda " + REINSTALL
+        fix = f"RLSC_DEVICE=cuda {REINSTALL}" if IS_CHECKOUT else REINSTALL
         yield Finding(
             "warn", "torch", f"{torch.__version__} sees no GPU though the NVIDIA driver is here: {why}", fix
         )
@@ -343,7 +359,7 @@ def check_ops() -> Iterator[Finding]:
         yield Finding("error", "ops", failure, REINSTALL)
         return
     chosen: dict[tuple[str, str, str], list[str]] = {}
-    for choice in dispatch.describe_backends():
+    for choice in dispatch.describe_backends(sorted({"cpu", device_type()})):
         chosen.setdefault((choice.device, choice.backend, choice.reason), []).append(choice.op)
     for (device, backend, reason), ops in chosen.items():
         yield Finding("ok", "ops", f"{device}: {backend} ({reason}) for {', '.join(ops)}")
@@ -367,6 +383,7 @@ def _loaded_build(library: Path) -> Finding:
 
 CHECKS: tuple[Callable[[], Iterator[Finding]], ...] = (
     check_python,
+    check_files,
     check_stack,
     check_torch,
     machine_checks.check_devices,

@@ -259,6 +259,7 @@ def evaluate_model(
             raise _interrupted(stop, results, jobs, output) from None
         for warning in _control_token_warnings(jobs, tokenizer):
             session.report.warn(warning)
+        session.progress.enter("evaluate", session.start_step)
         for job in jobs:
             try:
                 result = evaluate(
@@ -269,7 +270,7 @@ def evaluate_model(
                         prompts[job],
                         config,
                         session.groups,
-                        session.report,
+                        session.progress,
                     ),
                     label=job.name,
                     max_new_tokens=job.max_new_tokens,

@@ -1,6 +1,6 @@
 """Define a line of the `rlsc doctor` report, and import packages with their output suppressed.
 
-Uses only the standard library.
+Imports only the standard library at its head, so that a broken installation can be described.
 """
 
 import contextlib
@@ -10,11 +10,24 @@ import io
 import warnings
 from dataclasses import dataclass
 from importlib import metadata
+from pathlib import Path
 from typing import Any, Literal
+
+from rlsc_mcore.shipped import IS_CHECKOUT, shipped_folder
 
 Level = Literal["ok", "note", "warn", "error"]
 
-REINSTALL = "bash launch/install.sh"
+
+def _reinstall() -> str:
+    """Return the command that installs the packages of this machine's default stack."""
+    if IS_CHECKOUT:
+        return "bash launch/install.sh"
+    stack = "gpu" if Path("/dev/nvidia0").exists() else "cpu"
+    pins = shipped_folder("launch") / f"requirements-{stack}.txt"
+    return f"pip install -c {pins} torch && pip install --no-deps -r {pins}"
+
+
+REINSTALL = _reinstall()
 
 
 @dataclass(frozen=True)
@@ -58,6 +71,6 @@ def installed_version(distribution: str) -> str:
 
 
 def device_type() -> Literal["cpu", "cuda"]:
-    """Return "cuda" if torch finds a GPU, else "cpu"."""
-    torch, _ = import_quietly("torch")
-    return "cuda" if torch is not None and torch.cuda.is_available() else "cpu"
+    """Return "cuda" if torch imports and finds a GPU, else "cpu"."""
+    backend, _ = import_quietly("rlsc_mcore.parallel.backend")
+    return "cpu" if backend is None else backend.device_type()

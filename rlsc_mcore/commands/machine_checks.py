@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from rlsc_mcore.commands.findings import Finding, device_type, import_quietly
+from rlsc_mcore.run.cores import available_cores, threads_are_set
 
 SHARED_MEMORY = Path("/dev/shm")
 SMALLEST_SHARED_MEMORY = 512 << 20  # bytes of /dev/shm; a container has 64 MiB by default
@@ -41,8 +42,7 @@ def check_devices() -> Iterator[Finding]:
         yield Finding(
             "ok",
             "device",
-            f"CPU, {len(os.sched_getaffinity(0))} cores usable, {_memory_gib():.1f} GiB memory; no NVIDIA "
-            "GPU",
+            f"CPU, {available_cores()} cores usable, {_memory_gib():.1f} GiB memory; no NVIDIA GPU",
         )
 
 
@@ -172,15 +172,20 @@ def check_threads() -> Iterator[Finding]:
     """Check the number of OpenMP threads on a CPU."""
     if device_type() == "cuda":
         return
-    threads = os.environ.get("OMP_NUM_THREADS", "")
-    if threads == "1":
-        yield Finding("ok", "threads", "OMP_NUM_THREADS=1")
+    cores = available_cores()
+    if not threads_are_set():
+        yield Finding("ok", "threads", f"by the size of the model, at most {cores} (the usable cores)")
+        return
+    threads = os.environ["OMP_NUM_THREADS"]
+    if threads.isdecimal() and 1 <= int(threads) <= cores:
+        yield Finding("ok", "threads", f"OMP_NUM_THREADS={threads}, usable cores: {cores}")
     else:
-        told = f"OMP_NUM_THREADS={threads}" if threads else "OMP_NUM_THREADS is not set"
-        text = (
-            f"{told}: on cores that other work shares, a step can take many times longer than with one thread"
+        yield Finding(
+            "warn",
+            "threads",
+            f"OMP_NUM_THREADS={threads}, but {cores} cores are usable: threads would wait for each other",
+            "unset OMP_NUM_THREADS",
         )
-        yield Finding("note", "threads", text, "export OMP_NUM_THREADS=1")
 
 
 def has_nvidia_driver() -> bool:

@@ -5,14 +5,17 @@ configuration. Imports no torch."""
 import argparse
 import contextlib
 import os
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from importlib import resources
 from pathlib import Path
 
-from rlsc_mcore.config import Config, ConfigError
+from rlsc_mcore.config import Config, ConfigError, LoraConfig
 from rlsc_mcore.model.shape import Architecture, check_stages
+from rlsc_mcore.planning.downloads import download_facts
 from rlsc_mcore.planning.known_models import MODELS, find_model, num_parameters
+from rlsc_mcore.planning.launch_checks import LaunchReport, check_model, check_questions, check_run_dir
 from rlsc_mcore.planning.layouts import Candidate, candidates
 from rlsc_mcore.planning.memory import GIB, Layout, config_layout, describe_bytes, host_bytes
 from rlsc_mcore.planning.timing import GPUS, Work, communication_bytes
@@ -54,6 +57,7 @@ def run_plan(arguments: Sequence[str]) -> int:
     parser.add_argument(
         "--offload-during-rollout", action="store_true", help="optimizer.offload_during_rollout"
     )
+    parser.add_argument("--lora-rank", type=int, help="lora.rank: train adapters of all projections only")
     known = parser.parse_args(arguments)
     for name, value in vars(known).items():
         if isinstance(value, (int, float)) and not isinstance(value, bool) and value <= 0:
@@ -82,6 +86,7 @@ def run_plan(arguments: Sequence[str]) -> int:
         cpu_offload=known.cpu_offload or 0.0,
         engine_tp=known.engine_tp,
         offload_during_rollout=known.offload_during_rollout,
+        lora=LoraConfig(rank=known.lora_rank or 0),
     )
     return _print_plan(
         find_model(known.model),
@@ -96,8 +101,25 @@ def run_plan(arguments: Sequence[str]) -> int:
     )
 
 
+def dry_run(config: Config, gpus: str | None, gpu_memory_gib: str | None) -> int:
+    """Run `rlsc train --dry-run`: print the plan, the downloads and every failed check.
+
+    Returns 0; 1 if the layout does not fit; 2 if a check failed.
+    """
+    report = LaunchReport()
+    code = report.check(dry_run_config, config, gpus, gpu_memory_gib) or 0
+    check_model(report, config, layout=False)  # the plan checked it
+    check_questions(report, config)
+    report.check(check_run_dir, Path(config.run_dir).absolute())
+    for name, value in download_facts(config):
+        print(f"{name}: {value}")
+    for problem in report.problems:
+        print(f"rlsc train: {problem}", file=sys.stderr)
+    return 2 if report.problems else code
+
+
 def dry_run_config(config: Config, gpus: str | None, gpu_memory_gib: str | None) -> int:
-    """Run `rlsc train --dry-run`: print the plan of a configuration; return 0 if its layout fits, else 1.
+    """Print the plan of a configuration; return 0 if its layout fits, else 1.
 
     Default number of GPUs: WORLD_SIZE, at least parallel.tp x parallel.pp. Default memory: that of this
     machine's first GPU, else 80 GiB.

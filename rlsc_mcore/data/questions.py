@@ -7,6 +7,7 @@ import json
 import math
 import random
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from rlsc_mcore.config import ConfigError
 from rlsc_mcore.data.records import read_question
 from rlsc_mcore.types import Question
 
+Asked = tuple[int, int]  # question index, number of its earlier occurrences in the step
 EMBEDDED_PREFIX = "embedded:"
 EMBEDDED_SETS = ("train", "validation", "test")
 
@@ -144,6 +146,15 @@ class QuestionSampler:
             epoch, offset = divmod(start + len(indices), self.num_questions)
             indices += self._order(epoch)[offset : offset + self.questions_per_step - len(indices)]
         return indices
+
+    def step_questions(self, step: int) -> list[Asked]:
+        """Return the questions of step `step` in order, each with the number of its earlier occurrences."""
+        occurrences: Counter[int] = Counter()
+        asked: list[Asked] = []
+        for index in self.step_indices(step):
+            asked.append((index, occurrences[index]))
+            occurrences[index] += 1
+        return asked
 
     def _order(self, epoch: int) -> list[int]:
         first = epoch

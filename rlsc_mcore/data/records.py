@@ -9,6 +9,7 @@ import math
 import random
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from rlsc_mcore.config import ConfigError
@@ -48,6 +49,14 @@ def read_question(
     """
     if not isinstance(record, Mapping):
         raise ConfigError(f"{place}: expected a JSON object, got {type(record).__name__}")
+    question = _read_text_and_answer(index, record, place, needs_answer, option_seed)
+    family = record.get("family")
+    return replace(question, family=family.strip()) if isinstance(family, str) else question
+
+
+def _read_text_and_answer(
+    index: int, record: Mapping[str, Any], place: str, needs_answer: bool, option_seed: int | None
+) -> Question:
     text = _read_text(record, place)
     _check_no_image(record, place)
     if GPQA_FIELDS[0] in record:
@@ -80,18 +89,18 @@ def _read_text(record: Mapping[str, Any], place: str) -> str:
     present = [name for name in TEXT_FIELDS if record.get(name) is not None]
     if not present:
         raise ConfigError(
-            f"{place}: a question without text: expected `problem` or `question`, got {_list_fields(record)}"
+            f"{place}: a question without text: expected `problem` or `question`, got {list_fields(record)}"
         )
     # Ignore an empty field if another field has text: some data sets contain both names but fill only one.
     filled = [name for name in present if not isinstance(record[name], str) or record[name].strip()]
     name = (filled or present)[0]
     text = record[name]
     if not isinstance(text, str) or not text.strip():
-        raise ConfigError(f"{place}: `{name}`: expected the question's text, got {_shorten(text)}")
+        raise ConfigError(f"{place}: `{name}`: expected the question's text, got {shorten(text)}")
     for before in ("Body", "context"):
         if isinstance(record.get(before), str) and record[before].strip():
             text = _prefixed(record[before].strip(), text, before)
-    _check_encodable(text, name, place)
+    check_encodable(text, name, place)
     return text.strip()
 
 
@@ -126,11 +135,11 @@ def _read_answer(record: Mapping[str, Any], place: str, *, needs_answer: bool) -
         or not isinstance(answer, str | int | float)
         or (isinstance(answer, float) and not math.isfinite(answer))
     ):
-        raise ConfigError(f"{place}: `{name}`: expected a string or a finite number, got {_shorten(answer)}")
+        raise ConfigError(f"{place}: `{name}`: expected a string or a finite number, got {shorten(answer)}")
     reduced = final_answer(answer)
     if not reduced:
         raise ConfigError(f"{place}: `{name}`: empty; write the final answer or leave the field out")
-    _check_encodable(reduced, name, place)
+    check_encodable(reduced, name, place)
     return reduced
 
 
@@ -167,7 +176,7 @@ def _read_options(record: Mapping[str, Any], place: str) -> list[str] | None:
         ends = [mark.start() for mark in marks[1:]] + [len(value)]
         value = [value[mark.end() : end] for mark, end in zip(marks, ends, strict=False)]
     if not isinstance(value, Sequence) or not 2 <= len(value) <= len(LETTERS):
-        shown = "no options" if value in (None, [], "") else _shorten(record[name])
+        shown = "no options" if value in (None, [], "") else shorten(record[name])
         raise ConfigError(
             f"{place}: `{name}`: expected the 2 to {len(LETTERS)} options of this question, got {shown}"
         )
@@ -183,7 +192,7 @@ def _checked_options(options: Sequence[Any], name: str, place: str) -> list[str]
         raise ConfigError(f"{place}: `{name}`: expected the text of every option")
     texts = [str(option).strip() for option in options]
     for text in texts:
-        _check_encodable(text, name, place)
+        check_encodable(text, name, place)
     own = [_OWN_LETTER.match(text) for text in texts]
     if all(match is not None and (match[1] or match[2]) == LETTERS[i] for i, match in enumerate(own)):
         texts = [text[match.end() :] for text, match in zip(texts, own, strict=True) if match is not None]
@@ -216,7 +225,7 @@ def _read_letter(
     if len(texts) != 1:
         raise ConfigError(
             f"{place}: `{name}`: expected an index or a letter of the {len(options)} choices, got "
-            f"{_shorten(answer)}"
+            f"{shorten(answer)}"
         )
     return LETTERS[options.index(texts[0])]
 
@@ -256,7 +265,7 @@ def _read_olympiad(index: int, record: Mapping[str, Any], text: str, place: str)
     try:
         tolerance = max(float(part) for part in str(error).split(",")) if error not in (None, "") else None
     except ValueError:
-        raise ConfigError(f"{place}: `error`: expected a number, got {_shorten(error)}") from None
+        raise ConfigError(f"{place}: `error`: expected a number, got {shorten(error)}") from None
     return Question(index, text, ", ".join(answers), tolerance=tolerance)
 
 
@@ -265,14 +274,14 @@ def _inline_letters(text: str) -> list[str]:
     return [first or second for first, second in _INLINE_OPTION.findall(plain)]
 
 
-def _check_encodable(text: str, name: str, place: str) -> None:
+def check_encodable(text: str, name: str, place: str) -> None:
     if any("\ud800" <= character <= "\udfff" for character in text):
         raise ConfigError(
             f"{place}: `{name}`: an unpaired surrogate (\\ud800 to \\udfff) is not text; remove it"
         )
 
 
-def _list_fields(record: Mapping[str, Any]) -> str:
+def list_fields(record: Mapping[str, Any]) -> str:
     return (
         "the fields " + ", ".join(repr(str(name)[:40]) for name in list(record)[:8])
         if record
@@ -280,6 +289,6 @@ def _list_fields(record: Mapping[str, Any]) -> str:
     )
 
 
-def _shorten(value: Any) -> str:
+def shorten(value: Any) -> str:
     shown = repr(value)
     return shown if len(shown) <= 60 else shown[:57] + "..."

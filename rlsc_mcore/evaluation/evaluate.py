@@ -9,7 +9,7 @@ from rlsc_mcore.evaluation.records import AnswerRecord, QuestionRecord
 from rlsc_mcore.evaluation.scores import GREEDY, HIGHEST_TEMPERATURE_SCORES, UNTEMPERED, score, score_key
 from rlsc_mcore.grading.answers import Grade
 from rlsc_mcore.grading.formats import grade_answers
-from rlsc_mcore.observability.console import Reporter
+from rlsc_mcore.observability.console import ProgressBar, ProgressBars
 from rlsc_mcore.parallel.groups import Groups
 from rlsc_mcore.rollout.engine import Completion, GenerationInterrupted, RolloutEngine, SamplingRequest
 from rlsc_mcore.rollout.sampling import sample_seed
@@ -23,7 +23,7 @@ def evaluate(
     prompts: Sequence[Sequence[int]],
     config: Config,
     groups: Groups,
-    report: Reporter,
+    progress: ProgressBars,
     *,
     label: str,
     max_new_tokens: int | None = None,
@@ -69,12 +69,10 @@ def evaluate(
             for i in local
         ]
         name = "greedy" if temperature == GREEDY else f"T={temperature:g}"
-        with report.progress(f"evaluating {label}, {name}", len(requests)) as bar:
+        with progress.bar(f"evaluating {label}, {name}, questions", len(requests)) as bar:
             try:
                 completions = engine.generate(
-                    requests,
-                    on_tokens=lambda tokens, bar=bar: bar.advance(1),  # type: ignore[misc]
-                    should_stop=should_stop,
+                    requests, progress=_RequestCounter(bar), should_stop=should_stop
                 )
             except GenerationInterrupted:
                 interrupted = True
@@ -106,11 +104,27 @@ def evaluate(
             merged[temperature].update(part[temperature])
         rows += part_answers
     asked = [
-        QuestionRecord(question.index, question.text, question.answer or "", tokenizer.decode(list(prompt)))
+        QuestionRecord(
+            question.index,
+            question.text,
+            question.answer or "",
+            tokenizer.decode(list(prompt)),
+            question.family,
+        )
         for question, prompt in zip(questions, prompts, strict=True)
     ]
     rows.sort(key=lambda row: (temperatures.index(row.temperature), row.question, row.sample))
     return {"scores": _scores(merged, config.evaluation.temperatures), "answers": rows, "questions": asked}
+
+
+class _RequestCounter:
+    """Advance a bar by one for each finished request, with its number of tokens."""
+
+    def __init__(self, bar: ProgressBar) -> None:
+        self._bar = bar
+
+    def advance(self, amount: int, tokens: int | None = None) -> None:
+        self._bar.advance(1, amount)
 
 
 def text_before_stop(text: str, stops: Sequence[str]) -> str:

@@ -1,23 +1,33 @@
 """Average scores over the seeds of an experiment."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
+from functools import cache
 from typing import Any
 
 from rlsc_mcore.evaluation.records import AnswerRecord, question_means
+from rlsc_mcore.evaluation.sampling_scores import majority_accuracy
 from rlsc_mcore.evaluation.scores import GREEDY, UNTEMPERED, estimate, score_key
 from rlsc_mcore.evaluation.statistics import PairedChange, bootstrap_interval, crossed_change, paired_change
 
 
-def metric_names(temperatures: Sequence[float]) -> dict[str, tuple[float, str]]:
-    """Return the metrics of an experiment: name -> (temperature, field of the answers)."""
+def metric_names(temperatures: Sequence[float], num_samples: int = 1) -> dict[str, tuple[float, str]]:
+    """Return the metrics of an experiment: name -> (temperature, field of the answers).
+
+    With several samples per question and temperature, pass@k, maj@k and the share of distinct answers are
+    added: over all samples at the highest temperature.
+    """
     hottest = max(temperatures, default=GREEDY)
     names = {score_key("accuracy", t): (t, "strict") for t in (*temperatures, GREEDY)}
     names |= {score_key("lenient", t): (t, "lenient") for t in (*temperatures, GREEDY)}
     if UNTEMPERED in temperatures:
         names["confidence_f"] = (UNTEMPERED, "probability")
-    return names | {"boxed_share": (hottest, "boxed"), "mean_length": (hottest, "tokens")}
+    names |= {"boxed_share": (hottest, "boxed"), "mean_length": (hottest, "tokens")}
+    if num_samples > 1 and hottest > GREEDY:
+        names |= {f"pass@{num_samples}": (hottest, "any_right"), f"maj@{num_samples}": (hottest, "majority")}
+        names["distinct_share"] = (hottest, "distinct")
+    return names
 
 
 def seed_average(
@@ -27,12 +37,7 @@ def seed_average(
 
     Only questions that every seed has are returned. The question remains the sampling unit.
     """
-    parts = [
-        _probabilities(answers, temperature)
-        if field == "probability"
-        else question_means(answers, temperature, field)
-        for answers in per_seed
-    ]
+    parts = [_question_values(answers, temperature, field) for answers in per_seed]
     shared = set.intersection(*(set(part) for part in parts)) if parts else set()
     return {question: sum(part[question] for part in parts) / len(parts) for question in sorted(shared)}
 
@@ -100,6 +105,31 @@ def _over_seeds(
         "high": max(change.high, over_questions.high),
         "p_value": max(change.p_value, over_questions.p_value),
     }
+
+
+def _question_values(answers: Sequence[AnswerRecord], temperature: float, field: str) -> dict[int, float]:
+    """Return question -> value of `field`: a mean over its answers, or a number that needs all of them."""
+    if field == "probability":
+        return _probabilities(answers, temperature)
+    if field not in _OF_ALL_SAMPLES:
+        return question_means(answers, temperature, field)
+    groups: dict[int, list[AnswerRecord]] = {}
+    for answer in answers:
+        if answer.temperature == temperature:
+            groups.setdefault(answer.question, []).append(answer)
+    return {question: _OF_ALL_SAMPLES[field](tuple(group)) for question, group in sorted(groups.items())}
+
+
+@cache  # every pair of variants asks for the same votes again
+def _majority(group: tuple[AnswerRecord, ...]) -> float:
+    return majority_accuracy(group)
+
+
+_OF_ALL_SAMPLES: dict[str, Callable[[tuple[AnswerRecord, ...]], float]] = {
+    "any_right": lambda group: float(any(answer.strict for answer in group)),
+    "majority": _majority,
+    "distinct": lambda group: len({answer.text for answer in group}) / len(group),
+}
 
 
 def _probabilities(answers: Sequence[AnswerRecord], temperature: float) -> dict[int, float]:

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ class QuestionRecord:
     text: str
     gold: str
     prompt: str  # decoded, including special tokens
+    family: str = ""  # kind of question; empty if its file names none
 
 
 @dataclass(frozen=True)
@@ -76,13 +77,13 @@ def question_means(answers: Sequence[AnswerRecord], temperature: float, field: s
 
 
 def _only(row: Mapping[str, Any], kind: type) -> dict[str, Any]:
-    return {entry.name: row[entry.name] for entry in fields(kind)}
+    return {entry.name: row[entry.name] for entry in fields(kind) if entry.name in row}
 
 
 def _read_lines(file: Path, kind: type) -> list[dict[str, Any]]:
     if not file.is_file():
         return []
-    expected = {entry.name for entry in fields(kind)}
+    expected = {entry.name for entry in fields(kind) if entry.default is MISSING}
     rows = []
     # Split at \n only: answers may contain U+2028, which str.splitlines treats as a line break.
     for number, line in enumerate(file.read_bytes().split(b"\n"), start=1):

@@ -6,11 +6,13 @@ and its standard error is that of the question means. This is clustering by ques
 
 import math
 from collections.abc import Sequence
+from statistics import NormalDist
 from typing import TypedDict
 
 import numpy as np
 
 from rlsc_mcore.evaluation.records import AnswerRecord
+from rlsc_mcore.evaluation.statistics import CONFIDENCE_LEVEL, wilson_interval
 
 GREEDY = 0.0
 UNTEMPERED = 1.0
@@ -64,13 +66,20 @@ def key_temperature(key: str) -> float | None:
 
 
 def estimate(question_means: Sequence[float]) -> Estimate:
-    """Return the mean of one number per question and its standard error (sample standard deviation /
-    sqrt(questions))."""
+    """Return the mean of one number per question and its standard error.
+
+    The standard error is the sample standard deviation / sqrt(questions). Where all questions are right, or
+    all wrong, that would be 0, as if the share were known exactly; it is then half of Wilson's interval, in
+    units of one standard error.
+    """
     if not question_means:
         raise ValueError("scores need at least one question")
     values = np.asarray(question_means, dtype=np.float64)
     count = len(values)
     standard_error = float(values.std(ddof=1)) / math.sqrt(count) if count > 1 else None
+    if standard_error == 0 and values[0] in (0.0, 1.0):
+        low, high = wilson_interval(float(values[0]), count)
+        standard_error = (high - low) / (2 * NormalDist().inv_cdf((1 + CONFIDENCE_LEVEL) / 2))
     return Estimate(mean=float(values.mean()), standard_error=standard_error)
 
 

@@ -2,7 +2,8 @@
 figure."""
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
+from dataclasses import asdict
 from typing import Any
 
 from rich.console import Console
@@ -10,8 +11,10 @@ from rich.table import Table
 
 from rlsc_mcore.config import ConfigError
 from rlsc_mcore.evaluation.over_seeds import metric_names, summarize
+from rlsc_mcore.evaluation.records import AnswerRecord
 from rlsc_mcore.evaluation.scores import score_label
 from rlsc_mcore.evaluation.statistics import holm
+from rlsc_mcore.experiments.learning_rates import ChosenRate
 from rlsc_mcore.experiments.runs import Experiment, Variant
 from rlsc_mcore.reports.charts import Dot, dot_chart
 from rlsc_mcore.reports.standalone import standalone_svg
@@ -21,13 +24,19 @@ FIGURE_METRICS = ("accuracy", "greedy", "lenient")
 
 
 def gather(
-    experiment: Experiment, variants: Sequence[Variant], temperatures: Sequence[float]
+    experiment: Experiment,
+    variants: Sequence[Variant],
+    temperatures: Sequence[float],
+    num_samples: int = 1,
+    chosen: Mapping[str, ChosenRate] | None = None,
 ) -> dict[str, Any]:
     """Collect the answers of all runs into one row per objective, the base model first.
 
     Each row is paired by question with the base model of the same seeds. `pairs` compares every two variants.
+    `costs` are means over steps and seeds. `num_samples` is the number of answers to a question at a
+    temperature; `chosen` are the learning rates that a validation chose.
     """
-    names = metric_names(temperatures)
+    names = metric_names(temperatures, num_samples)
     trained = next(variant for variant in variants if variant.temperature_factor is None)
     before = [experiment.answers(trained, seed, "before") for seed in experiment.seeds]
     rows = {BASE: summarize(before, before, names)}
@@ -37,8 +46,43 @@ def gather(
     _correct({name: row for name, row in rows.items() if name != BASE})
     pairs = {f"{b} - {a}": summarize(after[a], after[b], names) for a, b in itertools.combinations(after, 2)}
     _correct(pairs)
+    families = experiment.families(trained, experiment.seeds[0])
+    by_family = {
+        family: {
+            name: summarize(_only(before, members), _only(answers, members), names)
+            for name, answers in ({BASE: before} | after).items()
+        }
+        for family, members in families.items()
+    }
     questions = len({answer.question for answers in before for answer in answers})
-    return {"questions": questions, "seeds": list(experiment.seeds), "rows": rows, "pairs": pairs}
+    return {
+        "questions": questions,
+        "seeds": list(experiment.seeds),
+        "rows": rows,
+        "pairs": pairs,
+        "families": by_family,
+        "costs": _costs(experiment, variants),
+        "learning_rates": {name: asdict(rate) for name, rate in (chosen or {}).items()},
+    }
+
+
+def _costs(experiment: Experiment, variants: Sequence[Variant]) -> dict[str, dict[str, float]]:
+    """Return the cost of a step of every variant that trains, with its time relative to the first of them."""
+    costs: dict[str, dict[str, float]] = {}
+    for variant in variants:
+        found = [experiment.cost(variant, seed) for seed in experiment.seeds]
+        measured = [cost for cost in found if cost is not None]
+        if measured:
+            costs[variant.name] = {
+                name: sum(cost[name] for cost in measured) / len(measured) for name in measured[0]
+            }
+    for cost in costs.values():
+        cost["relative_step_time"] = cost["step_seconds"] / next(iter(costs.values()))["step_seconds"]
+    return costs
+
+
+def _only(answers: Sequence[Sequence[AnswerRecord]], questions: Set[int]) -> list[list[AnswerRecord]]:
+    return [[answer for answer in seed if answer.question in questions] for seed in answers]
 
 
 def _correct(rows: Mapping[str, Any]) -> None:
@@ -105,6 +149,8 @@ def markdown(result: Mapping[str, Any]) -> str:
         "",
     ]
     tested = [metric for metric in metrics if metric.startswith(("accuracy", "greedy"))]
+    lines += _families_markdown(result)
+    lines += _costs_markdown(result)
     if not result.get("pairs") or not tested:
         return "\n".join(lines)
     lines += [
@@ -119,6 +165,56 @@ def markdown(result: Mapping[str, Any]) -> str:
     return "\n".join([*lines, ""])
 
 
+def _families_markdown(result: Mapping[str, Any]) -> list[str]:
+    """Return a table of accuracy and confidence by family of questions; empty with fewer than two
+    families."""
+    if len(result.get("families", {})) < 2:
+        return []
+    metrics = family_metrics(result)
+    lines = [
+        "By family of questions:",
+        "",
+        "| family | | " + " | ".join(title(metric) for metric in metrics) + " |",
+        "|---|---" + "|---:" * len(metrics) + "|",
+    ]
+    for family, rows in result["families"].items():
+        for name, row in rows.items():
+            cells = (_cell(metric, name, row.get(metric)).replace("\n", " ") for metric in metrics)
+            lines.append(f"| {family} | {name} | " + " | ".join(cells) + " |")
+    return [*lines, ""]
+
+
+def _costs_markdown(result: Mapping[str, Any]) -> list[str]:
+    """Return a table of learning rates and costs; empty without measured steps."""
+    costs, rates = result.get("costs", {}), result.get("learning_rates", {})
+    if not costs:
+        return []
+    first = next(iter(costs))
+    lines = [
+        f"Cost of a step (mean over steps and seeds; time relative to {first})"
+        + (", and the learning rate with the best accuracy on the validation questions:" if rates else ":"),
+        "",
+        "| | learning rate | sampled tokens | trained tokens | step time |",
+        "|---|---:|---:|---:|---:|",
+    ]
+    for name, cost in costs.items():
+        rate = rates[name]["rate"] if name in rates else "-"
+        lines.append(
+            f"| {name} | {rate} | {cost['sampled_tokens']:.0f} | {cost['trained_tokens']:.0f} | "
+            f"{cost['relative_step_time']:.2f} |"
+        )
+    return [*lines, ""]
+
+
+def family_metrics(result: Mapping[str, Any]) -> list[str]:
+    """Return the metrics of the tables by family: accuracy at every temperature and confidence."""
+    return [
+        metric
+        for metric in result["rows"][BASE]
+        if metric.startswith(("accuracy", "confidence_f")) or metric == "greedy"
+    ]
+
+
 def title(metric: str) -> str:
     """Return a short label of a score for a column or panel."""
     return score_label(metric).removeprefix("accuracy, ")
@@ -128,11 +224,7 @@ def print_table(result: Mapping[str, Any], console: Console) -> None:
     """Print one row per objective with the main scores and their paired changes; comparison.md has all
     scores."""
     rows = result["rows"]
-    metrics = [
-        metric
-        for metric in rows[BASE]
-        if metric.startswith(("accuracy", "confidence_f")) or metric == "greedy"
-    ]
+    metrics = family_metrics(result)
     table = Table(
         title=f"{result['questions']} questions, {len(result['seeds'])} seeds: mean (paired change +- standard error)"
     )
@@ -141,6 +233,19 @@ def print_table(result: Mapping[str, Any], console: Console) -> None:
         table.add_column(title(metric), justify="right", overflow="fold")
     for name, row in rows.items():
         table.add_row(name, *(_cell(metric, name, row.get(metric)) for metric in metrics))
+    console.print(table)
+    families = result.get("families", {})
+    if len(families) < 2:
+        return
+    table = Table(title="by family of questions")
+    for column in ("family", ""):
+        table.add_column(column, overflow="fold")
+    for metric in metrics:
+        table.add_column(title(metric), justify="right", overflow="fold")
+    for family, family_rows in families.items():
+        for name, row in family_rows.items():
+            table.add_row(family, name, *(_cell(metric, name, row.get(metric)) for metric in metrics))
+        table.add_section()
     console.print(table)
 
 

@@ -13,16 +13,19 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from rlsc_mcore.config import Config, ConfigError, RunError
 from rlsc_mcore.config_file import changed_fields, load_config, parse_config, read_flags
-from rlsc_mcore.evaluation.records import AnswerRecord, read_answers
+from rlsc_mcore.evaluation.records import AnswerRecord, read_answers, read_question_records
 from rlsc_mcore.observability.console import Reporter
+from rlsc_mcore.observability.metrics import read_metrics
 from rlsc_mcore.run.folder import CONFIG_FILE
 from rlsc_mcore.run.machine_errors import explain
 from rlsc_mcore.run.owner import owned, refuse_owned
+from rlsc_mcore.run.progress import regular_lines, run_line
 from rlsc_mcore.training.signals import Interrupted
 
 _SHARES_BASE = (
@@ -102,7 +105,8 @@ class Experiment:
             report.line(f"run {number}/{len(self.seeds) * len(variants)}: {variant.name}, seed {seed}")
             self._share_base(variant, variants, seed)
             log = self.folder / "logs" / f"{variant.name}_seed{seed}.log"
-            with log.open("a", encoding="utf-8") as out:
+            line = partial(run_line, self.run_dir(variant, seed), f"{variant.name}, seed {seed}")
+            with log.open("a", encoding="utf-8") as out, regular_lines(line, report.line):
                 code, stopped_by = _finish(
                     subprocess.Popen(self._command(variant, seed), stdout=out, stderr=subprocess.STDOUT)
                 )
@@ -141,6 +145,30 @@ class Experiment:
             AnswerRecord(**{**vars(answer), "temperature": _restored(answer.temperature, factor)})
             for answer in answers
         ]
+
+    def cost(self, variant: Variant, seed: int) -> dict[str, float] | None:
+        """Return what a step of one run costs: sampled tokens, trained tokens and seconds, as means over
+        steps.
+
+        None for a run without metrics: it trains nothing.
+        """
+        rows = read_metrics(self.run_dir(variant, seed)) if variant.temperature_factor is None else []
+        totals = {
+            "sampled_tokens": sum(row["mean_length"] * row["num_samples"] for row in rows),
+            "trained_tokens": sum(row["train_tokens"] for row in rows),
+            "step_seconds": sum(sum(row["seconds"].values()) for row in rows),
+        }
+        return {name: total / len(rows) for name, total in totals.items()} if rows else None
+
+    def families(self, variant: Variant, seed: int) -> dict[str, set[int]]:
+        """Return the evaluation questions of one run by family, in the order of the file; {} without
+        families."""
+        questions = read_question_records(self.run_dir(variant, seed) / "evaluation", "before")
+        families: dict[str, set[int]] = {}
+        for index, record in questions.items():
+            if record.family:
+                families.setdefault(record.family, set()).add(index)
+        return families
 
     def _flags(self, variant: Variant, seed: int) -> list[str]:
         return [

@@ -16,7 +16,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import rlsc_mcore
 from rlsc_mcore.config import TEMPLATES, Config, ConfigError
 from rlsc_mcore.config_file import load_config
 from rlsc_mcore.evaluation.benchmarks import missing_benchmarks
@@ -25,8 +24,9 @@ from rlsc_mcore.experiments.paper import ARMS, PROTOCOLS, SEEDS, STEPS, TINY_PRO
 from rlsc_mcore.experiments.table2_read import markdown, read_table
 from rlsc_mcore.model.hf_checkpoint import resolve_model_folder
 from rlsc_mcore.run.files import to_json, write_atomically
+from rlsc_mcore.shipped import shipped_folder
 
-CONFIGS = Path(rlsc_mcore.__file__).parent.parent / "configs"
+CONFIGS = shipped_folder("configs")
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from rlsc_mcore.config import ConfigError
 from rlsc_mcore.evaluation.records import AnswerRecord, question_means, read_answers
 from rlsc_mcore.evaluation.sampling_scores import pass_at_k
 from rlsc_mcore.evaluation.statistics import bootstrap_interval, crossed_change, holm, paired_change
-from rlsc_mcore.experiments.paper import COLUMNS, PAPER, TRAINED_ON
+from rlsc_mcore.experiments.paper import PAPER, SHOWN_COLUMNS, TRAINED_ON
 from rlsc_mcore.experiments.paper import Protocol as Asking
 
 GREEDY = 0.0
@@ -104,7 +104,8 @@ def _read_size(root: Path, size: SizeLike) -> dict[str, Any]:
         if asking.column
         for benchmark in asking.benchmarks
     }
-    order = [*(name for name in COLUMNS if name in notes), *(name for name in notes if name not in COLUMNS)]
+    others = (name for name in notes if name not in SHOWN_COLUMNS)
+    order = [*(name for name in SHOWN_COLUMNS if name in notes), *others]
     columns = {name: notes[name] for name in order}
     rows: dict[str, Any] = {}
     changes: dict[str, Any] = {}

@@ -14,6 +14,7 @@ from rlsc_mcore.grading.answers import answer_key, is_correct
 from rlsc_mcore.grading.choices import extract_choice, find_choice
 from rlsc_mcore.grading.extraction import extract_boxed, extract_last_number, extract_stated
 from rlsc_mcore.grading.formats import grade_answer
+from rlsc_mcore.grading.reward_hook import function_rewards
 from rlsc_mcore.grading.symbolic import NUM_WORKERS
 from rlsc_mcore.objectives import OBJECTIVES
 from rlsc_mcore.types import Question, Rollout
@@ -32,7 +33,7 @@ def majority_rewards(
     compared. If several answers are equally frequent, the first sampled one is used. `answers` is `boxed` or
     `any`.
     """
-    classes = answer_classes([_final_answer(response, question, answers) for response in responses])
+    classes = classes_of_answers(responses, question, answers)
     counts = [classes.count(label) if label >= 0 else 0 for label in range(len(responses))]
     if not any(counts):
         return [0.0] * len(responses)
@@ -49,14 +50,51 @@ def frequency_rewards(
     The semantic clusters of EMPO (arXiv 2504.05812) are classes of equal answers here, as in its experiments
     on math.
     """
+    return answer_shares(responses, question, answers)[1]
+
+
+def answer_shares(
+    responses: Sequence[str], question: Question | None, answers: str
+) -> tuple[list[int], list[float]]:
+    """Return the number of each response's answer among those of the question, in order of first appearance,
+    and the share of the responses with this answer; (-1, 0) for a response without an answer."""
+    labels = classes_of_answers(responses, question, answers)
+    return labels, [labels.count(label) / len(labels) if label >= 0 else 0.0 for label in labels]
+
+
+def consistency_pair(
+    responses: Sequence[str], question: Question | None = None, answers: str = "boxed"
+) -> list[float]:
+    """Return w for a response with the most frequent answer, -w for one with the least frequent, else 0.
+
+    w is the difference of the two answers' shares of the responses (ScPO, arXiv 2411.04109, equation 2); all
+    are 0 if there is only one answer, or if w is 0. The first response of either answer is taken. Responses
+    without an answer are in no pair. Identical responses share the value of their text.
+    """
     classes = answer_classes([_final_answer(response, question, answers) for response in responses])
-    return [classes.count(label) / len(classes) if label >= 0 else 0.0 for label in classes]
+    counts = {label: classes.count(label) for label in dict.fromkeys(classes) if label >= 0}
+    if len(set(counts.values())) < 2:
+        return [0.0] * len(responses)
+    most, least = max(counts, key=counts.__getitem__), min(counts, key=counts.__getitem__)
+    weight = (counts[most] - counts[least]) / len(responses)
+    values = [0.0] * len(responses)
+    for label, sign in ((most, 1.0), (least, -1.0)):
+        text = responses[classes.index(label)]
+        same = [position for position, response in enumerate(responses) if response == text]
+        for position in same:
+            values[position] = sign * weight / len(same)
+    return values
 
 
 def label_rewards(responses: Sequence[str], question: Question, answers: str = "boxed") -> list[float]:
     """Return 1 for each response that `grade_answer` grades as right, as in an evaluation, else 0."""
     grader = "boxed" if answers == "boxed" else "lenient"
     return [float(grade_answer(response, question, grader).strict) for response in responses]
+
+
+def classes_of_answers(responses: Sequence[str], question: Question | None, answers: str) -> list[int]:
+    """Return the class of each response's answer (see `answer_classes`); -1 for a response without one."""
+    return answer_classes([_final_answer(response, question, answers) for response in responses])
 
 
 def _final_answer(response: str, question: Question | None, answers: str) -> str | None:
@@ -110,8 +148,15 @@ def trained_rollouts(
     num_trained = options.num_trained or options.num_samples
     is_trained = [rollout.sample_index % options.num_samples < num_trained for rollout in rollouts]
     rewards = _rewards(algorithm, rollouts, questions)
+    if rewards is not None and algorithm.overlong_tokens:
+        rewards = [
+            reward + overlong_penalty(rollout, options.max_new_tokens, algorithm.overlong_tokens)
+            for reward, rollout in zip(rewards, rollouts, strict=True)
+        ]
     values = [0.0] * len(rollouts)
-    if rewards is not None:
+    if rewards is not None and OBJECTIVES[algorithm.objective].rewards_are_advantages:
+        values = rewards
+    elif rewards is not None:
         groups = [rollout.question_index for rollout in rollouts]
         values = group_advantages(
             rewards, groups, standardize=algorithm.advantage == "standardized", counted=is_trained
@@ -119,6 +164,16 @@ def trained_rollouts(
     return [
         (rollout, value) for rollout, value, kept in zip(rollouts, values, is_trained, strict=True) if kept
     ]
+
+
+def overlong_penalty(rollout: Rollout, longest: int, margin: int) -> float:
+    """Return the soft penalty of a long answer, between -1 and 0 (DAPO, arXiv 2503.14476, eq. 13).
+
+    0 up to `longest` - `margin` tokens, then linear down to -1 at `longest`; -1 for an answer that was cut.
+    """
+    if rollout.finish_reason == "length":
+        return -1.0
+    return -max(0, len(rollout.response_ids) - (longest - margin)) / margin
 
 
 def _rewards(
@@ -132,9 +187,10 @@ def _rewards(
         groups.setdefault(rollout.question_index, []).append(position)
 
     def graded(index: int) -> list[float]:
-        return reward_of(
-            [rollouts[position].text for position in groups[index]], questions[index], algorithm.rewards
-        )
+        responses = [rollouts[position].text for position in groups[index]]
+        if algorithm.reward_function is not None:
+            return function_rewards(algorithm.reward_function, responses, questions[index])
+        return reward_of(responses, questions[index], algorithm.rewards)
 
     rewards = [0.0] * len(rollouts)
     with ThreadPoolExecutor(NUM_WORKERS) as threads:
@@ -170,7 +226,11 @@ def group_advantages(
     for reward, group, counts in zip(rewards, groups, counted or [True] * len(rewards), strict=True):
         if counts:
             members.setdefault(group, []).append(reward)
-    means = {group: sum(values) / len(values) for group, values in members.items()}
+    # The mean of equal rewards can differ from them in its last bit, which a standardized advantage would enlarge.
+    means = {
+        group: values[0] if min(values) == max(values) else sum(values) / len(values)
+        for group, values in members.items()
+    }
     scales = dict.fromkeys(members, 1.0)
     if standardize:
         scales = {group: _deviation(values, means[group]) for group, values in members.items()}

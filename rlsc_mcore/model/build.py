@@ -1,6 +1,6 @@
 """Build the policy: a Megatron-Core `GPTModel` whose head returns token log-probabilities."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,9 +18,10 @@ from rlsc_mcore.model.architecture import (
     uses_transformer_engine,
 )
 from rlsc_mcore.model.hf_checkpoint import load_weights
+from rlsc_mcore.model.lora import ADAPTERS, LoraAdapters, attach_adapters
 from rlsc_mcore.model.shape import Architecture, read_architecture
 from rlsc_mcore.model.weight_map import BoundWeight, bind_weights, describe_weights, join_stages
-from rlsc_mcore.observability.console import ProgressBar, Reporter
+from rlsc_mcore.observability.console import Reporter, counted
 from rlsc_mcore.parallel.backend import Backend
 from rlsc_mcore.parallel.groups import Groups
 from rlsc_mcore.types import PackedBatch
@@ -65,6 +66,9 @@ class PolicyModel(GPTModel):
         """Embed the tokens. If attention applies the rotation (`SDPACoreAttention`), also attach the batch's
         rotary factors to `packed_seq_params`."""
         prepared = super()._preprocess(*args, packed_seq_params=packed_seq_params, **kwargs)
+        if hasattr(self, ADAPTERS) and self.pre_process and torch.is_grad_enabled():
+            # Megatron's recomputation returns no gradient from layers whose input needs none.
+            prepared[0].requires_grad_()
         lengths = getattr(packed_seq_params, "sequence_lengths", None)
         if lengths is None or self.config.apply_rope_fusion:
             return prepared
@@ -119,6 +123,7 @@ class Policy:
     source: Path  # Hugging Face folder of the weights
     padded_vocab_size: int
     transformer_engine: bool
+    adapters: LoraAdapters | None = None  # None: all weights are trained
 
     @property
     def vocab_start(self) -> int:
@@ -130,19 +135,22 @@ class Policy:
 def build_policy(
     config: Config, folder: Path, backend: Backend, groups: Groups, *, load: bool = True
 ) -> Policy:
-    """Build the model on this rank's device and load its weights from `folder` (unless `load` is False);
-    collective over the world."""
+    """Build the model on this rank's device and load its weights from `folder` (unless `load` is False).
+
+    Adapters need the weights before training: a caller that loads a checkpoint of adapters passes `load`.
+    Collective over the world.
+    """
     architecture = read_architecture(folder)
     layers = config.parallel.stage_layers or architecture.stage_layers(groups.pp_size)
     megatron_config = transformer_config(
         architecture,
-        config.model,
+        config.policy_model,
         backend,
         tp=groups.tp_size,
         recompute=config.training.recompute,
         stage_layers=layers,
     )
-    transformer_engine = uses_transformer_engine(config.model, backend)
+    transformer_engine = uses_transformer_engine(config.policy_model, backend)
     backend.seed(config.training.seed)
     padded_vocab_size = architecture.padded_vocab_size(groups.tp_size)
     with backend.megatron():
@@ -164,15 +172,26 @@ def build_policy(
         fuse_gradient_accumulation(model)
     weights = bind_weights(model, architecture, [layer.layer_number - 1 for layer in model.decoder.layers])
     if load:
-        with Reporter(groups.is_main).progress("loading weights, parameters", len(weights)) as bar:
+        with Reporter(groups.is_main).bar("loading weights, parameters", len(weights)) as bar:
             load_weights(
                 weights,
                 architecture,
                 folder,
                 groups.tp_rank,
                 groups.tp_size,
-                progress=lambda each: _advance(each, bar),
+                progress=lambda each: counted(each, bar),
             )
+    adapters = None
+    if config.lora.is_on:
+        adapters = attach_adapters(
+            model,
+            weights,
+            architecture,
+            config.lora,
+            groups,
+            config.training.seed,
+            on_host=backend.is_cuda and config.lora.base_on_host,
+        )
     model_weights = join_stages(
         weights,
         groups.pp_rank,
@@ -187,6 +206,7 @@ def build_policy(
         folder,
         padded_vocab_size,
         transformer_engine,
+        adapters,
     )
 
 
@@ -200,9 +220,3 @@ def fuse_gradient_accumulation(model: PolicyModel) -> None:
     for module in model.decoder.modules():
         if hasattr(module, "fuse_wgrad_accumulation"):
             module.fuse_wgrad_accumulation = True
-
-
-def _advance(weights: Iterable[BoundWeight], bar: ProgressBar) -> Iterator[BoundWeight]:
-    for weight in weights:
-        yield weight
-        bar.advance(1)

@@ -13,11 +13,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from rlsc_mcore.config import ConfigError, ModelConfig
-from rlsc_mcore.model.shape import Architecture
+from rlsc_mcore.model.shape import HUB_FILES, Architecture
 from rlsc_mcore.model.weight_map import BoundWeight, hf_shapes, shard_pieces
 from rlsc_mcore.run.made_here import check_replaceable, replacing
 
 EMBEDDED = "embedded:"
+EMBEDDED_MODELS = ("tiny_qwen2", "three_modes")
 MAX_SHARD_BYTES = 5 * 10**9
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -50,9 +51,10 @@ def resolve_model_folder(path: str) -> Path:
     """
     if path.startswith(EMBEDDED):
         folder = Path(str(resources.files("rlsc_mcore") / "assets" / path.removeprefix(EMBEDDED)))
-        if not folder.is_dir():
+        if path.removeprefix(EMBEDDED) not in EMBEDDED_MODELS:
             raise ConfigError(
-                f"model.path: no embedded model {path.removeprefix(EMBEDDED)!r}; expected embedded:tiny_qwen2"
+                f"model.path: no embedded model {path.removeprefix(EMBEDDED)!r}; expected "
+                f"{' or '.join(EMBEDDED + name for name in EMBEDDED_MODELS)}"
             )
         return folder
     folder = Path(path).expanduser()
@@ -63,11 +65,7 @@ def resolve_model_folder(path: str) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(
-            snapshot_download(
-                path, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.jinja", "*.model", "*.py"]
-            )
-        )
+        return Path(snapshot_download(path, allow_patterns=list(HUB_FILES)))
     except Exception as error:  # offline, unknown name or no permission; the user gets one message for all
         reason = str(error).splitlines()[0]
         raise ConfigError(

@@ -14,6 +14,9 @@ from rlsc_mcore.model.families import FAMILIES
 # match.
 VOCABULARY_MULTIPLE = 64
 
+HUB_FILES = ("*.json", "*.safetensors", "*.txt", "*.jinja", "*.model", "*.py")
+"""Patterns of the files of a hub model that are downloaded."""
+
 
 @dataclass(frozen=True)
 class Architecture:

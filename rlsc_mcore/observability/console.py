@@ -4,9 +4,9 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Protocol
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Protocol, TypeVar
 
 from rich.console import Console
 from rich.progress import (
@@ -21,7 +21,9 @@ from rich.progress import (
 )
 from rich.text import Text
 
+from rlsc_mcore.run.cores import DEFAULT_THREADS, threads_are_set
 from rlsc_mcore.run.printable import printable
+from rlsc_mcore.run.progress import Counter, regular_lines
 from rlsc_mcore.run.scratch import private_cache
 
 _LIBRARY_DEFAULTS = {
@@ -40,8 +42,11 @@ _LIBRARY_DEFAULTS = {
     # with the default of 1024 each, the memory of a process grows for hundreds of steps.
     "LRU_CACHE_CAPACITY": "64",
     "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64",
-    # busy-waiting OpenMP threads slow a shared machine down by up to 60x; set it to your number of cores
+    # A run on a CPU raises it by the size of its model (`training.cpu_tuning`).
     "OMP_NUM_THREADS": "1",
+    # Threads that wait for others sleep. With busy waiting a product took up to 60 times longer on cores that
+    # other processes used.
+    "OMP_WAIT_POLICY": "PASSIVE",
 }
 
 
@@ -52,6 +57,8 @@ def quiet_libraries() -> None:
     Variables that the user has set are kept. Call this before torch is imported. Mutates the environment and
     the warning filters.
     """
+    if not threads_are_set():
+        os.environ[DEFAULT_THREADS] = "1"
     for name, value in _LIBRARY_DEFAULTS.items():
         os.environ.setdefault(name, value)
     # torch's default is a folder in /tmp with a predictable name, which another user could create first.
@@ -61,11 +68,38 @@ def quiet_libraries() -> None:
     warnings.simplefilter("ignore")  # warnings of libraries; our own warnings go to metrics and console
 
 
-class ProgressBar(Protocol):
-    """A progress bar."""
+Item = TypeVar("Item")
 
-    def advance(self, amount: int) -> None:
-        """Advance the bar by `amount`."""
+
+class ProgressBar(Protocol):
+    """A progress bar, or another counter of progress."""
+
+    def advance(self, amount: int, tokens: int | None = None) -> None:
+        """Add `amount` finished units of work, which have `tokens` tokens if that is known."""
+
+
+class ProgressBars(Protocol):
+    """Make progress bars."""
+
+    def bar(
+        self, description: str, total: int = 0, *, tokens_each: float = 0.0
+    ) -> AbstractContextManager[ProgressBar]:
+        """Show the progress of the block; see `Reporter.bar`."""
+
+
+class _NoBar:
+    def advance(self, amount: int, tokens: int | None = None) -> None:
+        pass
+
+
+NO_BAR: ProgressBar = _NoBar()
+
+
+def counted(items: Iterable[Item], bar: ProgressBar) -> Iterator[Item]:
+    """Yield `items` and advance `bar` by one after each."""
+    for item in items:
+        yield item
+        bar.advance(1)
 
 
 class Reporter:
@@ -86,10 +120,19 @@ class Reporter:
         self.line(f"warning: {text}", style="yellow")
 
     @contextmanager
-    def progress(self, description: str, total: int) -> Iterator[ProgressBar]:
-        """Show a progress bar inside the block if the output is a terminal."""
-        if not self.enabled or not self.console.is_terminal:
-            yield _NoBar()
+    def bar(self, description: str, total: int = 0, *, tokens_each: float = 0.0) -> Iterator[ProgressBar]:
+        """Show the progress of the block: a bar on a terminal, else a line every 30 seconds.
+
+        `total` is the number of units of work, 0 if it is not known. `tokens_each` is the mean number of
+        tokens of a unit, for the tokens per second in the lines. Work that ends sooner prints no line.
+        """
+        if not self.enabled:
+            yield NO_BAR
+            return
+        if not self.console.is_terminal:
+            counter = Counter(description, total, tokens_each)
+            with regular_lines(counter.line, self.line):
+                yield counter
             return
         columns = (
             TextColumn("{task.description}"),
@@ -99,12 +142,7 @@ class Reporter:
             TimeElapsedColumn(),
         )
         with Progress(*columns, console=self.console, transient=True) as progress:
-            yield _RichBar(progress, progress.add_task(description, total=total))
-
-
-class _NoBar:
-    def advance(self, amount: int) -> None:
-        pass
+            yield _RichBar(progress, progress.add_task(description, total=total or None))
 
 
 class _RateColumn(ProgressColumn):
@@ -116,5 +154,5 @@ class _RichBar:
     def __init__(self, progress: Progress, task: TaskID) -> None:
         self._progress, self._task = progress, task
 
-    def advance(self, amount: int) -> None:
+    def advance(self, amount: int, tokens: int | None = None) -> None:
         self._progress.update(self._task, advance=amount)

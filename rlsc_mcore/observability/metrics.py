@@ -1,10 +1,9 @@
 """Write one row per step to metrics.jsonl, TensorBoard and Weights & Biases; check the rows for alarms."""
 
 import os
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
-from time import perf_counter, time
+from time import time
 from typing import Any
 
 from rlsc_mcore.observability.step_metrics import DESCRIPTIONS, numbers
@@ -14,28 +13,6 @@ from rlsc_mcore.run.folder import METRICS_FILE
 LENGTH_COLLAPSE_SHARE = 0.5  # alarm if the mean length is below this fraction of the first step's
 DIVERSITY_LOSS_SHARE = 0.5  # alarm: distinct answers below this fraction of the first step's while F doubled
 TRUNCATED_ALARM_SHARE = 0.9
-
-
-class PhaseTimer:
-    """Measure the seconds of each named phase of a step."""
-
-    def __init__(
-        self, synchronize: Any = None, on_phase: Callable[[str | None], None] = lambda name: None
-    ) -> None:
-        """`synchronize` waits for device work. `on_phase` is called with the name of a phase at its start,
-        and with None at its end."""
-        self.seconds: dict[str, float] = {}
-        self._synchronize, self._on_phase = synchronize or (lambda: None), on_phase
-
-    @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        """Add the wall-clock time of the block, including device work, to `seconds[name]`."""
-        start = perf_counter()
-        self._on_phase(name)
-        yield
-        self._synchronize()
-        self._on_phase(None)
-        self.seconds[name] = self.seconds.get(name, 0.0) + perf_counter() - start
 
 
 class MetricsWriter:
@@ -123,7 +100,8 @@ def alarms(row: Mapping[str, Any], first: Mapping[str, Any], *, ends: bool = Tru
             "at the first step"
         )
     if (
-        row["f_estimate"] > 2 * first["f_estimate"]
+        None not in (row["f_estimate"], first["f_estimate"])
+        and row["f_estimate"] > 2 * first["f_estimate"]
         and row["distinct_share"] < DIVERSITY_LOSS_SHARE * first["distinct_share"]
     ):
         found.append(
@@ -136,6 +114,27 @@ def alarms(row: Mapping[str, Any], first: Mapping[str, Any], *, ends: bool = Tru
         unended = "no token is known to end an answer, name it as eos_token_id in generation_config.json"
         found.append(cut + ("raise it" if ends else unended))
     return found
+
+
+def signal_warnings(row: Mapping[str, Any], *, reads_boxes: bool, has_advantages: bool) -> list[str]:
+    """Return a message if a step taught nothing: no answer is boxed, or no answer carries a weight.
+
+    `reads_boxes`: whether the objective compares boxed answers only. `has_advantages`: whether its weights
+    are advantages, so that `effective_samples` 0 means that nothing was trained.
+    """
+    if has_advantages and row["effective_samples"]:
+        return []
+    if reads_boxes and not row["boxed_share"]:
+        return [
+            "nothing to learn: no answer has a \\boxed{}, so no answer can be compared or rewarded; ask for a box "
+            "(data.template), or set algorithm.rewards to any"
+        ]
+    if not has_advantages:
+        return []
+    return [
+        "nothing to learn: all answers to each question earn the same reward; raise rollout.num_samples or "
+        "rollout.temperature, or take other questions"
+    ]
 
 
 def _metadata(name: str) -> Any:

@@ -46,10 +46,11 @@ class StepMetrics:
         watch="loss",
         console="loss {:.4f}",
     )
-    f_estimate: float = described(
+    f_estimate: float | None = described(
         "F, chance that two samples agree",
         "Mean of p(y|x) over the rollouts at T. What RLSC raises. It rises too while accuracy collapses: no "
-        "success by itself.",
+        "success by itself. Null where the rollouts are not samples of p at T (another sampling temperature, "
+        "top_p < 1) and where p leaves out the tokens of the answer (an outcome mask).",
         is_curve=True,
         watch="F",
         console="F {:.4f}",
@@ -60,6 +61,17 @@ class StepMetrics:
         path=("q50",),
         low=("q10",),
         high=("q90",),
+        is_curve=True,
+    )
+    kl_start: float | None = described(
+        "KL from the starting weights",
+        "Mean over the trained tokens of the k3 estimate of KL(policy || starting weights), before the step's "
+        "update. Null unless `algorithm.kl_start` or the objective compares with these weights.",
+        is_curve=True,
+    )
+    dropped_share: float | None = described(
+        "answers without signal",
+        "Share of answers to questions whose advantages are all 0. Null without `algorithm.drop_groups`.",
         is_curve=True,
     )
     alpha_share: float = described(
@@ -73,6 +85,13 @@ class StepMetrics:
         "effective samples",
         "(sum |w|)² / sum w²: how many answers carry the step. Advantages have both signs.",
         is_curve=True,
+    )
+    truncated_weight_share: float = described(
+        "truncated answers' share of the weight",
+        "Sum of |w| over the answers that were cut at the length limit / that of all trained answers. A "
+        "repetition loop that was cut has a large weight with `length_normalized` and `token`.",
+        is_curve=True,
+        watch="truncated weight",
     )
     num_samples: int = described("samples", "Rollouts of the step.")
     mean_length: float = described(
@@ -97,6 +116,46 @@ class StepMetrics:
         is_curve=True,
         watch="boxed",
         console="boxed {:.0%}",
+    )
+    agreement: float = described(
+        "agreement",
+        "Mean over questions of the share of samples with the question's most frequent answer. Needs no labels. "
+        "It rises as the policy sharpens, whether the answers are right or wrong.",
+        is_curve=True,
+        watch="agreement",
+    )
+    answered_share: float = described(
+        "readable answers",
+        "Share of samples with a box, a stated answer or a number.",
+        is_curve=True,
+    )
+    distinct_answers: float = described(
+        "different answers per sample",
+        "Mean over questions of different final answers / samples.",
+        is_curve=True,
+    )
+    same_answer_share: float = described(
+        "same answer across questions",
+        "Largest share of questions that have the same most frequent answer. Different questions have different "
+        "answers: a rise is collapse.",
+        is_curve=True,
+        watch="same answer",
+    )
+    answer_entropy: float | None = described(
+        "entropy of the answer tokens",
+        "Mean of -log p at T over the sampled tokens inside the last box: an estimate of their entropy. It is "
+        "low where the reasoning determines the answer: compare it with the first steps. Null without a box, "
+        "and where the rollouts are not samples of p at T (another sampling temperature, top_p < 1, answers "
+        "from a file).",
+        " nats",
+        is_curve=True,
+        watch="answer entropy",
+    )
+    reasoning_entropy: float | None = described(
+        "entropy of the other tokens",
+        "The same over the sampled tokens outside the last box.",
+        " nats",
+        is_curve=True,
     )
     log_prob_gap_mean: float | None = described(
         "mean trainer-engine gap",
@@ -212,6 +271,8 @@ def numbers(row: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
 def console_line(row: Mapping[str, Any]) -> str:
     """Return the step's numbers for the console: `loss 0.1234  F 0.0610  ...`."""
     shown = [
-        (description.console, row[name]) for name, description in DESCRIPTIONS.items() if description.console
+        (description.console, row[name])
+        for name, description in DESCRIPTIONS.items()
+        if description.console and row[name] is not None
     ]
     return "  ".join(text.format(value) for text, value in shown)

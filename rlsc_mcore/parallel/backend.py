@@ -21,14 +21,14 @@ import ctypes
 import functools
 import os
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch.overrides import TorchFunctionMode
 
 from rlsc_mcore.config import ConfigError
 from rlsc_mcore.observability.memory_pools import Pools, device_pools, host_pools
-from rlsc_mcore.parallel.cpu_products import MATMULS, multiplies_with_onednn, product_or_none
+from rlsc_mcore.parallel.cpu_products import MATMULS, product_or_none, products_in_use
 from rlsc_mcore.parallel.packages import hide_broken_torchvision
 from rlsc_mcore.parallel.torch_adam import TorchFusedAdam
 
@@ -60,6 +60,16 @@ class _MegatronOnCpu(TorchFunctionMode):
         return result
 
 
+def device_type() -> Literal["cpu", "cuda"]:
+    """Return "cuda" if torch finds a GPU, else "cpu". Only this module asks torch whether there is one."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def num_gpus() -> int:
+    """Return the number of GPUs that this process sees."""
+    return torch.cuda.device_count()
+
+
 class Backend:
     """Hold device, collective library and scopes of this process.
 
@@ -67,13 +77,11 @@ class Backend:
     """
 
     def __init__(self) -> None:
-        self.is_cuda = torch.cuda.is_available()
+        self.is_cuda = device_type() == "cuda"
         self.collectives = "nccl" if self.is_cuda else "gloo"
         hide_broken_torchvision()
         if self.is_cuda:
-            torch.cuda.set_device(
-                local_device_index(int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count())
-            )
+            torch.cuda.set_device(local_device_index(int(os.environ.get("LOCAL_RANK", "0")), num_gpus()))
             self.device = torch.device("cuda", torch.cuda.current_device())
         else:
             self.device = torch.device("cpu")
@@ -168,12 +176,14 @@ class Backend:
 
         megatron_random._get_cuda_rng_state = lambda *args, **kwargs: torch.empty(0)
         megatron_random._set_cuda_rng_state = lambda *args, **kwargs: None
-        if multiplies_with_onednn():
-            self._multiply_with_onednn_in_backward()
+        self._multiply_with_onednn_in_backward()
 
     @staticmethod
     def _multiply_with_onednn_in_backward() -> None:
-        """Enter the scope in Megatron's linear backward: autograd runs it outside function modes."""
+        """Enter the scope in Megatron's linear backward if its products use oneDNN.
+
+        Autograd runs a backward outside function modes.
+        """
         from megatron.core.tensor_parallel.layers import (
             LinearWithGradAccumulationAndAsyncCommunication as Linear,
         )
@@ -181,6 +191,8 @@ class Backend:
         backward = Linear.backward
 
         def in_scope(ctx: Any, grad_output: torch.Tensor) -> Any:
+            if products_in_use().trainer == "blas":
+                return backward(ctx, grad_output)
             with _MegatronOnCpu():
                 return backward(ctx, grad_output)
 

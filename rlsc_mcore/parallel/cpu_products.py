@@ -1,35 +1,72 @@
-"""Multiply float32 matrices on a CPU with the faster of oneDNN and torch's BLAS."""
+"""Multiply float32 matrices on a CPU with oneDNN or with torch's BLAS.
 
-import functools
+`cpu_tuning` measures which of both is faster for the model of a run. Without a measurement oneDNN is used
+with AVX-512, and torch's BLAS elsewhere.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
+Library = Literal["blas", "onednn"]
 
-@functools.cache
-def multiplies_with_onednn() -> bool:
-    """Return whether float32 products on a CPU use oneDNN instead of torch's BLAS; True with AVX-512.
 
-    torch's MKL uses its AVX2 path on AMD processors: with AVX-512 oneDNN ran 2.1 to 2.6 times faster there,
-    and equally fast on Intel's. With AVX2 only, MKL is faster: 1.0 to 1.7 times in the products of a weight's
-    gradient, twice with few rows.
+@dataclass(frozen=True)
+class CpuProducts:
+    """Name the library of the trainer's products and that of the engine's.
+
+    `packed` is oneDNN with a copy of the weights in its own layout, packed again after each update.
     """
-    return torch.backends.cpu.get_cpu_capability() == "AVX512"
+
+    trainer: Library
+    engine: Literal["blas", "onednn", "packed"]
+
+
+_in_use: CpuProducts | None = None
+
+
+def use_products(products: CpuProducts | None) -> None:
+    """Choose the libraries of this process; None returns to the choice by processor."""
+    global _in_use
+    _in_use = products
+
+
+def products_in_use() -> CpuProducts:
+    """Return the libraries of this process: those of `use_products`, else those of `default_library`."""
+    if _in_use is not None:
+        return _in_use
+    library = default_library()
+    return CpuProducts(library, library)
+
+
+def default_library() -> Library:
+    """Return the library by processor: oneDNN with AVX-512.
+
+    On some AMD processors torch's MKL uses its AVX2 path: oneDNN ran 2.1 to 2.6 times faster there.
+    """
+    return "onednn" if torch.backends.cpu.get_cpu_capability() == "AVX512" else "blas"
 
 
 def cpu_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """Compute x @ weight.T + bias on a CPU from the weight in its given layout (no packed copy).
 
-    No autograd.
+    The library is the engine's. No autograd.
     """
-    if x.dtype is not torch.float32 or not x.numel() or not multiplies_with_onednn():
+    if products_in_use().engine == "blas" or x.dtype is not torch.float32 or not x.numel():
         return torch.nn.functional.linear(x, weight, bias)
+    return onednn_linear(x, weight, bias)
+
+
+def onednn_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """Compute x @ weight.T + bias with oneDNN; float32, not empty, no autograd."""
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
 def product_or_none(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor | None:
-    """Compute a @ b with oneDNN; return None if torch should compute it."""
+    """Compute a @ b with oneDNN; return None if torch should compute it. The library is the trainer's."""
     if (
-        not multiplies_with_onednn()
+        products_in_use().trainer == "blas"
         or b.dim() != 2
         or a.dim() < 2
         or a.dtype is not torch.float32
@@ -37,7 +74,7 @@ def product_or_none(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor | None:
     ):
         return None
     needs_autograd = torch.is_grad_enabled() and (a.requires_grad or b.requires_grad)
-    return None if needs_autograd or not a.numel() or not b.numel() else cpu_linear(a, b.t())
+    return None if needs_autograd or not a.numel() or not b.numel() else onednn_linear(a, b.t())
 
 
 MATMULS = frozenset({torch.matmul, torch.mm, torch.Tensor.matmul, torch.Tensor.mm, torch.Tensor.__matmul__})

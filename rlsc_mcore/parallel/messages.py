@@ -200,6 +200,11 @@ class DataUnpickler(pickle.Unpickler):
     """
 
     def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == (
+            "builtins",
+            "getattr",
+        ):  # Python 3.11.2 pickles members of enums by it
+            return _enum_member
         if (module, name) in _DATA_GLOBALS:
             return _load_tensor if name == "_load_from_bytes" else super().find_class(module, name)
         is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
@@ -218,6 +223,19 @@ def _describes_data(kind: type) -> bool:
         or issubclass(kind, (Enum, BaseException, tuple))
         or kind.__module__.startswith(_DATA_MODULES[0])
     )
+
+
+def _enum_member(*arguments: Any) -> Any:
+    """Return the member of an enum that `getattr(*arguments)` would return; refuse any other attribute."""
+    kind, name = arguments if len(arguments) == 2 else (None, None)
+    if (
+        isinstance(kind, type)
+        and issubclass(kind, Enum)
+        and isinstance(name, str)
+        and name in kind.__members__
+    ):
+        return kind[name]
+    raise pickle.UnpicklingError(f"names the attribute {name!r} of {kind!r}, which is not data")
 
 
 def _load_tensor(content: bytes) -> Any:

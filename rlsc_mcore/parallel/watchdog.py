@@ -1,7 +1,7 @@
 """Detect dead and hung ranks. The first failure report ends all ranks and is printed once.
 
 Each rank writes a heartbeat to the rendezvous store and reads the heartbeat of the next rank. The failure
-report is stored there too. A heartbeat contains the activity of its rank (phase, step, current collective),
+report is stored there too. A heartbeat contains the activity of its rank (phase, steps done, collective),
 so that the report can name the rank that the others wait for. torch's own timeouts do not know the activity,
 and they expire much later.
 """
@@ -19,26 +19,28 @@ from typing import Any
 import torch.distributed as dist
 
 from rlsc_mcore.config import ConfigError
+from rlsc_mcore.run.status import Phase
 
 DEAD_VARIABLE, DEFAULT_DEAD_AFTER_S = "RLSC_DEAD_AFTER_S", 60.0
 BEATS_PER_LIMIT = 6
-SLOW_PHASES = {"start-up": 4.0}  # compilation and graph capture report no progress
+SLOW_PHASES: dict[Phase, float] = {"start-up": 4.0}  # compilation and graph capture report no progress
 _REPORT = "report"
 _OWN = ("rlsc_mcore", "megatron")
 
 
 class Watchdog:
-    """Track this rank's activity and send heartbeats from a thread; a single rank starts no thread."""
+    """Track this rank's activity from a thread, and send heartbeats to the other ranks if there are any."""
 
     def __init__(
         self, rank: int, world_size: int, *, hang_after_s: float, end: Callable[[str], None]
     ) -> None:
-        """Start the watchdog thread if there are other ranks.
+        """Start the watchdog thread.
 
         `hang_after_s` is the longest time without progress. `end` receives the message before the process
         exits with code 1.
         """
-        self.phase_name, self.step = "start-up", 0
+        self.phase: Phase = "start-up"
+        self.steps_done = 0
         self._rank, self._world_size, self._hang_after_s, self._end = rank, world_size, hang_after_s, end
         self._dead_after_s = seconds_from_environment(DEAD_VARIABLE, DEFAULT_DEAD_AFTER_S)
         self._interval_s = min(5.0, self._dead_after_s / BEATS_PER_LIMIT)
@@ -54,11 +56,12 @@ class Watchdog:
             )
             attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
             self._store = stores.PrefixStore(f"rlsc_watchdog_{attempt}", store)
-            threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
+        watch = self._watch if world_size > 1 else self._watch_alone
+        threading.Thread(target=watch, name="watchdog", daemon=True).start()
 
-    def phase(self, name: str, step: int | None = None) -> None:
-        """Set the phase, and the step if given; counts as progress."""
-        self.phase_name, self.step = name, self.step if step is None else step
+    def enter(self, phase: Phase, steps_done: int) -> None:
+        """Set the phase and the number of finished steps; counts as progress."""
+        self.phase, self.steps_done = phase, steps_done
         self.progress()
 
     def progress(self) -> None:
@@ -99,8 +102,7 @@ class Watchdog:
                 self._store.set(f"beat/{self._rank}", json.dumps({"count": count, **self._beat()}))
                 if self._store.check([_REPORT]):
                     self._exit(self._store.get(_REPORT).decode(), is_mine=False)
-                limit = self._hang_after_s * SLOW_PHASES.get(self.phase_name, 1.0)
-                if time.monotonic() - self._progress > limit and not self._lost_a_peer:
+                if self._hangs() and not self._lost_a_peer:
                     self._judge(self._describe_hang())
                 if self._store.check([f"beat/{neighbour}"]):
                     current = self._store.get(f"beat/{neighbour}").decode()
@@ -124,16 +126,35 @@ class Watchdog:
                 text = f"the ranks' meeting point ({os.environ['MASTER_ADDR']}, rank 0's process or torchrun's) is gone: {_one_line(error)}"
                 self._exit(f"{text}; rank {self._rank} was in phase {self._doing()}", is_mine=self._rank <= 1)
 
+    def _watch_alone(self) -> None:
+        """End the only process of a run, which no other rank can report, if it makes no progress.
+
+        The time in which the whole process was stopped (SIGSTOP, Ctrl-Z) does not count.
+        """
+        interval_s = min(self._interval_s, self._hang_after_s / BEATS_PER_LIMIT)
+        checked = time.monotonic()
+        while not self._closed.wait(interval_s):
+            checked, before = time.monotonic(), checked
+            if checked - before > self._hang_after_s / 2:
+                self.progress()
+            if self._hangs():
+                self._exit(f"this process hangs: {self._idleness(self._beat())}", is_mine=True)
+
+    def _hangs(self) -> bool:
+        limit = self._hang_after_s * SLOW_PHASES.get(self.phase, 1.0)
+        return time.monotonic() - self._progress > limit
+
     def _judge(self, text: str) -> None:
         mine = f"{self._rank}: {text}"  # the rank makes equal reports of two ranks distinguishable
         self._exit(text, is_mine=self._store.compare_set(_REPORT, "", mine).decode() == mine)
 
     def _exit(self, text: str, *, is_mine: bool) -> None:
         if is_mine:
-            message = f"{text}; every rank ends, the last checkpoint is whole: rlsc train --resume"
+            ends = "every rank ends" if self._world_size > 1 else "it ends"
+            message = f"{text}; {ends}, the last checkpoint is whole: rlsc train --resume"
             print(f"rlsc: {message}", file=sys.stderr, flush=True)
             self._end(message)
-        if self._rank == 0:
+        if self._rank == 0 and self._world_size > 1:
             time.sleep(
                 3 * self._interval_s
             )  # its process may host the store from which the others read the report
@@ -146,8 +167,8 @@ class Watchdog:
         idle = round(time.monotonic() - self._progress, 1)
         counts = collective_counts()
         return {
-            "phase": self.phase_name,
-            "step": self.step,
+            "phase": self.phase,
+            "steps_done": self.steps_done,
             "idle": idle,
             "collective": collective,
             "place": place,
@@ -156,6 +177,10 @@ class Watchdog:
 
     def _doing(self) -> str:
         return _place(self._beat())
+
+    @staticmethod
+    def _idleness(beat: dict[str, Any]) -> str:
+        return f"no progress for {beat['idle']:.0f} s in phase {_place(beat)}"
 
     def _describe_hang(self) -> str:
         beats: dict[int, dict[str, Any]] = {self._rank: self._beat()}
@@ -175,7 +200,7 @@ class Watchdog:
             # that computes.
             return f"no rank advances, and no rank is behind in a collective (see NCCL's flight recorder): {phases}"
         rank, beat = max(busy.items(), key=lambda item: item[1]["idle"])
-        text = f"rank {rank} hangs: no progress for {beat['idle']:.0f} s in phase {_place(beat)}"
+        text = f"rank {rank} hangs: {self._idleness(beat)}"
         if waiting:
             other, its = next(iter(waiting.items()))
             text += f"; {len(waiting)} of {len(beats)} ranks wait for it, rank {other} in phase {_place(its)}"
@@ -231,7 +256,7 @@ def _place(beat: dict[str, Any]) -> str:
     where = (
         f"collective {beat['collective']}, called by {beat['place']}" if beat["collective"] else beat["place"]
     )
-    return f"{beat['phase']}, step {beat['step']}, {where}"
+    return f"{beat['phase']}, {beat['steps_done']} steps done, {where}"
 
 
 def _where(thread: int | None) -> tuple[str, str]:

@@ -7,9 +7,9 @@ layer. On a CPU the sum for a step is within 10 % of the measured peak
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from rlsc_mcore.config import Config
+from rlsc_mcore.config import Config, LoraConfig
 from rlsc_mcore.model.shape import Architecture
 from rlsc_mcore.planning.known_models import num_parameters, stage_parameters
 
@@ -46,6 +46,8 @@ class Layout:
     fused_swiglu: bool = True  # SwiGLU is fused on a GPU
     pp: int = 1  # pipeline stages
     stage_layers: tuple[int, ...] | None = None  # layers per stage; None: balanced by compute time
+    lora: LoraConfig = field(default_factory=LoraConfig)  # rank 0: all weights are trained
+    keeps_start: bool = False  # a copy of the starting weights is on the device
 
     @property
     def engine_ranks(self) -> int:
@@ -73,16 +75,81 @@ def rank_parameters(shape: Architecture, layout: Layout, stage: int = 0) -> int:
     return split // layout.tp + whole
 
 
+def trained_parameters(shape: Architecture, layout: Layout, stage: int = 0) -> int:
+    """Return the number of trained parameters of one trainer rank in pipeline stage `stage`: all of them, or
+    those of its adapters."""
+    if not layout.lora.is_on:
+        return rank_parameters(shape, layout, stage)
+    return layout.layers_of(shape)[stage] * sum(
+        # One factor is sharded like the projection, the other is whole.
+        layout.lora.rank * (inner + outer // layout.tp if is_column_parallel else inner // layout.tp + outer)
+        for outer, inner, is_column_parallel in _target_shapes(shape, layout)
+    )
+
+
+def adapter_base_parameters(shape: Architecture, layout: Layout, stage: int = 0) -> int:
+    """Return the number of weights of which one rank keeps the values before training, W0; 0 without
+    adapters."""
+    if not layout.lora.is_on:
+        return 0
+    numel = sum(outer * inner for outer, inner, _ in _target_shapes(shape, layout))
+    return layout.layers_of(shape)[stage] * numel // layout.tp
+
+
+def _target_shapes(shape: Architecture, layout: Layout) -> list[tuple[int, int, bool]]:
+    """Return (output size, input size, is column-parallel) of each projection of a layer with an adapter."""
+    hidden, ffn = shape.hidden_size, shape.ffn_hidden_size
+    queries, keys = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
+    shapes = {
+        "q_proj": (queries, hidden, True),
+        "k_proj": (keys, hidden, True),
+        "v_proj": (keys, hidden, True),
+        "o_proj": (hidden, queries, False),
+        "gate_proj": (ffn, hidden, True),
+        "up_proj": (ffn, hidden, True),
+        "down_proj": (hidden, ffn, False),
+    }
+    return [shapes[name] for name in layout.lora.targets]
+
+
+def state_bytes_per_parameter(layout: Layout) -> int:
+    """Return the optimizer's bytes per trained parameter: master weight and moments."""
+    return PRECISION_AWARE_BYTES if layout.precision_aware else MASTER_BYTES[layout.dtype]
+
+
+def saved_bytes_per_parameter(layout: Layout) -> int:
+    """Return the bytes per trained parameter that a checkpoint holds: weight, master weight and moments.
+
+    A distributed optimizer saves master weights in float32 training too, where they are the weights.
+    """
+    masters = 4 if layout.distributed and layout.dtype == "float32" and not layout.precision_aware else 0
+    return WIDTH[layout.dtype] + state_bytes_per_parameter(layout) + masters
+
+
+def checkpoint_bytes(shape: Architecture, layout: Layout) -> int:
+    """Return the bytes of a checkpoint, which all tensor-parallel ranks and stages write once."""
+    trained = sum(layout.tp * trained_parameters(shape, layout, stage) for stage in range(layout.pp))
+    return saved_bytes_per_parameter(layout) * trained
+
+
 def static_bytes(shape: Architecture, layout: Layout, stage: int = 0) -> dict[str, int]:
     """Return the bytes of weights, gradients and optimizer state that one rank of a stage holds during
-    training."""
-    numel = rank_parameters(shape, layout, stage)
+    training.
+
+    With adapters the weights include theirs, and W0 if it is not on the host. They include a copy of the
+    starting weights if the loss compares with them.
+    """
+    trained, frozen = trained_parameters(shape, layout, stage), 0
+    if layout.lora.is_on:
+        frozen = rank_parameters(shape, layout, stage)
+        frozen += 0 if layout.lora.base_on_host else adapter_base_parameters(shape, layout, stage)
     shards = layout.dp if layout.distributed else 1
-    states = PRECISION_AWARE_BYTES if layout.precision_aware else MASTER_BYTES[layout.dtype]
+    states = state_bytes_per_parameter(layout)
+    copies = rank_parameters(shape, layout, stage) if layout.keeps_start else 0
     return {
-        "weights": WIDTH[layout.dtype] * numel,
-        "gradients": WIDTH[layout.grad_dtype] * numel,
-        "optimizer": int(states * numel // shards * (1 - layout.cpu_offload)),
+        "weights": WIDTH[layout.dtype] * (trained + frozen + copies),
+        "gradients": WIDTH[layout.grad_dtype] * trained,
+        "optimizer": int(states * trained // shards * (1 - layout.cpu_offload)),
     }
 
 
@@ -121,7 +188,7 @@ def update_bytes(shape: Architecture, layout: Layout, stage: int = 0) -> int:
     made those of the next. Megatron's optimizer copies the gradients of this rank's shard, except with
     `precision_aware` or `cpu_offload`.
     """
-    shard = rank_parameters(shape, layout, stage) // (layout.dp if layout.distributed else 1)
+    shard = trained_parameters(shape, layout, stage) // (layout.dp if layout.distributed else 1)
     if layout.precision_aware:
         largest = (
             max(shape.padded_vocab_size(layout.tp), 2 * shape.ffn_hidden_size)
@@ -138,12 +205,13 @@ def train_bytes(shape: Architecture, layout: Layout) -> dict[str, int]:
     The engine sleeps (level 2).
     """
     return max(
-        (_stage_train_bytes(shape, layout, stage) for stage in range(layout.pp)),
+        (stage_train_bytes(shape, layout, stage) for stage in range(layout.pp)),
         key=lambda parts: sum(parts.values()),
     )
 
 
-def _stage_train_bytes(shape: Architecture, layout: Layout, stage: int) -> dict[str, int]:
+def stage_train_bytes(shape: Architecture, layout: Layout, stage: int) -> dict[str, int]:
+    """Return the bytes by part on one GPU of pipeline stage `stage` during training."""
     gathered = (
         layout.tokens_per_micro_batch * shape.hidden_size * WIDTH[layout.dtype] * 2 if layout.tp > 1 else 0
     )
@@ -223,13 +291,17 @@ def host_bytes(shape: Architecture, layout: Layout) -> dict[str, int]:
     optimizer the parts are equal (`training/optimizer_state.py`); otherwise one data-parallel rank copies
     everything. A load copies nothing.
     """
-    numel = max(rank_parameters(shape, layout, stage) for stage in range(layout.pp))
+    numel = max(trained_parameters(shape, layout, stage) for stage in range(layout.pp))
     shard = numel // (layout.dp if layout.distributed else 1)
-    states = PRECISION_AWARE_BYTES if layout.precision_aware else MASTER_BYTES[layout.dtype]
+    states = state_bytes_per_parameter(layout)
     offloaded = states * shard if layout.offload_during_rollout else 0
     # Master weights, moments and a page-locked copy of the gradients.
     updated_there = int((states + 4) * shard * layout.cpu_offload)
-    return {"a save": (WIDTH[layout.dtype] + states) * shard, "optimizer state": offloaded + updated_there}
+    held = {"a save": saved_bytes_per_parameter(layout) * shard, "optimizer state": offloaded + updated_there}
+    if layout.lora.is_on and layout.lora.base_on_host:
+        base = max(adapter_base_parameters(shape, layout, stage) for stage in range(layout.pp))
+        held["weights before training"] = WIDTH[layout.dtype] * base
+    return held
 
 
 def config_layout(config: Config, tp: int, dp: int) -> Layout:
@@ -249,6 +321,8 @@ def config_layout(config: Config, tp: int, dp: int) -> Layout:
         grad_dtype=config.optimizer.grad_dtype,
         pp=config.parallel.pp,
         stage_layers=config.parallel.stage_layers,
+        lora=config.lora,
+        keeps_start=config.teaches_with_start or (config.compares_with_start and not config.lora.is_on),
     )
 
 

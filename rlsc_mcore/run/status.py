@@ -12,7 +12,7 @@ import json
 import os
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -27,6 +27,9 @@ FILE, ENDING_FILE = "status.json", "ending.json"
 JOB_VARIABLE, ATTEMPT_VARIABLE = "SLURM_JOB_ID", "RLSC_ATTEMPT"
 SECONDS_BETWEEN_COUNTS = 5.0
 RESERVED_BYTES = 4096  # size of status.json: on a full disk it can be overwritten in place
+# Everything that reports the activity of a run uses these names. The seconds of a step are recorded for rollout,
+# pack, train and swap.
+Phase = Literal["start-up", "evaluate", "rollout", "pack", "train", "swap", "save", "export"]
 State = Literal["launching", "running", "stopped", "done", "config", "crash"]
 FAILED: tuple[State, ...] = ("config", "crash")
 ENDED: tuple[State, ...] = ("stopped", "done", *FAILED)
@@ -46,16 +49,14 @@ class RunStatus:
         num_steps: int,
         *,
         enabled: bool,
-        on_phase: Callable[[str, int | None], None] | None = None,
         owner: Owner | None = None,
     ) -> None:
-        """Write the first status; at each new phase, `on_phase` is called and `owner` is checked on every
-        rank."""
-        self._run_dir, self._enabled, self._on_phase, self._owner = run_dir, enabled, on_phase, owner
+        """Write the first status. `owner` is checked at each new phase."""
+        self._run_dir, self._enabled, self._owner = run_dir, enabled, owner
         self._facts: dict[str, Any] = {
             "state": "running",
             "phase": "start-up",
-            "step": 0,
+            "steps_done": 0,
             "num_steps": num_steps,
             "tokens": 0,
             **_place(),
@@ -70,31 +71,21 @@ class RunStatus:
                 (run_dir / ENDING_FILE).unlink()
         self._write()
 
-    def phase(self, name: str, step: int | None = None) -> None:
-        """Record the start of a phase; `step` is the number of finished optimizer steps.
+    def enter(self, phase: Phase, steps_done: int) -> None:
+        """Record the start of a phase after `steps_done` finished steps.
 
         Raises `FolderLost` if the folder is gone or belongs to another process.
         """
         if self._owner is not None:
             self._owner.check()
-        if self._on_phase is not None:
-            self._on_phase(name, step)
-        self._facts.update(phase=name, tokens=0, phase_since=round(time.time(), 1))
-        if step is not None:
-            self._facts["step"] = step
+        self._facts.update(phase=phase, steps_done=steps_done, tokens=0, phase_since=round(time.time(), 1))
         self._write()
 
-    def counting(self, advance: Callable[[int], None]) -> Callable[[int], None]:
-        """Return a function that counts tokens of this phase, writes the count every few seconds, and calls
-        `advance`."""
-
-        def count(tokens: int) -> None:
-            self._facts["tokens"] += tokens
-            if time.monotonic() - self._counted > SECONDS_BETWEEN_COUNTS:
-                self._write()
-            advance(tokens)
-
-        return count
+    def count_tokens(self, tokens: int) -> None:
+        """Add sampled tokens to the count of this phase, which is written every few seconds."""
+        self._facts["tokens"] += tokens
+        if time.monotonic() - self._counted > SECONDS_BETWEEN_COUNTS:
+            self._write()
 
     def _write(self) -> None:
         self._counted = time.monotonic()
@@ -103,7 +94,7 @@ class RunStatus:
 
 
 def write_end(run_dir: Path, state: State, **facts: Any) -> None:
-    """Record how the run ended; phase and step are kept.
+    """Record how the run ended; phase and steps done are kept.
 
     Only the first report of a crash or bad input is recorded. Nothing is written unless this run owns the
     folder.
@@ -143,8 +134,14 @@ def recorded_end(run_dir: Path) -> Iterator[None]:
 
 
 def read_status(run_dir: Path) -> dict[str, Any] | None:
-    """Return the last status, or None if the file is missing or unreadable."""
-    return _read(run_dir / FILE)
+    """Return the last status, or None if the file is missing or unreadable.
+
+    Older versions wrote `steps_done` as `step`.
+    """
+    status = _read(run_dir / FILE)
+    if status is not None and "step" in status:
+        status.setdefault("steps_done", status.pop("step"))
+    return status
 
 
 def is_launched() -> bool:

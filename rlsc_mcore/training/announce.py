@@ -31,13 +31,19 @@ def announce(session: "Session", resume_from: Path | None) -> None:
     )
     session.report.line(
         f"optimizer: {session.backend.adam_source()}; {layers} because "
-        f"{layers_reason(config.model, session.backend)}"
+        f"{'lora.rank needs them' if config.lora.is_on else layers_reason(config.model, session.backend)}"
     )
+    if policy.adapters is not None:
+        session.report.line(policy.adapters.describe(config.lora, groups.tp_size))
     pinned = ", FlashInfer's sampler and fused all-reduce off" if session.backend.is_cuda else ""
     session.report.line(
         f"engine: vLLM in this process, tp {groups.engine_tp_size}, {session.swap.describe()}, "
         f"context {session.inputs.max_model_len}{pinned}"
+        if session.has_engine
+        else "engine: none, because the answers come from data.path and nothing is evaluated"
     )
+    if session.cpu is not None:
+        session.report.line(session.cpu.describe())
     session.report.line(
         f"data {config.data.path}: {len(session.inputs.questions)} questions, "
         f"{config.data.questions_per_step} x "

@@ -2,7 +2,7 @@
 
     RUN/checkpoints/step_000010/         Megatron dist_checkpointing: weights, fp32 masters, moments
     RUN/checkpoints/step_000010/common.json     the optimizer's values that are not tensors
-    RUN/checkpoints/step_000010/state.json      step, policy version, random state, question fingerprint
+    RUN/checkpoints/step_000010/state.json      steps done, policy version, random state, question fingerprint
     RUN/checkpoints/step_000010/manifest.json   size and SHA-256 of every other file
     RUN/checkpoints/latest               a hint: the name above, set by rename once all files are on disk
     RUN/checkpoints/best                 the name of the best checkpoint by `training.keep_best`
@@ -28,6 +28,7 @@ from megatron.core.dist_checkpointing import serialization
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from torch.distributed.checkpoint.api import CheckpointException
 
+from rlsc_mcore.model.lora import ADAPTERS
 from rlsc_mcore.parallel.groups import Groups
 from rlsc_mcore.parallel.megatron_versions import COMMON_STATE_WRITER, SAVE_OPTIONS
 from rlsc_mcore.run.folder import BEST, FOLDER, LATEST, latest_checkpoint
@@ -49,7 +50,6 @@ from rlsc_mcore.training.checkpoint_files import (
     read_common,
     read_metadata,
     read_state,
-    set_aside,
     verify_files,
     write_failure,
     write_manifest,
@@ -132,23 +132,23 @@ class CheckpointSaver:
         if trainer.groups.is_main:
             run_dir.mkdir(parents=True, exist_ok=True)
 
-    def save(self, step: int, policy_version: int, scores: Mapping[int, float] | None = None) -> Path:
-        """Save the checkpoint of `step`; collective over the world.
+    def save(self, steps_done: int, policy_version: int, scores: Mapping[int, float] | None = None) -> Path:
+        """Save a checkpoint after `steps_done` steps; collective over the world.
 
         Returns the final path. When every rank has written its part, one rename creates that folder and
         `latest` names it. With `asynchronous` the call returns before that and training may continue.
-        `scores` (by step) determine the best checkpoint. Raises `CheckpointError` if this save or the one
+        `scores` (by steps done) determine the best checkpoint. Raises `CheckpointError` if this save or the one
         before it cannot be written (for example on a full disk); the last complete checkpoint stays
         unchanged.
         """
         self.finish()
-        final = self._final(step)
+        final = self._final(steps_done)
         if final.is_dir() and latest_checkpoint(self._run_dir) == final:
             return final
         rng = base64.b64encode(torch.random.get_rng_state().numpy().tobytes()).decode("ascii")
-        state = RunState(step, policy_version, self._questions, rng)
-        self._together(step, lambda: self._make_folder(step))
-        self._together(step, lambda: self._begin(state, scores or {}))
+        state = RunState(steps_done, policy_version, self._questions, rng)
+        self._together(steps_done, lambda: self._make_folder(steps_done))
+        self._together(steps_done, lambda: self._begin(state, scores or {}))
         self._write()
         if not self._asynchronous:
             self.finish()
@@ -172,14 +172,14 @@ class CheckpointSaver:
             return
         if save.thread is not None:
             save.thread.join()
-        self._together(save.state.step, lambda: self._finalize(save))
-        self._together(save.state.step, lambda: self._complete(save))
+        self._together(save.state.steps_done, lambda: self._finalize(save))
+        self._together(save.state.steps_done, lambda: self._complete(save))
 
-    def _make_folder(self, step: int) -> None:
+    def _make_folder(self, steps_done: int) -> None:
         if self._trainer.groups.is_main:
-            shutil.rmtree(self._partial(step), ignore_errors=True)
+            shutil.rmtree(self._partial(steps_done), ignore_errors=True)
             self.folder.mkdir(exist_ok=True)  # not the run folder itself: it may have been moved
-            self._partial(step).mkdir()
+            self._partial(steps_done).mkdir()
 
     def _begin(self, state: RunState, scores: Mapping[int, float]) -> None:
         trainer = self._trainer
@@ -189,7 +189,7 @@ class CheckpointSaver:
         with trainer.backend.megatron(), no_pickles(), _failing_late():
             sharded = sharded_state(trainer, is_loading=False)
             request = dist_checkpointing.save(
-                sharded, str(self._partial(state.step)), async_sharded_save=True, **SAVE_OPTIONS
+                sharded, str(self._partial(state.steps_done)), async_sharded_save=True, **SAVE_OPTIONS
             )
         self._save = _Save(state, request, scores)
         if request.preload_fn is not None:
@@ -208,7 +208,7 @@ class CheckpointSaver:
                 for file, key, (data, tensors) in save.buckets
             ]
         save.thread = threading.Thread(
-            target=save.write, name=f"checkpoint of step {save.state.step}", daemon=True
+            target=save.write, name=f"checkpoint of step {save.state.steps_done}", daemon=True
         )
         save.thread.start()
 
@@ -219,7 +219,7 @@ class CheckpointSaver:
 
     def _complete(self, save: _Save) -> None:
         groups = self._trainer.groups
-        partial, final = self._partial(save.state.step), self._final(save.state.step)
+        partial, final = self._partial(save.state.steps_done), self._final(save.state.steps_done)
         known = {name: entry for part in groups.gather_objects(save.digests) for name, entry in part.items()}
         if not groups.is_main:
             return
@@ -233,7 +233,7 @@ class CheckpointSaver:
             point(self.folder, BEST, best.name)
         delete_older(self.folder, keep=self._keep_last, newest=final, best=best)
 
-    def _together(self, step: int, act: Callable[[], None]) -> None:
+    def _together(self, steps_done: int, act: Callable[[], None]) -> None:
         """Run one part of a save on every rank; collective over the world.
 
         If it fails on one rank, all ranks raise `CheckpointError` with that rank's reason, and the main rank
@@ -251,7 +251,7 @@ class CheckpointSaver:
             return
         self._save = None
         if groups.is_main:
-            shutil.rmtree(self._partial(step), ignore_errors=True)
+            shutil.rmtree(self._partial(steps_done), ignore_errors=True)
         rank, text = next((each for each in reasons if each[1] != ELSEWHERE), reasons[0])
         where = f"rank {rank}: " if groups.world_size > 1 else ""
         whole = (
@@ -262,21 +262,14 @@ class CheckpointSaver:
         if not self._run_dir.is_dir():
             whole = "the folder of the run is gone: it was moved or deleted; the checkpoints of before went with it"
         raise CheckpointError(
-            f"checkpoint of step {step} not saved to {self.folder}: {where}{text}; {whole}"
+            f"checkpoint of step {steps_done} not saved to {self.folder}: {where}{text}; {whole}"
         ) from failure
 
-    def _final(self, step: int) -> Path:
-        return self.folder / f"step_{step:06d}"
+    def _final(self, steps_done: int) -> Path:
+        return self.folder / f"step_{steps_done:06d}"
 
-    def _partial(self, step: int) -> Path:
-        return self.folder / f"step_{step:06d}.partial"
-
-
-def save_checkpoint(
-    run_dir: Path, trainer: Trainer, step: int, policy_version: int, questions: str, keep_last: int
-) -> Path:
-    """Write one checkpoint and wait for it; collective over the world. See `CheckpointSaver`."""
-    return CheckpointSaver(run_dir, trainer, questions, keep_last=keep_last).save(step, policy_version)
+    def _partial(self, steps_done: int) -> Path:
+        return self.folder / f"step_{steps_done:06d}.partial"
 
 
 def load_checkpoint(checkpoint: Path, trainer: Trainer) -> RunState:
@@ -319,10 +312,12 @@ def load_checkpoint(checkpoint: Path, trainer: Trainer) -> RunState:
             ) from error
         with torch.no_grad():  # Megatron-Core 0.16.1 writes into views of fp32 leaves
             missing, unexpected = trainer.ddp.module.load_state_dict(loaded["model"], strict=False)
-            assert not unexpected and all(name.endswith(_EXTRA_STATE) for name in missing), (
-                missing,
-                unexpected,
-            )
+            adapters = trainer.policy.adapters
+            frozen = set() if adapters is None else {weight.name for weight in trainer.policy.weights}
+            absent = [name for name in missing if not name.endswith(_EXTRA_STATE) and name not in frozen]
+            assert not unexpected and not absent, (absent, unexpected)
+            if adapters is not None:
+                adapters.merge()
             if trainer.config.optimizer.distributed:
                 load_groups(trainer.optimizer, loaded["optimizer"])
             else:
@@ -331,24 +326,6 @@ def load_checkpoint(checkpoint: Path, trainer: Trainer) -> RunState:
         torch.frombuffer(bytearray(base64.b64decode(state.torch_rng)), dtype=torch.uint8)
     )
     return state
-
-
-def resume(checkpoint: Path, trainer: Trainer, warn: Callable[[str], None]) -> RunState:
-    """Load `checkpoint` or, if it is damaged, an earlier one with a warning; collective over the world.
-
-    A damaged folder is renamed to `*.damaged`, and `latest` then names the checkpoint before it. Raises
-    `CheckpointError` if no checkpoint is intact.
-    """
-    groups = trainer.groups
-    while True:
-        try:
-            return load_checkpoint(checkpoint, trainer)
-        except CheckpointError as error:
-            earlier = groups.gather_objects(set_aside(checkpoint) if groups.is_main else None)[0]
-            if earlier is None:
-                raise
-            warn(f"{error}; going on from {earlier} instead")
-            checkpoint = earlier
 
 
 def _raise_together(groups: Groups, problem: tuple[str, str] | None) -> None:
@@ -404,6 +381,8 @@ def sharded_state(trainer: Trainer, *, is_loading: bool) -> dict[str, Any]:
     # The layers' extra state (fp8 scales) is left out: it is stored as pickles, which a load would have to
     # execute.
     model = {name: value for name, value in model.items() if not name.endswith(_EXTRA_STATE)}
+    if trainer.policy.adapters is not None:  # the frozen weights are those of the model folder
+        model = {name: value for name, value in model.items() if name.startswith(f"{ADAPTERS}.")}
     if trainer.config.optimizer.distributed:
         optimizer = sharded_optimizer(trainer.optimizer, model)
         return {

@@ -31,11 +31,9 @@ from rlsc_mcore.run.machine_errors import explain
 STATE = "state.json"
 METADATA = ".metadata"
 COMMON = "common.json"  # the optimizer's values that are not tensors
-FORMAT_FIELD, FIRST_FORMAT, FORMAT = (
-    "format",
-    1,
-    2,
-)  # format 1: the optimizer's values are in common.pt, and the field is missing
+# Format 1: the optimizer's values are in common.pt, and the field "format" is missing. Up to format 2,
+# `steps_done` is named `step`.
+FORMAT_FIELD, FIRST_FORMAT, FORMAT = "format", 1, 3
 DAMAGED = ".damaged"
 ELSEWHERE = "another rank failed"
 # The only globals that a checkpoint's .metadata may name; anything else is refused before it is unpickled.
@@ -70,7 +68,7 @@ class RunState:
     A new field needs a default value. A field that older versions cannot do without needs a new FORMAT.
     """
 
-    step: int  # optimizer steps done
+    steps_done: int
     policy_version: int
     questions: str  # fingerprint of the question file
     torch_rng: str  # base64 of torch's CPU generator state
@@ -87,6 +85,8 @@ def read_state(checkpoint: Path) -> RunState:
     version = facts.pop(FORMAT_FIELD, FIRST_FORMAT)
     if type(version) is not int or version < FIRST_FORMAT:
         raise CheckpointError(f"{file}: not readable: {FORMAT_FIELD} is {version!r}")
+    if version < FORMAT and "step" in facts:
+        facts["steps_done"] = facts.pop("step")
     known = {entry.name: entry for entry in fields(RunState)}
     unknown = sorted(facts.keys() - known.keys())
     if version > FORMAT or unknown:
@@ -101,7 +101,7 @@ def read_state(checkpoint: Path) -> RunState:
     }
     if required - facts.keys():
         raise CheckpointError(f"{file}: not readable: lacks {', '.join(sorted(required - facts.keys()))}")
-    for name in ("step", "policy_version"):
+    for name in ("steps_done", "policy_version"):
         if type(facts[name]) is not int or facts[name] < 0:
             raise CheckpointError(
                 f"{file}: not readable: {name} is {facts[name]!r}, expected a number from 0"

@@ -14,16 +14,17 @@ from rlsc_mcore.parallel.groups import Groups
 from rlsc_mcore.parallel.watchdog import Watchdog
 from rlsc_mcore.rollout.engine import GenerationInterrupted
 from rlsc_mcore.run.machine_errors import explain
-from rlsc_mcore.run.status import write_end
+from rlsc_mcore.run.status import Phase, write_end
 
 # The options to lower, by the phase that ran out of memory.
-REMEDIES = {
+REMEDIES: dict[Phase, str] = {
     "start-up": "lower rollout.kv_cache_gib or rollout.max_num_seqs, or raise parallel.tp",
     "rollout": "lower rollout.max_num_seqs, rollout.max_num_batched_tokens or rollout.kv_cache_gib, or turn on "
     "optimizer.offload_during_rollout",
-    "training": "lower training.tokens_per_micro_batch, set training.recompute to full, or raise parallel.tp or optimizer.cpu_offload",
+    "train": "lower training.tokens_per_micro_batch, set training.recompute to full, or raise parallel.tp or "
+    "optimizer.cpu_offload",
     "swap": "lower rollout.kv_cache_gib",
-    "saving": "set training.async_save to False",
+    "save": "set training.async_save to False",
 }
 _OTHERWISE = "lower rollout.kv_cache_gib or raise parallel.tp"
 _PEER_IS_GONE = (
@@ -58,7 +59,7 @@ def start_watchdog(config: Config, groups: Groups) -> Watchdog:
 
 @contextmanager
 def reported() -> Iterator[None]:
-    """Report a failure inside the block to the other ranks.
+    """Report a failure inside the block to the other ranks, and close the watchdog after the block.
 
     Turns a failed allocation into a `RunError` that names the phase and the options to lower. If the failure
     comes from a lost rank, this function waits for the watchdog's failure report, which names that rank and
@@ -76,11 +77,10 @@ def reported() -> Iterator[None]:
         if not _current:
             raise
         watchdog = _current[0]
-        phase = watchdog.phase_name
+        phase = watchdog.phase
         if is_out_of_memory(error):
-            place = f"step {watchdog.step + 1}, " if phase not in ("start-up", "export") else ""
             failure = RunError(
-                f"out of memory in phase {phase} ({place}{_first_line(error)}); "
+                f"out of memory in phase {phase} ({watchdog.steps_done} steps done, {_first_line(error)}); "
                 f"{REMEDIES.get(phase, _OTHERWISE)}"
             )
             watchdog.fail(str(failure))
@@ -94,6 +94,9 @@ def reported() -> Iterator[None]:
             watchdog.wait_for_report()
         watchdog.fail(_first_line(error))
         raise
+    finally:
+        for watchdog in _current:  # a session that was not built whole closes nothing
+            watchdog.close()
 
 
 def _first_line(error: BaseException) -> str:

@@ -20,7 +20,7 @@ from rlsc_mcore.model.hf_checkpoint import weight_files
 from rlsc_mcore.parallel.groups import Groups
 from rlsc_mcore.run.files import write_atomically
 from rlsc_mcore.run.folder import INPUTS_FILE
-from rlsc_mcore.types import Question
+from rlsc_mcore.types import OfflineAnswer, Question
 
 WHOLE_FILE_BYTES = 64 << 20  # of all weight files together; larger ones are sampled
 SAMPLE_BYTES = 4096
@@ -36,6 +36,8 @@ TOKENIZER_FILES = (
 # The option behind each digest, and the kind of input that it sets.
 MEANINGS = {
     "questions": "data.path (questions)",
+    "answers": "data.path (answers of an offline objective)",
+    "reward_function": "algorithm.reward_function (contents of the file)",
     "prompts": "data.template (prompts of the questions)",
     "evaluation_questions": "evaluation.path (questions)",
     "evaluation_prompts": "data.template (prompts of the evaluation)",
@@ -72,10 +74,17 @@ def digest_inputs(
     evaluation_questions: Sequence[Question],
     evaluation_prompts: Sequence[Sequence[int]],
     stop_token_ids: Sequence[int],
+    answers: Sequence[Sequence[OfflineAnswer]] = (),
+    reward_function: str = "",
 ) -> dict[str, str]:
-    """Return one digest per name of `MEANINGS`; `folder` is the model's folder."""
+    """Return one digest per name of `MEANINGS`.
+
+    `folder` is the model's folder, `reward_function` the result of `check_reward_function`.
+    """
     return {
         "questions": questions_fingerprint(questions),
+        "answers": _hash_json([[[one.text, one.advantage] for one in record] for record in answers]),
+        "reward_function": _hash_json(reward_function),
         "prompts": _hash_json(list(map(list, prompts))),
         "evaluation_questions": questions_fingerprint(evaluation_questions),
         "evaluation_prompts": _hash_json(list(map(list, evaluation_prompts))),

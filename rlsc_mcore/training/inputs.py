@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from rlsc_mcore.config import Config, ConfigError, DataConfig
+from rlsc_mcore.data.offline import encode_answers, read_offline
 from rlsc_mcore.data.questions import QuestionSampler, questions_fingerprint, read_questions, read_records
 from rlsc_mcore.data.templates import (
     check_prompt_ends,
@@ -16,6 +17,7 @@ from rlsc_mcore.data.templates import (
     render_prompt,
     turn_end_ids,
 )
+from rlsc_mcore.grading.reward_hook import check_reward_function
 from rlsc_mcore.grading.rewards import check_labels
 from rlsc_mcore.model.architecture import check_fp8, check_head_dim, uses_transformer_engine
 from rlsc_mcore.model.hf_checkpoint import (
@@ -27,11 +29,13 @@ from rlsc_mcore.model.hf_checkpoint import (
     weight_files,
 )
 from rlsc_mcore.model.shape import Architecture, check_parallel, check_stages, read_architecture
+from rlsc_mcore.objectives import OBJECTIVES
 from rlsc_mcore.observability.wandb_log import check_wandb
 from rlsc_mcore.parallel.backend import Backend
 from rlsc_mcore.training.input_record import InputRecord, check_unchanged, digest_inputs, prompt_date
 from rlsc_mcore.training.optimizer import check_optimizer
-from rlsc_mcore.types import Question
+from rlsc_mcore.training.stop_rules import stop_conditions
+from rlsc_mcore.types import OfflineAnswer, Question
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,8 @@ class RunInputs:
     tokenizer: Any
     questions: list[Question]  # empty for an evaluation without training
     prompts: list[list[int]]
+    offline: list[tuple[OfflineAnswer, ...]]  # answers of each question; empty if the objective samples
+    offline_ids: list[tuple[tuple[int, ...], ...]]  # their token ids
     evaluation_questions: list[Question]  # empty without evaluation.path
     evaluation_prompts: list[list[int]]
     max_model_len: int  # longest prompt plus longest answer, in tokens
@@ -76,13 +82,14 @@ def read_inputs(
     check_stages(architecture, config.parallel, folder)
     check_head_dim(architecture, backend, folder)
     # Refuse options that this machine does not support.
-    uses_transformer_engine(config.model, backend)
-    check_fp8(config.model, backend)
+    uses_transformer_engine(config.policy_model, backend)
+    check_fp8(config.policy_model, backend)
     check_optimizer(config, backend)
     check_wandb(config.observability.wandb_project)
+    stop_conditions(config)
 
     data, rollout, evaluation = config.data, config.rollout, config.evaluation
-    stop_token_ids = sorted({*_stop_token_ids(folder, tokenizer), *turn_end_ids(data.template, tokenizer)})
+    stop_token_ids = answer_end_ids(folder, tokenizer, data.template)
     warnings = [*_model_warnings(folder), *_end_warnings(stop_token_ids, folder)]
     context = architecture.max_position_embeddings
     limit = rollout.max_model_len or context
@@ -91,6 +98,8 @@ def read_inputs(
             f"rollout.max_model_len: {limit} is more than the model's context of {context} tokens"
         )
     questions: list[Question] = []
+    offline: list[tuple[OfflineAnswer, ...]] = []
+    offline_ids: list[tuple[tuple[int, ...], ...]] = []
     evaluation_questions: list[Question] = []
     prompts, evaluation_prompts = list(asked_prompts or []), list[list[int]]()
     record = None
@@ -103,17 +112,33 @@ def read_inputs(
             check_prompt_ends(rendered, stop_token_ids, asked, source)
             return rendered
 
-        questions = read_questions(data.path, split=data.split)
-        check_labels(config.algorithm.objective, questions, data.path)
+        objective = OBJECTIVES[config.algorithm.objective]
+        if objective.is_offline:
+            questions, offline = read_offline(data.path, objective, split=data.split)
+        else:
+            questions = read_questions(data.path, split=data.split)
+        reward_function = ""
+        if config.algorithm.reward_function is None:
+            check_labels(config.algorithm.objective, questions, data.path)
+        else:
+            reward_function = check_reward_function(config.algorithm.reward_function)
         evaluation_questions = _evaluation_questions(config)
         warnings += _control_warnings(questions, tokenizer, data, "data.path", data.path)
         warnings += _control_warnings(
             evaluation_questions, tokenizer, data, "evaluation.path", str(evaluation.path)
         )
         prompts = render(questions, data.path)
+        offline_ids = encode_answers(offline, prompts, tokenizer, data.template, limit) if offline else []
         evaluation_prompts = render(evaluation_questions, str(evaluation.path))
         digests = digest_inputs(
-            folder, questions, prompts, evaluation_questions, evaluation_prompts, stop_token_ids
+            folder,
+            questions,
+            prompts,
+            evaluation_questions,
+            evaluation_prompts,
+            stop_token_ids,
+            offline,
+            reward_function,
         )
         check_unchanged(Path(config.run_dir), digests)
         record = InputRecord(date.isoformat(), digests)
@@ -125,6 +150,8 @@ def read_inputs(
         tokenizer=tokenizer,
         questions=questions,
         prompts=prompts,
+        offline=offline,
+        offline_ids=offline_ids,
         evaluation_questions=evaluation_questions,
         evaluation_prompts=evaluation_prompts,
         max_model_len=min(limit, longest + rollout.max_new_tokens),
@@ -133,6 +160,14 @@ def read_inputs(
         record=record,
         warnings=tuple(warnings),
     )
+
+
+def answer_end_ids(folder: Path, tokenizer: Any, template: str) -> list[int]:
+    """Return the ids that end an answer: those of the model folder, and the end of a turn under `template`.
+
+    Raises `ConfigError` if `eos_token_id` in a file of the folder is invalid.
+    """
+    return sorted({*_stop_token_ids(folder, tokenizer), *turn_end_ids(template, tokenizer)})
 
 
 def _model_warnings(folder: Path) -> list[str]:

@@ -13,9 +13,10 @@ class MemoryLedger:
     See `observability.memory_pools` for the tables.
     """
 
-    def __init__(self, trainer: Trainer, engine: RolloutEngine, backend: Backend) -> None:
+    def __init__(self, trainer: Trainer, engine: RolloutEngine | None, backend: Backend) -> None:
+        """`engine` is None in a run that samples no answer."""
         self._trainer, self._engine, self._backend = trainer, engine, backend
-        self._graph_pool = engine.graph_pool()
+        self._graph_pool = None if engine is None else engine.graph_pool()
         self._table: Table = {}
         self._history: list[Table] = []  # of this process only: others are not comparable
 
@@ -25,7 +26,7 @@ class MemoryLedger:
         A later call for the same boundary replaces the row.
         """
         trainer = self._trainer.memory()
-        engine = self._engine.memory(trainer["weights"].keys())
+        engine = {} if self._engine is None else self._engine.memory(trainer["weights"].keys())
         self._table[border] = self._backend.account_memory({**trainer, **engine}, self._graph_pool)
 
     def close_step(self, groups: Groups) -> tuple[Table, list[str]]:

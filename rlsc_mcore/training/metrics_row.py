@@ -1,7 +1,7 @@
 """Compute a step's row of metrics.jsonl from its rollouts and scores."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,10 +10,12 @@ import torch.distributed as dist
 from rlsc_mcore.algorithm.objective import WeightedObjective
 from rlsc_mcore.config import Config
 from rlsc_mcore.grading.extraction import extract_boxed
+from rlsc_mcore.observability.agreement import Agreement, question_row, read_answer, summarise
+from rlsc_mcore.observability.answer_tokens import surprise_sums
 from rlsc_mcore.observability.mismatch import GAPS
 from rlsc_mcore.parallel.groups import Groups
-from rlsc_mcore.training.redistribute import Exchange
-from rlsc_mcore.types import Rollout, SequenceScores, StepOutcome
+from rlsc_mcore.run.status import Phase
+from rlsc_mcore.types import Exchange, Rollout, SequenceScores, StepResult
 
 QUANTILES = (0.1, 0.5, 0.9)
 
@@ -22,18 +24,17 @@ def step_row(
     config: Config,
     groups: Groups,
     step: int,
-    policy_version: int,
     rollouts: Sequence[Rollout],
-    exchange: Exchange,
-    outcome: StepOutcome,
-    seconds: Mapping[str, float],
+    result: StepResult,
+    seconds: Mapping[Phase, float],
     memory_bytes: Mapping[str, int],
+    decode: Callable[[Sequence[int]], str],
 ) -> dict[str, Any]:
     """Summarise one step over all ranks, as fields of `StepMetrics`; collective over the world.
 
-    `rollouts` are those of this rank's engine. The ranks exchange only sums, counts, minima and maxima. F,
-    the quantiles, alpha's share and the effective samples cover the rollouts that have at least one trained
-    token.
+    `rollouts` are those of this rank's engine. `decode` turns token ids into the text that is graded. The
+    ranks exchange only sums, counts, minima and maxima. F, the quantiles, alpha's share and the effective
+    samples cover the rollouts that have at least one trained token.
     """
     num_samples, response_tokens, truncated, boxed = groups.sums_over_engines(
         [
@@ -43,6 +44,7 @@ def step_row(
             sum(extract_boxed(rollout.text) is not None for rollout in rollouts),
         ]
     )
+    exchange, outcome = result.exchange, result.outcome
     scores = outcome.scores
     weights, probabilities = scores.weights, scores.log_probs.exp()
     sums = torch.stack(
@@ -53,26 +55,43 @@ def step_row(
             (scores.multiplicity * weights).sum(),
             (scores.multiplicity * weights.abs()).sum(),
             (scores.multiplicity * weights**2).sum(),
+            (scores.multiplicity * weights.abs())[_is_truncated(scores, exchange)].sum(),
+            (scores.multiplicity * scores.num_tokens).sum(),
+            (scores.multiplicity * scores.start_kl_sums).sum(),
         ]
     )
-    num_tokens, trained_samples, probability, weight, absolute_weight, squared_weight = groups.reduce_over_dp(
-        sums
-    ).tolist()
-    comparable = config.rollout.top_p == 1.0 or config.algorithm.log_prob_temperature == "1.0"
+    (
+        num_tokens,
+        trained_samples,
+        probability,
+        weight,
+        absolute_weight,
+        squared_weight,
+        truncated_weight,
+        trained_tokens,
+        start_kl,
+    ) = groups.reduce_over_dp(sums).tolist()
     objective = WeightedObjective(config.algorithm, int(num_samples))
+    comparable = config.rollout.top_p == 1.0 or config.algorithm.log_prob_temperature == "1.0"
+    comparable = comparable and not objective.is_offline  # no engine scored the answers of a file
     return {
         "step": step,
-        "policy_version": policy_version,
+        "policy_version": result.policy_version,
         "loss": outcome.loss,
-        "f_estimate": probability / max(1.0, trained_samples),
+        "f_estimate": probability / max(1.0, trained_samples) if config.estimates_f else None,
         "log_p_old": _quantiles(scores.log_probs, scores.multiplicity, groups),
         "alpha_share": objective.alpha * trained_samples / weight if weight > 0 else 0.0,
         "effective_samples": absolute_weight**2 / squared_weight if squared_weight > 0 else 0.0,
+        "truncated_weight_share": truncated_weight / absolute_weight if absolute_weight > 0 else 0.0,
+        "kl_start": start_kl / max(1.0, trained_tokens) if config.compares_with_start else None,
+        "dropped_share": exchange.num_dropped / num_samples if config.algorithm.drop_groups else None,
         "num_samples": int(num_samples),
         "mean_length": response_tokens / num_samples,
         "truncated_share": truncated / num_samples,
         "distinct_share": exchange.num_distinct / num_samples,
         "boxed_share": boxed / num_samples,
+        **_agreement(rollouts, groups)._asdict(),
+        **_entropies(rollouts, config, groups, decode),
         **(_gaps(scores, groups) if comparable else dict.fromkeys(GAPS)),
         "grad_norm": outcome.grad_norm,
         "lr": outcome.lr,
@@ -94,8 +113,59 @@ def step_row(
             "imbalance_sampled": exchange.imbalance_sampled,
             "imbalance": exchange.imbalance,
         },
+        "engine_imbalance": exchange.engine_imbalance,
         "memory_bytes": dict(memory_bytes),
     }
+
+
+def _is_truncated(scores: SequenceScores, exchange: Exchange) -> torch.Tensor:
+    """Return which of the sequences were cut at the length limit, bool [S]."""
+    return torch.tensor(
+        [
+            exchange.sequences[number].rollout.finish_reason == "length"
+            for number in scores.sequence_ids.tolist()
+        ],
+        dtype=torch.bool,
+    )
+
+
+def _agreement(rollouts: Sequence[Rollout], groups: Groups) -> Agreement:
+    """Measure the agreement of a step's answers; collective over `engines_group`.
+
+    `rollouts` are those of this rank's engine. Engine `question % num_engines` counts the answers of a
+    question, and one table goes to all engines.
+    """
+    parts: list[list[tuple[int, int, str | None]]] = [[] for _ in range(groups.num_engines)]
+    for rollout in rollouts:
+        item = (rollout.question_index, rollout.sample_index, read_answer(rollout.text))
+        parts[rollout.question_index % groups.num_engines].append(item)
+    answers: dict[int, list[tuple[int, str | None]]] = {}
+    for part in groups.exchange_objects_over_engines(parts):
+        for question, sample, key in part:
+            answers.setdefault(question, []).append((sample, key))
+    # The order of samples decides between equally frequent answers.
+    rows = [question_row([key for _, key in sorted(found, key=lambda item: item[0])]) for found in answers.values()]  # fmt: skip
+    table = torch.tensor(rows, dtype=torch.float64).reshape(-1, 5)
+    return summarise(torch.cat(groups.gather_tables_over_engines(table)).tolist())
+
+
+def _entropies(
+    rollouts: Sequence[Rollout], config: Config, groups: Groups, decode: Callable[[Sequence[int]], str]
+) -> dict[str, float | None]:
+    """Estimate the entropy of the answer tokens and of the other tokens; collective over `engines_group`.
+
+    `rollouts` are those of this rank's engine. A value without tokens is None.
+    """
+    names = ("answer_entropy", "reasoning_entropy")
+    if not config.samples_trained_policy:
+        return dict.fromkeys(names)
+    sums = surprise_sums(rollouts, decode)
+    answer, num_answer, reasoning, num_reasoning = groups.sums_over_engines(sums)
+    means = (
+        answer / num_answer if num_answer else None,
+        reasoning / num_reasoning if num_reasoning else None,
+    )
+    return dict(zip(names, means, strict=True))
 
 
 def _gaps(scores: SequenceScores, groups: Groups) -> dict[str, float]:

@@ -1,6 +1,6 @@
 """Write a run's files in its directory: the resolved configuration, the rollouts and skipped batches."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,7 +18,9 @@ if TYPE_CHECKING:
     from rlsc_mcore.types import Rollout
 
 
-def claim_run_folder(run_dir: Path, config: Config, groups: "Groups", *, resuming: bool) -> Owner | None:
+def claim_run_folder(
+    run_dir: Path, config: Config, groups: "Groups", warn: Callable[[str], None], *, resuming: bool
+) -> Owner | None:
     """Take ownership of the directory of the run and write the resolved configuration.
 
     Collective over the world. Returns the owner on the main rank, None on the others. Raises `ConfigError` on
@@ -53,6 +55,8 @@ def claim_run_folder(run_dir: Path, config: Config, groups: "Groups", *, resumin
         raise FolderInUse(f"run_dir: {in_use}")
     if failure:
         raise ConfigError(failure)
+    if owner is not None and owner.took_over:
+        warn(f"took over {run_dir} from {owner.took_over}, which has ended without giving it up")
     return owner
 
 

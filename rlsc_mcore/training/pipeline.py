@@ -8,6 +8,8 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.utils import get_model_config
 
+from rlsc_mcore.observability.console import NO_BAR, ProgressBar
+
 
 def run_schedule(
     ddp: DistributedDataParallel,
@@ -15,7 +17,7 @@ def run_schedule(
     num_micro_batches: int,
     *,
     forward_only: bool = False,
-    on_batch: Callable[[], None] = lambda: None,
+    progress: ProgressBar = NO_BAR,
 ) -> list[Any]:
     """Run forward and (unless `forward_only`) backward over the micro-batches.
 
@@ -24,7 +26,7 @@ def run_schedule(
     other stages it returns the hidden states for the next stage. Returns the kept values in order on the last
     stage and an empty list on the others. All stages must pass the same number of micro-batches of the same
     lengths. Gradients are summed over micro-batches into the buffers of `ddp`. An overlapped reduction starts
-    in the last backward pass.
+    in the last backward pass. `progress` advances by one per forward pass.
     """
     if num_micro_batches == 0:
         return []
@@ -38,7 +40,7 @@ def run_schedule(
 
     def forward_step(micro_batches: Any, model: Any) -> tuple[Any, Callable[..., Any]]:
         output = forward(next(micro_batches))
-        on_batch()
+        progress.advance(1)
         return output, keep
 
     config = get_model_config(ddp)

@@ -9,36 +9,29 @@ rewards all answers of a question.
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 import torch
 
-from rlsc_mcore.config import AlgorithmConfig, RolloutConfig
+from rlsc_mcore.algorithm.objective import WeightedObjective
+from rlsc_mcore.config import AlgorithmConfig, Config, RolloutConfig
 from rlsc_mcore.data.balance import CostModel, assign, imbalance, loads
+from rlsc_mcore.data.packing import trained_tokens, trains_truncated
+from rlsc_mcore.data.questions import Asked
+from rlsc_mcore.grading.box_tokens import box_tokens
 from rlsc_mcore.grading.rewards import trained_rollouts
 from rlsc_mcore.objectives import OBJECTIVES
 from rlsc_mcore.parallel.groups import Groups
-from rlsc_mcore.types import Question, Rollout, UniqueSequence
+from rlsc_mcore.training.inputs import RunInputs
+from rlsc_mcore.training.teaching import careless_prompts, gather_teaching
+from rlsc_mcore.types import Exchange, Question, Rollout, UniqueSequence
 
-Asked = tuple[int, int]  # question index, number of its earlier occurrences in the step
 MarkTrained = Callable[[Rollout], tuple[bool, ...]]  # which response tokens are trained
 # Columns of a header, int64.
 PLACE, SAMPLE, QUESTION, LENGTH, TRAINED, TRUNCATED, VERSION, DIGEST, DIGEST_2 = range(9)
-
-
-@dataclass(frozen=True)
-class Exchange:
-    """Hold the sequences that this rank trains, and statistics of the exchange."""
-
-    sequences: list[UniqueSequence]
-    num_sequences: int  # distinct sequences that are trained, over all ranks
-    num_distinct: int  # distinct sequences that were sampled
-    num_tokens: int  # tokens of the trained sequences, prompts included
-    num_tokens_unmerged: int  # the same without merging identical answers
-    moved_share: float  # fraction of the sequences that change their data-parallel rank
-    imbalance_sampled: float  # max / mean - 1 of the ranks' FLOPs, before sequences move
-    imbalance: float  # the same, after sequences moved
-    engine_imbalance: float  # max / mean - 1 of the engines' sampled tokens
 
 
 @dataclass(frozen=True)
@@ -61,6 +54,64 @@ class _Transfer:
     numbers: tuple[int, ...]
 
 
+def redistribute_step(
+    config: Config, inputs: RunInputs, groups: Groups, step: int, rollouts: Sequence[Rollout]
+) -> Exchange:
+    """Reward, merge and redistribute the rollouts of the step with index `step`; collective over the
+    world."""
+    algorithm = config.algorithm
+    asked = inputs.sampler.step_questions(step)
+    places = {question: place for place, question in enumerate(asked)}
+    mark_trained: MarkTrained = partial(
+        trained_tokens,
+        train_end_token=algorithm.train_end_token,
+        train_truncated=trains_truncated(algorithm),
+        stop_token_ids=frozenset(inputs.stop_token_ids),
+    )
+    if OBJECTIVES[algorithm.objective].masks_box:
+        mark_trained = _outside_box(mark_trained, partial(inputs.tokenizer.decode, skip_special_tokens=True))
+    rewards: Mapping[tuple[int, int], float] | None
+    teacher_prompts: Mapping[int, tuple[int, ...]] = {}
+    if WeightedObjective(algorithm, 1).distills:
+        rewards, teacher_prompts = gather_teaching(config, inputs, groups, rollouts, places)
+    elif OBJECTIVES[algorithm.objective].needs_careless:
+        teacher_prompts = careless_prompts(config, inputs, {index for index, _ in asked})
+        rewards = {
+            (place, sample): float(index in teacher_prompts)
+            for (index, repeat), place in places.items()
+            for sample in range(
+                repeat * config.rollout.num_samples, (repeat + 1) * config.rollout.num_samples
+            )
+        }
+    elif inputs.offline:
+        rewards = _offline_advantages(inputs, places)
+    else:
+        rewards = gather_advantages(algorithm, config.rollout, rollouts, places, inputs.questions, groups)
+    cost = inputs.architecture.cost_model()
+    return redistribute(
+        rollouts,
+        places,
+        config.rollout,
+        inputs.prompts,
+        mark_trained,
+        cost,
+        groups,
+        rewards,
+        teacher_prompts,
+        drop_groups=algorithm.drop_groups,
+    )
+
+
+def _outside_box(mark_trained: MarkTrained, decode: Callable[[Sequence[int]], str]) -> MarkTrained:
+    """Return `mark_trained` without the tokens inside the last box of the answer."""
+
+    def mark(rollout: Rollout) -> tuple[bool, ...]:
+        inside = box_tokens(rollout.response_ids, decode)
+        return tuple(is_trained and i not in inside for i, is_trained in enumerate(mark_trained(rollout)))
+
+    return mark
+
+
 def redistribute(
     rollouts: Sequence[Rollout],
     places: Mapping[Asked, int],
@@ -70,18 +121,27 @@ def redistribute(
     cost: CostModel,
     groups: Groups,
     rewards: Mapping[tuple[int, int], float] | None = None,
+    teacher_prompts: Mapping[int, tuple[int, ...]] = MappingProxyType({}),
+    *,
+    drop_groups: bool = False,
 ) -> Exchange:
     """Merge identical answers and spread the distinct ones over ranks by estimated FLOPs.
 
     Collective over the world. `rollouts` are those of this rank's engine, equal on all its ranks. `places`
     maps (question, number of earlier occurrences in the step) to the position in the step. `options` says how
     many samples of a question are trained. `prompts` holds the prompt of every question index. `rewards`
-    holds the advantage of every trained (position, sample); see `gather_advantages`. Sequences are ordered by
-    position and sample. Their questions are numbered over all ranks.
+    holds the advantage of every trained (position, sample); see `gather_advantages`. `teacher_prompts` holds
+    the teacher's or careless prompt of questions, by index. `drop_groups` leaves out questions whose
+    advantages are all 0. Sequences are ordered by position and sample. Their questions are numbered over all
+    ranks.
     """
     own = _headers(rollouts, places, options.num_samples, mark_trained)
     tables = [table.tolist() for table in groups.gather_tables_over_engines(torch.from_numpy(own))]
     sequences = _merge(tables, options, rewards)
+    num_answers = sum(each.multiplicity for each in sequences)
+    if drop_groups:
+        with_signal = {each.header[QUESTION] for each in sequences if each.advantage}
+        sequences = [each for each in sequences if each.header[QUESTION] in with_signal]
     lengths = [len(prompts[each.header[QUESTION]]) + each.header[LENGTH] for each in sequences]
     costs = [
         cost.flops(length, each.header[TRAINED]) for length, each in zip(lengths, sequences, strict=True)
@@ -98,7 +158,14 @@ def redistribute(
             rollout = received[number] if number in received else rollouts[each.position]
             group = question_numbers[each.header[QUESTION]]
             trained.append(
-                UniqueSequence(rollout, group, each.multiplicity, mark_trained(rollout), each.advantage)
+                UniqueSequence(
+                    rollout,
+                    group,
+                    each.multiplicity,
+                    mark_trained(rollout),
+                    each.advantage,
+                    teacher_prompts.get(each.header[QUESTION], ()),
+                )
             )
     return Exchange(
         sequences=trained,
@@ -108,6 +175,7 @@ def redistribute(
         num_tokens_unmerged=sum(
             length * each.multiplicity for length, each in zip(lengths, sequences, strict=True)
         ),
+        num_dropped=num_answers - sum(each.multiplicity for each in sequences),
         moved_share=sum(a != b for a, b in zip(owners, targets, strict=True)) / max(1, len(sequences)),
         imbalance_sampled=imbalance(loads(costs, owners, groups.dp_size)),
         imbalance=imbalance(loads(costs, targets, groups.dp_size)),
@@ -132,10 +200,11 @@ def gather_advantages(
     if OBJECTIVES[algorithm.objective].reward is None:
         return None
     parts: list[list[tuple[int, Rollout]]] = [[] for _ in range(groups.num_engines)]
+    shortened: dict[str, Any] = {} if algorithm.overlong_tokens else {"response_ids": ()}  # its length counts
     for rollout in rollouts:
         place = places[rollout.question_index, rollout.sample_index // options.num_samples]
         parts[rollout.question_index % groups.num_engines].append(
-            (place, replace(rollout, prompt_ids=(), response_ids=(), engine_log_probs=()))
+            (place, replace(rollout, prompt_ids=(), engine_log_probs=(), **shortened))
         )
     mine = sorted(
         (item for part in groups.exchange_objects_over_engines(parts) for item in part),
@@ -155,6 +224,16 @@ def gather_advantages(
     ).reshape(-1, 3)
     rows = torch.cat(groups.gather_tables_over_engines(table)).tolist()
     return {(int(place), int(sample)): value for place, sample, value in rows}
+
+
+def _offline_advantages(inputs: RunInputs, places: Mapping[Asked, int]) -> dict[tuple[int, int], float]:
+    """Return the advantages that the file gives to the step's answers, by (position in the step, sample)."""
+    advantages = {}
+    for (index, repeat), place in places.items():
+        record = inputs.offline[index]
+        for position, answer in enumerate(record):
+            advantages[place, repeat * len(record) + position] = answer.advantage
+    return advantages
 
 
 def _headers(

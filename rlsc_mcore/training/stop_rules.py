@@ -1,13 +1,17 @@
 """Stop a run when its steps change no weight or when its engine samples a policy other than the trainer's."""
 
+import re
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rlsc_mcore.config import CollectiveRunError, Config
+from rlsc_mcore.config import CollectiveRunError, Config, ConfigError
 from rlsc_mcore.observability.mismatch import coarser, mismatched_steps, stop_limit
+from rlsc_mcore.observability.step_metrics import DESCRIPTIONS, read_number
 from rlsc_mcore.run.folder import SKIPPED_FOLDER
 
+_CONDITION = re.compile(r"\s*([a-z_0-9/]+)\s*([<>])\s*([-+0-9.eE]+)(x?)\s*")
 Rows = Sequence[Mapping[str, Any]]  # of metrics.jsonl
 
 
@@ -63,3 +67,64 @@ def stop_when_mismatched(rows: Rows, config: Config, finish_saving: Callable[[],
         "steps are not saved, "
         f"the last checkpoint is whole: go on from it with --resume, which builds a new engine"
     )
+
+
+@dataclass(frozen=True)
+class StopCondition:
+    """One condition of `training.stop_on`."""
+
+    text: str
+    path: tuple[str, ...]  # of the number in a row of metrics.jsonl
+    is_upper: bool  # the metric must not exceed the value; else it must not fall below it
+    value: float
+    is_relative: bool  # the value is a multiple of the metric at the first step
+
+    @staticmethod
+    def parse(text: str) -> "StopCondition":
+        """Read `METRIC<VALUE`, `METRIC>VALUE` or one of them with a relative value; raises ConfigError."""
+        match = _CONDITION.fullmatch(text)
+        try:
+            value = float(match[3]) if match is not None else None
+        except ValueError:
+            value = None
+        if match is None or value is None:
+            raise ConfigError(
+                f"training.stop_on: expected METRIC<VALUE or METRIC>VALUE, such as mean_length<0.5x, got {text!r}"
+            )
+        path = tuple(match[1].split("/"))
+        if path[0] not in DESCRIPTIONS:
+            raise ConfigError(
+                f"training.stop_on: {text!r}: no metric {match[1]} in metrics.jsonl (docs/metrics.md lists them)"
+            )
+        return StopCondition(text.strip(), path, match[2] == ">", value, bool(match[4]))
+
+    def holds(self, row: Mapping[str, Any], first: Mapping[str, Any]) -> bool:
+        """Return whether the condition holds in `row`; False if a number is missing."""
+        value, limit = read_number(row, *self.path), self.value
+        if self.is_relative:
+            start = read_number(first, *self.path)
+            if start is None:
+                return False
+            limit = self.value * start
+        if value is None:
+            return False
+        return value > limit if self.is_upper else value < limit
+
+
+def stop_conditions(config: Config) -> list[StopCondition]:
+    """Return the conditions of `training.stop_on`; raises ConfigError that names the first wrong one."""
+    return [StopCondition.parse(text) for text in config.training.stop_on]
+
+
+def met_condition(rows: Rows, config: Config) -> str | None:
+    """Return the first condition of `training.stop_on` that held in each of the last `stop_after` steps.
+
+    The rows are equal on all ranks, and so is the result.
+    """
+    last = rows[-config.training.stop_after :]
+    if len(last) < config.training.stop_after:
+        return None
+    for condition in stop_conditions(config):
+        if all(condition.holds(row, rows[0]) for row in last):
+            return condition.text
+    return None

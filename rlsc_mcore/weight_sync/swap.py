@@ -145,7 +145,7 @@ class HotSwap:
 
     @torch.no_grad()
     def verify_checksums(self) -> None:
-        """Check the addresses of shared parameters and the checksums of sampled rows.
+        """Check the addresses of shared parameters, the checksums of sampled rows and one merged weight.
 
         Collective over the model group.
         """
@@ -162,8 +162,14 @@ class HotSwap:
             if sampled
             else []
         )
-        if not self._groups.any_in_model(bool(lost or differing)):
+        stale = self._policy.adapters and self._policy.adapters.stale(self._num_swaps)
+        if not self._groups.any_in_model(bool(lost or differing or stale)):
             return
+        stale_names = [each for each in self._groups.gather_objects_over_model(stale) if each]
+        if stale_names:
+            raise SwapMismatch(
+                f"hot swap: {stale_names[0]}: the shared weight is not W0 + (alpha / r) B A of the adapter"
+            )
         world_ranks = dist.get_process_group_ranks(self._groups.model_group)
         for rank, names_lost in zip(world_ranks, self._groups.gather_objects_over_model(lost), strict=True):
             if names_lost:

@@ -15,3 +15,4 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="seed of the first round; each further round takes the next one",
     )
     parser.addoption("--soak-steps", type=int, default=300, help="optimizer steps of the soak")
+    parser.addoption("--soak-output", help="also write the soak's result to this JSON file")

@@ -27,16 +27,16 @@ GOALS = {"seconds": 120.0, "own_seconds": 30.0, "lost_steps": 0}
 def measure(cluster: Cluster, folder: Path) -> dict[str, Any]:
     """Kill the second node of a new run; returns the times in seconds and the finished steps that were
     lost."""
-    hold = {"phase": "training", "step": KILLED_IN_STEP, "attempt": 0, "do": "hold", "value": "never"}
+    hold = {"phase": "train", "step": KILLED_IN_STEP, "attempt": 0, "do": "hold", "value": "never"}
     job = cluster.submit(folder, options=("-N2", "-w", "n1"), faults=[hold])
-    job.reaches("training", step=KILLED_IN_STEP)
+    job.reaches("train", step=KILLED_IN_STEP)
     rows = (job.run_dir / "metrics.jsonl").read_text().count("\n")
     cluster.script("crash", "2")
     killed = time.monotonic()
     job.attempt(1)
     started = time.monotonic()
     job.wait(
-        lambda: job.status().get("attempt") == 1 and job.status().get("step", 0) > KILLED_IN_STEP,
+        lambda: job.status().get("attempt") == 1 and job.status().get("steps_done", 0) > KILLED_IN_STEP,
         "beyond the step it was killed in",
     )
     finished = time.monotonic()

@@ -14,11 +14,11 @@ from typing import Any
 
 from tests.slurm.jobs import FAULTS, TINY, result
 
-PHASES = ("start-up", "rollout", "training", "swap", "saving", "exporting")
+PHASES = ("start-up", "rollout", "train", "swap", "save", "export")
 STEPS = 4
 DEAD_AFTER_S = 45.0  # a rank of a busy machine is not dead; one that is dead is told after this
 PATIENCE_S = 600.0
-SIGNALS = ("SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2", "SIGKILL")
+SIGNALS = ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGKILL")
 
 
 @dataclass(frozen=True)
@@ -152,7 +152,7 @@ def fault_inside(draw: random.Random, layout: Layout) -> dict[str, Any]:
         "do": draw.choice(["exit", "kill", "raise"]),
         "value": 3,
     }
-    if fault["phase"] in ("start-up", "swap", "exporting"):
+    if fault["phase"] in ("start-up", "swap", "export"):
         del fault["step"]
     return fault
 
@@ -192,8 +192,11 @@ def _send(pids: Sequence[int], number: signal.Signals) -> None:
 
 
 def damage(draw: random.Random, run_dir: Path) -> str:
-    """Damage the newest checkpoint, where there is an older one to fall back to; returns what was done."""
+    """Damage the newest checkpoint, where there is an older one to fall back to, or the pointer to it;
+    returns what was done."""
     checkpoints = sorted((run_dir / "checkpoints").glob("step_??????"))
+    if checkpoints and draw.random() < 0.25:
+        return _damage_pointer(draw, run_dir / "checkpoints" / "latest", checkpoints[0].name)
     if len(checkpoints) < 2:
         return "no damage: fewer than two checkpoints"
     newest = checkpoints[-1]
@@ -210,6 +213,16 @@ def damage(draw: random.Random, run_dir: Path) -> str:
         content[draw.randrange(len(content))] ^= 1 << draw.randrange(8)
         file.write_bytes(content)
     return f"{kind} {newest.name}/{file.name}"
+
+
+def _damage_pointer(draw: random.Random, pointer: Path, oldest: str) -> str:
+    """Write something else into `latest`, which is a hint only; returns what was done."""
+    text = draw.choice([None, "", "step_999999", "../..", "\0\xff", oldest])
+    if text is None:
+        pointer.unlink(missing_ok=True)
+    else:
+        pointer.write_text(text)
+    return f"latest: {text!r}"
 
 
 def is_done(run_dir: Path) -> bool:

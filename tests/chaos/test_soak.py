@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from rlsc_mcore.training.announce import versions
 from tests.chaos.runs import LAYOUTS, PATIENCE_S, is_done, start, status
 
 pytestmark = [pytest.mark.chaos, pytest.mark.slow, pytest.mark.timeout(0)]
@@ -65,4 +66,16 @@ def test_memory_does_not_grow_over_stops_and_resumes(request: pytest.FixtureRequ
     third = max(1, len(resident) // 3)
     first, last = statistics.median(resident[:third]), statistics.median(resident[-third:])
     print("resident MiB before each stop:", *(f"{size / 2**20:.0f}" for size in resident))
+    output = request.config.getoption("--soak-output")
+    if output:
+        result = {
+            "command": f"pytest -m chaos tests/chaos/test_soak.py --soak-steps {steps}",
+            "versions": versions(),
+            "steps": steps,
+            "steps_between_stops": STEPS_BETWEEN_STOPS,
+            "resident_mib": [round(size / 2**20, 1) for size in resident],
+            "growth": round(last / first, 4),
+            "allowed_growth": GROWTH,
+        }
+        Path(output).write_text(json.dumps(result, indent=1) + "\n")
     assert last <= GROWTH * first, f"{[size // 2**20 for size in resident]} MiB"

@@ -69,7 +69,11 @@ def load(folder: str, run_dir: str, tp: int) -> dict[str, Any]:
     trainer = make_trainer(folder, tp, seed=5)
     state = load_checkpoint(find_resumable(Path(run_dir)), trainer)
     weights = {weight.name: weight.parameter.detach().clone() for weight in trainer.policy.weights}
-    return {"step": state.step, "weights": weights, "next": [train(trainer, step) for step in (2, 3, 4)]}
+    return {
+        "step": state.steps_done,
+        "weights": weights,
+        "next": [train(trainer, step) for step in (2, 3, 4)],
+    }
 
 
 @pytest.mark.parametrize(("world", "tp"), [(1, 1), (2, 1), (2, 2)], ids=["alone", "dp2", "tp2"])
@@ -322,12 +326,12 @@ def test_any_checkpoint_that_is_kept_is_exported(tmp_path: Path, checkpoint: str
 
 
 def go_on(folder: str, run_dir: str) -> tuple[int | str, list[str]]:
-    from rlsc_mcore.training.checkpoint import resume
+    from rlsc_mcore.training.resume import resume
 
     trainer = make_trainer(folder, seed=3)
     said: list[str] = []
     try:
-        return resume(find_resumable(Path(run_dir)), trainer, said.append).step, said
+        return resume(find_resumable(Path(run_dir)), trainer, said.append).steps_done, said
     except CheckpointError as error:
         return str(error), said
 
@@ -365,5 +369,5 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path: Path, way: s
                     f"{told}; going on from {checkpoints / f'step_{expected:06d}'} instead"
                 ], rank
                 assert (checkpoints / f"{damaged}.damaged").is_dir() and not (checkpoints / damaged).exists()
-    assert read_state(checkpoints / "step_000001").step == 1
+    assert read_state(checkpoints / "step_000001").steps_done == 1
     shutil.rmtree(checkpoints)

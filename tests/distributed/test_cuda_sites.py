@@ -35,8 +35,9 @@ def record(folder: str, run_dir: str, tp: int, flags: list[str]) -> set[str]:
     from rlsc_mcore.data.packing import merge_identical, pack
     from rlsc_mcore.parallel import backend as ours
     from rlsc_mcore.parallel.groups import initialize_groups
-    from rlsc_mcore.training.checkpoint import load_checkpoint, save_checkpoint
+    from rlsc_mcore.training.checkpoint import load_checkpoint
     from rlsc_mcore.training.step import Trainer
+    from tests.helpers.checkpoints import save_checkpoint
 
     sites: set[str] = set()
 

@@ -49,9 +49,9 @@ def train_and_export(folder: str, run_dir: str, tp: int, *flags: str) -> dict[st
         rollouts.append(
             [(rollout.question_index, rollout.sample_index, rollout.response_ids) for rollout in sampled]
         )
-        outcome = session.train(step, sampled)
+        result = session.train(step, sampled)
         session.hot_swap()
-        session.record(step, sampled, outcome)
+        session.record(step, sampled, result)
     compared = session.export(Path(run_dir) / "export")
     return {
         "rows": session.metrics.rows,
@@ -229,6 +229,7 @@ def test_dp2_is_the_run_of_one_rank(folder: str, tmp_path: Path) -> None:
         "truncated_share",
         "alpha_share",
         "effective_samples",
+        "reasoning_entropy",
     ):
         assert written[0][name] == pytest.approx(alone["rows"][0][name], rel=1e-5), name
     assert all(rank["compared"] == rank["parameters"] for rank in ranks)

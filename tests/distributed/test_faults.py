@@ -61,7 +61,7 @@ def train_until_the_fault(
         with reported():
             trainer = Trainer(config, Path(folder), backend, groups)
             for step in range(100_000):
-                watchdog.phase("training", step)
+                watchdog.enter("train", step)
                 if step == 2 and rank == CULPRIT:
                     time.sleep(2 * DEAD_AFTER_S / 6)  # a beat of this step
                     trained.set()
@@ -108,7 +108,7 @@ def wait_as_under_nccl(rank: int, world: int, port: int, scratch: str) -> None:
         tiny_config("unused", ["--parallel.hang-timeout-s", str(HANG_AFTER_S)], run_dir=scratch), groups
     )
     dist.barrier()
-    watchdog.phase("training", 2)
+    watchdog.enter("train", 2)
     if rank != CULPRIT:
         dist.all_reduce(torch.ones(4), async_op=True)
     while True:
@@ -196,7 +196,7 @@ def test_a_rank_that_is_gone_is_named_by_one_message(folder: str, tmp_path: Path
     assert [code for rank, code in enumerate(codes) if rank != CULPRIT] == [1, 1]
     (message,) = outcomes(texts)
     assert message.startswith(f"rlsc: rank {CULPRIT} is gone: silent for "), texts
-    assert "last in phase training, step 2" in message and message.endswith("rlsc train --resume")
+    assert "last in phase train, 2 steps done" in message and message.endswith("rlsc train --resume")
     status = Path(tmp_path / "status.json")
     assert not status.exists()  # no run folder of ours: nothing is written into it
 
@@ -206,7 +206,7 @@ def test_a_rank_that_hangs_is_named_with_who_waits_for_it(folder: str, tmp_path:
     assert codes == [1, 1, 1]
     (message,) = outcomes(texts)
     assert message.startswith(f"rlsc: rank {CULPRIT} hangs: no progress for "), texts
-    assert "in phase training, step 2" in message
+    assert "in phase train, 2 steps done" in message
     assert "2 of 3 ranks wait for it" in message and "collective " in message and "called by " in message
 
 
@@ -214,7 +214,7 @@ def test_a_rank_that_hangs_is_named_with_who_waits_for_it(folder: str, tmp_path:
     ("fault", "said"),
     [
         ("error", "Traceback: no such thing"),
-        ("memory", "out of memory in phase training (step 3, RuntimeError: "),
+        ("memory", "out of memory in phase train (2 steps done, RuntimeError: "),
     ],
 )
 def test_a_rank_that_fails_says_why_and_the_others_end_silently(
@@ -260,7 +260,7 @@ def test_steps_that_are_not_finite_are_counted_dumped_and_end_the_run_saved(tmp_
     assert all("is not finite: step skipped, batch in" in row["warnings"][-1] for row in rows)
     checkpoint = find_resumable(tmp_path / "run")
     verify_files(checkpoint)
-    assert read_state(checkpoint).step == 2
+    assert read_state(checkpoint).steps_done == 2
     for step in (0, 1):
         rollouts = (
             (tmp_path / "run" / "rollouts" / f"step_{step:06d}.jsonl")

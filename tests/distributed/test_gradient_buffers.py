@@ -21,7 +21,8 @@ def train(folder: str, run_dir: str, tp: int, flags: list[str], release: bool) -
     """Train two steps, save, load into a new trainer and train two more; with `release`, free the buffers
     where a run does."""
     from rlsc_mcore.run.folder import find_resumable
-    from rlsc_mcore.training.checkpoint import load_checkpoint, save_checkpoint
+    from rlsc_mcore.training.checkpoint import load_checkpoint
+    from tests.helpers.checkpoints import save_checkpoint
 
     trainer = make_trainer(folder, tp, flags)
     losses: list[float] = []

@@ -86,6 +86,7 @@ def save_as_megatron_does(folder: str, run_dir: str, tp: int, flags: list[str]) 
 
     from rlsc_mcore.training import checkpoint
     from rlsc_mcore.training.offload import state_tensors
+    from tests.helpers.checkpoints import save_checkpoint
 
     def sharded_state(trainer: Any, *, is_loading: bool) -> dict[str, Any]:
         group = parallel_state.get_data_parallel_group(with_context_parallel=True)
@@ -104,7 +105,7 @@ def save_as_megatron_does(folder: str, run_dir: str, tp: int, flags: list[str]) 
         batches, count = make_batches(trainer, step, lonely=False)
         trainer.step(batches, step, count)
     original, checkpoint.sharded_state = checkpoint.sharded_state, sharded_state
-    checkpoint.save_checkpoint(Path(run_dir), trainer, 2, 2, "questions", 1)
+    save_checkpoint(Path(run_dir), trainer, 2, 2, "questions", 1)
     checkpoint.sharded_state = original
     assert dist_checkpointing.check_is_distributed_checkpoint(
         str(Path(run_dir) / "checkpoints" / "step_000002")

@@ -108,7 +108,7 @@ def test_bfloat16_with_fp32_masters_and_overlap(tmp_path: Path) -> None:
 
 
 def save(folder: str, run_dir: str, flags: list[str]) -> dict[str, torch.Tensor]:
-    from rlsc_mcore.training.checkpoint import save_checkpoint
+    from tests.helpers.checkpoints import save_checkpoint
 
     trainer = make_trainer(folder, 1, flags)
     for step in range(2):

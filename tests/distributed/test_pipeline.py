@@ -13,6 +13,16 @@ from tests.helpers.tiny import make_model_folder, make_rollouts, tiny_config
 pytestmark = pytest.mark.distributed
 
 
+class Ticks:
+    """Progress that counts."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def advance(self, amount: int) -> None:
+        self.count += amount
+
+
 def train_stages(
     folder: str, tp: int, pp: int, budget: int, num_questions: int, *flags: str
 ) -> dict[str, Any]:
@@ -47,10 +57,8 @@ def train_stages(
         rollouts, train_end_token=True, train_truncated=True, stop_token_ids=frozenset({0}), advantages=values
     )
     batches = pack(sequences[groups.dp_rank :: groups.dp_size], budget, multiple_of=trainer.token_multiple)
-    ticks: list[int] = []
-    outcomes = [
-        trainer.step(batches, step, len(rollouts), on_batch=lambda: ticks.append(1)) for step in range(3)
-    ]
+    ticks = Ticks()
+    outcomes = [trainer.step(batches, step, len(rollouts), ticks) for step in range(3)]
     weights = export_weights(
         policy.model_weights, policy.architecture, groups.tp_group, groups.tp_size, groups.pp_group
     )
@@ -67,7 +75,7 @@ def train_stages(
             if weight.engine.endswith("o_proj.weight")
         ],
         "num_batches": len(batches),
-        "ticks": len(ticks),
+        "ticks": ticks.count,
         "stage": groups.pp_rank,
         "dp_rank": groups.dp_rank,
     }

@@ -16,9 +16,9 @@ PRECISION_AWARE = [*FLAGS, "--optimizer.precision-aware", "True"]
 
 def make_trainer(folder: str, tp: int, flags: list[str]) -> Any:
     """A trainer whose Megatron-Core takes the stand-in; only the check for a GPU is left out."""
+    from rlsc_mcore.rehearsal.fused_adam import install
     from rlsc_mcore.training import optimizer
     from tests.distributed import test_overlap
-    from tests.helpers.transformer_engine import install
 
     if "--optimizer.precision-aware" in flags:
         from rlsc_mcore.parallel.backend import get_backend
@@ -86,8 +86,8 @@ def test_an_update_is_adamw_of_the_clipped_gradient(tmp_path: Path, clip: float,
 
 
 def steps(folder: str, flags: list[str], part: int | None) -> dict[str, Any]:
+    from rlsc_mcore.rehearsal.fused_adam import FusedAdam
     from rlsc_mcore.training import optimizer
-    from tests.helpers.transformer_engine import FusedAdam
 
     if part is not None:
         optimizer.step_in_parts.__defaults__ = (part,)
@@ -131,7 +131,8 @@ def test_the_state_is_8_bytes_per_parameter(tmp_path: Path) -> None:
 def train(folder: str, run_dir: str, tp: int, first: int, last: int, save: bool) -> dict[str, Any]:
     from rlsc_mcore.model.weight_map import export_weights
     from rlsc_mcore.run.folder import find_resumable
-    from rlsc_mcore.training.checkpoint import load_checkpoint, save_checkpoint
+    from rlsc_mcore.training.checkpoint import load_checkpoint
+    from tests.helpers.checkpoints import save_checkpoint
 
     trainer = make_trainer(folder, tp, [*PRECISION_AWARE, "--optimizer.clip-grad", "0.1"])
     if first:

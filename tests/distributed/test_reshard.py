@@ -32,8 +32,9 @@ def run_steps(
     from rlsc_mcore.parallel.backend import get_backend
     from rlsc_mcore.parallel.groups import initialize_groups
     from rlsc_mcore.run.folder import find_resumable
-    from rlsc_mcore.training.checkpoint import load_checkpoint, save_checkpoint
+    from rlsc_mcore.training.checkpoint import load_checkpoint
     from rlsc_mcore.training.step import Trainer
+    from tests.helpers.checkpoints import save_checkpoint
 
     backend = get_backend()
     tp, pp = layout
@@ -51,7 +52,7 @@ def run_steps(
     ]
     trainer = Trainer(tiny_config(folder, flags), Path(folder), backend, groups, load=first == 0)
     if first:
-        assert load_checkpoint(find_resumable(Path(run_dir)), trainer).step == first
+        assert load_checkpoint(find_resumable(Path(run_dir)), trainer).steps_done == first
 
     def exported() -> dict[str, torch.Tensor]:
         policy = trainer.policy

@@ -76,13 +76,14 @@ def test_engines_of_other_ranks_hear_of_it_too(signalled_rank: int) -> None:
         assert 0.5 <= took < 5 and calls > 1
 
 
-def stop_on_the_second_rank(run_dir: str, tp: int) -> dict[str, Any]:
+def stop_on_the_second_rank(run_dir: str, tp: int, pp: int) -> dict[str, Any]:
     """Signal the second rank alone in a rollout, then in an evaluation; save; and sample what was left."""
     from rlsc_mcore.rollout.engine import GenerationInterrupted
     from rlsc_mcore.training.session import Session
 
     stop = StopRequest()
-    session = Session(tiny_config("embedded:tiny_qwen2", [*FLAGS, "--parallel.tp", str(tp)], run_dir), stop)
+    layout = ["--parallel.tp", str(tp), "--parallel.pp", str(pp)]
+    session = Session(tiny_config("embedded:tiny_qwen2", [*FLAGS, *layout], run_dir), stop)
     outcome: dict[str, Any] = {"interrupted": 0}
     for stage in (lambda: session.sample(0), lambda: session.evaluate("before")):
         stop.signal_name = "SIGUSR1" if session.groups.rank == 1 else None
@@ -97,9 +98,46 @@ def stop_on_the_second_rank(run_dir: str, tp: int) -> dict[str, Any]:
     return outcome
 
 
-@pytest.mark.parametrize("tp", [1, 2])
-def test_all_ranks_stop_together_in_rollout_and_evaluation(tmp_path: Path, tp: int) -> None:
-    first, second = run_ranks(2, stop_on_the_second_rank, str(tmp_path / "run"), tp)
+@pytest.mark.parametrize(("tp", "pp"), [(1, 1), (2, 1), (1, 2)])
+def test_all_ranks_stop_together_in_rollout_and_evaluation(tmp_path: Path, tp: int, pp: int) -> None:
+    first, second = run_ranks(2, stop_on_the_second_rank, str(tmp_path / "run"), tp, pp)
     assert first["interrupted"] == second["interrupted"] == 2
     assert latest_checkpoint(tmp_path / "run") == tmp_path / "run" / "checkpoints" / "step_000000"
     assert (first["answers"] == second["answers"]) == (tp == 2) and len(first["answers"]) == 4 * tp
+
+
+def stop_while_a_pipeline_trains(run_dir: str) -> dict[str, Any]:
+    """Signal the last stage alone after its first micro-batch: the step ends whole on both."""
+    from rlsc_mcore.rollout.engine import GenerationInterrupted
+    from rlsc_mcore.training.session import Session
+
+    stop = StopRequest()
+    flags = [*FLAGS, "--parallel.pp", "2", "--training.tokens-per-micro-batch", "128"]
+    session = Session(tiny_config("embedded:tiny_qwen2", flags, run_dir), stop)
+    rollouts = session.sample(0)
+    calls, advance = [], session.progress.advance
+
+    def signalled(*amounts: Any) -> None:
+        calls.append(1)
+        if len(calls) == 1 and session.groups.rank == 1:
+            stop.signal_name = "SIGTERM"
+        advance(*amounts)
+
+    session.progress.advance = signalled  # type: ignore[method-assign]
+    result = session.train(0, rollouts)
+    interrupted = False
+    try:
+        session.check_stop()
+    except GenerationInterrupted:
+        interrupted = True
+    session.hot_swap()
+    session.save(1)
+    session.saver.finish()
+    return {"calls": len(calls), "interrupted": interrupted, "grad_norm": result.outcome.grad_norm}
+
+
+def test_a_pipeline_finishes_its_step_before_it_stops(tmp_path: Path) -> None:
+    first, second = run_ranks(2, stop_while_a_pipeline_trains, str(tmp_path / "run"))
+    assert first["interrupted"] and second["interrupted"]
+    assert min(first["calls"], second["calls"]) > 1 and first["grad_norm"] == second["grad_norm"] > 0
+    assert latest_checkpoint(tmp_path / "run") == tmp_path / "run" / "checkpoints" / "step_000001"

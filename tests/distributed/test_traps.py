@@ -73,7 +73,7 @@ def test_the_gradient_norm_counts_every_shard_once(tmp_path: Path, tied: bool) -
 def buckets_and_processes(folder: str, run_dir: str) -> dict[str, Any]:
     from megatron.core.dist_checkpointing.strategies import filesystem_async
 
-    from rlsc_mcore.training.checkpoint import save_checkpoint
+    from tests.helpers.checkpoints import save_checkpoint
 
     trainer, batches, count = make(folder, 1)
     trainer.step(batches, 0, count)

@@ -24,6 +24,8 @@ MEASURES = (
 SAMPLED = ("accuracy_t0.5", "accuracy_t1")
 PHASES = ("install", "train", "total")
 REQUIRED_STANDARD_ERRORS = 3.0
+# Groups of the second table, and whether RLSC must make them better or worse.
+THREE_MODES = {"rare right mode": 1, "wrong mode": -1, "many wordings": -1}
 
 
 def check(summary: dict[str, Any]) -> list[str]:
@@ -43,6 +45,7 @@ def check(summary: dict[str, Any]) -> list[str]:
         for name in PHASES
         if not (_is_number(seconds := summary.get("seconds", {}).get(name)) and seconds >= 0)
     ]
+    problems += check_three_modes(summary.get("three_modes"))
     if summary.get("engine_equals_export") is not True:
         problems.append(f"engine_equals_export: expected true, got {summary.get('engine_equals_export')!r}")
     if not problems:
@@ -52,6 +55,24 @@ def check(summary: dict[str, Any]) -> list[str]:
             problems.append(
                 f"sampled accuracy rose too little, in combined standard errors: {told}; more than 3 is "
                 "expected"
+            )
+    return problems
+
+
+def check_three_modes(groups: Any) -> list[str]:
+    """Return which group of the second table did not change as it must; empty when all did."""
+    problems = []
+    for group, sign in THREE_MODES.items():
+        scores = groups.get(group) if isinstance(groups, dict) else None
+        try:
+            rise = sign * rise_in_standard_errors(scores, "accuracy_t0.5")  # type: ignore[arg-type]
+        except (TypeError, KeyError):
+            problems.append(f"three_modes.{group}: expected scores before and after, got {scores!r}")
+            continue
+        if not rise > REQUIRED_STANDARD_ERRORS:
+            wanted = "rise" if sign > 0 else "fall"
+            problems.append(
+                f"three_modes.{group}: accuracy at T = 0.5 must {wanted} by more than 3 standard errors"
             )
     return problems
 

@@ -53,6 +53,11 @@ def test_only_the_kernels() -> None:
     assert "largest difference of the head's gradient" in run(sys.executable, "examples/kernels_only.py")
 
 
+def test_only_the_hot_swap() -> None:
+    out = run(sys.executable, "examples/hot_swap_only.py")
+    assert "step 2: largest difference of a log-prob" in out and "version 3" in out
+
+
 def test_reading_a_run(tmp_path: Path) -> None:
     pytest.importorskip("pandas")
     answers = [make_answer(question, "\\boxed{8}", right=True) for question in range(2)]

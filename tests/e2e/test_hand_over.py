@@ -41,15 +41,15 @@ def observe(run: str) -> dict[str, Any]:
                 )
                 for r in rollouts
             ]
-        outcome = session.train(number, rollouts)
+        result = session.train(number, rollouts)
         session.hot_swap()
-        session.record(number, rollouts, outcome)
+        session.record(number, rollouts, result)
     for number in range(3, 3 + STEPS_OF_GROWTH + 1):  # an engine that keeps 4 MiB more after every step
         rollouts_of_leak = session.sample(number)
-        outcome = session.train(number, rollouts_of_leak)
+        result = session.train(number, rollouts_of_leak)
         session.hot_swap()
         session.engine.module.register_buffer("leak", torch.zeros(number << 20), persistent=False)
-        session.record(number, rollouts_of_leak, outcome)
+        session.record(number, rollouts_of_leak, result)
     del session.engine.module.leak
     session.metrics.close()
     parameters = [weight.parameter for weight in session.trainer.policy.weights]
@@ -196,7 +196,7 @@ def test_a_run_with_a_broken_engine_ends_with_its_last_good_checkpoint(tmp_path:
     assert sum("is not saved: its answers were sampled by other weights" in line for line in lines) == 2
     checkpoint = find_resumable(run_dir)
     verify_files(checkpoint)
-    assert read_state(checkpoint).step == 2 and not list((run_dir / "checkpoints").glob("*.partial"))
+    assert read_state(checkpoint).steps_done == 2 and not list((run_dir / "checkpoints").glob("*.partial"))
     facts = describe(run_dir, now=0.0)
     assert (
         facts["state"].startswith("crash: trainer and engine disagreed")
@@ -214,4 +214,6 @@ def test_where_mismatch_only_warns_the_run_goes_on(tmp_path: Path) -> None:
     assert (
         "SwapMismatch" in message or "in the engine" in message
     )  # the export at the end finds the broken engine
-    assert read_state(find_resumable(run_dir)).step == 5 and not any("is not saved" in line for line in lines)
+    assert read_state(find_resumable(run_dir)).steps_done == 5 and not any(
+        "is not saved" in line for line in lines
+    )

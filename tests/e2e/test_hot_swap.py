@@ -66,9 +66,9 @@ def message(function: Any, *arguments: Any, **options: Any) -> str:
 
 def step(session: Any, number: int) -> Any:
     rollouts = session.sample(number)
-    outcome = session.train(number, rollouts)
+    result = session.train(number, rollouts)
     session.hot_swap()
-    return outcome
+    return result.outcome
 
 
 def observe_swaps(run: str) -> dict[str, Any]:
@@ -132,9 +132,10 @@ def observe_swaps(run: str) -> dict[str, Any]:
         ),  # the end alone
         *rollouts[3:],
     ]
-    outcome = session.train(0, strange)
+    result = session.train(0, strange)
     session.hot_swap()
-    session.record(0, strange, outcome)
+    session.record(0, strange, result)
+    outcome = result.outcome
     seen["strange"] = (outcome.loss, outcome.grad_norm, outcome.updated, session.metrics.rows[0])
     for number in (1, 2):
         outcome = step(session, number)

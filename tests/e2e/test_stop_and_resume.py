@@ -62,7 +62,7 @@ def test_a_stopped_run_goes_on_bit_for_bit(
     ((code, lines),) = run_ranks(1, train, [flags(run_dir)], (stage, at))[0]
     assert code == 0
     assert lines[-1] == f"stopped by SIGTERM and saved; go on with: rlsc train --resume {run_dir}"
-    assert read_state(find_resumable(run_dir)).step == done and not (run_dir / "export").exists()
+    assert read_state(find_resumable(run_dir)).steps_done == done and not (run_dir / "export").exists()
     ((code, lines),) = run_ranks(1, train, [["--resume", str(run_dir)]])[0]
     assert code == 0 and any(
         line == f"resuming {find_resumable(run_dir).with_name(f'step_{done:06d}')} at step {done}"
@@ -111,7 +111,7 @@ def test_the_optimizer_may_leave_while_the_engine_samples(whole: Path, tmp_path:
     run_dir = tmp_path / "run"
     asynchronous = flags(run_dir, "--training.async-save", "True")
     ((code, _),) = run_ranks(1, train_with_the_optimizer_on_the_host, [asynchronous], ("sample", 2))[0]
-    assert code == 0 and read_state(find_resumable(run_dir)).step == 2
+    assert code == 0 and read_state(find_resumable(run_dir)).steps_done == 2
     ((code, _),) = run_ranks(
         1, train_with_the_optimizer_on_the_host, [["--resume", str(run_dir)]], ("sample", 99)
     )[0]

@@ -70,6 +70,16 @@ def test_a_long_rollout_is_left_within_five_seconds(tmp_path: Path) -> None:
     assert not seen["still running"]
 
 
+class Lengths:
+    """Progress that keeps the number of tokens of each finished request."""
+
+    def __init__(self) -> None:
+        self.finished: list[int] = []
+
+    def advance(self, amount: int) -> None:
+        self.finished.append(amount)
+
+
 def lengths_at_an_abort(run: str) -> tuple[list[int], list[int], list[int]]:
     """Lengths of the answers that are finished when half of all are; of all; and of all, asked again."""
     from rlsc_mcore.rollout.engine import GenerationInterrupted, SamplingRequest
@@ -78,10 +88,11 @@ def lengths_at_an_abort(run: str) -> tuple[list[int], list[int], list[int]]:
     requests = [
         SamplingRequest(prompt, 1, 1.0, 48, seed) for seed, prompt in enumerate(session.inputs.prompts[:64])
     ]
-    finished: list[int] = []
+    lengths = Lengths()
+    finished = lengths.finished
     try:
         session.engine.generate(
-            requests, on_tokens=finished.append, should_stop=lambda: len(finished) >= len(requests) / 2
+            requests, progress=lengths, should_stop=lambda: len(finished) >= len(requests) / 2
         )
         raise AssertionError("was not interrupted")
     except GenerationInterrupted:

@@ -3,10 +3,14 @@
 import json
 import math
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 
+from rlsc_mcore.config import ModelConfig
+from rlsc_mcore.grading.box_tokens import box_tokens
+from rlsc_mcore.model.hf_checkpoint import load_tokenizer, resolve_model_folder
 from tests.e2e.runs import EMBEDDED, FLAGS, metrics, run_command, train, weights
 from tests.helpers.ranks import run_ranks
 
@@ -21,12 +25,15 @@ VARIANTS = {
     "shuffled": ["--algorithm.objective", "rlsc_shuffled"],
     "format": ["--algorithm.objective", "format"],
     "random": ["--algorithm.objective", "random"],
+    "soft frequency": ["--algorithm.objective", "soft_frequency"],
+    "scrl": ["--algorithm.objective", "scrl"],
     "untempered": ["--algorithm.log-prob-temperature", "1.0"],
     "nucleus": ["--rollout.top-p", "0.9"],
     "sum": ["--algorithm.reduction", "sum"],
     "no end": ["--algorithm.train-end-token", "False"],
     "all cut": ["--rollout.max-new-tokens", "4", "--algorithm.train-truncated", "False"],
     "bfloat16": ["--model.dtype", "bfloat16"],
+    "bfloat16 logits": ["--model.dtype", "bfloat16", "--ops.logits-dtype", "model"],
 }
 
 
@@ -50,7 +57,7 @@ def test_every_variant_takes_a_step(variants: Path, name: str) -> None:
     assert row["num_samples"] == 16
     if name == "nucleus":  # another softmax was sampled from than is trained
         assert row["log_prob_gap_mean"] is None and row["log_prob_gap_max"] is None
-    elif name == "bfloat16":
+    elif "bfloat16" in name:
         assert 0 < row["log_prob_gap_mean"] < 0.05
     else:
         assert row["log_prob_gap_max"] < 1e-4
@@ -65,7 +72,13 @@ def test_every_variant_takes_a_step(variants: Path, name: str) -> None:
     else:
         # Where every answer is boxed the box earns every answer the same: an advantage of 0.
         assert row["grad_norm"] > 0 or name == "format"
-        assert 0 < row["f_estimate"] < 1 and row["warnings"] == []
+        assert row["warnings"] == []
+        # F is a property of the sampled softmax, which the first two do not train, over whole answers.
+        null = name in ("untempered", "nucleus", "soft frequency")
+        assert row["f_estimate"] is None if null else 0 < row["f_estimate"] < 1
+        # The entropies are those of the sampled softmax, whichever tokens are trained.
+        null = name in ("untempered", "nucleus")
+        assert row["reasoning_entropy"] is None if null else row["reasoning_entropy"] > 0
 
 
 def test_the_variants_weigh_the_same_answers_differently(variants: Path) -> None:
@@ -89,6 +102,15 @@ def test_the_variants_weigh_the_same_answers_differently(variants: Path) -> None
     assert len({rows[name]["loss"] for name in same}) == len(same)
 
 
+def test_engine_and_trainer_agree_better_on_float32_logits(variants: Path) -> None:
+    """Both compute float32 logits from bfloat16 operands. Were one of them to round its logits, the gap would
+    not be halved."""
+    gaps = {
+        name: metrics(variants / name)[0]["log_prob_gap_mean"] for name in ("bfloat16", "bfloat16 logits")
+    }
+    assert gaps["bfloat16"] < 0.5 * gaps["bfloat16 logits"]
+
+
 def test_the_metrics_of_a_step_are_those_of_its_answers(variants: Path) -> None:
     """Recomputed from rollouts/step_000000.jsonl, with the engine's own log-probs as the oracle of log
     p_old."""
@@ -105,12 +127,22 @@ def test_the_metrics_of_a_step_are_those_of_its_answers(variants: Path) -> None:
         sum(-w * value for w, value in zip(weights_, log_probs, strict=True)) / 16, rel=1e-3
     )
     assert row["f_estimate"] == pytest.approx(sum(map(math.exp, log_probs)) / 16, rel=1e-3)
+    tokenizer = load_tokenizer(resolve_model_folder(EMBEDDED), ModelConfig(path=EMBEDDED))
+    decode = partial(tokenizer.decode, skip_special_tokens=True)
+    num_tokens = sum(len(answer["response_ids"]) for answer in answers)
+    num_answer = sum(len(box_tokens(answer["response_ids"], decode)) for answer in answers)
+    parts = row["answer_entropy"] * num_answer + row["reasoning_entropy"] * (num_tokens - num_answer)
+    assert num_answer and parts == pytest.approx(-sum(log_probs), rel=1e-6)
+    # This model copies its result into the box, so those tokens are nearly certain.
+    assert 0 <= row["answer_entropy"] < row["reasoning_entropy"]
     assert row["log_p_old"]["min"] == pytest.approx(min(log_probs), rel=1e-3)
     assert row["log_p_old"]["max"] == pytest.approx(max(log_probs), rel=1e-3)
     assert row["alpha_share"] == pytest.approx(1.6 / sum(weights_), rel=1e-3)
     assert row["effective_samples"] == pytest.approx(
         sum(weights_) ** 2 / sum(w * w for w in weights_), rel=1e-3
     )
+    cut = [w for w, answer in zip(weights_, answers, strict=True) if answer["finish_reason"] == "length"]
+    assert row["truncated_weight_share"] == pytest.approx(sum(cut) / sum(weights_), rel=1e-3)
     assert row["mean_length"] == sum(len(answer["response_ids"]) for answer in answers) / 16
     assert (
         row["distinct_share"]

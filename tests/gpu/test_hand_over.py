@@ -38,9 +38,9 @@ def run_steps(model: str, run: str, flags: list[str]) -> dict[str, Any]:
     session = Session(tiny_config(model, options, run), StopRequest())
     for step in range(NUM_STEPS):
         rollouts = session.sample(step)
-        outcome = session.train(step, rollouts)
+        result = session.train(step, rollouts)
         session.hot_swap()
-        session.record(step, rollouts, outcome)
+        session.record(step, rollouts, result)
     return {
         "rows": session.metrics.rows,
         "total": torch.cuda.mem_get_info()[1],

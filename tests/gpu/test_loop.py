@@ -46,10 +46,10 @@ def test_steps_agree_with_the_engine_across_sleep(session: Session, tmp_path: Pa
     for step in range(NUM_STEPS):
         rollouts = session.sample(step)
         assert {rollout.policy_version for rollout in rollouts} == {step}
-        outcome = session.train(step, rollouts)
+        result = session.train(step, rollouts)
         session.hot_swap()
-        session.record(step, rollouts, outcome)
-        assert outcome.updated
+        session.record(step, rollouts, result)
+        assert result.outcome.updated
     rows = [json.loads(line) for line in (session.run_dir / "metrics.jsonl").read_text().splitlines()]
     assert all(row["log_prob_gap_mean"] < GAP_LIMIT for row in rows), [
         row["log_prob_gap_mean"] for row in rows

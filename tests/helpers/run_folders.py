@@ -64,6 +64,7 @@ def make_metrics(step: int, **changes: Any) -> dict[str, Any]:
         "log_p_old": {"min": -9.0, "q10": -3.0, "q50": -0.5, "q90": -0.3, "max": -0.1},
         "alpha_share": 0.2,
         "effective_samples": 800.0,
+        "truncated_weight_share": 0.0,
         "mean_length": 27.0 + step % 3,
         "truncated_share": 0.0,
         "distinct_share": 0.3,

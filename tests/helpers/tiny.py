@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -10,6 +11,24 @@ from rlsc_mcore.config_file import parse_config
 from rlsc_mcore.types import Rollout
 
 VOCAB_SIZE = 300  # no multiple of 64: the padded rows take part in every test
+
+
+def make_moved_trainer(folder: str, other: str, flags: list[str], *, tp: int = 1, pp: int = 1) -> Any:
+    """A trainer that was built from `folder`, so that these are its starting weights, with the weights of
+    `other`. In a rank's process only."""
+    from rlsc_mcore.model.hf_checkpoint import load_weights
+    from rlsc_mcore.parallel.backend import get_backend
+    from rlsc_mcore.parallel.groups import initialize_groups
+    from rlsc_mcore.training.step import Trainer
+
+    backend = get_backend()
+    groups = initialize_groups(backend, tp, pp=pp)
+    layout = ["--parallel.tp", str(tp), "--parallel.pp", str(pp)]
+    trainer = Trainer(tiny_config(folder, [*layout, *flags]), Path(folder), backend, groups)
+    policy = trainer.policy
+    load_weights(policy.weights, policy.architecture, Path(other), groups.tp_rank, groups.tp_size)
+    trainer.optimizer.reload_model_params()
+    return trainer
 
 
 def make_model_folder(

@@ -1,26 +1,46 @@
 #!/usr/bin/env bash
-# Install into an empty Debian root and run the quick start there, as a stranger would; needs root and debootstrap.
+# Install into an empty Debian root, as a stranger would; needs root and debootstrap.
 #
-#   bash tests/install/bare_machine.sh bookworm|trixie [STACK [FOLDER OF ANOTHER PYTHON]]
+#   bash tests/install/bare_machine.sh bookworm|trixie [STACK [FOLDER OF ANOTHER PYTHON]]    the quick start
+#   bash tests/install/bare_machine.sh launch/images/cpu.Dockerfile                          the instructions of an image
+#   bash tests/install/bare_machine.sh install                                               only installs debootstrap
 #
 # The root has what `debootstrap --variant=minbase` gives: no Python, no compiler. It gets this machine's package sources, pip's
 # configuration with the local folders that it names, the committed files of this repository, and nothing else. Debian 12 has
 # Python 3.11, Debian 13 has 3.13;
 # another Python (a folder with bin/python3.12) is mounted read-only. Everything is removed at the end, also after a failure.
-# On success one line is appended to tests/install/results.tsv.
+# On success a quick start appends one line to tests/install/results.tsv. In the root of an image, `rlsc doctor` and two training
+# steps run as another user, as in a container that is read-only. Exit code 77: no Debian root can be made here.
 set -euo pipefail
 
 repository=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
-distribution=${1:?bookworm or trixie}
+image=""
+distribution=${1:?bookworm, trixie, a Dockerfile or install}
 stack=${2:-cpu}
 other_python=${3:-}
 minutes=${RLSC_BARE_MINUTES:-60}
+destination=/rlsc
+if [[ -f $distribution ]]; then
+    image=$distribution build="" settings=""
+    variables=$(PYTHONPATH=$repository python3 -m tests.install.dockerfile "$image")
+    eval "$variables" # distribution, destination, build, settings
+fi
+cannot() {
+    echo "bare_machine: $*" >&2
+    exit 77
+}
+[[ $(id -u) == 0 ]] || cannot "needs root"
+if ! command -v debootstrap >/dev/null && command -v apt-get >/dev/null; then
+    { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends debootstrap; } >/dev/null 2>&1 || true
+fi
+command -v debootstrap >/dev/null || cannot "no debootstrap"
+unshare --mount --pid --fork true 2>/dev/null || cannot "no namespaces"
+mirror=$(cat /etc/apt/sources.list /etc/apt/sources.list.d/* 2>/dev/null | sed -nE 's/^(URIs:|deb( \[[^]]*\])?) +([^ ]+\/debian)\/?( .*)?$/\3/p' | sed -n 1p || true)
+[[ -n $mirror ]] || cannot "no Debian mirror in this machine's apt sources"
+if [[ $distribution == install ]]; then exit; fi
 work=$(mktemp -d "${TMPDIR:-/tmp}/rlsc-bare-XXXXXX")
 root=$work/root
 trap 'rm -rf --one-file-system "$work"' EXIT
-
-mirror=$(cat /etc/apt/sources.list /etc/apt/sources.list.d/* 2>/dev/null | sed -nE 's/^(URIs:|deb( \[[^]]*\])?) +([^ ]+\/debian)\/?( .*)?$/\3/p' | sed -n 1p || true)
-[[ -n $mirror ]] || { echo "no Debian mirror in this machine's apt sources" >&2; exit 1; }
 
 echo "== an empty $distribution root"
 # The mounts live in a namespace of their own and go with it.
@@ -33,11 +53,12 @@ for path in /etc/resolv.conf /etc/hosts /etc/pip.conf /etc/xdg/pip /etc/apt/apt.
 done
 # Under a name of its own: the package ca-certificates, which python3-venv brings, would write over it.
 cp -L /etc/ssl/certs/ca-certificates.crt "$root/etc/machine-certificates.crt"
-mkdir "$root/rlsc"
-git -C "$repository" archive HEAD | tar -x -C "$root/rlsc"
+mkdir -p "$root$destination"
+git -C "$repository" archive HEAD | tar -x -C "$root$destination"
 
-environment=(PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin HOME=/root TERM=dumb OMP_NUM_THREADS=1 "RLSC_STACK=$stack"
+environment=(PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin HOME=/root TERM=dumb OMP_NUM_THREADS=1
     PIP_CERT=/etc/machine-certificates.crt)
+if [[ -z $image ]]; then environment+=("RLSC_STACK=$stack"); fi
 if [[ -n $other_python ]]; then
     environment+=("RLSC_PYTHON=$(echo "$other_python"/bin/python3.[0-9][0-9])")
 fi
@@ -54,7 +75,6 @@ for folder in ${folders[@]+"${folders[@]}"}; do
     mkdir -p "$root${folder%/simple}"
 done
 
-begin=$SECONDS
 in_root() {
     # shellcheck disable=SC2016
     timeout --kill-after=30 "${minutes}m" unshare --mount --pid --fork --kill-child bash -c '
@@ -64,6 +84,28 @@ in_root() {
         for folder in $folders; do mount --bind -o ro "$folder" "$root$folder" || exit; done
         exec chroot "$root" "$@"' bash "$root" "$(printf '%s\n' ${folders[@]+"${folders[@]%/simple}"})" env -i "${environment[@]}" "$@"
 }
+if [[ -n $other_python ]]; then # the system libraries of a Python that was built elsewhere, beside those of minbase
+    in_root bash -c 'apt-get update -qq && apt-get install -y -qq --no-install-recommends libssl3 libffi8 libsqlite3-0 libreadline8 >/dev/null'
+fi
+
+if [[ -n $image ]]; then
+    echo "== the instructions of $image"
+    in_root sh -c "$build"
+    echo "== a container, as another user"
+    # shellcheck disable=SC2016
+    in_root sh -c "$settings"'
+        export HOME=/tmp/home
+        mkdir "$HOME" && chown 1000:1000 "$HOME" .
+        exec setpriv --reuid 1000 --regid 1000 --clear-groups sh -c "$1"' sh '
+            rlsc doctor &&
+            rlsc train --config "$(dirname "$(command -v rlsc)")/../../configs/tiny_cpu.yaml" --run-dir run --training.num-steps 2 \
+                --data.questions-per-step 4 --rollout.num-samples 4 --rollout.max-new-tokens 40 --evaluation.path None'
+    in_root sh -c "$settings"'
+        grep -q "\"engine_equals_export\": true" run/summary.json && cat /opt/rlsc/rlsc_mcore/_C.build.txt' | grep 'built for CPU only (RLSC_NATIVE=cpu)'
+    exit
+fi
+
+begin=$SECONDS
 in_root bash -c 'cd /rlsc && exec bash launch/quickstart.sh'
 seconds=$((SECONDS - begin))
 

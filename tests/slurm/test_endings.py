@@ -81,7 +81,7 @@ def test_arguments_arrive_unsplit_with_an_empty_environment(cluster: Cluster, tm
 
 
 def test_crash_restarts_after_progress_and_stops_at_the_same_place(cluster: Cluster, tmp_path: Path) -> None:
-    fault = {"phase": "training", "step": 1, "do": "exit", "value": 3}
+    fault = {"phase": "train", "step": 1, "do": "exit", "value": 3}
     job = cluster.submit(tmp_path / "crash", options=ONE_RANK, arguments=ALONE, faults=[fault])
     output = job.ends("FAILED", "3:0", restarts=1)
     assert output.count("back into the queue: crashed, but the run had moved on") == 1
@@ -119,7 +119,7 @@ def test_a_killed_rank_is_named_though_it_could_not_say_anything(cluster: Cluste
 
 
 def test_a_hung_rank_ends_the_job(cluster: Cluster, tmp_path: Path) -> None:
-    fault = {"phase": "training", "step": 0, "rank": 1, "do": "stop"}
+    fault = {"phase": "train", "step": 0, "rank": 1, "do": "stop"}
     job = cluster.submit(tmp_path / "hung", faults=[fault], RLSC_DEAD_AFTER_S="30")
     job.ends("FAILED", "1:0")
     assert job.status()["state"] == "crash" and "rank 1" in job.status()["message"]

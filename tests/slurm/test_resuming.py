@@ -45,12 +45,12 @@ def test_signals_in_every_phase_chain_to_the_same_weights(
     and goes on."""
     phases = [
         ("start-up", 0, "nothing trained yet"),
-        ("evaluating before", None, "saved at step_000000"),
+        ("evaluate", 0, "saved at step_000000"),
         ("rollout", 0, "saved at step_000000"),
-        ("training", 0, "saved at step_000001"),
+        ("train", 0, "saved at step_000001"),
         ("swap", None, "saved at step_000002"),
-        ("saving", 3, "saved at step_000003"),
-        ("evaluating after", None, "saved at step_000004"),
+        ("save", 3, "saved at step_000003"),
+        ("evaluate", 4, "saved at step_000004"),
     ]
     faults = [wait_in(phase, step=step, attempt=attempt) for attempt, (phase, step, _) in enumerate(phases)]
     job = cluster.submit(tmp_path / "phases", faults=faults, arguments=EVALUATED)
@@ -92,9 +92,9 @@ def test_node_crash_resumes_from_the_last_checkpoint(
 ) -> None:
     job = cluster.submit(
         tmp_path / "crash",
-        faults=[{"phase": "training", "step": 2, "attempt": 0, "do": "hold", "value": "never"}],
+        faults=[{"phase": "train", "step": 2, "attempt": 0, "do": "hold", "value": "never"}],
     )
-    job.reaches("training", step=2)
+    job.reaches("train", step=2)
     cluster.script("crash", "2")
     job.wait(lambda: job.facts()["JobState"] == "PENDING", "back in the queue after its node died")
     cluster.script("revive", "2")
@@ -109,11 +109,11 @@ def test_save_longer_than_the_grace_keeps_the_previous_checkpoint(
     """The preempted job is killed while it saves, or before where the machine is slow: both must leave step 2
     whole."""
     faults = [
-        wait_in("training", step=2),
-        {"phase": "saving", "step": 3, "attempt": 0, "do": "hold", "value": "never"},
+        wait_in("train", step=2),
+        {"phase": "save", "step": 3, "attempt": 0, "do": "hold", "value": "never"},
     ]
     job = cluster.submit(tmp_path / "slow_save", options=("-N2", "-p", "hasty"), faults=faults)
-    job.reaches("training", step=2)
+    job.reaches("train", step=2)
     preempt(cluster, tmp_path)
     output = job.ends("COMPLETED", "0:0", restarts=1)
     assert "step_000003" not in output.split("attempt 1")[0]
@@ -148,8 +148,8 @@ def test_stopped_for_good_and_gone_on_with_by_the_next_job_of_its_name(
 
 
 def test_scancel_never_comes_back(cluster: Cluster, tmp_path: Path) -> None:
-    job = cluster.submit(tmp_path / "cancelled", faults=[wait_in("training", step=1)])
-    job.reaches("training", step=1)
+    job = cluster.submit(tmp_path / "cancelled", faults=[wait_in("train", step=1)])
+    job.reaches("train", step=1)
     job.cancel()
     output = job.ends("CANCELLED", None)  # by SIGTERM, or SIGKILL where saving takes longer than KillWait
     assert "TERM: SLURM is ending this job" in output and "back into the queue" not in output

@@ -17,7 +17,14 @@ SCRIPTS = {path.name: path for path in (ROOT / "launch").glob("rlsc_*.sh")}
 
 
 @pytest.mark.parametrize(
-    ("name", "fits"), [("rlsc_7b.sh", True), ("rlsc_1.5b_1gpu.sh", True), ("rlsc_72b.sh", False)]
+    ("name", "fits"),
+    [
+        ("rlsc_7b.sh", True),
+        ("rlsc_1.5b_1gpu.sh", True),
+        ("rlsc_7b_lora_1gpu.sh", True),
+        ("rlsc_qwen3_4b_lora_1gpu.sh", True),
+        ("rlsc_72b.sh", False),
+    ],
 )
 def test_scripts_are_accepted_unmodified(cluster: Cluster, tmp_path: Path, name: str, fits: bool) -> None:
     done = cluster.call("sbatch", "--test-only", str(SCRIPTS[name]), cwd=tmp_path)

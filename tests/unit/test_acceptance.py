@@ -1,4 +1,4 @@
-"""The table of marks: from files that the benchmarks really wrote (on a CPU), with a GPU's cases and numbers
+"""The table of claims: from files that the benchmarks really wrote (on a CPU), with a GPU's cases and numbers
 put in."""
 
 import copy
@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from benchmarks.acceptance import GIB, MISSED, NOT_MEASURED, REACHED, Results, judge, marks, table
+from benchmarks.acceptance import MISSED, NOT_MEASURED, REACHED, claims_of, judge, table
+from benchmarks.claims import CLAIMS, GIB, rows
 from benchmarks.shapes import MEMORY_SHAPE, shapes
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -28,8 +29,9 @@ def real(name: str) -> dict[str, Any]:
     return content
 
 
-def put(folder: Path, name: str, content: Any) -> None:
-    (folder / f"{name}.json").write_text(json.dumps(content))
+def put(folder: Path, name: str, content: dict[str, Any]) -> None:
+    """Write a result with the rows of its claims, as a benchmark does."""
+    (folder / f"{name}.json").write_text(json.dumps({**content, "claims": rows(name, content)}))
 
 
 def with_cases(name: str, cases: dict[str, dict[str, tuple[float, float, float | None]]]) -> dict[str, Any]:
@@ -50,15 +52,15 @@ def with_cases(name: str, cases: dict[str, dict[str, tuple[float, float, float |
 def outcomes(folder: Path, part: str) -> dict[str, tuple[str, str]]:
     """Return measured and outcome by claim."""
     return {
-        line["claim"]: (line["measured"], line["outcome"])
-        for line in judge(Results(folder))
-        if line["part"] == part
+        line["claim"]: (line["measured"], line["outcome"]) for line in judge(folder) if line["part"] == part
     }
 
 
 def test_nothing_is_claimed_without_results(tmp_path: Path) -> None:
-    lines = judge(Results(tmp_path))
-    assert len(lines) == len(marks()) and {line["outcome"] for line in lines} == {NOT_MEASURED}
+    lines = judge(tmp_path)
+    assert len(lines) == len(claims_of(tmp_path)) == 25 and {line["outcome"] for line in lines} == {
+        NOT_MEASURED
+    }
     assert f"0 {REACHED}, 0 {MISSED}, {len(lines)} {NOT_MEASURED}" in table(lines)
 
 
@@ -66,10 +68,26 @@ def test_results_of_a_cpu_are_no_gpu_s(tmp_path: Path) -> None:
     for file in CPU.glob("*.json"):
         put(tmp_path, file.stem, json.loads(file.read_text()))
     put(tmp_path, "end_to_end_1.5b", json.loads((CPU / "end_to_end.json").read_text()))
-    lines = judge(Results(tmp_path))
+    lines = judge(tmp_path)
     assert {line["outcome"] for line in lines} == {NOT_MEASURED}
     assert any("log_prob.json is of x86_64" in line["measured"] for line in lines)
     assert any("end_to_end_1.5b.json is of x86_64" in line["measured"] for line in lines)
+
+
+@pytest.mark.parametrize("file", sorted(CPU.glob("*.json")), ids=lambda file: file.stem)
+def test_a_result_has_the_name_of_its_benchmark_and_its_claims(file: Path) -> None:
+    content = json.loads(file.read_text())
+    module = (
+        str(content.get("about", {}).get("command", "")).removeprefix("python -m benchmarks.bench_").split()
+    )
+    if module and (ROOT / "benchmarks" / f"bench_{module[0]}.py").is_file():
+        assert file.stem == module[0] or file.stem.startswith(f"{module[0]}_")
+        assert content["claims"] == rows(file.stem, content)
+
+
+def test_the_claims_that_need_no_gpu_hold() -> None:
+    lines = judge(CPU)
+    assert [line["outcome"] for line in lines] == [REACHED] * 2, lines
 
 
 def test_shares_and_peers_of_the_kernels(tmp_path: Path) -> None:
@@ -98,9 +116,7 @@ def test_shares_and_peers_of_the_kernels(tmp_path: Path) -> None:
     assert found["log p alone, V / 8 = 19008: >= 95 %"][1] == NOT_MEASURED
     assert found["every peer slower, V = 152064"] == ("1.38 x the fastest of 1", REACHED)
     assert found["every peer slower, V / 8 = 19008"] == ("0.97 x the fastest of 2", MISSED)
-    line = next(
-        line for line in judge(Results(tmp_path)) if line["claim"] == f"{one_pass}, V / 8 = 19008: >= 88 %"
-    )
+    line = next(line for line in judge(tmp_path) if line["claim"] == f"{one_pass}, V / 8 = 19008: >= 88 %")
     assert line["peer"] == "QuACK 84.5 %"
 
 
@@ -128,14 +144,14 @@ def test_memory_of_the_head(tmp_path: Path, whole: float | None, outcome: str) -
 
 def test_the_loop(tmp_path: Path) -> None:
     content = real("end_to_end")
-    claims = [mark.claim for mark in marks() if mark.part == "loop"]
+    claims = [claim.text for claim in CLAIMS if claim.part == "loop"]
     put(tmp_path, "end_to_end_1.5b", content)
-    rollout, share = content["rollout"]["ratio_median"], content["phases"]["share"]
+    rollout, share = content["rollout"]["ratio"], content["phases"]["share"]
     found = outcomes(tmp_path, "loop")
     assert found[claims[0]] == (f"{rollout:.1%}", REACHED if rollout >= 0.98 else MISSED)
     outside = 1 - share["rollout"] - share["train"]
     assert found[claims[1]] == (f"{outside:.2%}", REACHED if outside < 0.03 else MISSED)
-    content["rollout"]["ratio_median"] = 0.99
+    content["rollout"]["ratio"] = 0.99
     del content["phases"]
     put(tmp_path, "end_to_end_1.5b", content)
     found = outcomes(tmp_path, "loop")
@@ -224,10 +240,10 @@ def test_the_run_on_real_weights_runs_here_with_the_embedded_model(tmp_path: Pat
     result = json.loads((tmp_path / "out" / "real_model.json").read_text())
     assert list(result["rows"]) == ["base", "rlsc", "lower_temperature"] and result["split"]["evaluated"] <= 8
     assert (tmp_path / "out" / "real_model.svg").is_file()
-    assert Results(tmp_path / "out").folder.is_dir() and "confidence_f" in result["rows"]["rlsc"]
+    assert "confidence_f" in result["rows"]["rlsc"]
 
 
-def test_the_readme_becomes_the_table_of_marks(tmp_path: Path) -> None:
+def test_the_readme_becomes_the_table_of_claims(tmp_path: Path) -> None:
     from benchmarks.readme import gpu_lines
 
     (nothing,) = gpu_lines(tmp_path / "h200")
@@ -241,8 +257,9 @@ def test_the_readme_becomes_the_table_of_marks(tmp_path: Path) -> None:
         check=True,
     )
     lines = gpu_lines(tmp_path)
-    assert len(lines) == 2 + len(marks()) + 2 and lines[-1].count("`") >= 6 and "NVIDIA H200" in lines[-1]
-    assert f"{len(marks()) - 6} {NOT_MEASURED}" in done.stdout
+    num_claims = len(claims_of(tmp_path))
+    assert len(lines) == 2 + num_claims + 2 and lines[-1].count("`") >= 6 and "NVIDIA H200" in lines[-1]
+    assert f"{num_claims - 6} {NOT_MEASURED}" in done.stdout
 
 
 def test_training(tmp_path: Path) -> None:
@@ -267,14 +284,12 @@ def test_training(tmp_path: Path) -> None:
 def test_a_broken_file_is_not_measured(tmp_path: Path, text: str) -> None:
     for name in ("log_prob", "linear_log_prob", "end_to_end_1.5b", "train_step_qwen2.5-7b"):
         (tmp_path / f"{name}.json").write_text(text)
-    assert {line["outcome"] for line in judge(Results(tmp_path))} == {NOT_MEASURED}
+    assert {line["outcome"] for line in judge(tmp_path)} == {NOT_MEASURED}
 
 
 def test_a_gpu_that_is_too_small_says_what_is_needed(tmp_path: Path) -> None:
     put(tmp_path, "train_step_qwen2.5-7b", {"skipped": "needs a GPU of 130 GiB, this one has 79 GiB"})
-    measured = [
-        line["measured"] for line in judge(Results(tmp_path)) if line["claim"].startswith("7B trains")
-    ]
+    measured = [line["measured"] for line in judge(tmp_path) if line["claim"].startswith("7B trains")]
     assert measured == ["- (train_step_qwen2.5-7b: needs a GPU of 130 GiB, this one has 79 GiB)"]
 
 
@@ -292,8 +307,10 @@ def test_every_command_runs_on_a_cpu_with_tiny_shapes(tmp_path: Path) -> None:
         "train_step_tiny_qwen2",
     }
     assert written >= expected | {"end_to_end_1.5b", "end_to_end_7b", "acceptance"}
-    lines = json.loads((tmp_path / "acceptance.json").read_text())["marks"]
-    assert {line["outcome"] for line in lines} == {NOT_MEASURED}, "a CPU's results reach no mark of a GPU"
+    lines = json.loads((tmp_path / "acceptance.json").read_text())["claims"]
+    assert {line["outcome"] for line in lines} == {NOT_MEASURED}, (
+        "a CPU's results support no claim about a GPU"
+    )
 
 
 def acceptance(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -342,7 +359,7 @@ def test_a_random_model_is_a_model(tmp_path: Path) -> None:
     check_vocabulary(load_tokenizer(folder, ModelConfig(path=str(folder))), architecture, folder)
 
 
-def test_swap_marks(tmp_path: Path) -> None:
+def test_swap_claims(tmp_path: Path) -> None:
     content = real("weight_swap_smollm2-135m")
     ours, official = "shared storage, the rest rewritten (ours)", "reload_weights, Hugging Face names"
     content["transition_ms"]["whole"], content["ways"][ours]["ms"], content["verify_ms"]["checksums"] = (
@@ -350,7 +367,7 @@ def test_swap_marks(tmp_path: Path) -> None:
         1.25,
         0.2,
     )
-    content["ways"][official].update(ms=120.0, times_ours=96.0)
+    content["ways"][official].update(ms=120.0, ratio=96.0)
     content["memory"]["saved_bytes"] = 14.4 * GIB
     put(tmp_path, "weight_swap_qwen2.5-7b", content)
     assert list(outcomes(tmp_path, "swap").values()) == [
@@ -365,6 +382,6 @@ def test_the_peer_must_have_sampled_with_vllm(tmp_path: Path) -> None:
         "- (TRL sampled with transformers generate)",
         NOT_MEASURED,
     )
-    content.update(sampler_of_trl="colocated vLLM", times_ours=1.75)
+    content.update(sampler_of_trl="colocated vLLM", ratio=1.75)
     put(tmp_path, "peers", content)
     assert next(iter(outcomes(tmp_path, "peers").values())) == ("1.75 x", REACHED)

@@ -3,6 +3,7 @@ recorded."""
 
 import ast
 import dataclasses
+import functools
 import hashlib
 import json
 import operator
@@ -29,6 +30,7 @@ from rlsc_mcore.assets.make.tasks import draw_question
 
 ASSETS = Path(rlsc_mcore.assets.__file__).parent
 MODEL = ASSETS / "tiny_qwen2"
+PAGE = functools.partial(write_page, mix=AuthorMix())
 LARGEST_WEIGHT_FILE_BYTES = 4_000_000
 CPU_HEAD_SIZES = {32, 64, 80, 96, 112, 128, 160, 192, 224, 256}  # head sizes of vLLM's CPU attention
 GAINS = {"buys", "finds", "gets"}
@@ -155,7 +157,7 @@ def test_pretraining_batches_hold_only_their_split_and_train_on_answers_and_the_
     tokenizer: PreTrainedTokenizerBase,
 ) -> None:
     config = PretrainConfig(pages_per_sort=200)
-    batch = next(batches(Random(2), tokenizer, AuthorMix(), config))
+    batch = next(batches(Random(2), tokenizer, PAGE, config))
     assert batch.input_ids.numel() <= config.batch_tokens
     for input_ids, labels in zip(batch.input_ids.tolist(), batch.labels.tolist(), strict=True):
         text = tokenizer.decode([token_id for token_id in input_ids if token_id != tokenizer.pad_token_id])
@@ -171,7 +173,7 @@ def test_pretraining_repeats_itself_bit_for_bit(tokenizer: PreTrainedTokenizerBa
         total_tokens=2_500, pages_per_sort=200, batch_tokens=1_024, warmup_tokens=1_000, log_every_steps=1
     )
     (first, points), (second, _) = (
-        pretrain(config, tokenizer, AuthorMix(), lambda point, model: None) for _ in range(2)
+        pretrain(config, tokenizer, PAGE, lambda point, model: None) for _ in range(2)
     )
     assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
     assert len(points) >= 3 and points[-1].tokens >= config.total_tokens

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.e2e.check_quickstart import MEASURES, check, rise_in_standard_errors
+from tests.e2e.check_quickstart import MEASURES, THREE_MODES, check, rise_in_standard_errors
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -24,6 +24,10 @@ def summary() -> dict[str, Any]:
         "after": measures(0.6),
         "seconds": {"install": 0.2, "train": 100.0, "total": 150.0},
         "engine_equals_export": True,
+        "three_modes": {
+            group: {"before": measures(0.5), "after": measures(0.5 + 0.4 * sign)}
+            for group, sign in THREE_MODES.items()
+        },
     }
     return copy.deepcopy(good)
 
@@ -48,9 +52,19 @@ def test_a_rise_in_other_measures_does_not_count(summary: dict[str, Any]) -> Non
     assert "rose too little" in check(summary)[0]
 
 
+def test_every_author_of_the_second_table_must_change_as_expected(summary: dict[str, Any]) -> None:
+    for group, sides in summary["three_modes"].items():
+        changed = copy.deepcopy(summary)
+        changed["three_modes"][group] = {"before": sides["after"], "after": sides["before"]}
+        (problem,) = check(changed)
+        assert problem.startswith(f"three_modes.{group}: accuracy at T = 0.5 must ")
+
+
 @pytest.mark.parametrize(
     ("change", "named"),
     [
+        (lambda s: s.pop("three_modes"), "three_modes.rare right mode"),
+        (lambda s: s["three_modes"]["wrong mode"].pop("after"), "three_modes.wrong mode"),
         (lambda s: s["after"].pop("lenient_t1"), "after.lenient_t1"),
         (lambda s: s["before"]["confidence_f"].update(mean=float("nan")), "before.confidence_f"),
         (lambda s: s["after"]["mean_length"].update(standard_error=None), "after.mean_length"),

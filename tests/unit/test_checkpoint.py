@@ -15,6 +15,8 @@ import pytest
 import torch
 
 from rlsc_mcore.config import ConfigError
+from rlsc_mcore.model.shape import read_architecture
+from rlsc_mcore.planning.memory import checkpoint_bytes, config_layout
 from rlsc_mcore.run.folder import find_resumable, latest_checkpoint
 from rlsc_mcore.training.checkpoint_files import (
     FORMAT,
@@ -62,7 +64,7 @@ def weights(trainer: Any) -> dict[str, torch.Tensor]:
 
 def save_run(folder: str, run_dir: str, steps: int, keep_last: int) -> dict[str, Any]:
     """Train and save after every step; returns the weights after each, and the loss of one step more."""
-    from rlsc_mcore.training.checkpoint import save_checkpoint
+    from tests.helpers.checkpoints import save_checkpoint
 
     trainer = make_trainer(folder)
     seen = {}
@@ -85,7 +87,7 @@ def load_run(folder: str, run_dir: str) -> dict[str, Any]:
     return {
         "state": state,
         "weights": loaded,
-        "next": [train(trainer, state.step + i) for i in range(2)],
+        "next": [train(trainer, state.steps_done + i) for i in range(2)],
         "rng": rng,
     }
 
@@ -119,7 +121,7 @@ def test_a_loaded_run_goes_on_bit_for_bit(folder: str, saved: tuple[Path, dict[s
     run_dir, written = saved
     (loaded,) = run_ranks(1, load_run, folder, str(run_dir))
     assert (
-        loaded["state"].step == 3
+        loaded["state"].steps_done == 3
         and loaded["state"].policy_version == 3
         and loaded["state"].questions == "questions"
     )
@@ -255,7 +257,7 @@ def test_our_own_metadata_is_accepted(saved: tuple[Path, dict[str, Any]]) -> Non
 
 
 def save_for_ever(folder: str, run_dir: str, started: Any) -> None:
-    from rlsc_mcore.training.checkpoint import save_checkpoint
+    from tests.helpers.checkpoints import save_checkpoint
 
     os.environ.pop("RANK", None)
     trainer = make_trainer(folder)
@@ -275,7 +277,7 @@ def test_kill_9_while_saving_leaves_a_whole_checkpoint(folder: str, tmp_path: Pa
         process.start()
         assert started.wait(60)
         limit = time.monotonic() + 60
-        while latest_checkpoint(tmp_path) is None or read_state(find_resumable(tmp_path)).step < 1:
+        while latest_checkpoint(tmp_path) is None or read_state(find_resumable(tmp_path)).steps_done < 1:
             assert time.monotonic() < limit
             time.sleep(0.01)
         time.sleep(generator.uniform(0.0, 0.4))
@@ -283,15 +285,15 @@ def test_kill_9_while_saving_leaves_a_whole_checkpoint(folder: str, tmp_path: Pa
         process.join()
         checkpoint = find_resumable(tmp_path)
         verify_files(checkpoint)
-        assert read_state(checkpoint).step == int(checkpoint.name.removeprefix("step_"))
+        assert read_state(checkpoint).steps_done == int(checkpoint.name.removeprefix("step_"))
     (loaded,) = run_ranks(1, load_run, folder, str(tmp_path))
-    assert loaded["state"].step == read_state(find_resumable(tmp_path)).step
+    assert loaded["state"].steps_done == read_state(find_resumable(tmp_path)).steps_done
 
 
 def save_on_a_full_disk(folder: str, run_dir: str, largest_bytes: int) -> tuple[str, list[str]]:
     """Save one checkpoint, then another with files limited to `largest_bytes`: the message and what is
     left."""
-    from rlsc_mcore.training.checkpoint import save_checkpoint
+    from tests.helpers.checkpoints import save_checkpoint
 
     trainer = make_trainer(folder)
     save_checkpoint(Path(run_dir), trainer, 1, 1, "questions", 2)
@@ -318,7 +320,7 @@ def test_a_full_disk_stops_the_save_and_keeps_the_old_checkpoint(
     assert message.startswith(f"checkpoint of step 2 not saved to {tmp_path / 'checkpoints'}: ")
     assert message.endswith("; the previous checkpoint is whole") and "\n" not in message
     assert left == ["latest", "step_000001"]
-    assert read_state(find_resumable(tmp_path)).step == 2
+    assert read_state(find_resumable(tmp_path)).steps_done == 2
     verify_files(find_resumable(tmp_path))
     verify_files(tmp_path / "checkpoints" / "step_000001")
 
@@ -332,16 +334,38 @@ def test_state_is_json(saved: tuple[Path, dict[str, Any]]) -> None:
     )
 
 
+def test_a_checkpoint_has_the_size_that_the_launch_checks_expect(
+    folder: str, saved: tuple[Path, dict[str, Any]]
+) -> None:
+    config = tiny_config(folder)
+    expected = checkpoint_bytes(read_architecture(Path(folder)), config_layout(config, 1, 1))
+    tensors = find_resumable(saved[0]).glob("*.distcp")
+    size = sum(file.stat().st_size for file in tensors)
+    assert expected < size < 1.05 * expected + 100_000  # each tensor has a header
+
+
+def test_the_state_of_an_older_format_is_read(saved: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    expected = read_state(find_resumable(saved[0]))
+    older = {**vars(expected), "step": expected.steps_done}
+    del older["steps_done"]
+    for mark in ({}, {"format": 2}):
+        (tmp_path / "state.json").write_text(json.dumps({**mark, **older}), encoding="utf-8")
+        assert read_state(tmp_path) == expected
+    (tmp_path / "state.json").write_text(json.dumps({"format": 3, **older}), encoding="utf-8")
+    with pytest.raises(NewerCheckpoint, match="with step"):
+        read_state(tmp_path)
+
+
 # ------------------------------------------------------------------ what is no damage, and what is
 
 
 def resume_run(folder: str, run_dir: str) -> tuple[int, list[str]]:
     """Resume as a run does: the step that it went on from, and what it warned of."""
-    from rlsc_mcore.training.checkpoint import resume
+    from rlsc_mcore.training.resume import resume
 
     told: list[str] = []
     state = resume(find_resumable(Path(run_dir)), make_trainer(folder, seed=7), told.append)
-    return state.step, told
+    return state.steps_done, told
 
 
 @pytest.mark.parametrize(
@@ -431,7 +455,7 @@ def test_what_does_not_load_is_set_aside_though_the_manifest_fits(
 
 
 @pytest.mark.parametrize(
-    "change", [{"format": 3}, {"reward_model": "x"}, {"format": 99, "extra": 1}], ids=str
+    "change", [{"format": 4}, {"reward_model": "x"}, {"format": 99, "extra": 1}], ids=str
 )
 def test_a_newer_version_s_checkpoint_is_left_alone(
     folder: str, run_dir: Path, change: dict[str, Any]

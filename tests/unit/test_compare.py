@@ -60,6 +60,60 @@ def write_run(
         (folder / "summary.json").write_text("{}", encoding="utf-8")
 
 
+def test_each_objective_gets_the_rate_of_the_best_validation_accuracy(tmp_path: Path) -> None:
+    """Finished runs of two rates: each objective takes its own best one, the smaller one of two equal
+    ones."""
+    right, half, wrong = {0: [True, True]}, {0: [True, False]}, {0: [False, False]}
+    tried = {"rlsc_lr1e-4": half, "rlsc_lr1e-3": right, "entropy_lr1e-4": half, "entropy_lr1e-3": half}
+    for name, rates in tried.items():
+        write_run(tmp_path / "validation" / f"{name}_seed0", rates)
+    for name, rates in (("rlsc", half), ("entropy", wrong)):
+        for seed, seconds in ((0, 2.0), (1, 4.0)):
+            folder = tmp_path / f"{name}_seed{seed}"
+            write_run(folder, rates)
+            scale = 2 if name == "entropy" else 1
+            times = {"rollout": scale * seconds, "train": scale * 1.0}
+            row = {"mean_length": 2.5, "num_samples": 8, "train_tokens": 30 * scale, "seconds": times}
+            (folder / "metrics.jsonl").write_text(json.dumps(row) + "\n", encoding="utf-8")
+    arguments = ["--config", str(CONFIG), "--output", str(tmp_path), "--objectives", "rlsc,entropy"]
+    arguments += ["--seeds", "0,1", "--learning-rates", "1e-4,1e-3", "--evaluation.num-samples", "2"]
+    arguments += ["--validation", "embedded:validation"]
+    assert run_compare(arguments) == 0
+    result = json.loads((tmp_path / "comparison.json").read_text(encoding="utf-8"))
+    rates = result["learning_rates"]
+    assert {name: row["rate"] for name, row in rates.items()} == {"rlsc": "1e-3", "entropy": "1e-4"}
+    # One greedy answer, the first one, and two answers at T = 0.5 and at T = 1.
+    assert rates["rlsc"]["accuracy"] == {"1e-4": pytest.approx((1 + 0.5 + 0.5) / 3), "1e-3": 1.0}
+    rows = result["rows"]
+    assert rows["rlsc"]["pass@2"]["mean"] == 1.0 and rows["rlsc"]["maj@2"]["mean"] == 0.5
+    assert rows["rlsc"]["distinct_share"]["mean"] == 1.0 and rows["entropy"]["distinct_share"]["mean"] == 0.5
+    assert result["pairs"]["entropy - rlsc"]["pass@2"]["change"]["mean"] == -1.0
+    cost = result["costs"]["entropy"]
+    assert (cost["sampled_tokens"], cost["trained_tokens"], cost["step_seconds"]) == (20.0, 60.0, 8.0)
+    assert result["costs"]["rlsc"]["step_seconds"] == 4.0 and cost["relative_step_time"] == 2.0
+    table = (tmp_path / "comparison.md").read_text(encoding="utf-8")
+    assert "| rlsc | 1e-3 | 20 | 30 | 1.00 |" in table and "| entropy | 1e-4 | 20 | 60 | 2.00 |" in table
+
+
+@pytest.mark.parametrize(
+    ("more", "expected"),
+    [
+        (["--learning-rates", "1e-4,0.0001"], "expected different positive numbers"),
+        (["--learning-rates", "fast"], "expected different positive numbers"),
+        (["--learning-rates", "1e-4,-1"], "expected different positive numbers"),
+        (["--learning-rates", "1e-4,nan"], "expected different positive numbers"),
+        (["--learning-rates", "1e-4"], "--validation: expected the questions that choose"),
+        (["--learning-rates", "1e-4", "--validation", "embedded:test"], "other ones than evaluation.path"),
+        (["--learning-rates", "1e-4", "--validation", "none.jsonl"], "--validation: .*none.jsonl"),
+        (["--learning-rates", "1e-4", "--optimizer.lr=1e-3"], "give only one of the two"),
+    ],
+)
+def test_bad_learning_rates_are_refused(tmp_path: Path, more: list[str], expected: str) -> None:
+    with pytest.raises(ConfigError, match=expected):
+        run_compare(["--config", str(CONFIG), "--output", str(tmp_path / "new"), *more])
+    assert not (tmp_path / "new").exists()
+
+
 def test_a_finished_comparison_is_gathered_without_a_run(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

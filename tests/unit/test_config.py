@@ -18,8 +18,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import rlsc_mcore
-from rlsc_mcore.config import Config, ConfigError
+from rlsc_mcore.config import LORA_TARGETS, Config, ConfigError
 from rlsc_mcore.config_file import changed_fields, dump_config, load_config, parse_config, read_flags
+from rlsc_mcore.data.packing import trains_truncated
 
 REQUIRED = ["--run-dir", "run", "--model.path", "model", "--data.path", "data"]
 PACKAGE = Path(rlsc_mcore.__file__).parent
@@ -34,8 +35,16 @@ RANGES: dict[str, st.SearchStrategy[Any]] = {
     "algorithm.clip_low": st.floats(0.01, 1),
     "algorithm.clip_high": st.floats(0.01, 10),
     "algorithm.kl": st.floats(0, 10),
+    "algorithm.reward_function": st.none(),  # only with an objective that has a reward
+    "algorithm.dpo_beta": st.floats(0.001, 10),
+    "algorithm.dpo_nll": st.floats(0, 10),
     "algorithm.objective": st.sampled_from(["rlsc", "self_sft", "rlvr"]),  # entropy refuses several updates
+    "rollout.num_samples": st.integers(2, 100),  # rlvr compares samples
     "rollout.num_trained": st.none(),  # at most num_samples
+    "training.keep_best": st.sampled_from(["none", "boxed_share"]),  # f_estimate is null for some
+    "lora.rank": st.just(0),  # wants other options with it: see tests/distributed/test_lora.py
+    "lora.alpha": st.floats(1e-3, 1e3),
+    "lora.targets": st.lists(st.sampled_from(LORA_TARGETS), min_size=1, unique=True).map(tuple),
     "optimizer.lr": st.floats(1e-12, 1),
     "optimizer.min_lr": st.just(0.0) | st.just(1e-12),
     "optimizer.beta1": st.floats(0, 0.9999),
@@ -44,6 +53,18 @@ RANGES: dict[str, st.SearchStrategy[Any]] = {
     "optimizer.weight_decay": st.floats(0, 1),
     "optimizer.clip_grad": st.floats(0, 10),
     "parallel.hang_timeout_s": st.floats(1e-3, 1e6),
+    "algorithm.kl_start": st.just(0.0),  # the next three want an objective with a reward
+    "algorithm.overlong_tokens": st.just(0),
+    "algorithm.drop_groups": st.just(False),
+    "algorithm.nsd_kl": st.floats(0, 10),
+    "algorithm.careless_prompt": st.sampled_from(["{question}", "Guess: '{question}' # now"]),
+    "distill.min_share": st.floats(0, 1),
+    "distill.clip": st.floats(1e-3, 1e3),
+    "distill.penalty": st.just(0.0),
+    "distill.prompt": st.sampled_from(["{question}\n\n{solution}", "# {solution}: '{question}'"]),
+    "training.stop_on": st.lists(st.sampled_from(["loss<0.5x", "same_answer_share>0.5"]), max_size=2).map(
+        tuple
+    ),
     "optimizer.grad_dtype": st.just("float32"),
     "optimizer.cpu_offload": st.just(0.0),
     "optimizer.precision_aware": st.just(
@@ -82,6 +103,9 @@ TEXT = st.sampled_from(
 ) | st.text(string.ascii_letters + string.digits + "/._- :#'\"\\", min_size=1, max_size=20)
 
 
+GIVEN = ("model.path", "data.path", "data.split", "run_dir")  # texts that must not be blank
+
+
 def leaves(kind: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Every option as (dotted name, type)."""
     hints = typing.get_type_hints(kind)
@@ -101,9 +125,10 @@ def values_of(name: str, kind: Any) -> st.SearchStrategy[Any]:
         return st.none() | values_of(
             name, next(option for option in kind.__args__ if option is not type(None))
         )
-    return {bool: st.booleans(), int: st.integers(1, 10**9), str: TEXT.filter(lambda text: text != "None")}[
-        kind
-    ]
+    text = TEXT.filter(lambda text: text != "None")
+    if name in GIVEN:
+        text = text.filter(lambda text: bool(text.strip()))
+    return {bool: st.booleans(), int: st.integers(1, 10**9), str: text}[kind]
 
 
 @st.composite
@@ -205,7 +230,7 @@ def test_every_option_is_read_outside_the_configuration() -> None:
     """An option that nothing reads would change nothing."""
     read = set()
     for file in PACKAGE.rglob("*.py"):
-        if file.name != "config.py":
+        if file.parent != PACKAGE / "config":
             read |= {
                 node.attr
                 for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
@@ -220,7 +245,8 @@ def test_every_option_has_a_flag_and_a_text(capsys: pytest.CaptureFixture[str]) 
     assert exit_.value.code == 0
     shown = capsys.readouterr().out
     documented = set()
-    for node in ast.walk(ast.parse((PACKAGE / "config.py").read_text(encoding="utf-8"))):
+    sources = [file.read_text(encoding="utf-8") for file in (PACKAGE / "config").glob("*.py")]
+    for node in [node for source in sources for node in ast.walk(ast.parse(source))]:
         if isinstance(node, ast.ClassDef):
             for field, text in zip(node.body, node.body[1:], strict=False):
                 if (
@@ -515,3 +541,40 @@ def test_shipped_configurations_load_and_hold_differences_only(file: Path) -> No
     # the paper).
     assert changed <= written
     assert {"run_dir", "model.path", "data.path"} <= written
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ([], True),
+        (["--algorithm.log-prob-temperature", "1.0"], False),
+        (["--algorithm.log-prob-temperature", "1.0", "--rollout.temperature", "1.0"], True),
+        (["--rollout.top-p", "0.9"], False),
+    ],
+)
+def test_f_is_estimated_only_from_samples_of_the_trained_softmax(flags: list[str], expected: bool) -> None:
+    assert parse_config([*REQUIRED, *flags]).estimates_f == expected
+    keep = [*REQUIRED, *flags, "--training.keep-best", "f_estimate"]
+    if expected:
+        parse_config(keep)
+    else:
+        with pytest.raises(ConfigError, match=r"training\.keep_best: .*f_estimate is null"):
+            parse_config(keep)
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ([], True),
+        (["--algorithm.confidence", "token"], False),
+        (["--algorithm.confidence", "length_normalized"], False),
+        (["--algorithm.confidence", "group_softmax"], True),
+        (["--algorithm.confidence", "token", "--algorithm.train-truncated", "True"], True),
+        (["--algorithm.train-truncated", "False"], False),
+        (["--algorithm.confidence", "token", "--algorithm.objective", "self_sft"], True),
+    ],
+)
+def test_cut_answers_are_not_trained_where_a_loop_has_the_largest_weight(
+    flags: list[str], expected: bool
+) -> None:
+    assert trains_truncated(parse_config([*REQUIRED, *flags]).algorithm) == expected

@@ -2,6 +2,7 @@
 
 import ast
 import graphlib
+import re
 from pathlib import Path
 
 import pytest
@@ -58,3 +59,13 @@ def test_the_graph_sees_imports_inside_functions() -> None:
     known = {"rlsc_mcore.a", "rlsc_mcore.b", "rlsc_mcore.c"}
     text = "if TYPE_CHECKING:\n    import rlsc_mcore.c\ndef f():\n    from rlsc_mcore import a\n    import rlsc_mcore.b\n"
     assert _imports(ast.parse(text), known) == {"rlsc_mcore.a", "rlsc_mcore.b"}
+
+
+def test_only_the_backend_asks_whether_there_is_a_gpu() -> None:
+    asks = re.compile(r"cuda\.(is_available|device_count|is_initialized)\b")
+    found = {
+        name: matches
+        for name, file in _modules().items()
+        if (matches := asks.findall(file.read_text(encoding="utf-8")))
+    }
+    assert set(found) == {"rlsc_mcore.parallel.backend"}, found

@@ -142,6 +142,24 @@ def test_a_run_does_not_continue_with_other_inputs(
     read(here, **{"data.template": template})  # a new run in the emptied folder takes them
 
 
+def test_a_run_does_not_continue_with_another_reward_function(here: Path) -> None:
+    file = here / "reward.py"
+    source = (
+        "def score(response, question):\n    return 1.0\n\n\ndef other(response, question):\n    return 0.0\n"
+    )
+    file.write_text(source, encoding="utf-8")
+    grpo = {"algorithm.objective": "grpo", "algorithm.reward_function": f"{file}:score"}
+    begin(here, **grpo)
+    read(here, **grpo)
+    changes = [grpo | {"algorithm.reward_function": f"{file}:other"}, grpo]
+    for changed, text in zip(changes, (source, source.replace("1.0", "2.0")), strict=True):
+        file.write_text(text, encoding="utf-8")
+        with pytest.raises(
+            ConfigError, match=r"^algorithm\.reward_function \(contents of the file\) has changed"
+        ):
+            read(here, **changed)
+
+
 def test_large_weight_files_are_compared_by_samples_of_every_tensor(
     here: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from rlsc_mcore.commands.plan import dry_run_config
-from rlsc_mcore.config_file import dump_config, load_config
+from rlsc_mcore.commands.train import run_train
+from rlsc_mcore.config_file import dump_config, load_config, parse_config
 from rlsc_mcore.model.hf_checkpoint import resolve_model_folder
 from rlsc_mcore.planning.known_models import MODELS
 from rlsc_mcore.planning.launch_checks import check_launch, main
@@ -60,9 +61,9 @@ def test_tensor_parallelism_over_nodes_is_remarked(
         ),
         (("--parallel.pp", "8", "--parallel.tp", "1"), 8, "parallel.pp: 8 stages, but"),
         (
-            ("--model.path", "Qwen/Qwen2.5-Math-7B", "--parallel.tp", "8"),
+            ("--model.path", "Qwen/Qwen2.5-0.5B", "--parallel.tp", "8"),
             8,
-            "parallel.tp: 8 does not divide num_attention_heads = 28",
+            "parallel.tp: 8 does not divide num_attention_heads = 14",
         ),
         (("--model.path", "/absent"), 2, "model.path: no folder /absent"),
         (("--model.path", "embedded:absent"), 2, "model.path: no folder embedded:absent"),
@@ -79,6 +80,35 @@ def test_bad_input_is_one_line(
     assert check(tmp_path, *flags, ranks=ranks) == 2
     captured = capsys.readouterr()
     assert captured.err.startswith(f"rlsc: error: {message}") and captured.err.count("\n") == 1
+
+
+def test_every_failed_check_is_told_beside_the_plan(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    wrong = ("--data.path", "absent.jsonl", "--model.path", "/absent", "--run-dir", "/dev/null/run")
+    assert check(tmp_path, *wrong, ranks=3) == 2
+    captured = capsys.readouterr()
+    told = [line.removeprefix("rlsc: error: ").partition(":")[0] for line in captured.err.splitlines()]
+    assert told == ["parallel.tp", "model.path", "data.path", "run_dir"]
+    facts = dict(line.split("\t") for line in captured.out.splitlines())
+    assert facts["steps"] and facts["data"] == "absent.jsonl" and "layout" not in facts
+
+
+def test_a_dry_run_tells_downloads_and_every_failed_check(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    flags = ["--run-dir", str(tmp_path / "run"), "--model.path", "Qwen/Qwen2.5-Math-7B"]
+    flags += ["--data.path", "absent.jsonl", "--evaluation.path", "embedded:absent"]
+    assert run_train(["--dry-run", "--gpus", "8", "--gpu-memory-gib", "80", *flags]) == 2
+    captured = capsys.readouterr()
+    assert "this configuration: parallel.tp 1" in captured.out
+    # 7.62 B parameters in bfloat16
+    assert "download: model Qwen/Qwen2.5-Math-7B: about 15.2 GB" in captured.out
+    assert "\ncache: /" in captured.out
+    assert "no network: first on a login node: rlsc prepare --model Qwen/Qwen2.5-Math-7B" in captured.out
+    assert captured.err.startswith("rlsc train: data.path: no file absent.jsonl")
+    assert "rlsc train: evaluation.path: expected one of embedded:test, embedded:train" in captured.err
 
 
 @pytest.mark.parametrize(
@@ -153,7 +183,7 @@ def test_memory_is_what_the_plan_counts(tmp_path: Path) -> None:
     ]
 
     def memory(*more: str, gib: float = 141) -> tuple[str, str, list[str]]:
-        facts = [*check_launch([*flags, *more], 1, 8, gib)]
+        facts = check_launch(parse_config([*flags, *more]), None, 1, 8, gib).facts
         training, rollout = (value for name, value in facts if name == "memory")
         return training, rollout, [value for name, value in facts if name == "warning"]
 
@@ -204,6 +234,7 @@ def test_checks_need_no_torch(tmp_path: Path) -> None:
 import sys
 from rlsc_mcore.planning.launch_checks import check_launch, main
 from rlsc_mcore.commands.plan import dry_run_config
+from rlsc_mcore.commands.train import run_train
 from rlsc_mcore.planning.memory import Layout, rollout_bytes, train_bytes
 from rlsc_mcore.planning.known_models import MODELS
 code = main(["--nodes", "1", "--ranks-per-node", "1", "--", *{FLAGS!r}, "--run-dir", {str(tmp_path)!r}])

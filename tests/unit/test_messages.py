@@ -88,6 +88,25 @@ def test_a_pickle_of_code_is_refused(tmp_path: Path, function: Any) -> None:
     assert not (tmp_path / "witness").exists()
 
 
+def test_members_of_enums_are_read_as_every_python_pickles_them() -> None:
+    """Python 3.11.2 of Debian 12 pickles a member as getattr(class, name)."""
+    import io
+
+    from torch.distributed.checkpoint.planner import WriteItemType
+
+    for call in ((getattr, WriteItemType, "SHARD"), (WriteItemType, WriteItemType.SHARD.value)):
+        assert DataUnpickler(io.BytesIO(pickle.dumps(_Runs(*call)))).load() is WriteItemType.SHARD
+    for arguments in (
+        (WriteItemType, "__class__"),
+        (WriteItemType, "mro"),
+        (WriteItemType.SHARD, "name"),
+        (torch.Size([1]), "numel"),
+        (WriteItemType, "SHARD", None),
+    ):
+        with pytest.raises(pickle.UnpicklingError, match="is not data"):
+            DataUnpickler(io.BytesIO(pickle.dumps(_Runs(getattr, *arguments)))).load()
+
+
 def test_a_pickle_of_a_checkpoint_s_layout_is_read() -> None:
     import io
 

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rlsc_mcore.observability.metrics import MetricsWriter, PhaseTimer, alarms, read_metrics
+from rlsc_mcore.observability.metrics import MetricsWriter, alarms, read_metrics, signal_warnings
 from rlsc_mcore.run.files import row_from_json, row_to_json
 from rlsc_mcore.run.folder import METRICS_FILE
 from rlsc_mcore.run.progress import last_metrics
@@ -181,6 +181,7 @@ FIRST = {"mean_length": 100.0, "f_estimate": 0.1, "distinct_share": 0.8, "trunca
         ({"mean_length": 50.0}, None),
         ({"mean_length": 49.0}, "length collapse: answers average 49.0 tokens, 100.0 at the first step"),
         ({"f_estimate": 0.3}, None),
+        ({"f_estimate": None, "distinct_share": 0.1}, None),
         ({"distinct_share": 0.1}, None),
         (
             {"f_estimate": 0.3, "distinct_share": 0.39},
@@ -190,19 +191,31 @@ FIRST = {"mean_length": 100.0, "f_estimate": 0.1, "distinct_share": 0.8, "trunca
         ({"truncated_share": 0.95}, "95% of the answers were cut at rollout.max_new_tokens"),
     ],
 )
-def test_alarms(change: dict[str, float], named: str | None) -> None:
+def test_alarms(change: dict[str, float | None], named: str | None) -> None:
     found = alarms(FIRST | change, FIRST)
     assert len(found) == (named is not None)
     assert named is None or found[0].startswith(named)
 
 
-def test_phases_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = iter([0.0, 2.0, 10.0, 11.5, 20.0, 20.25])
-    monkeypatch.setattr("rlsc_mcore.observability.metrics.perf_counter", lambda: next(clock))
-    waited = []
-    timer = PhaseTimer(lambda: waited.append(1))
-    for name in ("train", "swap", "train"):
-        with timer.phase(name):
-            pass
-    assert timer.seconds == {"train": 2.25, "swap": 1.5}
-    assert len(waited) == 3  # the clock stops after the device has
+@pytest.mark.parametrize(
+    ("row", "reads_boxes", "has_advantages", "named"),
+    [
+        ({"effective_samples": 3.0, "boxed_share": 0.0}, True, True, None),
+        ({"effective_samples": 0.0, "boxed_share": 0.0}, True, True, "algorithm.rewards"),
+        ({"effective_samples": 0.0, "boxed_share": 0.0}, False, True, "rollout.temperature"),
+        ({"effective_samples": 0.0, "boxed_share": 0.9}, True, True, "rollout.temperature"),
+        (
+            {"effective_samples": 0.0, "boxed_share": 0.0},
+            True,
+            False,
+            "algorithm.rewards",
+        ),  # scpo, self_distill
+        ({"effective_samples": 0.0, "boxed_share": 0.9}, True, False, None),
+        ({"effective_samples": 5.0, "boxed_share": 0.0}, False, False, None),  # rlsc
+    ],
+)
+def test_a_step_that_teaches_nothing_says_why(
+    row: dict[str, float], reads_boxes: bool, has_advantages: bool, named: str | None
+) -> None:
+    found = signal_warnings(row, reads_boxes=reads_boxes, has_advantages=has_advantages)
+    assert (len(found) == 1 and named in found[0]) if named else found == []

@@ -3,7 +3,6 @@ cannot do."""
 
 import os
 import re
-import shutil
 import subprocess
 import sys
 import tomllib
@@ -14,6 +13,7 @@ import pytest
 
 from rlsc_mcore.commands.stacks import ENGINE, Stack, closest_stack, read_stacks
 from rlsc_mcore.parallel.packages import TORCHVISION_FAMILY
+from tests.helpers.wheel import build_wheel
 
 ROOT = Path(__file__).resolve().parents[2]
 LAUNCH = ROOT / "launch"
@@ -259,38 +259,33 @@ def test_this_platform_is_supported() -> None:
     assert (done.returncode, done.stderr) == (0, "")
 
 
-def test_the_built_package_carries_its_data(tmp_path: Path) -> None:
-    source = tmp_path / "source"
-    ignored = shutil.ignore_patterns("__pycache__", "*.so", "*.egg-info", "_C.build.txt")
-    shutil.copytree(ROOT / "rlsc_mcore", source / "rlsc_mcore", ignore=ignored)
-    for name in ("pyproject.toml", "setup.py", "LICENSE", "MANIFEST.in", "README.md"):
-        if (ROOT / name).exists():
-            shutil.copy(ROOT / name, source / name)
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "wheel",
-        "--quiet",
-        "--no-deps",
-        "--no-build-isolation",
-        "--wheel-dir",
-        str(tmp_path),
-        ".",
-    ]
-    done = subprocess.run(
-        command,
-        cwd=source,
-        env={**os.environ, "RLSC_NATIVE": "off"},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    (wheel,) = tmp_path.glob("*.whl")
-    packed = {name for name in zipfile.ZipFile(wheel).namelist() if name.startswith("rlsc_mcore/")}
+IN_WHEEL = {"configs": "*.yaml", "launch": "*.*"}
+FOR_A_CHECKOUT = {"install.sh", "quickstart.sh", "system.sh", "test.sh"}
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory: pytest.TempPathFactory) -> set[str]:
+    """The names in a wheel without the native ops."""
+    wheel = build_wheel(tmp_path_factory.mktemp("wheel"), native="off")
+    assert wheel.name.endswith("-py3-none-any.whl")
+    return {name for name in zipfile.ZipFile(wheel).namelist() if name.startswith("rlsc_mcore/")}
+
+
+def test_a_wheel_has_the_code_and_its_data(packed: set[str]) -> None:
+    files = (path.relative_to(ROOT) for path in (ROOT / "rlsc_mcore").rglob("*") if path.is_file())
+    built = {".so", ".pyc"}
     expected = {
-        str(path.relative_to(source)) for path in (source / "rlsc_mcore").rglob("*") if path.is_file()
+        str(path)
+        for path in files
+        if path.suffix not in built and path.name != "_C.build.txt" and "assets/make" not in str(path)
     }
-    assert expected - packed == set()
+    for folder, pattern in IN_WHEEL.items():
+        expected |= {f"rlsc_mcore/{folder}/{path.name}" for path in (ROOT / folder).glob(pattern)}
+    expected -= {f"rlsc_mcore/launch/{name}" for name in FOR_A_CHECKOUT}
+    assert packed == expected
+
+
+def test_a_wheel_leaves_out_what_makes_the_assets(packed: set[str]) -> None:
+    assert (ROOT / "rlsc_mcore" / "assets" / "make").is_dir()
+    assert not [name for name in packed if name.startswith("rlsc_mcore/assets/make")]
+    assert "rlsc_mcore/assets/tiny_qwen2/model.safetensors" in packed

@@ -11,6 +11,7 @@ import pytest
 from rlsc_mcore.commands.plan import dry_run_config, run_plan
 from rlsc_mcore.commands.train import run_train
 from rlsc_mcore.config import ConfigError
+from rlsc_mcore.config_file import parse_config
 from rlsc_mcore.model.shape import Architecture
 from rlsc_mcore.model.weight_map import BoundWeight, describe_weights, join_stages
 from rlsc_mcore.planning.known_models import MODELS, num_parameters
@@ -18,6 +19,8 @@ from rlsc_mcore.planning.layouts import Candidate, candidates
 from rlsc_mcore.planning.memory import (
     Layout,
     activation_bytes,
+    checkpoint_bytes,
+    config_layout,
     engine_weight_bytes,
     host_bytes,
     kv_bytes_per_token,
@@ -87,6 +90,13 @@ def test_one_gpu_s_bytes_written_out() -> None:
     assert host_bytes(shape, Layout(1, 4, precision_aware=True))["a save"] == 10 * shard
     assert host_bytes(shape, Layout(1, 4, offload_during_rollout=True))["optimizer state"] == 12 * shard
     assert host_bytes(shape, Layout(1, 4, cpu_offload=0.5))["optimizer state"] == 8 * shard
+    # A checkpoint holds weights and states once, whatever the layout.
+    for layout in (Layout(1, 4), Layout(4, 2, distributed=False), Layout(2, 1, pp=2)):
+        expected = 14 * 7_615_616_512
+        assert checkpoint_bytes(shape, layout) == pytest.approx(expected, rel=1e-3)
+    assert checkpoint_bytes(shape, Layout(1, 1, precision_aware=True)) == 10 * 7_615_616_512
+    assert checkpoint_bytes(shape, Layout(1, 1, dtype="float32")) == 16 * 7_615_616_512
+    assert checkpoint_bytes(shape, Layout(1, 1, dtype="float32", distributed=False)) == 12 * 7_615_616_512
     # Keys and values of 28 layers, 4 KV heads of 128, in bfloat16.
     assert kv_bytes_per_token(shape, Layout(1, 1)) == 2 * 28 * 4 * 128 * 2
     assert kv_bytes_per_token(shape, Layout(4, 1)) == 2 * 28 * 1 * 128 * 2
@@ -275,6 +285,8 @@ RECIPES = Path(__file__).parents[2] / "configs"
         ("qwen2.5_math_1.5b_1gpu.yaml", 1, 80, ()),
         ("qwen2.5_math_7b_1x8.yaml", 8, 80, ()),
         ("qwen3_8b_1x8.yaml", 8, 80, ()),
+        ("qwen2.5_math_7b_lora_1gpu.yaml", 1, 48, ()),
+        ("qwen3_4b_lora_1gpu.yaml", 1, 24, ()),
         ("qwen2.5_math_72b_4x8.yaml", 32, 80, ()),
         ("qwen2.5_math_72b_4x8.yaml", 32, 141, ("--training.recompute", "none")),
     ],
@@ -441,3 +453,20 @@ def test_the_head_s_workspace_is_that_of_the_kernels() -> None:
     from rlsc_mcore.planning.memory import HEAD_WORKSPACE_BYTES
 
     assert WORKSPACE_BYTES["cuda"] == HEAD_WORKSPACE_BYTES
+
+
+@pytest.mark.parametrize(
+    ("flags", "copies"),
+    [
+        ([], 1),
+        (["--algorithm.objective", "nsd"], 2),
+        (["--algorithm.objective", "empo", "--algorithm.kl-start", "0.1"], 2),
+        (["--algorithm.objective", "self_distill", "--distill.teacher", "start"], 2),
+        (["--algorithm.objective", "self_distill"], 1),
+    ],
+)
+def test_a_copy_of_the_starting_weights_is_counted(flags: list[str], copies: int) -> None:
+    config = parse_config(["--run-dir", "r", "--model.path", "m", "--data.path", "d", *flags])
+    shape = MODELS["qwen2.5-7b"]
+    layout = config_layout(config, 4, 2)
+    assert static_bytes(shape, layout)["weights"] == copies * 2 * rank_parameters(shape, layout)

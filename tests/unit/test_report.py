@@ -10,7 +10,7 @@ import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from rlsc_mcore.commands.report import run_report
@@ -114,6 +114,9 @@ def test_nothing_recorded_says_so(chart: str) -> None:
     assert chart == '<p class="empty">nothing was recorded</p>'
 
 
+@example(0.0, 5e-324)
+@example(1e-310, 2e-310)
+@example(-2e-308, -2e-308)
 @given(st.floats(-1e9, 1e9), st.floats(-1e9, 1e9))
 def test_ticks_are_even_and_span_the_data(first: float, second: float) -> None:
     low, high = sorted((first, second))

@@ -191,3 +191,14 @@ def test_confidence_f_estimates_the_chance_that_two_samples_agree() -> None:
     assert (
         question_scores(questions[0])["distinct_share"] == len({sample.text for sample in questions[0]}) / 8
     )
+
+
+def test_the_error_of_a_share_is_not_zero_where_all_questions_agree() -> None:
+    """Half of Wilson's 95 % interval of 480 of 480, 0.99206 to 1, over 1.95996."""
+    from rlsc_mcore.evaluation.scores import estimate
+
+    assert estimate([1.0] * 480)["standard_error"] == pytest.approx(
+        (1 - 1 / (1 + 3.8414588 / 480)) / 3.9199280, rel=1e-6
+    )
+    assert estimate([0.0] * 30)["standard_error"] == pytest.approx(estimate([1.0] * 30)["standard_error"])
+    assert estimate([0.5] * 30)["standard_error"] == 0.0  # no share that a bound limits

@@ -22,7 +22,7 @@ def write_run(folder: Path, **status: object) -> Path:
     facts = {
         "state": "running",
         "phase": "rollout",
-        "step": 2,
+        "steps_done": 2,
         "num_steps": 10,
         "tokens": 0,
         "updated": NOW - 5,
@@ -58,7 +58,7 @@ def test_a_running_run_is_described_from_its_files(tmp_path: Path) -> None:
     assert facts == {
         "state": "running",
         "phase": "rollout, for 15 s",
-        "step": "2 of 10 done",
+        "steps_done": "2 of 10",
         "sampled": "1000 tokens of finished answers, 100 tokens/s",
         "speed": "rollout 4000 tokens/s, training 9000 tokens/s",
         "time_left": "about 4 min (30.0 s per step)",
@@ -133,32 +133,37 @@ def test_durations(seconds: float, text: str) -> None:
 def test_phases_and_tokens_are_written_whole(tmp_path: Path) -> None:
     status = RunStatus(tmp_path, 10, enabled=True)
     assert (read_status(tmp_path) or {})["phase"] == "start-up"
-    status.phase("rollout", 3)
-    heard: list[int] = []
-    count = status.counting(heard.append)
-    count(5)
-    status.phase("training")
-    assert {"state": "running", "phase": "training", "step": 3, "tokens": 0}.items() <= (
+    status.enter("rollout", 3)
+    status._counted = 0.0  # the last count was written long ago
+    status.count_tokens(5)
+    assert (read_status(tmp_path) or {})["tokens"] == 5
+    status.enter("train", 3)
+    assert {"state": "running", "phase": "train", "steps_done": 3, "tokens": 0}.items() <= (
         read_status(tmp_path) or {}
     ).items()
-    assert heard == [5] and [path.name for path in tmp_path.iterdir()] == ["status.json"]
+    assert [path.name for path in tmp_path.iterdir()] == ["status.json"]
+
+
+def test_the_status_of_an_older_version_is_read(tmp_path: Path) -> None:
+    (tmp_path / "status.json").write_text('{"state": "running", "phase": "training", "step": 3}')
+    assert read_status(tmp_path) == {"state": "running", "phase": "training", "steps_done": 3}
 
 
 def test_other_ranks_write_nothing(tmp_path: Path) -> None:
-    RunStatus(tmp_path, 10, enabled=False).phase("rollout")
+    RunStatus(tmp_path, 10, enabled=False).enter("rollout", 0)
     assert not list(tmp_path.iterdir())
 
 
 def test_a_crash_is_recorded_and_the_first_is_believed(tmp_path: Path) -> None:
-    RunStatus(tmp_path, 10, enabled=True).phase("training", 4)
+    RunStatus(tmp_path, 10, enabled=True).enter("train", 4)
     with pytest.raises(RuntimeError), recorded_end(tmp_path):
         raise RuntimeError("first\ncause")
     write_end(tmp_path, "crash", message="a consequence")
     assert {
         "state": "crash",
         "message": "RuntimeError: first cause",
-        "phase": "training",
-        "step": 4,
+        "phase": "train",
+        "steps_done": 4,
     }.items() <= (read_status(tmp_path) or {}).items()
 
 
@@ -191,7 +196,7 @@ def test_a_crash_of_another_rank_outlives_what_the_main_rank_does_next(
     status = RunStatus(tmp_path, 10, enabled=True)
     second_rank()
     write_end(tmp_path, "crash", message="RuntimeError: the cause")
-    status.phase("rollout", 1)  # the main rank has not noticed yet
+    status.enter("rollout", 1)  # the main rank has not noticed yet
     write_end(tmp_path, "crash", message="RuntimeError: a consequence")
     assert {"state": "crash", "message": "RuntimeError: the cause", "rank": 1}.items() <= (
         read_status(tmp_path) or {}
@@ -213,7 +218,7 @@ def test_a_crash_that_is_written_while_the_main_rank_replaces_the_status_is_kept
         replace(source, target)
 
     monkeypatch.setattr(os, "replace", late)
-    status.phase("rollout", 1)
+    status.enter("rollout", 1)
     assert {"state": "crash", "message": "RuntimeError: the cause"}.items() <= (
         read_status(tmp_path) or {}
     ).items()
@@ -222,7 +227,7 @@ def test_a_crash_that_is_written_while_the_main_rank_replaces_the_status_is_kept
 def test_an_earlier_run_s_crash_is_forgotten(tmp_path: Path) -> None:
     RunStatus(tmp_path, 10, enabled=True)
     write_end(tmp_path, "crash", message="broken")
-    RunStatus(tmp_path, 10, enabled=True).phase("training", 1)
+    RunStatus(tmp_path, 10, enabled=True).enter("train", 1)
     assert (read_status(tmp_path) or {})["state"] == "running"
     write_end(tmp_path, "done")
     assert (read_status(tmp_path) or {})["state"] == "done" and [
@@ -232,7 +237,7 @@ def test_an_earlier_run_s_crash_is_forgotten(tmp_path: Path) -> None:
 
 def test_a_full_disk_does_not_leave_a_run_running(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """No second file fits: the status is written over the old one, which has its bytes already."""
-    RunStatus(tmp_path, 10, enabled=True).phase("saving", 4)
+    RunStatus(tmp_path, 10, enabled=True).enter("save", 4)
     size = (tmp_path / "status.json").stat().st_size
 
     def full(file: Path, content: bytes) -> int:
@@ -258,7 +263,7 @@ def test_a_folder_that_is_gone_is_not_made_again(tmp_path: Path) -> None:
         status = RunStatus(folder, 10, enabled=True, owner=owner)
         folder.rename(tmp_path / "moved")
         with pytest.raises(FolderLost), recorded_end(folder):
-            status.phase("rollout", 1)
+            status.enter("rollout", 1)
     assert not folder.exists() and (read_status(tmp_path / "moved") or {})["state"] == "running"
 
 

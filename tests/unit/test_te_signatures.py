@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.helpers.transformer_engine import FusedAdam
+from rlsc_mcore.rehearsal.fused_adam import FusedAdam
 
 TABLE = json.loads((Path(__file__).parents[1] / "helpers" / "te_signatures.json").read_text(encoding="utf-8"))
 

@@ -15,7 +15,7 @@ from random import Random
 import torch
 from transformers import GenerationConfig, PreTrainedTokenizerBase, Qwen2ForCausalLM
 
-from rlsc_mcore.assets.make.authors import AuthorMix
+from rlsc_mcore.assets.make.authors import AuthorMix, write_page
 from rlsc_mcore.assets.make.measure import measure
 from rlsc_mcore.assets.make.pretrain import LossPoint, PretrainConfig, pretrain
 from rlsc_mcore.assets.make.splits import SPLIT_SEED, SPLIT_SIZES, draw_splits, write_questions
@@ -27,13 +27,19 @@ SAVE_EVERY_POINTS = 10  # so that a run that was broken off leaves a model to lo
 RECORDED_LIBRARIES = ("torch", "transformers", "tokenizers", "safetensors")
 
 
-def _save_model(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+def save_model(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Write model and tokenizer as a Hugging Face folder."""
     model.generation_config = GenerationConfig(
         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
     )
     model.save_pretrained(folder)
     (folder / "model.safetensors").chmod(0o644)
     tokenizer.save_pretrained(folder)
+
+
+def recorded_versions() -> dict[str, str]:
+    """Return the versions of Python and of the libraries that make the model."""
+    return {"python": platform.python_version()} | {name: version(name) for name in RECORDED_LIBRARIES}
 
 
 def _file_hashes(out: Path) -> dict[str, str]:
@@ -54,10 +60,12 @@ def make(out: Path, config: PretrainConfig, mix: AuthorMix) -> None:
     def report(point: LossPoint, model: Qwen2ForCausalLM) -> None:
         print(json.dumps(asdict(point)), flush=True)
         if point.step % (SAVE_EVERY_POINTS * config.log_every_steps) == 0:
-            _save_model(model, tokenizer, folder)
+            save_model(model, tokenizer, folder)
 
-    model, points = pretrain(config, tokenizer, mix, report)
-    _save_model(model, tokenizer, folder)
+    model, points = pretrain(
+        config, tokenizer, lambda random, question: write_page(random, question, mix), report
+    )
+    save_model(model, tokenizer, folder)
     record = {
         "seeds": {
             "tokenizer": TOKENIZER_SEED,
@@ -70,8 +78,7 @@ def make(out: Path, config: PretrainConfig, mix: AuthorMix) -> None:
         "tokens": points[-1].tokens,
         "pretraining": asdict(config),
         "authors": asdict(mix),
-        "versions": {"python": platform.python_version()}
-        | {name: version(name) for name in RECORDED_LIBRARIES},
+        "versions": recorded_versions(),
         "validation": measure(model, tokenizer, splits["validation"], MEASURING_SEED),
         "losses": [asdict(point) for point in points],
         "sha256": _file_hashes(out),

@@ -17,12 +17,13 @@ import torch
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase, Qwen2Config, Qwen2ForCausalLM
 
-from rlsc_mcore.assets.make.authors import AuthorMix, write_page
 from rlsc_mcore.assets.make.splits import draw_from_split
+from rlsc_mcore.assets.make.tasks import Question
 from rlsc_mcore.assets.make.tokenizer import CONTEXT_LENGTH, END_OF_TURN, VOCABULARY_ROWS, render_prompt
 
 LONGEST_PAGE_TOKENS = 192  # drops the rarest rambling pages, which would need batches of their own
 IGNORED_LABEL = -100
+WritePage = Callable[[Random, Question], str]  # one author's answer to a question
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,7 +96,7 @@ def build_model(config: PretrainConfig, tokenizer: PreTrainedTokenizerBase) -> Q
 
 
 def _pages(
-    random: Random, tokenizer: PreTrainedTokenizerBase, mix: AuthorMix, num_pages: int
+    random: Random, tokenizer: PreTrainedTokenizerBase, write_page: WritePage, num_pages: int
 ) -> list[tuple[list[int], int]]:
     """Return (token ids, prompt length) of fresh pages, shortest first."""
     prompts: list[str] = []
@@ -103,7 +104,7 @@ def _pages(
     for _ in range(num_pages):
         question = draw_from_split(random, "pretraining")
         prompts.append(render_prompt(question.text))
-        answers.append(write_page(random, question, mix) + END_OF_TURN)
+        answers.append(write_page(random, question) + END_OF_TURN)
     encoded = zip(tokenizer(prompts)["input_ids"], tokenizer(answers)["input_ids"], strict=True)
     pages = [(prompt + answer, len(prompt)) for prompt, answer in encoded]
     return sorted(
@@ -123,12 +124,12 @@ def _collate(pages: list[tuple[list[int], int]], pad_token_id: int) -> Batch:
 
 
 def batches(
-    random: Random, tokenizer: PreTrainedTokenizerBase, mix: AuthorMix, config: PretrainConfig
+    random: Random, tokenizer: PreTrainedTokenizerBase, write_page: WritePage, config: PretrainConfig
 ) -> Iterator[Batch]:
     """Yield batches of pages of similar length without end, in random order, no page twice."""
     while True:
         grouped: list[list[tuple[list[int], int]]] = [[]]
-        for page in _pages(random, tokenizer, mix, config.pages_per_sort):
+        for page in _pages(random, tokenizer, write_page, config.pages_per_sort):
             if len(page[0]) * (len(grouped[-1]) + 1) > config.batch_tokens:
                 grouped.append([])
             grouped[-1].append(page)
@@ -168,18 +169,22 @@ def _optimizer(model: Qwen2ForCausalLM, config: PretrainConfig) -> torch.optim.A
 def pretrain(
     config: PretrainConfig,
     tokenizer: PreTrainedTokenizerBase,
-    mix: AuthorMix,
+    write_page: WritePage,
     on_point: Callable[[LossPoint, Qwen2ForCausalLM], None],
+    model: Qwen2ForCausalLM | None = None,
 ) -> tuple[Qwen2ForCausalLM, list[LossPoint]]:
-    """Train a fresh model on `config.total_tokens`; call `on_point` at every logged point."""
+    """Train on `config.total_tokens`; call `on_point` at every logged point.
+
+    Continues `model` (mutated) if it is given, else starts from random weights.
+    """
     torch.manual_seed(config.seed)
-    model = build_model(config, tokenizer)
+    model = model or build_model(config, tokenizer)
     optimizer = _optimizer(model, config)
     points: list[LossPoint] = []
     recent_loss, recent_answer_tokens = 0.0, 0
     tokens = 0
     started = time.monotonic()
-    stream = batches(Random(config.seed), tokenizer, mix, config)
+    stream = batches(Random(config.seed), tokenizer, write_page, config)
     for step, batch in enumerate(stream, start=1):
         tokens += batch.num_tokens
         learning_rate = learning_rate_at(config, tokens)

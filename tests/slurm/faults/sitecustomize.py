@@ -1,8 +1,8 @@
 """Faults for a rank, by phase: on PYTHONPATH of a test's job, Python imports this file before anything else.
 
 RLSC_TEST_FAULTS is a JSON list of {"phase", "do", and optionally "step", "rank", "attempt", "value",
-"early"}: when a matching rank enters that phase (of that step, in that attempt) it does this, with "early"
-before it says so in status.json:
+"early"}: when a matching rank enters that phase (after `step` steps, in that attempt) it does this, with
+"early" before it says so in status.json:
 
     wait       until this rank has been asked to stop
     hold       until the file `value` in the run folder is there
@@ -54,7 +54,7 @@ if FAULTS:
     from rlsc_mcore.run.status import RunStatus
     from rlsc_mcore.training.signals import StopRequest
 
-    begin, enter, remember = RunStatus.__init__, RunStatus.phase, StopRequest._remember
+    begin, enter, remember = RunStatus.__init__, RunStatus.enter, StopRequest._remember
     asked = []
 
     def remember_and_tell(self, number, frame):
@@ -66,12 +66,12 @@ if FAULTS:
         begin(self, run_dir, *arguments, **options)
         inject(run_dir, "start-up", 0, early=False)
 
-    def enter_and_inject(self, name, step=None):
-        inject(self.run_dir_of_faults, name, step, early=True)
-        enter(self, name, step)
-        inject(self.run_dir_of_faults, name, step, early=False)
+    def enter_and_inject(self, phase, steps_done):
+        inject(self.run_dir_of_faults, phase, steps_done, early=True)
+        enter(self, phase, steps_done)
+        inject(self.run_dir_of_faults, phase, steps_done, early=False)
 
-    RunStatus.__init__, RunStatus.phase, StopRequest._remember = (
+    RunStatus.__init__, RunStatus.enter, StopRequest._remember = (
         begin_and_inject,
         enter_and_inject,
         remember_and_tell,

@@ -12,16 +12,15 @@ from rlsc_mcore.commands.compare import DEFAULT_OBJECTIVES
 from rlsc_mcore.config import AlgorithmConfig, ConfigError
 from rlsc_mcore.grading.control_rewards import format_rewards, random_rewards
 from rlsc_mcore.objectives import OBJECTIVES
+from tests.helpers.group_samples import group_samples
 
 CONTROLS = ["rlsc_shuffled", "format", "random"]
 
 
 def deal(log_probs: list[float], counts: list[float], groups: list[int]) -> list[float]:
     rule = ShuffledConfidence(AlgorithmConfig(objective="rlsc_shuffled"))
-    double = torch.float64
-    return rule.group_values(
-        torch.tensor(log_probs, dtype=double), torch.tensor(counts, dtype=double), torch.tensor(groups)
-    ).tolist()
+    samples = group_samples(log_probs, counts, groups)
+    return rule.group_values(samples).tolist()
 
 
 def test_the_weights_of_a_question_stay_and_go_to_other_samples() -> None:

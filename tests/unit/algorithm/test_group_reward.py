@@ -113,6 +113,14 @@ def test_all_samples_vote_and_the_first_are_trained() -> None:
         ),
         (["--algorithm.clip-low", "0"], "algorithm.clip_low"),
         (["--algorithm.kl", "-1"], "algorithm.kl"),
+        (
+            ["--algorithm.objective", "rent", "--rollout.num-samples", "1"],
+            "rollout.num_samples: .* at least 2",
+        ),
+        (
+            ["--algorithm.objective", "grpo", "--rollout.num-trained", "1"],
+            "rollout.num_trained: .* at least 2 .* grpo",
+        ),
     ],
 )
 def test_refused(flags: list[str], named: str) -> None:

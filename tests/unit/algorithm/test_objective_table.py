@@ -37,9 +37,12 @@ def test_a_row_is_complete(row: Objective) -> None:
         rewards = reward(["so \\boxed{4}", "\\boxed{5}", "none", "\\boxed{4}"], Question(0, "2 + 2?", "4"))
         expected = {
             "format": [[1.0, 1.0, 0.0, 1.0]],
+            "scpo": [[0.25, -0.25, 0.0, 0.0]],
             "random": [list(bits) for bits in itertools.product((0.0, 1.0), repeat=4)],
+            "scrl": [[0.5, 2.25, -1.0, 0.5]],  # 2 * label + share
         }
-        assert rewards in expected.get(row.name, ([1.0, 0.0, 0.0, 1.0], [0.5, 0.25, 0.0, 0.5]))
+        if row.name != "restrain":  # gives advantages: see test_label_free.py
+            assert rewards in expected.get(row.name, ([1.0, 0.0, 0.0, 1.0], [0.5, 0.25, 0.0, 0.5]))
     assert not row.needs_labels or reward is not None
 
 
@@ -49,9 +52,11 @@ def test_the_configuration_follows_the_table() -> None:
     for row in OBJECTIVES.values():
         config = parse_config([*REQUIRED, "--algorithm.objective", row.name])
         assert config == parse_config([*REQUIRED, *row.flags])
+        assert f"`{row.name}`: {row.summary}" in describe_objectives()
+        if row.is_offline:  # the file sets the number of answers
+            continue
         own = parse_config([*REQUIRED, "--algorithm.objective", row.name, "--rollout.num-samples", "70"])
         assert own.rollout.num_samples == 70, "a given flag wins over the objective's default"
-        assert f"`{row.name}`: {row.summary}" in describe_objectives()
 
 
 def test_help_names_every_objective(capsys: pytest.CaptureFixture[str]) -> None:
@@ -90,6 +95,10 @@ def train_a_step(folder: str, objective: str) -> dict[str, Any]:
     ]
     questions = [Question(index, "?", "1") for index in range(3)]
     graded = trained_rollouts(config.algorithm, config.rollout, rollouts, questions)
+    if OBJECTIVES[objective].distills:
+        graded = [(rollout, float(rollout.sample_index % 2)) for rollout in rollouts if rollout.sample_index]
+    if OBJECTIVES[objective].is_offline:  # the file gives the advantages
+        graded = [(rollout, (-1.0) ** sum(rollout.response_ids)) for rollout in rollouts]
     sequences = merge_identical(
         [rollout for rollout, _ in graded],
         train_end_token=True,
@@ -97,6 +106,10 @@ def train_a_step(folder: str, objective: str) -> dict[str, Any]:
         stop_token_ids=frozenset({0}),
         advantages=[advantage for _, advantage in graded],
     )
+    if OBJECTIVES[objective].needs_careless:
+        sequences = [replace(each, advantage=1.0) for each in sequences]
+    if OBJECTIVES[objective].distills or OBJECTIVES[objective].needs_careless:
+        sequences = [replace(each, teacher_prompt=(7, 8, 9, *each.rollout.prompt_ids)) for each in sequences]
     before = [weight.parameter.detach().clone() for weight in trainer.policy.weights]
     outcome = trainer.step(pack(sequences, 64), 0, len(rollouts))
     moved = max(

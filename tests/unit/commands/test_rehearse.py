@@ -26,10 +26,7 @@ def test_the_shape_of_a_model_survives(tmp_path: Path, name: str) -> None:
         ),
         (["--gpus", "0"], "--gpus: expected more than 0, got 0"),
         (["--gpus", "2", "--rank", "2"], "--rank: expected one of 0 to 1, got 2"),
-        (
-            ["--gpus", "1", "--optimizer.precision-aware", "True"],
-            r"optimizer\.precision_aware: it needs TransformerEngine",
-        ),
+        (["--gpus", "4", "--parallel.pp", "3"], r"--gpus: 4 is no multiple of .* = 3"),
         (["--gpus", "1", "--optimizer.lr", "-1"], r"optimizer\.lr: expected more than 0"),
     ],
 )

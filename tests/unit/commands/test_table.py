@@ -9,7 +9,7 @@ from rlsc_mcore import cli
 from rlsc_mcore.commands.table import COMMANDS, find_command, usage
 from rlsc_mcore.config import ConfigError
 
-NOT_COMMANDS = {"table", "findings", "machine_checks", "stacks"}
+NOT_COMMANDS = {"table", "findings", "machine_checks", "push", "stacks"}
 
 
 def test_every_module_of_the_package_is_a_row() -> None:

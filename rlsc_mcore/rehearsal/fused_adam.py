@@ -1,7 +1,8 @@
-"""A stand-in for TransformerEngine's FusedAdam on a CPU: its signatures and state, with torch's arithmetic.
+"""A stand-in for TransformerEngine's FusedAdam without a GPU: its signatures and state, with torch's
+arithmetic.
 
-`te_signatures.json` holds the signatures of the published sources; tests/unit/test_te_signatures.py compares
-this class with them.
+TransformerEngine's kernels reject fake tensors. tests/unit/test_te_signatures.py compares this class with
+the signatures of TransformerEngine's published sources.
 """
 
 import importlib.machinery
@@ -54,6 +55,7 @@ class FusedAdam(torch.optim.Optimizer):
         )
 
     def get_unscaled_state(self, param: torch.Tensor, state_name: str) -> torch.Tensor:
+        """Return a state as float32; remainders of master weights stay int16."""
         state: torch.Tensor = self.state[param][state_name]
         if state_name == "master_param" and self.store_param_remainders and param.dtype == torch.bfloat16:
             assert state.dtype == torch.int16
@@ -62,6 +64,7 @@ class FusedAdam(torch.optim.Optimizer):
         return state.float()
 
     def set_scaled_state(self, param: torch.Tensor, state_name: str, unscaled_state: torch.Tensor) -> None:
+        """Copy `unscaled_state` to a state of `param`; allocate the state if there is none."""
         remainders = (
             self.store_param_remainders and state_name == "master_param" and param.dtype == torch.bfloat16
         )
@@ -78,6 +81,7 @@ class FusedAdam(torch.optim.Optimizer):
         self.state[param][state_name] = make(param.shape, dtype=dtype, device=param.device)
 
     def initialize_state(self, param: torch.Tensor, store_param_remainders: bool) -> None:
+        """Allocate the moments of `param` and, if configured, its master weights."""
         self._initialize_state(param, "exp_avg", zero_buffer=True)
         self._initialize_state(param, "exp_avg_sq", zero_buffer=True)
         if self.master_weights:
@@ -88,15 +92,18 @@ class FusedAdam(torch.optim.Optimizer):
                 self.set_scaled_state(param, "master_param", param.clone().detach().float())
 
     def state_dict(self) -> dict[str, Any]:
+        """Return the parameter groups; the state must be empty."""
         assert not self.state, "TransformerEngine's state_dict() copies all moments to float32 at once"
         return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load parameter groups; the state must be empty."""
         assert not self.state, "TransformerEngine's load_state_dict() allocates the state a second time"
         super().load_state_dict(state_dict)
 
     @torch.no_grad()
     def step(self, closure: Any = None, grad_scaler: Any = None) -> None:  # type: ignore[override]
+        """Update all parameters in place; the arguments are ignored."""
         for group in self.param_groups:
             if not group["params"]:
                 continue
@@ -129,7 +136,7 @@ class FusedAdam(torch.optim.Optimizer):
 
 
 def install() -> None:
-    """Let Megatron-Core in this process take the stand-in, as where TransformerEngine 2.11 is installed."""
+    """Make Megatron-Core in this process use the stand-in, as if TransformerEngine 2.11 were installed."""
     import megatron.core.optimizer as optimizer
     import megatron.core.optimizer.distrib_optimizer as distributed
     import megatron.core.optimizer.optimizer_config as optimizer_config

@@ -1,0 +1,28 @@
+"""Self-distillation through `rlsc train`: answers are compared, the teacher reads one, and a stopped run goes
+on bit for bit."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.e2e.runs import FLAGS, assert_same_run, metrics, train
+from tests.helpers.ranks import run_ranks
+
+DISTILL = ["--algorithm.objective", "self_distill", "--rollout.temperature", "1.0", "--rollout.num-samples", "6",
+           "--distill.min-share", "0.2", "--algorithm.rewards", "any"]  # fmt: skip
+
+
+@pytest.mark.parametrize("more", [[], ["--distill.teacher", "start", "--distill.divergence", "jsd"]])
+def test_a_stopped_run_goes_on_bit_for_bit(tmp_path: Path, more: list[str]) -> None:
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    flags = [*FLAGS, *DISTILL, *more]
+    ((code, _),) = run_ranks(1, train, [["--run-dir", str(whole), *flags]])[0]
+    assert code == 0
+    rows = metrics(whole)
+    assert all(row["loss"] > 0 and row["grad_norm"] > 0 for row in rows), rows
+    assert all(row["log_prob_gap_max"] < 1e-4 for row in rows)
+    ((code, _),) = run_ranks(1, train, [["--run-dir", str(stopped), *flags]], ("train", 1))[0]
+    assert code == 0
+    ((code, _),) = run_ranks(1, train, [["--resume", str(stopped)]])[0]
+    assert code == 0
+    assert_same_run(stopped, whole)
