@@ -11,19 +11,18 @@ Measures three things in one run on one machine:
   batches, full logits).
 
 `--only phases` omits the two comparisons, for models that fit a GPU only once. Correctness is checked first:
-the log-probs of trainer and engine must agree, and `transformers` must give the trainer's loss. Absolute
-speeds depend on the machine and on other processes that use it; quote only ratios and shares.
+the log-probs of trainer and engine must agree, and `transformers` must give the trainer's loss. `ratio` is
+tokens/s of this program over those of the other, the median of the rounds. Absolute speeds depend on the
+machine and on other processes that use it; quote only ratios and shares.
 """
 
-import argparse
 import json
 import multiprocessing
-import os
+import resource
 import statistics
-import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -34,9 +33,10 @@ quiet_libraries()
 
 import torch  # noqa: E402
 
-from benchmarks import harness  # noqa: E402
-from benchmarks.plain_transformers import Weigh, accumulate, pad_by_length  # noqa: E402
+from benchmarks.harness import MEAN_GAP_LIMIT, Task, command_line, leave, save, take_turns  # noqa: E402
+from benchmarks.plain_transformers import Weigh, accumulate, num_tokens, pad_by_length  # noqa: E402
 from rlsc_mcore.algorithm.objective import WeightedObjective  # noqa: E402
+from rlsc_mcore.config import Config  # noqa: E402
 from rlsc_mcore.config_file import parse_config, read_flags  # noqa: E402
 from rlsc_mcore.data.packing import merge_identical, pack  # noqa: E402
 from rlsc_mcore.observability.mismatch import LIMITS  # noqa: E402
@@ -50,49 +50,49 @@ LOSS_TOLERANCE = {"float32": 1e-4, "bfloat16": 2e-2}  # relative
 
 
 def main() -> None:
-    """Run the benchmark and write its JSON."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    """Run the benchmark and write results/<device>/end_to_end[_<label>].json."""
+    options = command_line(
+        __doc__,
+        flags=True,
+        config=(Path("configs/tiny_cpu.yaml"), "configuration of a run; every field of it is an option too"),
+        steps=(5, "steps of the loop that are timed, after one that is not"),
+        repeats=(5, "interleaved repetitions of each comparison"),
+        only=(("phases",), "leave out the comparisons with other engines and trainers"),
+        label=("", "added to the name of the result file"),
     )
-    parser.add_argument("--config", type=Path, default=Path("configs/tiny_cpu.yaml"))
-    parser.add_argument(
-        "--steps", type=int, default=5, help="steps of the loop that are timed, after one that is not"
-    )
-    parser.add_argument("--repeats", type=int, default=5, help="interleaved repetitions of each comparison")
-    parser.add_argument(
-        "--only", choices=["phases"], help="leave out the comparisons with other engines and trainers"
-    )
-    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/cpu/end_to_end.json"))
-    options, flags = parser.parse_known_args()
     with tempfile.TemporaryDirectory() as scratch:
         evaluation = ["--evaluation.path", "None", "--observability.tensorboard", "False"]
-        config = parse_config(
-            [*read_flags(options.config), *evaluation, *flags, "--run-dir", f"{scratch}/run"]
-        )
-        session = Session(config, StopRequest())
-        result = {
-            "about": about(session, options),
-            "correct": {},
-            "phases": time_phases(session, options.steps),
-        }
-        save(result, options.output)
+        flags = [*read_flags(options.config), *evaluation, *options.flags, "--run-dir", f"{scratch}/run"]
+        session = Session(parse_config(flags), StopRequest())
+        facts = about(session.config, options.steps)
+        result: dict[str, Any] = {"correct": {}, "phases": time_phases(session, options.steps)}
+
+        def write() -> None:  # after each part, so that an interrupted run keeps its results
+            save(__file__, result, session.backend.device, options.out, options.label, **facts)
+
+        write()
         export = Path(scratch) / "export"
         result["correct"]["engine_parameters_equal_export"] = session.export(export)
         if options.only is None:
             for part, compare in (("rollout", compare_rollout), ("train", compare_training)):
                 result[part] = compare(session, export, options.repeats, result["correct"])
-                save(result, options.output)
-        save(result, options.output)
+                write()
+        write()
         print(json.dumps(result, indent=1))
-        sys.stdout.flush()
         session.close()
-    os._exit(0)  # skip the shutdown of engine threads and process groups
+    leave()
 
 
-def save(result: dict[str, Any], file: Path) -> None:
-    """Write the results so far, so that an interrupted run keeps them."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+def about(config: Config, steps: int) -> dict[str, Any]:
+    """Return the versions and the settings of this run."""
+    return {
+        "versions": versions(),
+        "model": config.model.path,
+        "questions_per_step": config.data.questions_per_step,
+        "num_samples": config.rollout.num_samples,
+        "max_new_tokens": config.rollout.max_new_tokens,
+        "steps": steps,
+    }
 
 
 def time_phases(session: Session, steps: int) -> dict[str, Any]:
@@ -101,43 +101,34 @@ def time_phases(session: Session, steps: int) -> dict[str, Any]:
     for step in range(steps + 1):
         begin = time.perf_counter()
         rollouts = session.sample(step)
-        outcome = session.train(step, rollouts)
+        result = session.train(step, rollouts)
         session.hot_swap()
-        session.record(step, rollouts, outcome)
-        rows.append({**session.timer.seconds, "whole_step": time.perf_counter() - begin})
+        session.record(step, rollouts, result)
+        rows.append({**session.progress.seconds, "whole_step": time.perf_counter() - begin})
     recorded = session.metrics.rows[1:]
-    gap, limit = (
-        max(row["log_prob_gap_mean"] for row in recorded),
-        harness.MEAN_GAP_LIMIT[session.config.model.dtype],
-    )
+    gap = max(row["log_prob_gap_mean"] for row in recorded)
+    limit = MEAN_GAP_LIMIT[session.config.model.dtype]
     assert gap < limit, f"trainer and engine disagree by {gap} per token, more than {limit}"
     timed = rows[1:]
     seconds = {name: statistics.median(row[name] for row in timed) for name in timed[0]}
+    stages = seconds.keys() - {"whole_step"}
     seconds["other"] = statistics.median(
-        row["whole_step"] - sum(v for k, v in row.items() if k != "whole_step") for row in timed
+        row["whole_step"] - sum(row[name] for name in stages) for row in timed
     )
+    shares = {name: round(value / seconds["whole_step"], 4) for name, value in seconds.items()}
+    del shares["whole_step"]
+    rates = ("rollout_tokens_per_s", "train_tokens_per_s")
+    answers = session.config.data.questions_per_step * session.config.rollout.num_samples
     return {
         "median_seconds": {name: round(value, 5) for name, value in seconds.items()},
-        "share": {
-            name: round(value / seconds["whole_step"], 4)
-            for name, value in seconds.items()
-            if name != "whole_step"
-        },
+        "share": shares,
         "steps": steps,
-        "sampled_tokens": round(
-            statistics.median(row["mean_length"] for row in recorded) * samples_per_step(session)
-        ),
-        "rollout_tokens_per_s": statistics.median(row["rollout_tokens_per_s"] for row in recorded),
-        "train_tokens_per_s": statistics.median(row["train_tokens_per_s"] for row in recorded),
+        "sampled_tokens": round(statistics.median(row["mean_length"] for row in recorded) * answers),
+        **{name: statistics.median(row[name] for row in recorded) for name in rates},
         "log_prob_gap_mean": gap,
-        "peak_host_memory_gib": round(peak_host_bytes() / 2**30, 3),
+        "peak_host_memory_gib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 3),
         **device_facts(session, recorded),
     }
-
-
-def samples_per_step(session: Session) -> int:
-    """Return the number of answers of one step."""
-    return session.config.data.questions_per_step * session.config.rollout.num_samples
 
 
 def device_facts(session: Session, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -156,16 +147,15 @@ def device_facts(session: Session, rows: Sequence[dict[str, Any]]) -> dict[str, 
 def compare_rollout(session: Session, export: Path, repeats: int, correct: dict[str, Any]) -> dict[str, Any]:
     """Time the colocated engine and a stock one in turn on the same requests."""
     config = session.config
-    indices = session.inputs.sampler.step_indices(0)
     requests = [
         SamplingRequest(
-            session.inputs.prompts[i],
+            session.inputs.prompts[index],
             config.rollout.num_samples,
             config.rollout.temperature,
             config.rollout.max_new_tokens,
-            sample_seed(0, "bench", 0, i),
+            sample_seed(0, "bench", 0, index),
         )
-        for i in indices
+        for index in session.inputs.sampler.step_indices(0)
     ]
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
@@ -176,9 +166,7 @@ def compare_rollout(session: Session, export: Path, repeats: int, correct: dict[
     assert ours.recv() == "ready"
 
     def stock() -> int:
-        ours.send(
-            [(list(r.prompt_ids), r.num_samples, r.temperature, r.max_new_tokens, r.seed) for r in requests]
-        )
+        ours.send(requests)
         return ours.recv()
 
     def wake() -> None:
@@ -186,15 +174,11 @@ def compare_rollout(session: Session, export: Path, repeats: int, correct: dict[
 
     def colocated() -> int:
         session.engine.reset_prefix_cache()
-        return sum(
-            len(completion.token_ids) for group in session.engine.generate(requests) for completion in group
-        )
+        groups = session.engine.generate(requests)
+        return sum(len(completion.token_ids) for group in groups for completion in group)
 
-    tasks = {
-        "colocated": harness.Task(colocated, wake),
-        "stock_vllm": harness.Task(stock, session.engine.sleep),
-    }
-    rates = interleave(tasks, repeats)
+    tasks = {"colocated": Task(colocated, wake), "stock_vllm": Task(stock, session.engine.sleep)}
+    rates = compare_rates(tasks, repeats, session.backend.device)
     correct["tokens_colocated_vs_stock"] = [rates["colocated"]["tokens"], rates["stock_vllm"]["tokens"]]
     process.kill()
     process.join()
@@ -246,19 +230,19 @@ def stock_engine(
     while True:
         requests = pipe.recv()
         llm.reset_prefix_cache()
-        prompts = [{"prompt_token_ids": prompt} for prompt, *_ in requests]
+        prompts = [{"prompt_token_ids": list(request.prompt_ids)} for request in requests]
         params = [
             SamplingParams(
-                n=n,
-                temperature=t,
-                max_tokens=m,
-                seed=seed,
+                n=request.num_samples,
+                temperature=request.temperature,
+                max_tokens=request.max_new_tokens,
+                seed=request.seed,
                 stop_token_ids=list(stop_token_ids),
                 ignore_eos=True,
                 logprobs=0,
                 detokenize=False,
             )
-            for _, n, t, m, seed in requests
+            for request in requests
         ]
         outputs = llm.generate(prompts, params, use_tqdm=False)
         pipe.send(sum(len(sample.token_ids) for output in outputs for sample in output.outputs))
@@ -280,7 +264,7 @@ def compare_training(session: Session, export: Path, repeats: int, correct: dict
     )
     batches = pack(sequences, config.training.tokens_per_micro_batch)
     objective = WeightedObjective(config.algorithm, len(rollouts))
-    tokens = sum(len(s.rollout.prompt_ids) + len(s.rollout.response_ids) for s in sequences)
+    tokens = sum(map(num_tokens, sequences))
     model = AutoModelForCausalLM.from_pretrained(
         export, dtype=getattr(torch, config.model.dtype), attn_implementation="sdpa"
     )
@@ -315,57 +299,28 @@ def compare_training(session: Session, export: Path, repeats: int, correct: dict
         session.backend.synchronize()
         return tokens
 
-    rates = interleave({"rlsc_mcore": harness.Task(ours), "transformers": harness.Task(theirs)}, repeats)
+    rates = compare_rates({"rlsc_mcore": Task(ours), "transformers": Task(theirs)}, repeats, device)
     rates["rollouts"], rates["distinct_sequences"] = len(rollouts), len(sequences)
     return rates
 
 
-def interleave(providers: dict[str, harness.Task], repeats: int) -> dict[str, Any]:
-    """Time the providers in turn after one untimed call. Return their seconds and the ratios per turn, first
-    provider over second."""
-    seconds: dict[str, list[float]] = {name: [] for name in providers}
+def compare_rates(tasks: Mapping[str, Task], repeats: int, device: torch.device) -> dict[str, Any]:
+    """Time two tasks in turn after one untimed call; each returns its number of tokens. Return the seconds
+    and the ratio of tokens/s, first task over second."""
     tokens = {}
-    for name, task in providers.items():
+    for name, task in tasks.items():
         task.prepare()
         tokens[name] = task.run()
-    for turn in range(repeats):
-        names = list(providers) if turn % 2 == 0 else list(reversed(providers))
-        for name in names:
-            providers[name].prepare()
-            begin = time.perf_counter()
-            providers[name].run()
-            seconds[name].append(time.perf_counter() - begin)
-    first, second = providers
-    ratios = [
-        tokens[first] / a / (tokens[second] / b) for a, b in zip(seconds[first], seconds[second], strict=True)
-    ]
+    times = take_turns(tasks, device, 0.0, repeats, time.perf_counter)
+    rates = ([tokens[name] / ms for ms in values] for name, values in times.items())
+    ratios = [ours / theirs for ours, theirs in zip(*rates, strict=True)]
     result: dict[str, Any] = {
-        name: {"tokens": tokens[name], "seconds": [round(s, 4) for s in times]}
-        for name, times in seconds.items()
+        name: {"tokens": tokens[name], "seconds": [round(ms / 1e3, 4) for ms in values]}
+        for name, values in times.items()
     }
-    result["ratio_median"] = round(statistics.median(ratios), 3)
+    result["ratio"] = round(statistics.median(ratios), 3)
     result["ratio_range"] = [round(min(ratios), 3), round(max(ratios), 3)]
     return result
-
-
-def peak_host_bytes() -> int:
-    """Return the peak resident set of this process in bytes."""
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def about(session: Session, options: argparse.Namespace) -> dict[str, Any]:
-    """Return command, versions, device and settings of this run."""
-    return {
-        **harness.about(session.backend.device),
-        "versions": versions(),
-        "model": session.config.model.path,
-        "questions_per_step": session.config.data.questions_per_step,
-        "num_samples": session.config.rollout.num_samples,
-        "max_new_tokens": session.config.rollout.max_new_tokens,
-        "steps": options.steps,
-    }
 
 
 if __name__ == "__main__":

@@ -13,27 +13,25 @@ a cache. `numbers` and `algebra` have 16 responses per question:
 - `algebra_distinct`: the same kinds without repeated pairs, so that only the gold answer can be cached.
 
 Every set runs in new processes, including the workers, so that no run uses results of an earlier one. The CPU
-time of all processes is compared; the start of the workers is reported separately. Answers on which the two
-disagree are counted and listed.
+time of all processes is compared (`ratio`: math-verify alone over this program); the start of the workers is
+reported separately. Answers on which the two disagree are counted and listed.
 """
 
-import argparse
 import json
-import os
+import math
 import random
 import re
 import signal
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
-from benchmarks.harness import RESULTS, about
+from benchmarks.harness import command_line, in_process, save
 from rlsc_mcore.evaluation.benchmarks import load_benchmark
 from rlsc_mcore.grading import equality as grading
 from rlsc_mcore.grading import symbolic
@@ -42,49 +40,50 @@ from rlsc_mcore.grading.formats import grade_answers
 from rlsc_mcore.types import Question
 
 NUM_SAMPLES = 16
-GOAL_PER_S = 400  # distinct algebraic answers of one core
 MOST_CHARACTERS = 80  # limit of a formula in `expressions`; longer ones are derivations
 PLAIN_SECONDS = 2.0  # CPU time per comparison, the same limit as in the workers
 PATHS = ("product", "plain")
+# Gold answer == equal spellings != different answers; <a+2*b> is a number made from four random ones.
+ALGEBRA = r"""
+\frac{<a>x+<b>}{<c>} == \frac{<b>+<a>x}{<c>} != \frac{<a>x-<b>}{<c>} != <a>x+\frac{<b>}{<c>}
+<a>\sqrt{<b>} == \sqrt{<a*a*b>} == \sqrt{<b>}\cdot <a> != <a+1>\sqrt{<b>} != \sqrt{<a+b>}
+x^2+<a+b>x+<a*b> == (x+<a>)(x+<b>) == <a*b>+<a+b>x+x^2 != (x-<a>)(x+<b>) != x^2+<a*b>x+<a+b>
+[<a>,<a+b>) == \left[<a>,<a+b>\right) != (<a>,<a+b>) != [<a>,<a+b+1>) != [<a>,<a+b>]
+(-\infty,<a>)\cup(<a+b>,\infty) == (<a+b>,\infty)\cup(-\infty,<a>) != (-\infty,<a>]\cup(<a+b>,\infty) != (<a>,<a+b>)
+\{<a>,<a+b>,<a+b+c>\} == \{<a+b>,<a+b+c>,<a>\} != \{<a>,<a+b>\} != \{<a>,<b>,<d+40>\}
+(<a>,-<b>,\frac{<c>}{<d>}) == \left(<a>,-<b>,\frac{<2*c>}{<2*d>}\right) != (<a>,<b>,\frac{<c>}{<d>})
+M{<a> & <b>\\ <c> & <d>} == M{<2*a>/2 & <b>\\ <c> & <d>} != M{<a> & <c>\\ <b> & <d+1>}
+y=<a>x+<b> == <a>x+<b>=y == y-<b>=<a>x != y=<a>x-<b> != x=<a>y+<b>
+<a>\sin x+<b>\cos x == <b>\cos x+<a>\sin x != <a>\cos x+<b>\sin x != <a>\sin x
+<a>+<b>i == <b>i+<a> != <a>-<b>i != <b>+<a>i
+\frac{<a>\pi}{<b>} == \frac{<a>}{<b>}\pi == \frac{<2*a>\pi}{<2*b>} != \frac{<b>\pi}{<a+b>}
+<a>^{<b>}-1 == -1+<a>^{<b>} != <a>^{<b>}+1 != <b>^{<a+1>}-1
+\log_{<a>} <b> == \frac{\ln <b>}{\ln <a>} != \log_{<b+30>} <a> != \ln <b>
+"""
+ALGEBRA_KINDS = re.sub(r"M\{(.*?)\}", r"\\begin{pmatrix}\1\\end{pmatrix}", ALGEBRA).strip().splitlines()
+SENTENCES = ("\\boxed{%s}", "\\boxed{%s.0}", "\\boxed{%s\\text{ dollars}}", "The answer is $\\boxed{%s}$.")
+SENTENCES += ("the answer is %s.", "%s")
 Sample = tuple[str, Question]
 
 
 def main() -> None:
-    """Measure every set in separate processes and write benchmarks/results/cpu/bench_grading.json."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--data", type=Path, help="folder with aime24.jsonl, amc23.jsonl and gsm8k_test.jsonl"
+    """Measure every set in separate processes and write results/cpu/grading.json."""
+    options = command_line(
+        __doc__,
+        data=(Path, "folder with aime24.jsonl, amc23.jsonl and gsm8k_test.jsonl"),
+        repeats=(3, "runs of each side and set"),
     )
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--out", type=Path, default=RESULTS / "cpu", help="folder of the result")
-    parser.add_argument(
-        "--one", nargs=2, metavar=("PATH", "MIX"), help="(internal) grade one mix in this process"
-    )
-    options = parser.parse_args()
-    if options.one:
-        print(json.dumps(measure(options.one[0], mixes(options.data)[options.one[1]]())))
-        return
     rows = []
     for mix in mixes(options.data):
         runs: dict[str, list[dict[str, Any]]] = {path: [] for path in PATHS}
         for _ in range(options.repeats):
             for path in PATHS:
-                runs[path].append(in_fresh_process(path, mix, options.data))
+                runs[path].append(in_process(measure, path, mix, options.data))
         rows.append(summary(mix, runs))
         print(json.dumps(rows[-1]))
-    made_by = about(torch.device("cpu")) | {
-        "command": "python -m benchmarks.bench_grading" + (" --data DATA" if options.data else "")
-    }
-    result = {"about": made_by, "workers": symbolic.NUM_WORKERS, "repeats": options.repeats, "rows": rows}
-    options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "bench_grading.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-
-
-def in_fresh_process(path: str, mix: str, data: Path | None) -> dict[str, Any]:
-    """Grade one set in a new interpreter."""
-    command = [sys.executable, "-m", "benchmarks.bench_grading", "--one", path, mix]
-    command += [] if data is None else ["--data", str(data)]
-    return dict(json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout))
+    result = {"workers": symbolic.NUM_WORKERS, "repeats": options.repeats, "rows": rows}
+    command = "python -m benchmarks.bench_grading" + (" --data DATA" if options.data else "")
+    save(__file__, result, torch.device("cpu"), options.out, command=command)
 
 
 def summary(mix: str, runs: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
@@ -108,19 +107,19 @@ def summary(mix: str, runs: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
         "cpu_ms_per_answer_runs": {
             path: [round(value, 3) for value in values] for path, values in ms.items()
         },
-        "times_cheaper": round(statistics.median(ms["plain"]) / middle, 2),
+        "ratio": round(statistics.median(ms["plain"]) / middle, 2),
         "answers_per_s_of_one_core_by_cpu": round(1e3 / middle),
         "answers_per_s_by_the_clock": round(
             statistics.median(count / run["wall_s"] for run in runs["product"])
         ),
         "cpu_s_to_start_a_worker": round(statistics.median(run["start_cpu_s"] for run in runs["product"]), 2),
-        "reaches_goal": bool(1e3 / middle >= GOAL_PER_S),
     }
 
 
-def measure(path: str, samples: list[Sample]) -> dict[str, Any]:
-    """Grade all samples. Return the grades, the CPU seconds of all processes, and the number of comparisons
-    by math-verify."""
+def measure(path: str, mix: str, data: Path | None) -> dict[str, Any]:
+    """Grade all samples of a set. Return the grades, the CPU seconds of all processes, and the number of
+    comparisons by math-verify."""
+    samples = mixes(data)[mix]()
     responses, questions = [text for text, _ in samples], [question for _, question in samples]
     compared = [0]
     start_cpu = 0.0
@@ -189,17 +188,9 @@ def counted(compare: Callable[[str, str], bool], calls: list[int]) -> Callable[[
 
 def workers_cpu_s() -> float:
     """Return the CPU time of the running workers, user and system."""
-    ticks = 0
-    for comparer in symbolic.comparers:
-        if comparer.worker_pid is not None:
-            fields = (
-                Path(f"/proc/{comparer.worker_pid}/stat")
-                .read_text(encoding="utf-8")
-                .rpartition(")")[2]
-                .split()
-            )
-            ticks += int(fields[11]) + int(fields[12])
-    return ticks / os.sysconf("SC_CLK_TCK")
+    pids = [comparer.worker_pid for comparer in symbolic.comparers if comparer.worker_pid is not None]
+    times = (psutil.Process(pid).cpu_times() for pid in pids)
+    return sum(each.user + each.system for each in times)
 
 
 def mixes(data: Path | None) -> dict[str, Callable[[], list[Sample]]]:
@@ -223,22 +214,9 @@ def numbers(data: Path) -> list[Sample]:
             working = f"We are told that {question.text[:400]} So we compute step by step. "
             gold = question.answer or ""
             for _ in range(NUM_SAMPLES):
-                said = (
-                    gold
-                    if stream.random() < 0.6
-                    else str(int(float(gold)) + stream.choice((-10, -1, 1, 2, 7)))
-                )
-                form = stream.choice(
-                    (
-                        "\\boxed{%s}",
-                        "\\boxed{%s.0}",
-                        "\\boxed{%s\\text{ dollars}}",
-                        "The answer is $\\boxed{%s}$.",
-                        "the answer is %s.",
-                        "%s",
-                    )
-                )
-                samples.append((working + form % said, question))
+                is_right = stream.random() < 0.6
+                said = gold if is_right else str(int(float(gold)) + stream.choice((-10, -1, 1, 2, 7)))
+                samples.append((working + stream.choice(SENTENCES) % said, question))
     return samples
 
 
@@ -247,13 +225,10 @@ def expressions(data: Path) -> list[Sample]:
     answer."""
     samples = []
     for index, line in enumerate((data / "aime24.jsonl").read_text(encoding="utf-8").splitlines()):
-        formulas = re.findall(
-            r"\$([^$]+)\$", re.sub(r"\\boxed\{([^{}]*)\}", r"\1", json.loads(line)["solution"])
-        )
-        texts = [formula.rpartition("=")[2].strip(" .,") for formula in formulas]
-        texts = list(
-            dict.fromkeys(text for text in texts if 3 <= len(text) <= MOST_CHARACTERS and not text.isdigit())
-        )
+        solution = re.sub(r"\\boxed\{([^{}]*)\}", r"\1", json.loads(line)["solution"])
+        values = [found.rpartition("=")[2].strip(" .,") for found in re.findall(r"\$([^$]+)\$", solution)]
+        kept = (value for value in values if 3 <= len(value) <= MOST_CHARACTERS and not value.isdigit())
+        texts = list(dict.fromkeys(kept))
         if len(texts) >= 2:
             question = Question(index, f"expression {index}", texts[-1])
             samples += [(f"so \\boxed{{{text}}}", question) for text in texts]
@@ -278,58 +253,22 @@ def algebra(num_questions: int, *, distinct: bool) -> list[Sample]:
 def families(stream: random.Random) -> Iterator[tuple[str, list[str], list[str]]]:
     """Yield (gold, equal spellings, different answers) endlessly, from each kind in turn."""
     while True:
-        a, b, c, d = (stream.randint(2, 19) for _ in range(4))
-        yield (
-            f"\\frac{{{a}x+{b}}}{{{c}}}",
-            [f"\\frac{{{b}+{a}x}}{{{c}}}"],
-            [f"\\frac{{{a}x-{b}}}{{{c}}}", f"{a}x+\\frac{{{b}}}{{{c}}}"],
-        )
-        yield (
-            f"{a}\\sqrt{{{b}}}",
-            [f"\\sqrt{{{a * a * b}}}", f"\\sqrt{{{b}}}\\cdot {a}"],
-            [f"{a + 1}\\sqrt{{{b}}}", f"\\sqrt{{{a + b}}}"],
-        )
-        yield (
-            f"x^2+{a + b}x+{a * b}",
-            [f"(x+{a})(x+{b})", f"{a * b}+{a + b}x+x^2"],
-            [f"(x-{a})(x+{b})", f"x^2+{a * b}x+{a + b}"],
-        )
-        yield (
-            f"[{a},{a + b})",
-            [f"\\left[{a},{a + b}\\right)"],
-            [f"({a},{a + b})", f"[{a},{a + b + 1})", f"[{a},{a + b}]"],
-        )
-        yield (
-            f"(-\\infty,{a})\\cup({a + b},\\infty)",
-            [f"({a + b},\\infty)\\cup(-\\infty,{a})"],
-            [f"(-\\infty,{a}]\\cup({a + b},\\infty)", f"({a},{a + b})"],
-        )
-        yield (
-            f"\\{{{a},{a + b},{a + b + c}\\}}",
-            [f"\\{{{a + b},{a + b + c},{a}\\}}"],
-            [f"\\{{{a},{a + b}\\}}", f"\\{{{a},{b},{d + 40}\\}}"],
-        )
-        yield (
-            f"({a},-{b},\\frac{{{c}}}{{{d}}})",
-            [f"\\left({a},-{b},\\frac{{{2 * c}}}{{{2 * d}}}\\right)"],
-            [f"({a},{b},\\frac{{{c}}}{{{d}}})"],
-        )
-        matrix = "\\begin{pmatrix}%s & %s\\\\ %s & %s\\end{pmatrix}"
-        yield matrix % (a, b, c, d), [matrix % (f"{2 * a}/2", b, c, d)], [matrix % (a, c, b, d + 1)]
-        yield f"y={a}x+{b}", [f"{a}x+{b}=y", f"y-{b}={a}x"], [f"y={a}x-{b}", f"x={a}y+{b}"]
-        yield f"{a}\\sin x+{b}\\cos x", [f"{b}\\cos x+{a}\\sin x"], [f"{a}\\cos x+{b}\\sin x", f"{a}\\sin x"]
-        yield f"{a}+{b}i", [f"{b}i+{a}"], [f"{a}-{b}i", f"{b}+{a}i" if a != b else f"{a}i"]
-        yield (
-            f"\\frac{{{a}\\pi}}{{{b}}}",
-            [f"\\frac{{{a}}}{{{b}}}\\pi", f"\\frac{{{2 * a}\\pi}}{{{2 * b}}}"],
-            [f"\\frac{{{b}\\pi}}{{{a + b}}}"],
-        )
-        yield f"{a}^{{{b}}}-1", [f"-1+{a}^{{{b}}}"], [f"{a}^{{{b}}}+1", f"{b}^{{{a + 1}}}-1"]
-        yield (
-            f"\\log_{{{a}}} {b}",
-            [f"\\frac{{\\ln {b}}}{{\\ln {a}}}"],
-            [f"\\log_{{{b + 30}}} {a}", f"\\ln {b}"],
-        )
+        values = dict(zip("abcd", (stream.randint(2, 19) for _ in range(4)), strict=True))
+        a, b = values["a"], values["b"]
+
+        def value(match: re.Match[str], values: dict[str, int] = values) -> str:
+            terms = (term.split("*") for term in match[1].split("+"))
+            return str(sum(math.prod(values.get(x) or int(x) for x in term) for term in terms))
+
+        for kind in ALGEBRA_KINDS:
+            gold, *others = re.split(" (==|!=) ", re.sub("<(.+?)>", value, kind))
+            equal, different = (
+                [text for sign, text in zip(others[::2], others[1::2], strict=True) if sign == wanted]
+                for wanted in ("==", "!=")
+            )
+            if a == b:  # exchanged, the parts of a complex number are the same number
+                different = [f"{a}i" if text == f"{b}+{a}i" else text for text in different]
+            yield gold, equal, different
 
 
 if __name__ == "__main__":

@@ -14,19 +14,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from benchmarks.harness import (
-    Row,
-    Task,
-    arguments,
-    device_name,
-    finish,
-    measure,
-    measure_ceilings,
-    table,
-    write,
-)
+from benchmarks.harness import Task
+from benchmarks.kernel_harness import Checks, KernelBenchmark, check_gradients
 from benchmarks.log_prob_providers import IGNORED
-from benchmarks.roofline import draw
 from benchmarks.shapes import Shape, head_shapes
 from rlsc_mcore.ops import linear_token_log_probs, linear_weighted_loss
 
@@ -167,7 +157,7 @@ def gradients(loss: Loss, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
     return value.detach(), grad_hidden, grad_weight
 
 
-def check(name: str, loss: Loss, shape: Shape, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+def check(name: str, loss: Loss, shape: Shape, device: torch.device, dtype: torch.dtype) -> Checks:
     """Compare both gradients with float64 on a few tokens; ValueError if they are wrong."""
     few = shape._replace(num_tokens=CHECKED_TOKENS, num_columns=min(shape.num_columns, 20000))
     inputs = make_inputs(few, device, dtype)
@@ -179,13 +169,8 @@ def check(name: str, loss: Loss, shape: Shape, device: torch.device, dtype: torc
     )
     exact = gradients(_float64_loss, wide)
     got, again = gradients(loss, inputs), gradients(loss, inputs)
-    checks: dict[str, Any] = {}
-    for label, ours_, theirs in zip(("loss", "d hidden", "d weight"), got, exact, strict=True):
-        checks[label] = float((ours_.double() - theirs).abs().max() / theirs.abs().max())
+    checks = check_gradients(got, exact)
     checks["repeatable"] = all(torch.equal(a, b) for a, b in zip(got, again, strict=True))
-    worst = max(checks["d hidden"], checks["d weight"])
-    if not worst <= 0.05:
-        raise ValueError(f"a gradient is {worst:.2g} of its largest element off float64, allowed 0.05")
     return checks
 
 
@@ -198,47 +183,27 @@ def _float64_loss(x: Inputs) -> Tensor:
 
 def main() -> None:
     """Measure every shape and write results/<device>/linear_log_prob.json with its plot."""
-    options = arguments(__doc__)
-    device: torch.device = options.device
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    ceilings = measure_ceilings(device, dtype)
-    rows: list[Row] = []
-    for shape in head_shapes(device.type, options.full):
-        inputs = make_inputs(shape, device, dtype)
-        tasks: dict[str, Task] = {}
-        checks: dict[str, dict[str, Any]] = {}
-        for name, build in providers(device).items():
-            try:
-                loss = build()
-                checks[name] = check(name, loss, shape, device, dtype)
-                tasks[name] = Task(partial(gradients, loss, inputs))
-                tasks[name].run()  # a peer that runs out of memory at the real size is reported
-            except Exception as error:
-                tasks.pop(name, None)
-                rows.append(
-                    Row(
-                        shape.name,
-                        name,
-                        skipped=f"{type(error).__name__}: {str(error).splitlines()[0][:120] if str(error) else ''}",
-                    )
-                )
-        live = sum(inputs.live_counts)
-        flops = 6.0 * live * shape.hidden_size * shape.num_columns
-        size = inputs.hidden.element_size()
-        bytes_moved = (
-            2.0 * size * (live * shape.hidden_size + shape.num_columns * shape.hidden_size)
-            + 4.0 * shape.num_columns * shape.hidden_size
+    bench = KernelBenchmark(__doc__)
+    for shape in head_shapes(bench.device.type, bench.options.full, bench.options.tiny):
+        inputs = make_inputs(shape, bench.device, bench.dtype)
+
+        def check_and_run(name: str, loss: Loss, shape: Shape = shape, inputs: Inputs = inputs) -> Checks:
+            found = check(name, loss, shape, bench.device, bench.dtype)
+            gradients(loss, inputs)  # a peer that runs out of memory at the real size is reported
+            return found
+
+        passed = bench.check(shape.name, providers(bench.device), check_and_run)
+        live, size = sum(inputs.live_counts), inputs.hidden.element_size()
+        width, columns = shape.hidden_size, shape.num_columns
+        bench.time(
+            shape.name,
+            {name: Task(partial(gradients, loss, inputs)) for name, (loss, _) in passed.items()},
+            {name: checks for name, (_, checks) in passed.items()},
+            flops=6.0 * live * width * columns,
+            bytes_moved=2.0 * size * (live + columns) * width + 4.0 * columns * width,
         )
-        for name, timing in measure(tasks, device, options.seconds).items():
-            rows.append(
-                Row(
-                    shape.name, name, checks=checks[name], timing=timing, bytes_moved=bytes_moved, flops=flops
-                )
-            )
-    finish(rows, "whole logits", ceiling_of=lambda row: 1e3 * row.flops / ceilings.matmul_flops_per_s)
-    path = write("linear_log_prob", rows, ceilings, device, options.out)
-    print(table(rows, device))
-    print(f"{device_name(device)}: {path}, {', '.join(str(p) for p in draw(path))}")
+    rate = bench.ceilings.matmul_flops_per_s
+    bench.finish(__file__, "whole logits", lambda row: row.flops / rate, plot=True)
 
 
 if __name__ == "__main__":

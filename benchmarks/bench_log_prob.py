@@ -7,33 +7,20 @@ turn, so that no logits are in the cache.
 """
 
 import itertools
-from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks.harness import (
-    Row,
-    Task,
-    arguments,
-    device_name,
-    finish,
-    measure,
-    measure_ceilings,
-    table,
-    write,
-)
+from benchmarks.harness import Task
+from benchmarks.kernel_harness import Checks, KernelBenchmark, Row
 from benchmarks.log_prob_providers import IGNORED, Provider, providers
-from benchmarks.roofline import draw
 from benchmarks.shapes import Shape, shapes
 
 CHECKED_TOKENS = 64
+Inputs = tuple[Tensor, Tensor, Tensor]  # logits, targets, weights
 
 
-def make_inputs(
-    shape: Shape, device: torch.device, dtype: torch.dtype, seed: int
-) -> tuple[Tensor, Tensor, Tensor]:
+def make_inputs(shape: Shape, device: torch.device, dtype: torch.dtype, seed: int) -> Inputs:
     """Return logits N(0, 2) with a quarter of the tokens confident, targets (ignored if not trained) and
     weights of both signs."""
     generator = torch.Generator(device).manual_seed(seed)
@@ -49,14 +36,14 @@ def make_inputs(
     return logits, torch.where(live, targets, IGNORED), weights
 
 
-def check(provider: Provider, shape: Shape, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+def check(provider: Provider, shape: Shape, device: torch.device, dtype: torch.dtype) -> Checks:
     """Compare a provider with float64 on a few tokens at the real width; ValueError if it is wrong."""
     few = shape._replace(num_tokens=CHECKED_TOKENS)
     logits, targets, weights = make_inputs(few, device, dtype, seed=7)
     live = targets >= 0
     log_p64 = torch.log_softmax(logits.double(), dim=1)
     exact = torch.where(live, log_p64.gather(1, targets.clamp_min(0)[:, None])[:, 0], 0.0)
-    checks: dict[str, Any] = {}
+    checks: Checks = {}
 
     def relative(got: Tensor, expected: Tensor) -> float:
         return float(((got.double() - expected).abs() / expected.abs().clamp_min(1e-30)).max())
@@ -79,83 +66,55 @@ def check(provider: Provider, shape: Shape, device: torch.device, dtype: torch.d
     return checks
 
 
-def tasks_of(
-    provider: Provider, inputs: list[tuple[Tensor, Tensor, Tensor]], work: Tensor, mode: str
-) -> Task | None:
-    """Return the timed call of a provider; it uses the inputs in turn."""
-    turn = itertools.cycle(range(len(inputs)))
-    current = [0]
+def task_of(provider: Provider, inputs: list[Inputs], work: Tensor, mode: str) -> Task | None:
+    """Return the timed call of a provider, which uses the inputs in turn; None if it has no such call."""
+    forward, step = provider.forward, provider.step
+    turn = itertools.cycle(inputs)
+    current = [inputs[0]]
 
     def prepare() -> None:
         current[0] = next(turn)
         if mode == "step" and provider.overwrites:
-            work.copy_(inputs[current[0]][0])
+            work.copy_(current[0][0])
 
-    def run() -> None:
-        logits, targets, weights = inputs[current[0]]
-        if mode == "forward":
-            assert provider.forward is not None
-            provider.forward(logits, targets)
-        else:
-            assert provider.step is not None
-            provider.step(work if provider.overwrites else logits, targets, weights)
+    def run_step() -> None:
+        logits, targets, weights = current[0]
+        step(work if provider.overwrites else logits, targets, weights)
 
-    call: Callable[..., Any] | None = provider.forward if mode == "forward" else provider.step
-    return None if call is None else Task(run, prepare)
+    if mode == "step":
+        return None if step is None else Task(run_step, prepare)
+    return None if forward is None else Task(lambda: forward(*current[0][:2]), prepare)
 
 
 def main() -> None:
     """Measure every shape and write results/<device>/log_prob.json with its plot."""
-    options = arguments(__doc__)
-    device: torch.device = options.device
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    ceilings = measure_ceilings(device, dtype)
-    rows: list[Row] = []
-    for shape in shapes(device.type, options.full):
-        inputs = [make_inputs(shape, device, dtype, seed) for seed in range(2)]
+    bench = KernelBenchmark(__doc__)
+    for shape in shapes(bench.device.type, bench.options.full, bench.options.tiny):
+        inputs = [make_inputs(shape, bench.device, bench.dtype, seed) for seed in range(2)]
         work = torch.empty_like(inputs[0][0])
-        built: dict[str, Provider] = {}
-        checks: dict[str, dict[str, Any]] = {}
-        for name, build in providers(device):
-            try:
-                provider = build()
-                checks[provider.name] = check(provider, shape, device, dtype)
-                built[provider.name] = provider
-            except Exception as error:  # a missing, unsuitable or wrong peer is reported and not timed
-                rows.append(
-                    Row(
-                        shape.name,
-                        name,
-                        skipped=f"{type(error).__name__}: {str(error).splitlines()[0][:120] if str(error) else ''}",
-                    )
-                )
-        logits_bytes = shape.num_tokens * shape.num_columns * work.element_size()
-        for mode, passes in (("forward", 1 * shape.live_share), ("step", 1 + shape.live_share)):
-            tasks = {
-                name: task
-                for name, provider in built.items()
-                if (task := tasks_of(provider, inputs, work, mode)) is not None
-            }
-            for name, timing in measure(tasks, device, options.seconds).items():
-                row = Row(
-                    f"{mode} {shape.name}",
-                    name,
-                    checks=checks[name],
-                    timing=timing,
-                    bytes_moved=passes * logits_bytes,
-                )
-                row.flops = 4.0 * shape.num_tokens * shape.num_columns
-                rows.append(row)
+        passed = bench.check(
+            shape.name,
+            providers(bench.device),
+            lambda _, provider, shape=shape: check(provider, shape, bench.device, bench.dtype),
+        )
+        checks = {provider.name: found for provider, found in passed.values()}
+        for mode, passes in (("forward", shape.live_share), ("step", 1 + shape.live_share)):
+            tasks = {provider.name: task_of(provider, inputs, work, mode) for provider, _ in passed.values()}
+            bench.time(
+                f"{mode} {shape.name}",
+                {name: task for name, task in tasks.items() if task is not None},
+                checks,
+                flops=4.0 * shape.num_tokens * shape.num_columns,
+                bytes_moved=passes * work.nbytes,
+            )
         del inputs, work
 
-    def ceiling_ms(row: Row) -> float | None:
-        rate = ceilings.read_bytes_per_s if row.case.startswith("forward") else ceilings.copy_bytes_per_s
-        return 1e3 * row.bytes_moved / rate if row.bytes_moved else None
+    def floor_s(row: Row) -> float:
+        ceilings = bench.ceilings
+        is_read = row.case.startswith("forward")
+        return row.bytes_moved / (ceilings.read_bytes_per_s if is_read else ceilings.copy_bytes_per_s)
 
-    finish(rows, "torch eager float32", ceiling_of=ceiling_ms)
-    path = write("log_prob", rows, ceilings, device, options.out)
-    print(table(rows, device))
-    print(f"{device_name(device)}: {path}, {', '.join(str(p) for p in draw(path))}")
+    bench.finish(__file__, "torch eager float32", floor_s, plot=True)
 
 
 if __name__ == "__main__":

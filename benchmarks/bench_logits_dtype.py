@@ -9,24 +9,18 @@ Answers are drawn with the spread of a trained model: most tokens are confident,
 results/<device>/logits_dtype.json.
 """
 
-import argparse
-import json
 import math
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks.harness import RESULTS, about, device_name
+from benchmarks.harness import command_line, save
 from rlsc_mcore.ops import linear_token_log_probs
 
 VOCAB = 152064
 SPREAD = 2.5  # standard deviation of the logits other than the target's
-BOOST = (
-    10.0,
-    30.0,
-)  # offset of the target's logit, drawn uniformly: p from 1 % to 1 - 1e-6
+BOOST = (10.0, 30.0)  # offset of the target's logit, drawn uniformly: p from 1 % to 1 - 1e-6
 
 
 def draw(num_tokens: int, hidden_size: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
@@ -67,29 +61,21 @@ def errors(log_probs: Tensor, exact: Tensor, length: int) -> dict[str, Any]:
 
 def main() -> None:
     """Measure and write the result."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    options = command_line(
+        __doc__,
+        answers=(4, "number of answers"),
+        length=(1000, "tokens of an answer"),
+        hidden_size=(256, "of the operands"),
+        device=("cuda" if torch.cuda.is_available() else "cpu", "cuda or cpu"),
     )
-    parser.add_argument("--answers", type=int, default=4)
-    parser.add_argument("--length", type=int, default=1000, help="tokens of an answer")
-    parser.add_argument("--hidden-size", type=int, default=256)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument(
-        "--out", type=Path, default=None, help="folder of the result; default: results/<device>"
-    )
-    options = parser.parse_args()
     device = torch.device(options.device)
     hidden, weight, targets = draw(options.answers * options.length, options.hidden_size, device)
     exact = exact_log_probs(hidden, weight, targets, rows=19008)
     rows = {}
     for dtype in (torch.bfloat16, torch.float32):
+        everything = torch.ones_like(targets, dtype=torch.bool)
         log_probs = linear_token_log_probs(
-            hidden,
-            weight,
-            targets,
-            mask_T=torch.ones_like(targets, dtype=torch.bool),
-            vocab_size=VOCAB,
-            logits_dtype=dtype,
+            hidden, weight, targets, mask_T=everything, vocab_size=VOCAB, logits_dtype=dtype
         )
         rows[str(dtype).removeprefix("torch.")] = errors(log_probs, exact, options.length)
     shape = {
@@ -100,13 +86,7 @@ def main() -> None:
         "mean_log_p": float(exact.mean()),
         "share_of_tokens_above_p_0.99": float((exact > math.log(0.99)).double().mean()),
     }
-    folder = options.out or RESULTS / device_name(device)
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "logits_dtype.json"
-    path.write_text(
-        json.dumps({"about": about(device), "shape": shape, "logits_dtype": rows}, indent=1) + "\n",
-        encoding="utf-8",
-    )
+    path = save(__file__, {"shape": shape, "logits_dtype": rows}, device, options.out)
     for name, row in rows.items():
         answer, token = row["largest_answer_error"], row["largest_token_error"]
         print(f"{name} logits: log p of an answer is off by up to {answer:.3g}, of a token by {token:.3g}")

@@ -15,7 +15,6 @@ The results are counts, not times, and are the same on every machine. `--rollout
 your own run.
 """
 
-import argparse
 import json
 import math
 import random
@@ -25,31 +24,28 @@ from typing import Any
 
 import torch
 
-from benchmarks.harness import RESULTS, about
+from benchmarks.claims import PADDING_LIMIT
+from benchmarks.harness import command_line, save
+from benchmarks.plain_transformers import num_tokens
 from rlsc_mcore.data.balance import assign, imbalance, loads
 from rlsc_mcore.data.packing import merge_identical, pack
 from rlsc_mcore.model.shape import Architecture
 from rlsc_mcore.planning.known_models import MODELS
-from rlsc_mcore.types import Rollout, UniqueSequence
+from rlsc_mcore.types import Rollout
 
 LENGTHS = Path(__file__).parent / "lengths"
 NUM_SAMPLES = 16
 BUDGET = 16384
-PADDING_GOAL = 0.02
-Question = tuple[
-    int, list[tuple[int, int]]
-]  # prompt tokens, (response tokens, identical copies) per distinct answer
+Question = tuple[int, list[tuple[int, int]]]  # prompt tokens, (tokens, copies) per distinct answer
 
 
 def main() -> None:
-    """Measure every distribution and layout and write benchmarks/results/cpu/bench_packing.json."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--rollouts", type=Path, help="folder of a run, whose sampled answers are measured too"
+    """Measure every distribution and layout and write results/cpu/packing.json."""
+    options = command_line(
+        __doc__,
+        rollouts=(Path, "folder of a run, whose sampled answers are measured too"),
+        questions=(64, "questions per step"),
     )
-    parser.add_argument("--questions", type=int, default=64, help="questions per step")
-    parser.add_argument("--out", type=Path, default=RESULTS / "cpu", help="folder of the result")
-    options = parser.parse_args()
     rows = []
     for name, questions in distributions(options.rollouts).items():
         step = [questions[i % len(questions)] for i in range(options.questions)]
@@ -57,10 +53,8 @@ def main() -> None:
     for row in rows:
         print(json.dumps(row))
     worst = max(row["filler_packed"] for row in rows)
-    assert worst < PADDING_GOAL, f"packing wastes {worst:.1%} of the tokens, more than {PADDING_GOAL:.0%}"
-    options.out.mkdir(parents=True, exist_ok=True)
-    result = {"about": about(torch.device("cpu")), "tokens_per_micro_batch": BUDGET, "rows": rows}
-    (options.out / "bench_packing.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    assert worst < PADDING_LIMIT, f"packing wastes {worst:.1%} of the tokens, more than {PADDING_LIMIT:.0%}"
+    save(__file__, {"tokens_per_micro_batch": BUDGET, "rows": rows}, torch.device("cpu"), options.out)
 
 
 def distributions(run: Path | None) -> dict[str, list[Question]]:
@@ -138,7 +132,7 @@ def measure(name: str, questions: Sequence[Question], tp: int, dp: int) -> dict[
         rollouts, train_end_token=True, train_truncated=True, stop_token_ids=frozenset()
     )
     owners = [s.group % dp for s in sequences]
-    lengths = [size(s) for s in sequences]
+    lengths = [num_tokens(s) for s in sequences]
     costs = [cost.flops(length, sum(s.trained)) for s, length in zip(sequences, lengths, strict=True)]
     plan = assign(costs, owners, dp)
     real = sum(lengths)
@@ -163,13 +157,8 @@ def measure(name: str, questions: Sequence[Question], tp: int, dp: int) -> dict[
         "imbalance_sampled": round(imbalance(loads(costs, owners, dp)), 4),
         "imbalance_exchanged": round(imbalance(loads(costs, plan, dp)), 4),
         "moved_share": round(sum(a != b for a, b in zip(owners, plan, strict=True)) / len(plan), 4),
-        "merged_share": round(1 - real / sum(size(s) * s.multiplicity for s in sequences), 4),
+        "merged_share": round(1 - real / sum(num_tokens(s) * s.multiplicity for s in sequences), 4),
     }
-
-
-def size(sequence: UniqueSequence) -> int:
-    """Return the number of tokens of a sequence with its prompt."""
-    return len(sequence.rollout.prompt_ids) + len(sequence.rollout.response_ids)
 
 
 def padded(lengths: Sequence[int]) -> float:

@@ -5,7 +5,8 @@ Both sides use the same model folder, prompts, number of samples, temperature, m
 optimizer and dtype. TRL gets a constant reward and no reference model. Each side runs in a separate process,
 in turn, twice each; the first step of each is not counted. Sampled answers differ, so the result is time per
 sampled token. The checks come first: both sides must read the same prompt tokens, and both must train with a
-finite loss. On this engine's side the log-probs of trainer and engine must agree too.
+finite loss. On this engine's side the log-probs of trainer and engine must agree too. `ratio` is TRL's time
+per token over this engine's.
 
 TRL samples with its colocated vLLM on a GPU. Its vLLM mode does not run on a CPU; there it samples with
 `generate` of transformers.
@@ -15,11 +16,11 @@ import argparse
 import itertools
 import json
 import math
-import multiprocessing
 import os
 import statistics
 import tempfile
 import time
+from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -30,53 +31,37 @@ quiet_libraries()
 
 import torch  # noqa: E402
 
-from benchmarks.harness import MEAN_GAP_LIMIT, RESULTS, about, device_name  # noqa: E402
+from benchmarks.harness import MEAN_GAP_LIMIT, command_line, in_process, save  # noqa: E402
 from rlsc_mcore.parallel.packages import hide_broken_torchvision  # noqa: E402
 
 LEARNING_RATE = 1e-6
 
 
 def main() -> None:
-    """Measure both sides and write benchmarks/results/<device>/peers.json."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    """Measure both sides and write results/<device>/peers.json."""
+    options = command_line(
+        __doc__,
+        required=["model"],
+        model=(str, "model folder with a tokenizer, or embedded:tiny_qwen2"),
+        questions=(8, "questions per step"),
+        num_samples=(16, "answers per question"),
+        max_new_tokens=(1024, "limit of an answer"),
+        steps=(4, "steps per turn, the first of which is not counted"),
+        turns=(2, "turns of each side"),
+        per_device_batch=(int, "TRL's answers per forward pass (default: 4 on a GPU, 16 on a CPU)"),
     )
-    parser.add_argument(
-        "--model", required=True, help="model folder with a tokenizer, or embedded:tiny_qwen2"
-    )
-    parser.add_argument("--questions", type=int, default=8, help="questions per step")
-    parser.add_argument("--num-samples", type=int, default=16, help="answers per question")
-    parser.add_argument("--max-new-tokens", type=int, default=1024)
-    parser.add_argument(
-        "--steps", type=int, default=4, help="steps per turn, the first of which is not counted"
-    )
-    parser.add_argument("--turns", type=int, default=2, help="turns of each side")
-    parser.add_argument(
-        "--per-device-batch",
-        type=int,
-        help="TRL's answers per forward pass (default: 4 on a GPU, 16 on a CPU)",
-    )
-    parser.add_argument(
-        "--out", type=Path, help="folder of the result (default: benchmarks/results/<device>)"
-    )
-    options = parser.parse_args()
     options.cuda = torch.cuda.is_available()  # leaves the GPU to the two child processes
     options.dtype = "bfloat16" if options.cuda else "float32"
     options.per_device_batch = options.per_device_batch or (4 if options.cuda else 16)
     runs: dict[str, list[dict[str, Any]]] = {"ours": [], "trl": []}
     for _ in range(options.turns):
         for name, side in (("ours", ours), ("trl", trl)):
-            runs[name].append(in_process(side, options))
-    assert runs["ours"][0]["prompts"] == runs["trl"][0]["prompts"], (
-        "both sides must read the same prompt tokens"
-    )
-    device = torch.device("cuda" if options.cuda else "cpu")
+            runs[name].append(in_process(in_scratch_folder, side, options))
+    assert runs["ours"][0]["prompts"] == runs["trl"][0]["prompts"], "the sides read other prompt tokens"
     result = summarize(runs)
-    result["about"] = {**about(device), "trl": metadata.version("trl"), "dtype": options.dtype}
     print(json.dumps(result, indent=1))
-    out = options.out or RESULTS / device_name(device)
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "peers.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    device = torch.device("cuda" if options.cuda else "cpu")
+    save(__file__, result, device, options.out, trl=metadata.version("trl"), dtype=options.dtype)
 
 
 def summarize(runs: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
@@ -92,7 +77,7 @@ def summarize(runs: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
     medians = {name: statistics.median(values) for name, values in per_token.items()}
     return {
         "seconds_per_1000_tokens": medians,
-        "times_ours": medians["trl"] / medians["ours"],
+        "ratio": medians["trl"] / medians["ours"],
         "mean_answer_tokens": {
             name: statistics.mean(t for turn in turns for t in turn["mean_length"])
             for name, turns in runs.items()
@@ -106,26 +91,10 @@ def summarize(runs: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
     }
 
 
-def in_process(side: Any, options: argparse.Namespace) -> dict[str, Any]:
-    """Run one side in a new process, so that the sides share no state."""
-    context = multiprocessing.get_context("spawn")
-    receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_send, args=(side, options, sender))
-    process.start()
-    sender.close()
-    try:
-        return receiver.recv()
-    except EOFError:
-        raise RuntimeError(f"{side.__name__}: the process ended without a result, see above") from None
-    finally:
-        process.join()
-
-
-def _send(side: Any, options: argparse.Namespace, sender: Any) -> None:
+def in_scratch_folder(side: Callable[[argparse.Namespace, Path], Any], options: argparse.Namespace) -> Any:
+    """Run one side in this process with a folder for its files."""
     with tempfile.TemporaryDirectory() as scratch:
-        sender.send(side(options, Path(scratch)))
-    sender.close()
-    os._exit(0)  # skip the shutdown of engine threads
+        return side(options, Path(scratch))
 
 
 def _questions(options: argparse.Namespace) -> tuple[Any, list[Any], list[list[int]]]:
@@ -152,53 +121,25 @@ def ours(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
 
     _, questions, prompts = _questions(options)
     file = scratch / "questions.jsonl"
-    file.write_text(
-        "".join(json.dumps({"question": question.text, "answer": "0"}) + "\n" for question in questions),
-        encoding="utf-8",
-    )
-    flags = [
-        "--run-dir",
-        str(scratch / "run"),
-        "--model.path",
-        options.model,
-        "--model.dtype",
-        options.dtype,
-        "--data.path",
-        str(file),
-    ]
-    flags += [
-        "--data.template",
-        "chat",
-        "--data.questions-per-step",
-        str(options.questions),
-        "--optimizer.lr",
-        str(LEARNING_RATE),
-    ]
-    flags += [
-        "--rollout.num-samples",
-        str(options.num_samples),
-        "--rollout.max-new-tokens",
-        str(options.max_new_tokens),
-    ]
-    flags += [
-        "--rollout.temperature",
-        "1.0",
-        "--training.num-steps",
-        str(options.steps),
-        "--training.save-every",
-        "0",
-    ]
+    rows = (json.dumps({"question": question.text, "answer": "0"}) + "\n" for question in questions)
+    file.write_text("".join(rows), encoding="utf-8")
+    flags = ["--run-dir", str(scratch / "run"), "--model.path", options.model, "--data.path", str(file)]
+    flags += f"--model.dtype {options.dtype} --optimizer.lr {LEARNING_RATE}".split()
+    flags += f"--data.template chat --data.questions-per-step {options.questions}".split()
+    flags += f"--rollout.num-samples {options.num_samples} --rollout.temperature 1.0".split()
+    flags += f"--rollout.max-new-tokens {options.max_new_tokens}".split()
+    flags += f"--training.num-steps {options.steps} --training.save-every 0".split()
     session = Session(parse_config(flags), StopRequest())
     seconds = []
     for step in range(options.steps):
         begin = time.perf_counter()
         rollouts = session.sample(step)
-        outcome = session.train(step, rollouts)
+        result = session.train(step, rollouts)
         session.hot_swap()
-        session.record(step, rollouts, outcome)
+        session.record(step, rollouts, result)
         session.backend.synchronize()
         seconds.append(time.perf_counter() - begin)
-        assert math.isfinite(outcome.loss), f"loss {outcome.loss}"
+        assert math.isfinite(result.outcome.loss), f"loss {result.outcome.loss}"
     rows = session.metrics.rows
     gap = max(row["log_prob_gap_mean"] for row in rows)
     assert gap < MEAN_GAP_LIMIT[options.dtype], f"trainer and engine disagree by {gap}"

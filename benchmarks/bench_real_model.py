@@ -7,7 +7,6 @@ questions' text. The same command continues an interrupted comparison. Writes th
 and the settings to benchmarks/results/<device>/real_model.json.
 """
 
-import argparse
 import hashlib
 import json
 import shutil
@@ -20,9 +19,8 @@ quiet_libraries()
 
 import torch  # noqa: E402
 
-from benchmarks.harness import RESULTS, about, device_name  # noqa: E402
+from benchmarks.harness import command_line, refuse, save  # noqa: E402
 from rlsc_mcore.commands.compare import run_compare  # noqa: E402
-from rlsc_mcore.config import ConfigError  # noqa: E402
 from rlsc_mcore.data.questions import read_questions  # noqa: E402
 from rlsc_mcore.types import Question  # noqa: E402
 
@@ -51,91 +49,49 @@ def write_questions(file: Path, questions: Sequence[Question]) -> Path:
 
 
 def main() -> None:
-    """Run the comparison and write the result."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    """Run the comparison and write results/<device>/real_model.json, .md and .svg."""
+    options = command_line(
+        __doc__,
+        flags=True,
+        required=["model", "questions"],
+        model=(str, "model folder: `rlsc prepare smollm2 --output DIR` makes it"),
+        questions=(str, "question file with answers"),
+        objectives=("rlsc,self_sft,lower_temperature", "as in rlsc compare"),
+        seeds=("0,1,2", "as in rlsc compare"),
+        steps=(20, "training steps"),
+        held_out=(256, "held-out questions that are evaluated, at most"),
+        runs=(Path("runs/real_model"), "folder of the runs"),
     )
-    parser.add_argument(
-        "--model", required=True, help="model folder: `rlsc prepare smollm2 --output DIR` makes it"
-    )
-    parser.add_argument("--questions", required=True, help="question file with answers")
-    parser.add_argument("--objectives", default="rlsc,self_sft,lower_temperature")
-    parser.add_argument("--seeds", default="0,1,2")
-    parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument(
-        "--held-out", type=int, default=256, help="held-out questions that are evaluated, at most"
-    )
-    parser.add_argument("--runs", type=Path, default=Path("runs/real_model"), help="folder of the runs")
-    parser.add_argument(
-        "--out", type=Path, help="folder of the result (default: benchmarks/results/<device>)"
-    )
-    options, flags = parser.parse_known_args()
     is_cuda = torch.cuda.is_available()  # does not initialise the GPU, which the runs need
     train, held_out = split(read_questions(options.questions))
     if not train or not held_out:
-        raise ConfigError(
-            f"--questions {options.questions}: {len(train)} to train on and {len(held_out)} held out; "
-            "expected some of both"
-        )
-    options.runs.mkdir(parents=True, exist_ok=True)
-    settings = [
-        "--model.path",
-        options.model,
-        "--data.path",
-        str(write_questions(options.runs / "train.jsonl", train)),
-    ]
-    settings += [
-        "--evaluation.path",
-        str(write_questions(options.runs / "held_out.jsonl", held_out[: options.held_out])),
-    ]
-    settings += [
-        "--training.num-steps",
-        str(options.steps),
-        "--data.questions-per-step",
-        "16",
-        "--rollout.num-samples",
-        "16",
-    ]
-    settings += ["--rollout.max-new-tokens", "320", "--optimizer.lr", "1e-5", "--evaluation.num-samples", "4"]
+        counts = f"{len(train)} to train on and {len(held_out)} held out"
+        refuse(f"--questions {options.questions}: {counts}; expected some of both")
+    runs = options.runs
+    runs.mkdir(parents=True, exist_ok=True)
+    train_file = write_questions(runs / "train.jsonl", train)
+    held_out_file = write_questions(runs / "held_out.jsonl", held_out[: options.held_out])
+    command = ["--config", str(CONFIG), "--output", str(runs)]
+    command += ["--objectives", options.objectives, "--seeds", options.seeds]
+    command += ["--model.path", options.model]
+    command += ["--data.path", str(train_file), "--evaluation.path", str(held_out_file)]
+    command += f"--training.num-steps {options.steps} --data.questions-per-step 16".split()
+    command += ["--rollout.num-samples", "16", "--rollout.max-new-tokens", "320", "--optimizer.lr", "1e-5"]
+    command += ["--evaluation.num-samples", "4"]
     if is_cuda:
-        settings += [
-            "--model.dtype",
-            "bfloat16",
-            "--rollout.max-num-seqs",
-            "256",
-            "--training.tokens-per-micro-batch",
-            "16384",
-        ]
-    command = [
-        "--config",
-        str(CONFIG),
-        "--objectives",
-        options.objectives,
-        "--seeds",
-        options.seeds,
-        "--output",
-        str(options.runs),
-    ]
-    code = run_compare([*command, *settings, *flags])
+        command += ["--model.dtype", "bfloat16", "--rollout.max-num-seqs", "256"]
+        command += ["--training.tokens-per-micro-batch", "16384"]
+    code = run_compare([*command, *options.flags])
     assert code == 0, f"rlsc compare: exit code {code}"
-    device = torch.device("cuda" if is_cuda else "cpu")
-    result = json.loads((options.runs / "comparison.json").read_text(encoding="utf-8"))
-    result["split"] = {
-        "train": len(train),
-        "held_out": len(held_out),
-        "evaluated": min(len(held_out), options.held_out),
-    }
-    result["about"] = about(device) | {
-        "model": Path(options.model).name,
-        "questions_file": Path(options.questions).name,
-    }
-    result["settings"]["flags"] = flags  # without the paths of temporary files
-    out = options.out or RESULTS / device_name(device)
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "real_model.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    for kind in ("md", "svg"):
-        shutil.copyfile(options.runs / f"comparison.{kind}", out / f"real_model.{kind}")
-    print(f"wrote {out}/real_model.json, .md and .svg")
+    result = json.loads((runs / "comparison.json").read_text(encoding="utf-8"))
+    evaluated = min(len(held_out), options.held_out)
+    result["split"] = {"train": len(train), "held_out": len(held_out), "evaluated": evaluated}
+    result["settings"]["flags"] = options.flags  # without the paths of temporary files
+    facts = {"model": Path(options.model).name, "questions_file": Path(options.questions).name}
+    path = save(__file__, result, torch.device("cuda" if is_cuda else "cpu"), options.out, **facts)
+    for suffix in (".md", ".svg"):
+        shutil.copyfile(runs / f"comparison{suffix}", path.with_suffix(suffix))
+    print(f"wrote {path}, .md and .svg")
 
 
 if __name__ == "__main__":

@@ -20,7 +20,6 @@ The last columns show the bytes that each rank would receive if all answers were
 17.5 bytes per token, twice, and 137 ns each to unpickle, as measured with tuples of Python numbers.
 """
 
-import argparse
 import heapq
 import json
 from collections.abc import Sequence
@@ -31,7 +30,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.harness import RESULTS, about
+from benchmarks.harness import command_line, save
 from rlsc_mcore.data.balance import assign, loads
 from rlsc_mcore.model.shape import Architecture
 from rlsc_mcore.planning.known_models import MODELS, num_parameters
@@ -63,18 +62,12 @@ CASES = [
 
 
 def main() -> None:
-    """Simulate every case and write scale.json and the figure."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=RESULTS / "cpu", help="folder of the result")
-    options = parser.parse_args()
+    """Simulate every case and write results/cpu/scale.json and the figure."""
+    options = command_line(__doc__)
     rows = [simulate(*case) for case in CASES]
     for row in rows:
         print(json.dumps(row))
-    options.out.mkdir(parents=True, exist_ok=True)
-    file = options.out / "scale.json"
-    file.write_text(
-        json.dumps({"about": about(torch.device("cpu")), "rows": rows}, indent=1) + "\n", encoding="utf-8"
-    )
+    save(__file__, {"rows": rows}, torch.device("cpu"), options.out)
     draw(rows, FIGURE)
 
 

@@ -8,22 +8,13 @@ kernel launch takes longer.
 from collections.abc import Callable
 from functools import partial
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from benchmarks.harness import (
-    Row,
-    Task,
-    arguments,
-    device_name,
-    finish,
-    measure,
-    measure_ceilings,
-    table,
-    write,
-)
+from benchmarks.harness import Task
+from benchmarks.kernel_harness import Checks, KernelBenchmark
 from rlsc_mcore.ops import sequence_sums
 
 
@@ -67,7 +58,7 @@ PROVIDERS: dict[str, Callable[[Inputs], Tensor]] = {
 }
 
 
-def check(provider: Callable[[Inputs], Tensor], inputs: Inputs) -> dict[str, Any]:
+def check(provider: Callable[[Inputs], Tensor], inputs: Inputs) -> Checks:
     """Compare with a float64 sum on the host; ValueError if it is wrong."""
     got = provider(inputs)
     host = torch.where(inputs.mask, inputs.values.double(), 0.0).cpu()
@@ -81,42 +72,21 @@ def check(provider: Callable[[Inputs], Tensor], inputs: Inputs) -> dict[str, Any
 
 def main() -> None:
     """Measure two sizes and write results/<device>/sequence_sum.json."""
-    options = arguments(__doc__)
-    device: torch.device = options.device
-    ceilings = measure_ceilings(device, torch.float32)
-    rows: list[Row] = []
+    bench = KernelBenchmark(__doc__)
     for num_tokens, num_sequences in ((16384, 16), (49152, 64)):
-        inputs = make_inputs(num_tokens, num_sequences, device)
-        tasks: dict[str, Task] = {}
-        checks: dict[str, dict[str, Any]] = {}
         case = f"T={num_tokens} S={num_sequences}"
-        for name, provider in PROVIDERS.items():
-            try:
-                checks[name] = check(provider, inputs)
-                tasks[name] = Task(partial(provider, inputs))
-            except Exception as error:
-                rows.append(
-                    Row(case, name, skipped=f"{type(error).__name__}: {str(error).splitlines()[0][:120]}")
-                )
-        for name, timing in measure(tasks, device, options.seconds).items():
-            rows.append(
-                Row(
-                    case,
-                    name,
-                    checks=checks[name],
-                    timing=timing,
-                    bytes_moved=5.0 * num_tokens,
-                    flops=float(num_tokens),
-                )
-            )
-    finish(
-        rows,
-        "reference (segment_reduce)",
-        ceiling_of=lambda row: 1e3 * row.bytes_moved / ceilings.read_bytes_per_s,
-    )
-    path = write("sequence_sum", rows, ceilings, device, options.out)
-    print(table(rows, device))
-    print(f"{device_name(device)}: {path}")
+        inputs = make_inputs(num_tokens, num_sequences, bench.device)
+        builders = {name: lambda provider=provider: provider for name, provider in PROVIDERS.items()}
+        passed = bench.check(case, builders, lambda _, provider, inputs=inputs: check(provider, inputs))
+        bench.time(
+            case,
+            {name: Task(partial(provider, inputs)) for name, (provider, _) in passed.items()},
+            {name: checks for name, (_, checks) in passed.items()},
+            flops=float(num_tokens),
+            bytes_moved=5.0 * num_tokens,
+        )
+    rate = bench.ceilings.read_bytes_per_s
+    bench.finish(__file__, "reference (segment_reduce)", lambda row: row.bytes_moved / rate)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,8 @@ example `--training.recompute full` or `--optimizer.cpu-offload 0.5`.
 
 Correctness is checked first: loss and gradient norm of two steps must equal those of plain `transformers`
 with `torch.optim.AdamW`. On a CPU that side is timed too, in turn on the same sequences (padded by length,
-full logits); quote only the ratios.
+full logits). `ratio` is this program's tokens/s over that side's, and its peak memory over that side's; quote
+only the ratios.
 
     python -m benchmarks.bench_train_step                               # the embedded model, a CPU
     python -m benchmarks.bench_train_step --shape qwen2.5-1.5b          # random weights; one H200: goal 45 %
@@ -20,14 +21,11 @@ full logits); quote only the ratios.
 import argparse
 import gc
 import json
-import os
 import random
-import subprocess
-import sys
 import tempfile
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +35,19 @@ quiet_libraries()
 
 import torch  # noqa: E402
 
-from benchmarks.harness import RESULTS, Task, about, device_name, measure, measure_ceilings  # noqa: E402
-from benchmarks.plain_transformers import accumulate, load_model, pad_by_length  # noqa: E402
+from benchmarks.harness import (  # noqa: E402
+    Task,
+    command_line,
+    device_name,
+    in_process,
+    leave,
+    measure,
+    measure_ceilings,
+    process_clock,
+    refuse,
+    save,
+)
+from benchmarks.plain_transformers import accumulate, load_model, num_tokens, pad_by_length  # noqa: E402
 from benchmarks.shapes import GOALS  # noqa: E402
 from benchmarks.step_parts import seconds_in_collectives, timed_parts  # noqa: E402
 from benchmarks.trainers import find_shape, make_trainer, write_config  # noqa: E402
@@ -56,87 +65,44 @@ from rlsc_mcore.training.step import Trainer  # noqa: E402
 from rlsc_mcore.types import Rollout, UniqueSequence  # noqa: E402
 
 TOLERANCES = {"float32": (1e-4, 1e-3), "bfloat16": (2e-2, 5e-2)}  # relative, of loss and gradient norm
-GATE_LAYERS, GATE_SEQUENCES = (
-    2,
-    4,
-)  # layers of the checked model on a GPU, because two whole models would not fit
-MALLOC = {
-    "MALLOC_MMAP_THRESHOLD_": "65536",
-    "MALLOC_TRIM_THRESHOLD_": "65536",
-    "MALLOC_ARENA_MAX": "1",
-}  # freed memory returns to the system
+# Layers and sequences of the checked model on a GPU, because two whole models would not fit.
+GATE_LAYERS, GATE_SEQUENCES = 2, 4
+# Freed memory returns to the system at once.
+MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
 
 
 def main() -> None:
-    """Measure one shape and write <out>/train_step_<shape>.json."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    """Measure one shape and write results/<device>/train_step_<shape>.json."""
+    options = command_line(
+        __doc__,
+        flags=True,
+        shape=("embedded:tiny_qwen2", "a public model's name, a model folder or embedded:tiny_qwen2"),
+        layers=(int, "only so many layers of it"),
+        sequences=(int, "sequences of a step, over all ranks (default: 40 on a GPU, 128 on a CPU)"),
+        sequence_length=(int, "tokens of a sequence with its prompt (default: 3072 on a GPU, 96 on a CPU)"),
+        prompt_tokens=(32, "of them the prompt, which is not trained"),
+        ragged=(False, "lengths between the prompt and --sequence-length instead of all equal"),
+        repeats=(5, "timed steps of each side, after two that are not"),
     )
-    parser.add_argument(
-        "--shape",
-        default="embedded:tiny_qwen2",
-        help="a public model's name, a model folder or embedded:tiny_qwen2",
-    )
-    parser.add_argument("--layers", type=int, help="only so many layers of it")
-    parser.add_argument(
-        "--sequences",
-        type=int,
-        help="sequences of a step, over all ranks (default: 40 on a GPU, 128 on a CPU)",
-    )
-    parser.add_argument(
-        "--sequence-length",
-        type=int,
-        help="tokens of a sequence, prompt included (default: 3072 on a GPU, 96 on a CPU)",
-    )
-    parser.add_argument(
-        "--prompt-tokens", type=int, default=32, help="of them the prompt, which is not trained"
-    )
-    parser.add_argument(
-        "--ragged",
-        action="store_true",
-        help="lengths between the prompt and --sequence-length instead of all equal",
-    )
-    parser.add_argument(
-        "--repeats", type=int, default=5, help="timed steps of each side, after two that are not"
-    )
-    parser.add_argument(
-        "--out", type=Path, help="folder of the result (default: benchmarks/results/<device>)"
-    )
-    parser.add_argument(
-        "--memory-of",
-        choices=["rlsc_mcore", "transformers"],
-        help="only print that side's peak (used by itself)",
-    )
-    options, flags = parser.parse_known_args()
     backend = get_backend()
     options.sequences = options.sequences or (40 if backend.is_cuda else 128)
     options.sequence_length = options.sequence_length or (3072 if backend.is_cuda else 96)
-    if not 0 < options.prompt_tokens < options.sequence_length:
-        parser.error(
-            f"--prompt-tokens: expected fewer than --sequence-length {options.sequence_length}, got "
-            f"{options.prompt_tokens}"
+    if not 0 < options.prompt_tokens < (length := options.sequence_length):
+        refuse(
+            f"--prompt-tokens: expected fewer than --sequence-length {length}, got {options.prompt_tokens}"
         )
-    flags = [*default_flags(find_shape(options.shape), backend), *flags]
+    flags = [*default_flags(find_shape(options.shape), backend), *options.flags]
     groups = initialize_groups(backend, int(flag_value(flags, "--parallel.tp", "1")))
     with tempfile.TemporaryDirectory() as scratch:
         bench = Bench(options, flags, backend, groups, Path(scratch))
-        if options.memory_of is not None:
-            print(json.dumps({"peak_bytes": bench.peak_host_bytes(options.memory_of)}), flush=True)
-            os._exit(0)
-        result = bench.run()
+        result, facts = bench.run()
     if groups.is_main:
-        text = json.dumps(result, indent=1)
-        print(text)
-        print(describe(result))
-        out = options.out or RESULTS / device_name(backend.device)
-        out.mkdir(parents=True, exist_ok=True)
+        print(json.dumps(result, indent=1))
+        print(describe({**result, "about": facts}))
         spread = f"_tp{groups.tp_size}_dp{groups.dp_size}" if groups.world_size > 1 else ""
-        (out / f"train_step_{short_name(options.shape)}{spread}.json").write_text(
-            text + "\n", encoding="utf-8"
-        )
+        save(__file__, result, backend.device, options.out, short_name(options.shape) + spread, **facts)
     groups.barrier()
-    sys.stdout.flush()
-    os._exit(0)  # skip the shutdown of process groups
+    leave()
 
 
 def short_name(shape: str) -> str:
@@ -153,12 +119,8 @@ def default_flags(shape: Architecture, backend: Backend) -> list[str]:
     # 7.6 B parameters: weights 14 GiB, gradients 28, masters 28, moments 28 in bfloat16 (57 in float32, which
     # does not fit), and 22 of activations per 3072 tokens. Without TransformerEngine's Adam half of the
     # optimizer state is offloaded to the host.
-    memory = (
-        ["--optimizer.precision-aware", "True"]
-        if has_transformer_engine()
-        else ["--optimizer.cpu-offload", "0.5"]
-    )
-    return ["--model.dtype", "bfloat16", "--training.tokens-per-micro-batch", "3072", *memory]
+    memory = "--optimizer.precision-aware True" if has_transformer_engine() else "--optimizer.cpu-offload 0.5"
+    return f"--model.dtype bfloat16 --training.tokens-per-micro-batch 3072 {memory}".split()
 
 
 def flag_value(flags: Sequence[str], name: str, default: str) -> str:
@@ -186,46 +148,44 @@ class Bench:
         self.options, self.flags, self.backend, self.groups = options, list(flags), backend, groups
         self.shape = find_shape(options.shape)
         self.folder = write_config(self.shape, scratch / "model", options.layers)
-        self.gate_folder = (
-            write_config(self.shape, scratch / "gate", GATE_LAYERS) if backend.is_cuda else self.folder
-        )
+        self.gate_folder = self.folder
+        if backend.is_cuda:
+            self.gate_folder = write_config(self.shape, scratch / "gate", GATE_LAYERS)
         self.sequences = make_sequences(options, self.shape.vocab_size)
 
-    def run(self) -> dict[str, Any]:
-        """Check, then measure everything; collective over the world."""
-        gemm = measured_gemm_flops_per_s(
-            self.backend, DTYPES[flag_value(self.flags, "--model.dtype", "bfloat16")]
-        )
+    def run(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Check, then measure everything. Return the result and what was measured; collective over the
+        world."""
+        dtype = DTYPES[flag_value(self.flags, "--model.dtype", "bfloat16")]
+        gemm = measured_gemm_flops_per_s(self.backend, dtype)
         correct = self.check()
         gc.collect()  # the checked trainer and model
         self.backend.release_cached_memory()
         trainer = make_trainer(self.folder, self.flags, self.backend, self.groups)
         ours = self.our_step(trainer)
         tasks = {"rlsc_mcore": Task(ours)}
-        if not self.backend.is_cuda:
-            tasks["transformers"] = Task(self.their_step(trainer, self.folder, self.sequences))
         if self.backend.is_cuda:
             torch.cuda.reset_peak_memory_stats()
-        # A single process on a CPU is timed by its own CPU seconds, so that other processes have no effect.
+        else:
+            tasks["transformers"] = Task(self.their_step(trainer, self.folder, self.sequences))
+        clock, clock_name = process_clock(self.backend.device, self.groups.world_size)
         # Every rank runs the same number of rounds.
-        alone = not self.backend.is_cuda and self.groups.world_size == 1
-        clock = time.process_time if alone else time.perf_counter
-        timings = measure(tasks, self.backend.device, seconds=0.0, fewest=self.options.repeats, clock=clock)
+        timings = measure(tasks, self.backend.device, 0.0, self.options.repeats, clock)
         device_memory = self.backend.memory_bytes()
         seconds = timings["rlsc_mcore"].median_ms / 1e3
-        step = self.sizes(trainer)
+        theirs, step = timings.get("transformers"), self.sizes(trainer)
         result = {
             "correct": correct,
             "step": step,
-            "clock": "CPU seconds of the process" if alone else "seconds",
+            "clock": clock_name,
             "timing_ms": {name: asdict(timing) for name, timing in timings.items()},
             "tokens_per_s": round(step["tokens"] / seconds, 1),
-            "tokens_per_s_over_transformers": ratio(timings),
+            "ratio": None if theirs is None else round(theirs.median_ms / 1e3 / seconds, 3),
             "utilisation": self.utilisation(step["model_flops"] / seconds / self.groups.world_size, gemm),
             "share": self.shares(trainer, ours, seconds),
             "memory": self.memory(device_memory),
         }
-        return {**result, "about": self.about(trainer)}
+        return result, self.facts(trainer)
 
     def our_step(self, trainer: Trainer) -> Callable[[], Any]:
         """Run one step of this engine's trainer on this rank's share of the sequences."""
@@ -241,21 +201,19 @@ class Bench:
         self, trainer: Trainer, folder: Path, sequences: Sequence[UniqueSequence]
     ) -> Callable[[], tuple[float, float]]:
         """Run the same step with the same weights in plain `transformers`. Return loss and gradient norm."""
-        config, policy = trainer.config, trainer.policy
-        tensors = export_weights(
-            policy.weights, policy.architecture, self.groups.tp_group, self.groups.tp_size
-        )
+        config, policy, tp = trainer.config, trainer.policy, self.groups.tp_size
+        tensors = export_weights(policy.weights, policy.architecture, self.groups.tp_group, tp)
         model = load_model(folder, tensors, DTYPES[config.model.dtype], self.backend.device)
         padded = pad_by_length(sequences, config.training.tokens_per_micro_batch)
         options, alpha, temperature = config.optimizer, config.algorithm.alpha, trainer.log_prob_temperature
-        matrices = [p for p in model.parameters() if p.dim() > 1]
-        vectors = [p for p in model.parameters() if p.dim() <= 1]
-        groups = [
-            {"params": matrices, "weight_decay": options.weight_decay},
-            {"params": vectors, "weight_decay": 0.0},
-        ]
+        matrices = {
+            "params": [p for p in model.parameters() if p.dim() > 1],
+            "weight_decay": options.weight_decay,
+        }
+        vectors = {"params": [p for p in model.parameters() if p.dim() <= 1], "weight_decay": 0.0}
+        betas = options.beta1, options.beta2
         optimizer = torch.optim.AdamW(
-            groups, lr=options.lr, betas=(options.beta1, options.beta2), eps=options.eps, fused=True
+            [matrices, vectors], lr=options.lr, betas=betas, eps=options.eps, fused=True
         )
 
         def step() -> tuple[float, float]:
@@ -271,45 +229,40 @@ class Bench:
         """Compare loss and gradient norm of two steps with `transformers`; raises AssertionError where they
         differ."""
         trainer = make_trainer(self.gate_folder, self.flags, self.backend, self.groups)
-        sequences = (
-            self.sequences[: max(GATE_SEQUENCES, self.groups.dp_size)]
-            if self.backend.is_cuda
-            else self.sequences
-        )
+        sequences = self.sequences
+        if self.backend.is_cuda:
+            sequences = sequences[: max(GATE_SEQUENCES, self.groups.dp_size)]
         batches = self.batches(trainer, sequences)
         theirs = self.their_step(trainer, self.gate_folder, sequences)
-        losses, norms = [], []
-        loss_limit, norm_limit = TOLERANCES[trainer.config.model.dtype]
+        found: dict[str, list[list[float]]] = {"loss": [], "grad_norm": []}
+        tolerances = TOLERANCES[trainer.config.model.dtype]
         for step in range(2):  # the second step uses the first step's update
             outcome = trainer.step(batches, 0, len(sequences))
-            loss, norm = theirs()
-            losses.append([outcome.loss, loss])
-            norms.append([outcome.grad_norm, norm])
-            assert abs(outcome.loss - loss) <= loss_limit * abs(loss), (
-                f"step {step + 1}: loss {outcome.loss}, transformers {loss}"
-            )
-            assert abs(outcome.grad_norm - norm) <= norm_limit * norm, (
-                f"step {step + 1}: norm {outcome.grad_norm}, transformers {norm}"
-            )
-        found = {"loss_and_transformers": losses, "grad_norm_and_transformers": norms}
-        return {**found, "layers": trainer.policy.megatron_config.num_layers, "sequences": len(sequences)}
+            pairs = zip((outcome.loss, outcome.grad_norm), theirs(), strict=True)
+            for (name, values), pair, tolerance in zip(found.items(), pairs, tolerances, strict=True):
+                values.append(list(pair))
+                assert abs(pair[0] - pair[1]) <= tolerance * abs(pair[1]), (
+                    f"step {step + 1}: {name} {pair[0]}, transformers {pair[1]}"
+                )
+        return {
+            **{f"{name}_and_transformers": values for name, values in found.items()},
+            "layers": trainer.policy.megatron_config.num_layers,
+            "sequences": len(sequences),
+        }
 
     def sizes(self, trainer: Trainer) -> dict[str, Any]:
         """Count the tokens and FLOPs of a step over all ranks."""
         cost = trainer.policy.architecture.cost_model()
-        lengths = [
-            (len(s.rollout.prompt_ids) + len(s.rollout.response_ids), sum(s.trained)) for s in self.sequences
-        ]
+        lengths = [num_tokens(sequence) for sequence in self.sequences]
+        trained = [sum(sequence.trained) for sequence in self.sequences]
+        weights, tp = trainer.policy.weights, self.groups.tp_size
         return {
             "sequences": len(lengths),
-            "tokens": sum(length for length, _ in lengths),
-            "trained_tokens": sum(trained for _, trained in lengths),
+            "tokens": sum(lengths),
+            "trained_tokens": sum(trained),
             "micro_batches_of_a_rank": len(self.batches(trainer, self.sequences)),
-            "model_flops": sum(cost.flops(*each) for each in lengths),
-            "parameters": sum(
-                w.parameter.numel() * (1 if w.tp_dim is None else self.groups.tp_size)
-                for w in trainer.policy.weights
-            ),
+            "model_flops": sum(map(cost.flops, lengths, trained)),
+            "parameters": sum(w.parameter.numel() * (1 if w.tp_dim is None else tp) for w in weights),
         }
 
     def utilisation(self, flops_per_s: float, gemm: float) -> dict[str, Any]:
@@ -347,49 +300,18 @@ class Bench:
             return {name: device_memory[name] for name in ("device_peak", "device_reserved")}
         if self.groups.world_size > 1:
             return {}
-        peaks = {side: self.peak_of_child(side) for side in ("rlsc_mcore", "transformers")}
-        return {
-            "peak_bytes": peaks,
-            "over_transformers": round(peaks["rlsc_mcore"] / peaks["transformers"], 3),
-        }
+        sides = ("rlsc_mcore", "transformers")
+        child = partial(in_process, peak_host_bytes, self.options, self.flags, environment=MALLOC)
+        peaks = {side: child(side) for side in sides}
+        return {"peak_bytes": peaks, "ratio": round(peaks["rlsc_mcore"] / peaks["transformers"], 3)}
 
-    def peak_of_child(self, side: str) -> int:
-        """Run this benchmark with the same arguments in a process that measures the memory of one side."""
-        command = [sys.executable, "-m", "benchmarks.bench_train_step", *sys.argv[1:], "--memory-of", side]
-        run = subprocess.run(
-            command, env={**os.environ, **MALLOC}, capture_output=True, text=True, check=False
-        )
-        assert run.returncode == 0, run.stderr
-        return int(json.loads(run.stdout.splitlines()[-1])["peak_bytes"])
-
-    def peak_host_bytes(self, side: str) -> int:
-        """Build one side, run two steps and return the peak of the second minus the memory before it."""
-        import transformers  # noqa: F401  # import it before the measurement, for both sides
-
-        before = resident("VmRSS")
-        trainer = make_trainer(self.folder, self.flags, self.backend, self.groups)
-        step = (
-            self.our_step(trainer)
-            if side == "rlsc_mcore"
-            else self.their_step(trainer, self.folder, self.sequences)
-        )
-        del trainer
-        gc.collect()
-        step()
-        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # reset the peak
-        step()
-        return resident("VmHWM") - before
-
-    def about(self, trainer: Trainer) -> dict[str, Any]:
-        """Return what was measured, and the command, commit and versions of the run."""
+    def facts(self, trainer: Trainer) -> dict[str, Any]:
+        """Return what was measured."""
         config = trainer.config
         return {
-            **about(self.backend.device),
             "shape": self.options.shape,
             "layers": trainer.policy.megatron_config.num_layers,
-            "layer_implementation": "TransformerEngine"
-            if trainer.policy.transformer_engine
-            else "torch SDPA",
+            "layer_implementation": ("torch SDPA", "TransformerEngine")[trainer.policy.transformer_engine],
             "adam": self.backend.adam_source(),
             "dtype": config.model.dtype,
             "recompute": config.training.recompute,
@@ -425,33 +347,47 @@ def measured_gemm_flops_per_s(backend: Backend, dtype: torch.dtype) -> float:
         torch.cuda.empty_cache()
         return best
     a, b = (torch.randn(768, 768, dtype=dtype) for _ in range(2))
-    timing = measure(
-        {"product": Task(lambda: cpu_linear(a, b))}, backend.device, 0.0, fewest=100, clock=time.process_time
-    )["product"]
+    tasks = {"product": Task(lambda: cpu_linear(a, b))}
+    timing = measure(tasks, backend.device, 0.0, fewest=100, clock=process_clock(backend.device)[0])[
+        "product"
+    ]
     return 2.0 * 768**3 / (timing.median_ms * 1e-3)
 
 
-def ratio(timings: dict[str, Any]) -> float | None:
-    """Return the speed over that of `transformers`, None if it was not timed."""
-    theirs = timings.get("transformers")
-    return None if theirs is None else round(theirs.median_ms / timings["rlsc_mcore"].median_ms, 3)
+def peak_host_bytes(options: argparse.Namespace, flags: Sequence[str], side: str) -> int:
+    """Build one side in this process, run two steps and return the peak of the second minus the memory before
+    the first."""
+    import transformers  # noqa: F401  # import it before the measurement, for both sides
+
+    backend = get_backend()
+    groups = initialize_groups(backend, 1)
+    with tempfile.TemporaryDirectory() as scratch:
+        bench = Bench(options, flags, backend, groups, Path(scratch))
+        before = resident("VmRSS")
+        trainer = make_trainer(bench.folder, bench.flags, backend, groups)
+        if side == "rlsc_mcore":
+            step = bench.our_step(trainer)
+        else:
+            step = bench.their_step(trainer, bench.folder, bench.sequences)
+    del trainer
+    gc.collect()
+    step()
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # reset the peak
+    step()
+    return resident("VmHWM") - before
 
 
 def describe(result: dict[str, Any]) -> str:
     """Return one line that says whether the goal is reached."""
     utilisation, shape = result["utilisation"], result["about"]["shape"]
     if "mfu" not in utilisation:
-        over = result["tokens_per_s_over_transformers"]
-        return f"{shape}: {over:.2f} x the tokens/s of transformers with AdamW; no GPU, so no model FLOPs utilisation"
+        ratio = result["ratio"]
+        return f"{shape}: {ratio:.2f} x the tokens/s of transformers with AdamW; no GPU, so no model FLOPs utilisation"
     mfu, goal = utilisation["mfu"], utilisation["goal_on_one_h200"]
     if mfu is None:
         return f"{shape}: this GPU's peak is not known ({', '.join(GPUS)} are); no model FLOPs utilisation"
-    said = f"{shape}: model FLOPs utilisation {mfu:.1%}"
-    return (
-        said
-        if goal is None
-        else f"{said}, goal on one H200 {goal:.0%}: {'reached' if mfu >= goal else 'MISSED'}"
-    )
+    outcome = f", goal on one H200 {goal:.0%}: {'reached' if mfu >= goal else 'MISSED'}" if goal else ""
+    return f"{shape}: model FLOPs utilisation {mfu:.1%}{outcome}"
 
 
 def resident(field: str) -> int:

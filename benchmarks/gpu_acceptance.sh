@@ -51,7 +51,7 @@ command -v "$python" >/dev/null || stop "PYTHON: no program $python"
 if [[ -n $rehearse ]]; then
     [[ -n $out ]] || stop "--rehearse: expected --out FOLDER with it, so that no result of a GPU is replaced"
     gpu=cpu minutes_in_all=40
-    export CUDA_VISIBLE_DEVICES=""
+    export CUDA_VISIBLE_DEVICES="" TORCH_COMPILE_DISABLE=1 # compiling takes longer than all the rest
 elif [[ -z $dry ]]; then
     gpu=$("$python" -c 'import torch
 from benchmarks.harness import device_name
@@ -134,16 +134,16 @@ needs() {
 compgen -G 'rlsc_mcore/_C*.so' >/dev/null || rm -f "$out/.done/build"
 small=1.5b large=7b
 swap_shapes=(qwen2.5-0.5b qwen2.5-1.5b) step_flags=() loop_config=configs/qwen2.5_math_1.5b_1gpu.yaml
-loop_flags=(--data.template chat --data.questions-per-step 8 --rollout.num-samples 16 --rollout.max-new-tokens 1024)
+kernel_flags=() loop_flags=(--data.template chat --data.questions-per-step 8 --rollout.num-samples 16 --rollout.max-new-tokens 1024)
 loop_steps=(--steps 3 --repeats 3) large_steps=(--steps 2) small_model=$models/qwen2.5-1.5b large_model=$models/qwen2.5-7b peer_flags=()
 large_flags=(--rollout.kv-cache-gib 8 --optimizer.precision-aware True --training.tokens-per-micro-batch 3328)
 seconds_per_case=${SECONDS_PER_CASE:-1.5}
 if [[ -n $rehearse ]]; then
-    swap_shapes=() step_flags=(--layers 1 --sequences 4 --sequence-length 48 --prompt-tokens 16 --repeats 2)
+    kernel_flags=(--tiny) swap_shapes=() step_flags=(--layers 1 --sequences 2 --sequence-length 24 --prompt-tokens 16 --repeats 1)
     loop_config=configs/tiny_cpu.yaml small_model=embedded:tiny_qwen2 large_model=embedded:tiny_qwen2
-    loop_flags=(--data.questions-per-step 2 --rollout.num-samples 2 --rollout.max-new-tokens 8)
-    loop_steps=(--steps 1 --repeats 2) large_steps=(--steps 1) large_flags=(--training.tokens-per-micro-batch 256) seconds_per_case=0.05
-    peer_flags=(--questions 2 --num-samples 2 --max-new-tokens 8 --steps 2 --turns 1 --per-device-batch 2)
+    loop_flags=(--data.questions-per-step 2 --rollout.num-samples 2 --rollout.max-new-tokens 4)
+    loop_steps=(--steps 1 --repeats 1) large_steps=(--steps 1) large_flags=(--training.tokens-per-micro-batch 256) seconds_per_case=0.01
+    peer_flags=(--questions 2 --num-samples 2 --max-new-tokens 4 --steps 2 --turns 1 --per-device-batch 2)
 else
     for size in "$small" "$large"; do
         [[ -f $models/qwen2.5-$size/config.json ]] || rm -f "$out/.done/model_$size"
@@ -154,17 +154,17 @@ fi
 if [[ -z $rehearse ]]; then
     step kernels build 150 env RLSC_NATIVE=cuda "$python" setup.py -q build_ext --inplace
 fi
-step kernels backends 60 "$python" -c 'from rlsc_mcore.ops import describe_backends; print(*describe_backends(), sep="\n")'
+step kernels backends 60 "$python" -c 'from rlsc_mcore.ops import describe_backends; print(*describe_backends(["cpu", "cuda"]), sep="\n")'
 if [[ -z $rehearse ]]; then
     step kernels kernel_tests 150 "$python" -m pytest -q -m "" tests/gpu/ops
 fi
 for bench in log_prob linear_log_prob sequence_sum; do
-    step kernels "$bench" 100 "$python" -m "benchmarks.bench_$bench" --seconds "$seconds_per_case" --out "$out"
+    step kernels "$bench" 100 "$python" -m "benchmarks.bench_$bench" --seconds "$seconds_per_case" ${kernel_flags[@]+"${kernel_flags[@]}"} --out "$out"
 done
 
 # --- swap: the transition from training to sampling, and all ways to bring weights to the engine
 if [[ -n $rehearse ]]; then
-    step swap weight_swap 100 "$python" -m benchmarks.bench_weight_swap --seconds 0.1 --out "$out"
+    step swap weight_swap 100 "$python" -m benchmarks.bench_weight_swap --layers 1 --seconds 0.01 --out "$out"
 fi
 for shape in ${swap_shapes[@]+"${swap_shapes[@]}"}; do
     step swap "weight_swap_${shape#qwen2.5-}" 120 "$python" -m benchmarks.bench_weight_swap --shape "$shape" --out "$out"
@@ -193,14 +193,14 @@ if [[ -z $rehearse ]]; then
     done
 fi
 step loop "end_to_end_$small" 240 "$python" -m benchmarks.bench_end_to_end --config "$loop_config" --model.path "$small_model" \
-    --data.path embedded:train "${loop_flags[@]}" "${loop_steps[@]}" --output "$out/end_to_end_$small.json"
+    --data.path embedded:train "${loop_flags[@]}" "${loop_steps[@]}" --out "$out" --label "$small"
 if needs 130 "end_to_end_$large" "end_to_end_$large" loop; then
     if [[ -z $rehearse ]]; then
         step loop "model_$large" 240 "$python" -m benchmarks.random_model --shape "qwen2.5-$large" --output "$large_model"
     fi
     step loop "end_to_end_$large" 300 "$python" -m benchmarks.bench_end_to_end --config "$loop_config" --only phases \
         --model.path "$large_model" --data.path embedded:train "${loop_flags[@]}" "${large_flags[@]}" "${large_steps[@]}" \
-        --output "$out/end_to_end_$large.json"
+        --out "$out" --label "$large"
 fi
 
 # --- peers: other trainers with the same model, prompts, samples and lengths

@@ -2,12 +2,13 @@
 two calls."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from benchmarks.harness import UnavailableError
+from benchmarks.kernel_harness import UnavailableError
 from rlsc_mcore.ops import library  # noqa: F401  registers torch.ops.rlsc
 from rlsc_mcore.ops.dispatch import OFFERS, choose, why_not
 
@@ -144,7 +145,7 @@ def single_rank_group() -> Any:
     return dist.group.WORLD
 
 
-def providers(device: torch.device) -> list[tuple[str, Callable[[], Provider]]]:
+def providers(device: torch.device) -> dict[str, Callable[[], Provider]]:
     """Return the builders of all providers by name. A missing peer or a builder that raises is reported and
     not fatal."""
     names = ("auto", "cuda", "triton") if device.type == "cuda" else ("auto",)
@@ -157,7 +158,4 @@ def providers(device: torch.device) -> list[tuple[str, Callable[[], Provider]]]:
         "Megatron-Core": megatron,
         "TransformerEngine": transformer_engine,
     }
-    own: list[tuple[str, Callable[[], Provider]]] = [
-        (f"ours {name}", lambda name=name: ours(name, device)) for name in names
-    ]  # type: ignore[misc]
-    return [("ours reference", lambda: ours("reference", device)), *own, *peers.items()]
+    return {f"ours {name}": partial(ours, name, device) for name in ("reference", *names)} | peers

@@ -9,9 +9,8 @@ import torch
 
 from rlsc_mcore.types import UniqueSequence
 
-PaddedBatch = tuple[
-    torch.Tensor, torch.Tensor, list[int]
-]  # ids [B, L], mask of targets [B, L - 1], sequence numbers
+# (ids [B, L], mask of targets [B, L - 1], sequence numbers)
+PaddedBatch = tuple[torch.Tensor, torch.Tensor, list[int]]
 # (log p [B] of the batch's sequences, sequence numbers) -> weights [B]
 Weigh = Callable[[torch.Tensor, list[int]], torch.Tensor]
 
@@ -35,16 +34,17 @@ def load_model(
     return model
 
 
+def num_tokens(sequence: UniqueSequence) -> int:
+    """Return the number of tokens of a sequence with its prompt."""
+    return len(sequence.rollout.prompt_ids) + len(sequence.rollout.response_ids)
+
+
 def pad_by_length(sequences: Sequence[UniqueSequence], budget: int) -> list[PaddedBatch]:
     """Return the sequences in length-sorted padded batches of at most `budget` tokens."""
-    order = sorted(
-        range(len(sequences)),
-        key=lambda i: len(sequences[i].rollout.prompt_ids) + len(sequences[i].rollout.response_ids),
-    )
+    lengths = [num_tokens(sequence) for sequence in sequences]
     groups: list[list[int]] = [[]]
-    for i in order:
-        length = len(sequences[i].rollout.prompt_ids) + len(sequences[i].rollout.response_ids)
-        if groups[-1] and length * (len(groups[-1]) + 1) > budget:
+    for i in sorted(range(len(sequences)), key=lengths.__getitem__):
+        if groups[-1] and lengths[i] * (len(groups[-1]) + 1) > budget:
             groups.append([])
         groups[-1].append(i)
     batches = []

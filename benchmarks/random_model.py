@@ -41,14 +41,10 @@ def make_model(shape: str, output: Path, layers: int | None = None) -> Path:
 
 def main() -> None:
     """Write one model."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shape", required=True, help="a public model's name")
     parser.add_argument("--layers", type=int, help="only so many layers of it")
-    parser.add_argument(
-        "--output", type=Path, required=True, help="folder to write; one that is there is replaced"
-    )
+    parser.add_argument("--output", type=Path, required=True, help="folder to write; it is replaced")
     options = parser.parse_args()
     if options.output.exists() and not (options.output / "config.json").is_file():
         parser.error(f"--output {options.output}: exists and is no model folder; choose another")

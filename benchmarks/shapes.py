@@ -28,15 +28,17 @@ NUM_TOKENS = (4096, 16384, 49152)
 MEMORY_SHAPE = Shape("7B N=49152 TP=1", 49152, 3584, 152064)
 
 
-def head_shapes(device_type: str, full: bool) -> list[Shape]:
+def head_shapes(device_type: str, full: bool, tiny: bool = False) -> list[Shape]:
     """Return the shapes for the head with the loss: `shapes` and, on a GPU, the shape of the memory claim."""
-    found = shapes(device_type, full)
-    return found if device_type != "cuda" or MEMORY_SHAPE in found else [*found, MEMORY_SHAPE]
+    found = shapes(device_type, full, tiny)
+    return found if device_type != "cuda" or tiny or MEMORY_SHAPE in found else [*found, MEMORY_SHAPE]
 
 
-def shapes(device_type: str, full: bool) -> list[Shape]:
+def shapes(device_type: str, full: bool, tiny: bool = False) -> list[Shape]:
     """Return the shapes for a device: on a GPU those of the claims (all shapes with `full`), on a CPU small
-    ones."""
+    ones; with `tiny`, one that takes no time."""
+    if tiny:
+        return [Shape("N=64 H=32 V=1024 half", 64, 32, 1024, 0.5)]
     if device_type != "cuda":
         return [
             Shape("N=512 H=256 V=32768", 512, 256, 32768),
