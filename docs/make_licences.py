@@ -21,7 +21,16 @@ ROOTS = (
     "jinja2",
     "sympy",
 )
-HEAD = """# Licences of dependencies
+HEAD = """# Licences
+
+## Quoted data
+
+`rlsc_mcore/assets/few_shot/mmlu_stem.json` quotes five worked examples of `evaluation/examples.py` in
+QwenLM/Qwen2.5-Math, so that `--few-shot mmlu_stem=5` sends the prompt of the published numbers. No licence was
+found for these examples: delete the file if your rules want one, and name examples of your own with
+`--few-shot-file`. All other questions, models and tokenizers in this repository were made by its own scripts.
+
+## Dependencies
 
 What `pip install` of this program's requirements brings, with the licence that each package declares. Made by
 `python docs/make_licences.py`; none of these packages is part of this repository.

@@ -42,7 +42,12 @@ def main() -> None:
 def pages() -> dict[str, str]:
     """Return file name -> text of each generated page."""
     pictures = {f"images/data_flow_{theme}.svg": data_flow(theme) for theme in THEMES}
-    return {"configuration.md": configuration_page(), "metrics.md": metrics_page(), **pictures}
+    return {
+        "configuration.md": configuration_page(),
+        "metrics.md": metrics_page(),
+        "objectives.md": objectives_page(),
+        **pictures,
+    }
 
 
 def configuration_page() -> str:
@@ -72,7 +77,7 @@ def configuration_page() -> str:
 
 
 def metrics_page() -> str:
-    """Describe every field of a row of metrics.jsonl, and the objectives that it reports on."""
+    """Describe every field of a row of metrics.jsonl."""
     lines = [
         "# Metrics",
         "",
@@ -90,14 +95,36 @@ def metrics_page() -> str:
             f"| `{name}` | {description.label} | {description.unit.strip() or '-'} | "
             f"{_cell(description.help)} |"
         )
-    lines += [
+    return "\n".join(lines) + "\n"
+
+
+def objectives_page() -> str:
+    """Describe every objective: its row of the table, and the loss and source that its rule's module
+    states."""
+    lines = [
+        "# Objectives",
         "",
-        "## Objectives",
+        f"{COMMAND} `algorithm.objective` chooses one; all use the same sampling, packing, kernels and optimizer. "
+        "[Algorithm](algorithm.md) derives RLSC and says what to expect of the others.",
         "",
-        "| `algorithm.objective` | name | what it does |",
-        "| --- | --- | --- |",
+        "| `algorithm.objective` | name | what it does | needs | own defaults |",
+        "| --- | --- | --- | --- | --- |",
     ]
-    lines += [f"| `{row.name}` | {row.label} | {_cell(row.summary)} |" for row in OBJECTIVES.values()]
+    for row in OBJECTIVES.values():
+        needs = [f"{row.min_samples} samples of a question"] if row.min_samples > 1 else []
+        needs += ["`answer`"] if row.needs_labels else []
+        defaults = " ".join(f"`{flag}`" for flag in row.defaults)
+        lines.append(
+            f"| `{row.name}` | {row.label} | {_cell(row.summary)} | {', '.join(needs) or '-'} | "
+            f"{defaults or '-'} |"
+        )
+    modules: dict[str, list[str]] = {}
+    for row in OBJECTIVES.values():
+        modules.setdefault(row.rule.partition(":")[0], []).append(f"`{row.name}`")
+    for module, names in modules.items():
+        file = DOCS.parent / (module.replace(".", "/") + ".py")
+        text = ast.get_docstring(ast.parse(file.read_text(encoding="utf-8")))
+        lines += ["", f"## {', '.join(names)}", "", f"`{module.replace('.', '/')}.py`:", "", text or ""]
     return "\n".join(lines) + "\n"
 
 
@@ -148,9 +175,10 @@ def _help_text(owner: Any, name: str, hint: Any) -> str:
 
 @functools.cache
 def _field_texts() -> dict[tuple[str, str], str]:
-    """Return (class, field) -> the string literal that follows the field in config.py."""
+    """Return (class, field) -> the string literal that follows the field in the package `config`."""
     texts = {}
-    for node in ast.parse(inspect.getsource(config)).body:
+    files = sorted(Path(inspect.getfile(config)).parent.glob("*.py"))
+    for node in [node for file in files for node in ast.parse(file.read_text(encoding="utf-8")).body]:
         if not isinstance(node, ast.ClassDef):
             continue
         for entry, text in itertools.pairwise(node.body):

@@ -46,7 +46,7 @@ _default HF_HUB_DISABLE_PROGRESS_BARS 1
 #                                                     this spelling in this variable. lib.sh warns about all spellings.
 #   NCCL_IB_HCA, NCCL_SOCKET_IFNAME, GLOO_SOCKET_IFNAME, NCCL_IB_SL, NCCL_IB_TIMEOUT  depend on the site; see docs/cluster.md.
 #   NCCL_NVLS_ENABLE  NCCL detects the support of the switch.
-#   OMP_NUM_THREADS   1 by default in rlsc, because more threads are slower; set it to the number of cores of a rank on a CPU.
+#   OMP_NUM_THREADS   threads of each rank on a CPU; default: by the size of the model and the cores of the rank.
 #   TORCH_NCCL_ASYNC_ERROR_HANDLING  on by default in every supported torch.
 unset -f _default
 unset _local

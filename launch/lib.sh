@@ -7,7 +7,8 @@
 #   MODEL DATA TP RUN_DIR         model.path, data.path, parallel.tp, run_dir (default: runs/<job name> in the folder of submission,
 #                                 so that the same command continues the last job's run; in an array runs/<job name>_<task>)
 #   RLSC_CONFIG                   configuration file instead of the recipe's
-#   PYTHON                        interpreter (default: .venv/bin/python of the checkout, else python3)
+#   PYTHON                        interpreter (default: .venv/bin/python of the checkout, or the Python that the wheel is installed
+#                                 in; else python3)
 #   GPUS_PER_NODE NPROC_PER_NODE  GPUs required on each node, ranks on each node (default: one per GPU)
 #   GPU_MEMORY_GIB                memory of one GPU; if set, the plan warns when the run does not fit (by the numbers of `rlsc plan`)
 #   MASTER_PORT                   rendezvous port (default: from the job's id and attempt)
@@ -18,13 +19,12 @@
 #   RLSC_CHECK_IMPORTS            1: every node imports torch, Megatron-Core and vLLM once before the ranks start (10 s of CPU time, more
 #                                 from a cold file system; the ranks then read cached files). 0: only check that the packages exist
 #   RLSC_CHECK_TIMEOUT_S          seconds after which the check of a node fails, or SLURM counts as not answering (300)
-#   RLSC_ROOT                     the checkout, if the script cannot find it
+#   RLSC_ROOT                     the checkout, or the package's folder of an installed wheel, if the script cannot find it
 #
 # In an array, %a in the trainer's arguments and in RUN_DIR is replaced by the task:
 #   sbatch --array=0-3 launch/rlsc_7b.sh --seed %a
 
-RLSC_ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-export RLSC_ROOT
+source "$(dirname "${BASH_SOURCE[0]}")/python.sh"
 source "$RLSC_ROOT/launch/job.sh"
 
 rlsc_say() { printf '[rlsc %s] %s\n' "$(date +%T)" "$*"; }
@@ -43,7 +43,7 @@ _rlsc_number() { # NAME UNIT LEAST DEFAULT VARIABLE
 # rlsc_launch --nodes N --gpus-per-node G --config FILE -- [--dry-run] TRAINER ARGUMENTS: run the whole job,
 # from checks to exit.
 rlsc_launch() {
-    local nodes=$2 gpus=$4 config=$6 dry=""
+    local nodes=$2 gpus=$4 config=$6 dry="" checks_status=0
     shift 7
     if [[ ${1:-} == --dry-run ]]; then
         dry=1
@@ -72,12 +72,11 @@ rlsc_launch() {
     [[ ${GPU_MEMORY_GIB:-1} =~ ^[0-9]*[1-9][0-9]*(\.[0-9]+)?$ ]] || rlsc_die "GPU_MEMORY_GIB: expected GiB, more than 0, got '$GPU_MEMORY_GIB'"
     _rlsc_trainer_arguments "$config" "$@"
     _rlsc_containers
-    export PYTHONPATH=$RLSC_ROOT${PYTHONPATH:+:$PYTHONPATH}
 
     _rlsc_check_input "$nodes" "$ranks"
     _rlsc_rendezvous "$nodes"
     _rlsc_print_plan "$nodes" "$gpus" "$ranks"
-    if [[ -n $dry ]]; then return; fi
+    if [[ -n $dry ]]; then return "$checks_status"; fi
     if [[ -z $job ]]; then
         rlsc_die "not in a SLURM job: submit with sbatch, or try --dry-run; without SLURM: torchrun --nproc-per-node $ranks -m rlsc_mcore.cli train ..."
     fi
@@ -115,11 +114,7 @@ _rlsc_trainer_arguments() { # CONFIG ARGUMENTS...: environment first, so that an
 _rlsc_containers() {
     in_container=() # in front of a command inside a task
     srun_container=()
-    host_python=${PYTHON:-}
-    if [[ -z $host_python ]]; then
-        host_python=$RLSC_ROOT/.venv/bin/python
-        if [[ ! -x $host_python ]]; then host_python=$(command -v python3) || rlsc_die "no python3 in PATH; set PYTHON"; fi
-    fi
+    [[ -n $host_python ]] || rlsc_die "no python3 in PATH; set PYTHON"
     command -v "$host_python" >/dev/null || [[ -n ${CONTAINER:-} ]] || rlsc_die "PYTHON: no program $host_python"
     python=$host_python
     if [[ -z ${CONTAINER:-} ]]; then return; fi
@@ -142,10 +137,13 @@ _rlsc_check_input() { # NODES RANKS: the trainer's own parser decides, without t
     if ((${#in_container[@]})) && { [[ -n $job ]] || command -v "${in_container[0]}" >/dev/null; }; then checker=("${in_container[@]}" "$python"); fi
     if ((${#srun_container[@]})) && [[ -n $job ]]; then checker=(srun --nodes=1 --ntasks=1 "${srun_container[@]}" "$python"); fi
     facts=$("${checker[@]}" -m rlsc_mcore.planning.launch_checks --nodes "$1" --ranks-per-node "$2" \
-        ${GPU_MEMORY_GIB:+"--gpu-memory-gib=$GPU_MEMORY_GIB"} -- "${trainer[@]}") || {
+        ${GPU_MEMORY_GIB:+"--gpu-memory-gib=$GPU_MEMORY_GIB"} ${dry:+--downloads} -- "${trainer[@]}") || {
         local code=$?
-        if ((code == 2)); then exit 2; fi
-        rlsc_die "the checks could not run with ${checker[*]} (exit $code): ${CONTAINER:+look at CONTAINER=$CONTAINER and MOUNTS, or }bash launch/install.sh makes an environment, or set PYTHON"
+        if ((code != 2)); then
+            rlsc_die "the checks could not run with ${checker[*]} (exit $code): ${CONTAINER:+look at CONTAINER=$CONTAINER and MOUNTS, or }bash launch/install.sh makes an environment, or set PYTHON"
+        fi
+        if [[ -z $dry || -z $facts ]]; then exit 2; fi
+        checks_status=2 # a dry run prints the whole plan also where a check failed
     }
     plan=()
     while IFS=$'\t' read -r name value; do

@@ -8,6 +8,6 @@ begin=$(date +%s%N)
 bash launch/install.sh
 milliseconds=$((($(date +%s%N) - begin) / 1000000))
 RLSC_INSTALL_SECONDS=$((milliseconds / 1000)).$(printf %03d $((milliseconds % 1000)))
-export RLSC_INSTALL_SECONDS OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+export RLSC_INSTALL_SECONDS
 unset PYTHONDONTWRITEBYTECODE # without byte code each start of vLLM takes seconds longer
 exec "${RLSC_VENV:-.venv}/bin/python" -m rlsc_mcore.cli quickstart "$@"

@@ -13,10 +13,9 @@
 # SBATCH_ACCOUNT. Other options are passed to every training and evaluation.
 set -euo pipefail
 
-RLSC_ROOT=${RLSC_ROOT:-$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)}
-export RLSC_ROOT PYTHONPATH=$RLSC_ROOT${PYTHONPATH:+:$PYTHONPATH}
-python=${PYTHON:-$RLSC_ROOT/.venv/bin/python}
-[[ -n ${PYTHON:-} || -x $python ]] || python=python3
+# shellcheck source=launch/python.sh
+source "${RLSC_ROOT:-$(dirname "${BASH_SOURCE[0]}")/..}/launch/python.sh"
+python=${host_python:-python3}
 
 mode=slurm
 arguments=()

@@ -9,5 +9,5 @@ bash launch/install.sh --with test
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 unset PYTHONDONTWRITEBYTECODE # without byte code each start of vLLM takes seconds longer
 cores=$(env -u OMP_NUM_THREADS nproc) # which counts threads of OpenMP where it can
-if (($# == 0)) && ((cores > 1)) && [[ ! -e /dev/nvidia0 ]]; then set -- -n 2 --dist loadfile; fi
+if (($# == 0)) && ((cores > 1)) && [[ ! -e /dev/nvidia0 ]]; then set -- -n 2 --dist loadfile --max-worker-restart 0; fi
 exec "${RLSC_VENV:-.venv}/bin/python" -m pytest "$@"
