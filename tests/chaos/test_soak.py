@@ -41,7 +41,7 @@ def test_memory_does_not_grow_over_stops_and_resumes(request: pytest.FixtureRequ
         "--training.save-every",
         "5",
         "--observability.save-rollouts",
-        "false",
+        "False",
     )
     resident: list[int] = []
     limits = resource.getrlimit(resource.RLIMIT_AS)
