@@ -47,7 +47,13 @@ print("saved", flush=True)
 )
 
 
+def hear_hangups() -> None:
+    """Undo an ignored SIGHUP: a child inherits that of a suite that runs under nohup."""
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
 def start(program: str, *arguments: object, **options: object) -> "subprocess.Popen[str]":
+    options.setdefault("preexec_fn", hear_hangups)
     process = subprocess.Popen(
         [sys.executable, "-c", program, *map(str, arguments)],
         stdout=subprocess.PIPE,
