@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Make .venv in the repository's root: the pinned packages of one stack, and rlsc_mcore itself (editable).
 #
-#   bash launch/install.sh [--with test] [--with smollm2] [--with hub] [--with wandb] [--with bench] [--with docs]
+#   bash launch/install.sh [--with test] [--with smollm2] [--with hub] [--with wandb] [--with mlflow] [--with bench] [--with docs]
 #
 # Idempotent: packages that have the pinned version are kept; if nothing is missing, it ends within a second.
 # The stacks and their versions are in rlsc_mcore/commands/stacks.tsv. Settings, all optional, from the
@@ -86,7 +86,7 @@ sets=()
 while (($#)); do
     case $1 in
         --with)
-            [[ ${2:-} =~ ^(test|smollm2|hub|wandb|bench|docs)$ ]] || die "--with takes test, smollm2, hub, wandb, bench or docs, got '${2:-}'"
+            [[ ${2:-} =~ ^(test|smollm2|hub|wandb|mlflow|bench|docs)$ ]] || die "--with takes test, smollm2, hub, wandb, mlflow, bench or docs, got '${2:-}'"
             sets+=("$2")
             shift 2
             ;;
@@ -284,7 +284,7 @@ for name in ${sets[@]+"${sets[@]}"}; do
         set_mark "set-$name" "$key"
         continue
     fi
-    if [[ $name =~ ^(hub|wandb|bench|docs)$ ]]; then # with what they depend on, beside the pinned packages
+    if [[ $name =~ ^(hub|wandb|mlflow|bench|docs)$ ]]; then # with what they depend on, beside the pinned packages
         must "installing the set '$name'" "Nothing but what it is for needs it." pip_install --no-compile -c "$lock" -r "$venv/requirements-$name.txt"
     else
         must "installing the set '$name'" "Check the network and pip's configuration." pip_install --no-compile --no-deps -r "$venv/requirements-$name.txt"

@@ -34,6 +34,9 @@ class ObservabilityConfig:
     wandb_project: str | None = None
     """Also log the metrics of metrics.jsonl to this Weights & Biases project (`pip install wandb`;
     WANDB_MODE=offline needs no network). A resumed run continues the same W&B run."""
+    mlflow_experiment: str | None = None
+    """Also log the metrics of metrics.jsonl to this MLflow experiment (`pip install mlflow`;
+    MLFLOW_TRACKING_URI names the server). A resumed run continues the same MLflow run."""
     save_rollouts: bool = True
     """Write every sampled answer to rollouts/step_*.jsonl."""
     max_log_prob_gap: float | None = None

@@ -1,12 +1,13 @@
-"""Write one row per step to metrics.jsonl, TensorBoard and Weights & Biases; check the rows for alarms."""
+"""Write one row per step to metrics.jsonl, TensorBoard and trackers; check the rows for alarms."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from time import time
 from typing import Any
 
 from rlsc_mcore.observability.step_metrics import DESCRIPTIONS, numbers
+from rlsc_mcore.observability.trackers import Tracker
 from rlsc_mcore.run.files import row_from_json, row_to_json
 from rlsc_mcore.run.folder import METRICS_FILE
 
@@ -16,22 +17,27 @@ TRUNCATED_ALARM_SHARE = 0.9
 
 
 class MetricsWriter:
-    """Append steps to metrics.jsonl, TensorBoard and Weights & Biases on the main rank; keep the rows in
-    memory."""
+    """Append steps to metrics.jsonl, TensorBoard and trackers on the main rank; keep the rows in memory."""
 
     def __init__(
-        self, run_dir: Path, *, first_step: int, enabled: bool, tensorboard: bool, wandb_run: Any = None
+        self,
+        run_dir: Path,
+        *,
+        first_step: int,
+        enabled: bool,
+        tensorboard: bool,
+        trackers: Sequence[Tracker] = (),
     ) -> None:
         """Keep the rows of steps before `first_step`; rewrite the file atomically without later rows.
 
         Later rows come from an interrupted attempt; TensorBoard drops its events of those steps too.
-        `wandb_run` (from `open_wandb`) receives the same numbers, and `close` finishes it.
+        `trackers` (from `open_trackers`) receive the same numbers, and `close` finishes them.
         """
         self.file = run_dir / METRICS_FILE
         self.rows = [row for row in read_metrics(run_dir) if row["step"] < first_step]
         self._enabled = enabled
         self._events: Any = None
-        self._wandb_run = wandb_run
+        self._trackers = trackers
         if not enabled:
             return
         partial = self.file.with_suffix(".partial")
@@ -55,15 +61,15 @@ class MetricsWriter:
             out.write(row_to_json(row) + "\n")
         if self._events is not None:
             self._write_events(row)
-        if self._wandb_run is not None:
-            self._wandb_run.log(dict(numbers(row)), step=row["step"])
+        for tracker in self._trackers:
+            tracker.log(dict(numbers(row)), step=row["step"])
 
     def close(self) -> None:
-        """Flush the TensorBoard events and end the Weights & Biases run."""
+        """Flush the TensorBoard events and end the runs of the trackers."""
         if self._events is not None:
             self._events.close()
-        if self._wandb_run is not None:
-            self._wandb_run.finish()
+        for tracker in self._trackers:
+            tracker.finish()
 
     def _write_events(self, row: Mapping[str, Any]) -> None:
         from tensorboard.compat.proto.summary_pb2 import Summary

@@ -48,6 +48,7 @@ _WRITTEN = (
         "evaluation/after*.json*",
     ),
     *("tensorboard/events.out.tfevents.*", "wandb/run-*", "wandb/latest-run", "wandb/debug*"),
+    *("wandb/offline-run-*", "wandb_id", "mlflow_id"),
 )
 
 

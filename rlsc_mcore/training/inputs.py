@@ -30,7 +30,7 @@ from rlsc_mcore.model.hf_checkpoint import (
 )
 from rlsc_mcore.model.shape import Architecture, check_parallel, check_stages, read_architecture
 from rlsc_mcore.objectives import OBJECTIVES
-from rlsc_mcore.observability.wandb_log import check_wandb
+from rlsc_mcore.observability.trackers import check_trackers
 from rlsc_mcore.parallel.backend import Backend
 from rlsc_mcore.training.input_record import InputRecord, check_unchanged, digest_inputs, prompt_date
 from rlsc_mcore.training.optimizer import check_optimizer
@@ -85,7 +85,7 @@ def read_inputs(
     uses_transformer_engine(config.policy_model, backend)
     check_fp8(config.policy_model, backend)
     check_optimizer(config, backend)
-    check_wandb(config.observability.wandb_project)
+    check_trackers(config.observability)
     stop_conditions(config)
 
     data, rollout, evaluation = config.data, config.rollout, config.evaluation

@@ -16,7 +16,7 @@ from rlsc_mcore.objectives import OBJECTIVES
 from rlsc_mcore.observability.console import Reporter
 from rlsc_mcore.observability.metrics import MetricsWriter
 from rlsc_mcore.observability.nvml import GpuSampler, open_device
-from rlsc_mcore.observability.wandb_log import open_wandb
+from rlsc_mcore.observability.trackers import open_trackers
 from rlsc_mcore.parallel.backend import get_backend
 from rlsc_mcore.parallel.groups import initialize_groups
 from rlsc_mcore.rollout.engine import GenerationInterrupted, RolloutEngine
@@ -89,8 +89,10 @@ class Session:
             claim_inputs(self.run_dir, self.inputs.record, self.groups)
         for warning in self.inputs.warnings:
             self.report.warn(warning)
-        wandb_project = config.observability.wandb_project if self.groups.is_main else None
-        wandb_run = open_wandb(wandb_project, self.run_dir, dataclasses.asdict(config))
+        trackers = []
+        if self.groups.is_main:
+            settings = dataclasses.asdict(config)
+            trackers = open_trackers(config.observability, self.run_dir, settings, self.report.warn)
         status = RunStatus(self.run_dir, config.training.num_steps, enabled=self.groups.is_main, owner=owner)
         gpu = GpuSampler(open_device(self.backend.device.index) if self.backend.is_cuda else None)
         self.progress = StepProgress(status, self.watchdog, self.report, gpu, self.backend.synchronize)
@@ -129,7 +131,7 @@ class Session:
             first_step=self.start_step,
             enabled=self.groups.is_main,
             tensorboard=config.observability.tensorboard,
-            wandb_run=wandb_run,
+            trackers=trackers,
         )
         has_stop_token = bool(self.inputs.stop_token_ids)
         self.recorder = StepRecorder(

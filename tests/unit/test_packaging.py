@@ -163,9 +163,9 @@ def _install(*arguments: str, **environment: str) -> subprocess.CompletedProcess
         (
             ("--with", "everything"),
             {},
-            "--with takes test, smollm2, hub, wandb, bench or docs, got 'everything'",
+            "--with takes test, smollm2, hub, wandb, mlflow, bench or docs, got 'everything'",
         ),
-        (("--with",), {}, "--with takes test, smollm2, hub, wandb, bench or docs, got ''"),
+        (("--with",), {}, "--with takes test, smollm2, hub, wandb, mlflow, bench or docs, got ''"),
         (("--fast",), {}, "unknown argument '--fast'"),
         ((), {"RLSC_DEVICE": "tpu"}, "RLSC_DEVICE: expected cpu or cuda, got 'tpu'"),
         (

@@ -41,7 +41,7 @@ from rlsc_mcore.observability.metrics import MetricsWriter
 from rlsc_mcore.observability.wandb_log import open_wandb
 folder, rows = pathlib.Path(sys.argv[1]), json.loads(sys.argv[2])
 run = open_wandb("rlsc-test", folder, {"optimizer": {"lr": 0.25}})
-writer = MetricsWriter(folder, first_step=rows[0]["step"], enabled=True, tensorboard=False, wandb_run=run)
+writer = MetricsWriter(folder, first_step=rows[0]["step"], enabled=True, tensorboard=False, trackers=[run])
 for row in rows:
     writer.write(row)
 writer.close()
