@@ -17,7 +17,14 @@ from rlsc_mcore.objectives import OBJECTIVES
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-PAGES = ("README.md", "docs/evaluation.md", "docs/results.md", "docs/three_modes.md")
+PAGES = (
+    "README.md",
+    "docs/cluster.md",
+    "docs/evaluation.md",
+    "docs/results.md",
+    "docs/safety.md",
+    "docs/three_modes.md",
+)
 SHORT_ROWS = ("accuracy_t0.5", "lenient_t0.5", "lenient_t1", "greedy", "confidence_f", "distinct_share")
 COLUMN_NAMES = {row.name: row.label for row in OBJECTIVES.values()} | {
     "lower_temperature": "no training, half the temperature"
@@ -61,6 +68,9 @@ def render(text: str) -> str:
         "weight_swap": weight_swap_lines(),
         "grading": grading_lines(),
         "sweep": sweep_lines(),
+        "node_kill": node_kill_lines(),
+        "soak": soak_lines(),
+        "shape_caches": shape_caches_lines(),
         "gpu": gpu_lines(),
     }
     for name, lines in sections.items():
@@ -234,6 +244,59 @@ def sweep_lines() -> list[str]:
     command += ["--seeds", ",".join(map(str, result["seeds"])), *result["settings"]["flags"]]
     source = f"`{' '.join(command)}`: `benchmarks/results/cpu/sweep.json`, `.md`, `.svg`"
     return table([*fields, *columns.values()], rows, source, ())
+
+
+def node_kill_lines() -> list[str]:
+    """Return the time from a node's death to the next finished step, and its parts."""
+    result = _read("node_kill")
+    labels = {
+        "seconds": "from the node's death to the next finished step",
+        "slurm_seconds": "of it until SLURM has started the job again",
+        "own_seconds": "of it checks, imports, loading, rollout and step",
+        "lost_steps": "finished steps lost",
+    }
+    rows = (
+        [label, *(f"{run[name]:.0f}" for run in result["runs"]), f"{result['goals'].get(name, '-'):.3g}"]
+        if name in result["goals"]
+        else [label, *(f"{run[name]:.0f}" for run in result["runs"]), "-"]
+        for name, label in labels.items()
+    )
+    head = ["seconds, embedded model", *(f"run {i + 1}" for i in range(len(result["runs"]))), "goal"]
+    source = (
+        f"`{result['command']}`, {_versions(result)}, {result['slurm']}, {result['processors']} processors"
+    )
+    return table(head, rows, f"{source}: `benchmarks/results/cpu/node_kill.json`")
+
+
+def soak_lines() -> list[str]:
+    """Return the resident memory before each stop of the soak."""
+    result = _read("soak")
+    resident = result["resident_mib"]
+    ends = [result["steps_between_stops"] * (i + 1) for i in range(len(resident))]
+    rows = [["resident MiB", *(f"{size:.0f}" for size in resident)]]
+    source = f"`{result['command']}`, {_versions(result)}: `benchmarks/results/cpu/soak.json`"
+    return table(["at step", *map(str, ends)], rows, source)
+
+
+def shape_caches_lines() -> list[str]:
+    """Return memory and speed by the capacity of the caches of prepared kernels."""
+    result = _read("shape_caches")
+    rows = (
+        [
+            {"onednn": "oneDNN", "blas": "torch's BLAS"}[row["products"]],
+            str(row["capacity"]),
+            str(row["resident_mib_first"]),
+            str(row["resident_mib_last"]),
+            f"{row['ratio']:.2f}",
+        ]
+        for row in result["rows"]
+    )
+    head = ["products", "capacity", "MiB, first step", f"MiB, step {result['steps']}"]
+    head.append("CPU time with capacity 1024 / with this one")
+    source = (
+        f"{_commands([result])}, {_versions(result['about'])}: `benchmarks/results/cpu/shape_caches.json`"
+    )
+    return table(head, rows, source)
 
 
 def _mean_and_error(name: str, score: dict[str, Any]) -> str:

@@ -18,6 +18,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from rlsc_mcore.training.announce import versions
 from tests.slurm.jobs import Cluster
 
 KILLED_IN_STEP = 2  # counted from 0: two steps are finished
@@ -69,7 +70,8 @@ def main() -> int:
         shutil.rmtree(folder)
     medians = {name: statistics.median(run[name] for run in runs) for name in runs[0]}
     result = {
-        "command": "python -m tests.chaos.node_kill",
+        "command": f"python -m tests.chaos.node_kill --runs {known.runs}",
+        "versions": versions(),
         "processors": os.cpu_count(),
         "load_before": round(load, 2),
         "slurm": "SlurmdTimeout=30, cred_expire=6 (tests/slurm/cluster.sh)",
