@@ -128,28 +128,36 @@ def comparison_lines() -> list[str]:
 
 def cpu_lines() -> list[str]:
     """Return ratios and shares of the end-to-end benchmark on a CPU."""
-    tiny, smol, peers = _read("end_to_end"), _read("end_to_end_smollm2"), _read("peers")
-    both = (tiny, smol)
+    measured = [_read(f"end_to_end{variant}") for variant in ("", "_avx2", "_smollm2")]
+    peers = _read("peers")
     trl = f"TRL {peers['about']['trl']}'s GRPO ({peers['sampler_of_trl']})"
     rows = [
-        ["rollout tokens/s, against a stock `vllm.LLM`", *(f"{r['rollout']['ratio']:.2f}" for r in both)],
-        ["forward+backward tokens/s, against `transformers`", *(f"{r['train']['ratio']:.2f}" for r in both)],
+        ["rollout tokens/s, against a stock `vllm.LLM`", *(f"{r['rollout']['ratio']:.2f}" for r in measured)],
+        [
+            "forward+backward tokens/s, against `transformers`",
+            *(f"{r['train']['ratio']:.2f}" for r in measured),
+        ],
         [
             "largest trainer-engine difference of a log-prob",
-            *(f"{r['correct']['log_prob_gap_max']:.0e}" for r in both),
+            *(f"{r['correct']['log_prob_gap_max']:.0e}" for r in measured),
         ],
         *(
-            [f"share of a step: {phase}", *(f"{100 * r['phases']['share'][phase]:.2f} %" for r in both)]
+            [f"share of a step: {phase}", *(f"{100 * r['phases']['share'][phase]:.2f} %" for r in measured)]
             for phase in ("rollout", "train", "pack", "swap", "other")
         ),
-        ["peak memory of the process", *(f"{r['phases']['peak_host_memory_gib']:.1f} GiB" for r in both)],
-        [f"a whole step's seconds per sampled token, {trl} / ours", f"{peers['ratio']:.1f}", "-"],
+        ["peak memory of the process", *(f"{r['phases']['peak_host_memory_gib']:.1f} GiB" for r in measured)],
+        [f"a whole step's seconds per sampled token, {trl} / ours", f"{peers['ratio']:.1f}", "-", "-"],
     ]
     source = (
-        f"{_commands(both)}, {_versions(tiny['about'])}:\n`benchmarks/results/cpu/end_to_end*.json`, which hold "
+        f"{_commands(measured)}, {_versions(measured[0]['about'])}:\n`benchmarks/results/cpu/end_to_end*.json`, which hold "
         f"the seconds too; {_commands([peers])}:\n`benchmarks/results/cpu/peers.json`."
     )
-    return table(["one core, both sides in one run", "embedded model", "SmolLM2-135M"], rows, source)
+    names = {"embedded:tiny_qwen2": "embedded model"}
+    columns = (
+        f"{names.get(r['about']['model'], 'SmolLM2-135M')}, {r['about']['device'].split(', ')[1]}"
+        for r in measured
+    )
+    return table(["one core, both sides in one run", *columns], rows, source)
 
 
 def train_step_lines() -> list[str]:
