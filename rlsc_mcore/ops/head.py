@@ -16,6 +16,7 @@ from torch import Tensor
 
 from rlsc_mcore.ops import library as _registers_the_ops  # noqa: F401
 from rlsc_mcore.ops.chunks import Piece
+from rlsc_mcore.ops.reference import working_dtype
 from rlsc_mcore.ops.shard import VocabShard, check_rows
 from rlsc_mcore.ops.vocab_parallel import PendingScores, Scores, check_shard, group_size, score
 
@@ -234,3 +235,22 @@ def deliver_weight_grad(
         weight.main_grad.addcmul_(grad_VpH, scale.to(grad_VpH.dtype))
     weight.grad_added_to_main_grad = True
     return torch.zeros_like(weight) if getattr(weight, "zero_out_wgrad", False) else torch.empty_like(weight)
+
+
+def saved_gradients(ctx: Any, grad_loss: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """Return the gradients of hidden states and weight that a forward pass saved, times the upstream gradient.
+
+    `ctx` holds them as `saved_tensors` and the weight as `weight`; the inputs 0 and 1 are hidden states and
+    weight. (None, None) if the loss has no gradient.
+    """
+    grad_hidden = grad_weight = None
+    if grad_loss is not None:
+        grad_hidden_TH, grad_weight_VpH = ctx.saved_tensors
+        if ctx.needs_input_grad[0]:
+            # Shape [1] instead of []: a tensor without dimensions would be rounded to the hidden states'
+            # dtype before the product.
+            upstream = grad_loss.to(working_dtype(grad_hidden_TH.dtype)).reshape(1)
+            grad_hidden = torch.mul(grad_hidden_TH, upstream, out=torch.empty_like(grad_hidden_TH))
+        if ctx.needs_input_grad[1]:
+            grad_weight = deliver_weight_grad(ctx.weight, grad_weight_VpH, grad_loss)
+    return grad_hidden, grad_weight

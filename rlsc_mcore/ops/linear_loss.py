@@ -40,14 +40,13 @@ from rlsc_mcore.ops.head import (
     WeightGradient,
     check_head,
     check_logits_dtype,
-    deliver_weight_grad,
     gather_hidden,
     has_main_grad,
     head_product,
     reduce_hidden_grad,
+    saved_gradients,
     score_pieces,
 )
-from rlsc_mcore.ops.reference import working_dtype
 from rlsc_mcore.ops.shard import VocabShard, check_target_range
 from rlsc_mcore.ops.vocab_parallel import GatheredStats, group_rank, group_size, join, join_backward
 
@@ -249,17 +248,7 @@ class _LinearWeightedLoss(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        grad_hidden = grad_weight = None
-        if grad_loss is not None:
-            grad_hidden_TH, grad_weight_VpH = ctx.saved_tensors
-            if ctx.needs_input_grad[0]:
-                # Shape [1] instead of []: a tensor without dimensions would be rounded to the hidden states'
-                # dtype before the product.
-                upstream = grad_loss.to(working_dtype(grad_hidden_TH.dtype)).reshape(1)
-                grad_hidden = torch.mul(grad_hidden_TH, upstream, out=torch.empty_like(grad_hidden_TH))
-            if ctx.needs_input_grad[1]:
-                grad_weight = deliver_weight_grad(ctx.weight, grad_weight_VpH, grad_loss)
-        return grad_hidden, grad_weight, None, None, None, None, None, None, None
+        return *saved_gradients(ctx, grad_loss), *(None,) * 7
 
 
 def linear_weighted_loss(
