@@ -1,8 +1,6 @@
 """Build a Megatron-Core `TransformerConfig` and layer spec from the architecture of a Hugging Face folder."""
 
-import inspect
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +10,6 @@ from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_spec,
     get_gpt_layer_with_transformer_engine_spec,
 )
-from megatron.core.packed_seq_params import PackedSeqParams
-from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -21,6 +17,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from rlsc_mcore.config import ConfigError, ModelConfig
 from rlsc_mcore.model.families import FAMILIES
 from rlsc_mcore.model.shape import Architecture
+from rlsc_mcore.model.torch_layers import RMSNorm, SDPACoreAttention, SwiGLU
 from rlsc_mcore.parallel.backend import Backend
 from rlsc_mcore.parallel.packages import has_transformer_engine
 
@@ -114,9 +111,10 @@ def transformer_config(
         gradient_accumulation_fusion=False,
         masked_softmax_fusion=False,
         persist_layer_norm=False,
-        # Without this fusion autograd keeps 5 instead of 3 MLP widths per token. It uses torch.compile, which
-        # needs a C++ compiler on a CPU.
+        # Without a fusion autograd keeps 5 instead of 3 MLP widths per token. Megatron's uses torch.compile,
+        # which needs a C++ compiler on a CPU: there `layer_spec` names a function of this package.
         bias_activation_fusion=backend.is_cuda,
+        use_te_activation_func=not backend.is_cuda,
         bias_dropout_fusion=False,
         apply_rope_fusion=backend.is_cuda and uses_transformer_engine(model, backend),
         **options,
@@ -189,6 +187,7 @@ def layer_spec(
     layer.input_layernorm = layer.pre_mlp_layernorm = RMSNorm
     attention = layer.self_attention.submodules
     attention.core_attention = SDPACoreAttention
+    layer.mlp.submodules.activation_func = SwiGLU
     if config.qk_layernorm:
         attention.q_layernorm = attention.k_layernorm = RMSNorm
     # A block spec is needed because the final norm of Megatron's default block does not support sequence
@@ -196,123 +195,3 @@ def layer_spec(
     return TransformerBlockSubmodules(
         layer_specs=[spec] * get_num_layers_to_build(config), layer_norm=RMSNorm
     )
-
-
-class RMSNorm(torch.nn.RMSNorm):
-    """RMSNorm that supports sequence parallelism: it marks its weight so that Megatron all-reduces the
-    gradient over TP."""
-
-    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6, **unused: Any) -> None:
-        super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
-        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
-
-
-@dataclass(frozen=True)
-class RotaryFactors:
-    """Cosine and sine of every packed token's angles, [T, 1, dim] in the layers' data type; computed once per
-    batch."""
-
-    cos: torch.Tensor
-    sin: torch.Tensor
-
-    @classmethod
-    def of(cls, angles: torch.Tensor, sequence_lengths: Sequence[int], dtype: torch.dtype) -> "RotaryFactors":
-        """Gather the factors of concatenated whole sequences from `angles`, float32 [longest, 1, 1, dim];
-        never waits for a GPU.
-
-        Megatron-Core's own function for packed sequences copies the lengths from the device in every layer,
-        and stores separate factors for the backward pass of each layer.
-        """
-        positions = torch.cat([torch.arange(length) for length in sequence_lengths])
-        chosen = angles[:, 0].index_select(0, positions.to(angles.device, non_blocking=True))
-        return cls(chosen.cos().to(dtype), chosen.sin().to(dtype))
-
-    def rotate(self, heads: torch.Tensor) -> torch.Tensor:
-        """Rotate [T, heads, dim] by each token's angles. The two halves of a head are the two elements of
-        each rotated pair."""
-        first, second = heads.chunk(2, dim=-1)
-        return heads * self.cos + torch.cat((-second, first), dim=-1) * self.sin
-
-
-class SDPACoreAttention(MegatronModule):
-    """Causal attention on torch's `scaled_dot_product_attention`, for packed (thd) and padded (sbhd)
-    input."""
-
-    def __init__(
-        self, config: TransformerConfig, *args: Any, softmax_scale: float | None = None, **unused: Any
-    ) -> None:
-        super().__init__(config=config)
-        self.scale = softmax_scale if softmax_scale is not None else config.kv_channels**-0.5
-
-    def forward(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        attention_mask: torch.Tensor | None = None,
-        attn_mask_type: Any = None,
-        attention_bias: torch.Tensor | None = None,
-        packed_seq_params: PackedSeqParams | None = None,
-    ) -> torch.Tensor:
-        """Attend within each sequence: [T, heads, dim] packed, or [s, b, heads, dim]; returns [.., heads *
-        dim].
-
-        Rotates queries and keys first if the batch has rotary factors (see `PolicyModel`).
-        """
-        if packed_seq_params is None:
-            q, k, v = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))
-            mask = None if attention_mask is None else ~attention_mask  # Megatron's True means masked out
-            output = F.scaled_dot_product_attention(
-                q, k, v, attn_mask=mask, is_causal=mask is None, scale=self.scale, enable_gqa=True
-            )
-            return output.permute(2, 0, 1, 3).reshape(query.size(0), query.size(1), -1)
-        rotary = getattr(packed_seq_params, "rotary", None)
-        if rotary is not None:
-            query, key = rotary.rotate(query), rotary.rotate(key)
-        if query.is_cuda and query.dtype in (torch.float16, torch.bfloat16):
-            return self._varlen(query, key, value, packed_seq_params).reshape(query.size(0), -1)
-        return self._per_sequence(query, key, value, packed_seq_params).reshape(query.size(0), -1)
-
-    def _varlen(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, packed: PackedSeqParams
-    ) -> torch.Tensor:
-        from torch.nn.attention.varlen import varlen_attn
-
-        repeat = query.size(1) // key.size(1)
-        options: dict[str, Any] = {}
-        if repeat > 1 and "enable_gqa" in inspect.signature(varlen_attn).parameters:
-            options.update(enable_gqa=True)
-        elif repeat > 1:  # torch 2.11
-            key, value = key.repeat_interleave(repeat, dim=1), value.repeat_interleave(repeat, dim=1)
-        cu_seqlens, longest = packed.cu_seqlens_q, packed.max_seqlen_q
-        output = varlen_attn(
-            query,
-            key,
-            value,
-            cu_seqlens,
-            cu_seqlens,
-            longest,
-            longest,
-            scale=self.scale,
-            window_size=(-1, 0),
-            **options,
-        )
-        assert isinstance(output, torch.Tensor)  # returns a pair only if the log-sum-exp is requested
-        return output
-
-    def _per_sequence(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, packed: PackedSeqParams
-    ) -> torch.Tensor:
-        lengths = getattr(packed, "sequence_lengths", None) or packed.cu_seqlens_q.diff().tolist()
-        # split and cat instead of slices: with slices autograd would write every gradient into a full-size
-        # zero tensor per sequence.
-        parts = zip(
-            *(tensor.transpose(0, 1).split(lengths, dim=1) for tensor in (query, key, value)), strict=True
-        )
-        outputs = [
-            F.scaled_dot_product_attention(
-                q[None], k[None], v[None], is_causal=True, scale=self.scale, enable_gqa=True
-            )[0]
-            for q, k, v in parts
-        ]
-        return torch.cat(outputs, dim=1).transpose(0, 1)

@@ -12,7 +12,6 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from rlsc_mcore.config import Config
 from rlsc_mcore.model.architecture import (
-    RotaryFactors,
     layer_spec,
     transformer_config,
     uses_transformer_engine,
@@ -20,6 +19,7 @@ from rlsc_mcore.model.architecture import (
 from rlsc_mcore.model.hf_checkpoint import load_weights
 from rlsc_mcore.model.lora import ADAPTERS, LoraAdapters, attach_adapters
 from rlsc_mcore.model.shape import Architecture, read_architecture
+from rlsc_mcore.model.torch_layers import RotaryFactors
 from rlsc_mcore.model.weight_map import BoundWeight, bind_weights, describe_weights, join_stages
 from rlsc_mcore.observability.console import Reporter, counted
 from rlsc_mcore.parallel.backend import Backend

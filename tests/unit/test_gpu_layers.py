@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from rlsc_mcore.config import ModelConfig
-from rlsc_mcore.model import architecture
+from rlsc_mcore.model import architecture, torch_layers
 from rlsc_mcore.model.shape import read_architecture
 from tests.unit.test_architecture import _Cpu, _Cuda, write
 
@@ -27,9 +27,11 @@ def megatron_config(folder: Path, backend: Any, monkeypatch: pytest.MonkeyPatch,
     )
 
 
-def test_swiglu_is_fused_on_a_gpu_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert megatron_config(tmp_path, _Cuda(), monkeypatch).bias_activation_fusion
-    assert not megatron_config(tmp_path, _Cpu(), monkeypatch).bias_activation_fusion
+def test_swiglu_is_megatrons_on_a_gpu_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = megatron_config(tmp_path, _Cuda(), monkeypatch)
+    assert gpu.bias_activation_fusion and not gpu.use_te_activation_func
+    cpu = megatron_config(tmp_path, _Cpu(), monkeypatch)
+    assert cpu.use_te_activation_func and not cpu.bias_activation_fusion
 
 
 @pytest.mark.parametrize("fp8", ["hybrid", "e4m3"])
@@ -78,7 +80,7 @@ def test_packed_rotation_is_each_sequences_own(dtype: torch.dtype) -> None:
     angles = torch.outer(torch.arange(16).float(), frequencies)
     table = torch.cat((angles, angles), dim=-1)[:, None, None]
     queries = torch.randn(sum(lengths), heads, dim, dtype=dtype)
-    rotated = architecture.RotaryFactors.of(table, lengths, dtype).rotate(queries)
+    rotated = torch_layers.RotaryFactors.of(table, lengths, dtype).rotate(queries)
     assert rotated.dtype == dtype
     for sequence, result in zip(queries.split(lengths), rotated.split(lengths), strict=True):
         first, second = sequence.double().chunk(2, dim=-1)
@@ -93,7 +95,7 @@ def test_packed_rotation_is_each_sequences_own(dtype: torch.dtype) -> None:
 
 def test_packed_rotation_reads_nothing_back() -> None:
     """On meta tensors any read of a value raises."""
-    factors = architecture.RotaryFactors.of(torch.empty(16, 1, 1, 8, device="meta"), (5, 9), torch.bfloat16)
+    factors = torch_layers.RotaryFactors.of(torch.empty(16, 1, 1, 8, device="meta"), (5, 9), torch.bfloat16)
     assert factors.rotate(torch.empty(14, 2, 8, device="meta", dtype=torch.bfloat16)).shape == (14, 2, 8)
 
 
