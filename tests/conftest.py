@@ -23,11 +23,22 @@ for _name, _value in {
     os.environ.setdefault(_name, _value)
 
 _FOLDER_MARKS = ("distributed", "e2e", "gpu", "slurm")
+_LONGEST = (
+    "test_stop_and_resume.py",
+    "test_train_command.py",
+    "test_steps.py",
+    "test_engine_tp.py",
+    "test_triton_interpreter.py",
+)
 _HERE = Path(__file__).parent
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark tests by folder, and skip those whose machine this is not: no GPU, no SLURM commands."""
+    """Mark tests by folder, and skip those whose machine this is not: no GPU, no SLURM commands.
+
+    The files that take longest come first, so that parallel workers end at about the same time.
+    """
+    items.sort(key=lambda item: item.path.name not in _LONGEST)
     for item in items:
         folder = item.path.relative_to(_HERE).parts[0] if item.path.is_relative_to(_HERE) else ""
         if folder in _FOLDER_MARKS:

@@ -100,7 +100,7 @@ def test_tp2_engine_and_trainer_share_weights_and_agree(folder: str, tmp_path: P
 
 LAYOUTS = [
     pytest.param(2, 2, 1, "qwen2", True, id="2-ranks-2-to-1-qwen2"),
-    pytest.param(2, 1, 2, "llama", False, id="2-ranks-1-to-2-llama"),
+    pytest.param(2, 1, 2, "llama", False, id="2-ranks-1-to-2-llama", marks=pytest.mark.slow),
     pytest.param(4, 4, 2, "qwen3", False, id="4-ranks-4-to-2-qwen3", marks=pytest.mark.slow),
     pytest.param(4, 2, 4, "qwen2", False, id="4-ranks-2-to-4-qwen2", marks=pytest.mark.slow),
 ]
@@ -138,7 +138,7 @@ def test_engines_of_another_size(
 
 
 STAGES = [
-    pytest.param(2, 1, 1, True, id="pp2-tied"),
+    pytest.param(2, 1, 1, True, id="pp2-tied", marks=pytest.mark.slow),
     pytest.param(2, 1, 2, False, id="pp2-engine-of-both-stages"),
     pytest.param(4, 2, 1, False, id="tp2-pp2-engine-1", marks=pytest.mark.slow),
     pytest.param(4, 1, 1, True, id="pp2-dp2", marks=pytest.mark.slow),

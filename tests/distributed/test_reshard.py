@@ -81,8 +81,7 @@ LAYOUTS = {
     "pp2": (2, (1, 2)), "pp2dp2": (4, (1, 2)), "tp2pp2": (4, (2, 2)),
 }  # fmt: skip
 QUICK = {
-    "tp1": ["tp2", "dp2", "pp2"], "tp2": ["tp1", "tp4"], "tp4": ["tp2dp2"], "dp2": ["tp1"], "tp2dp2": ["tp1", "tp4"],
-    "pp2": ["tp1", "tp2", "pp2dp2"], "pp2dp2": ["tp2pp2"], "tp2pp2": ["dp2", "pp2"],
+    "tp2": ["tp1", "dp2"], "dp2": ["tp1"], "pp2": ["tp1", "tp2"], "tp2pp2": ["dp2", "pp2"],
 }  # fmt: skip
 
 

@@ -12,7 +12,13 @@ DISTILL = ["--algorithm.objective", "self_distill", "--rollout.temperature", "1.
            "--distill.min-share", "0.2", "--algorithm.rewards", "any"]  # fmt: skip
 
 
-@pytest.mark.parametrize("more", [[], ["--distill.teacher", "start", "--distill.divergence", "jsd"]])
+@pytest.mark.parametrize(
+    "more",
+    [
+        pytest.param([], marks=pytest.mark.slow),
+        ["--distill.teacher", "start", "--distill.divergence", "jsd"],
+    ],
+)
 def test_a_stopped_run_goes_on_bit_for_bit(tmp_path: Path, more: list[str]) -> None:
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     flags = [*FLAGS, *DISTILL, *more]

@@ -52,8 +52,12 @@ def test_the_run_learnt_something_and_wrote_it_all(whole: Path) -> None:
 
 @pytest.mark.parametrize(
     ("stage", "at", "done"),
-    [("sample", 0, 0), ("sample", 2, 2), ("train", 0, 1), ("train", 1, 2)],
-    ids=["first sampling", "sampling", "first training", "training"],
+    [
+        pytest.param("sample", 0, 0, id="first sampling", marks=pytest.mark.slow),
+        pytest.param("sample", 2, 2, id="sampling"),
+        pytest.param("train", 0, 1, id="first training"),
+        pytest.param("train", 1, 2, id="training", marks=pytest.mark.slow),
+    ],
 )
 def test_a_stopped_run_goes_on_bit_for_bit(
     whole: Path, tmp_path: Path, stage: str, at: int, done: int
@@ -106,6 +110,7 @@ def train_with_the_optimizer_on_the_host(
     return train(runs, signal_at)
 
 
+@pytest.mark.slow
 def test_the_optimizer_may_leave_while_the_engine_samples(whole: Path, tmp_path: Path) -> None:
     """Saved from the host while it is out, stopped, resumed: nothing differs."""
     run_dir = tmp_path / "run"
