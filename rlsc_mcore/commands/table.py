@@ -53,6 +53,11 @@ _ROWS = (
         takes_train_options=True,
     ),
     Command(
+        "probe",
+        "train without evaluation and report when metrics without labels show a collapse",
+        takes_train_options=True,
+    ),
+    Command(
         "eval",
         "evaluate a model or a run: rlsc eval --model M --benchmarks aime24,math500 --templates all",
         uses_engine=True,

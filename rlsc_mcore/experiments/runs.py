@@ -10,7 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -66,14 +66,14 @@ class Experiment:
         return self.folder / f"{variant.name}_seed{seed}"
 
     @contextmanager
-    def owned(self, result: str) -> Iterator[None]:
+    def owned(self, result: str, fields: Set[str] = frozenset({"rows", "seeds"})) -> Iterator[None]:
         """Own the experiment's folder inside the block.
 
         Raises `ConfigError` if another process owns the folder, or if its file `result` was not written by
-        this program. Raises `RunError` if the folder cannot be written.
+        this program, so that it does not hold `fields`. Raises `RunError` if the folder cannot be written.
         """
         file = self.folder / result
-        if file.exists() and not _is_result(file):
+        if file.exists() and not _is_result(file, fields):
             raise ConfigError(
                 f"--output {self.folder}: its {result} was not made by this program; it is left alone: "
                 "choose another folder"
@@ -237,12 +237,12 @@ class Experiment:
                 return
 
 
-def _is_result(file: Path) -> bool:
+def _is_result(file: Path, fields: Set[str]) -> bool:
     try:
         result = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
-    return isinstance(result, dict) and {"rows", "seeds"} <= result.keys()
+    return isinstance(result, dict) and fields <= result.keys()
 
 
 def grid(axes: Mapping[str, Sequence[str]]) -> list[Variant]:

@@ -80,8 +80,11 @@ class StopCondition:
     is_relative: bool  # the value is a multiple of the metric at the first step
 
     @staticmethod
-    def parse(text: str) -> "StopCondition":
-        """Read `METRIC<VALUE`, `METRIC>VALUE` or one of them with a relative value; raises ConfigError."""
+    def parse(text: str, *, field: str = "training.stop_on") -> "StopCondition":
+        """Read `METRIC<VALUE`, `METRIC>VALUE` or one of them with a relative value.
+
+        Raises ConfigError naming `field`.
+        """
         match = _CONDITION.fullmatch(text)
         try:
             value = float(match[3]) if match is not None else None
@@ -89,12 +92,12 @@ class StopCondition:
             value = None
         if match is None or value is None:
             raise ConfigError(
-                f"training.stop_on: expected METRIC<VALUE or METRIC>VALUE, such as mean_length<0.5x, got {text!r}"
+                f"{field}: expected METRIC<VALUE or METRIC>VALUE, such as mean_length<0.5x, got {text!r}"
             )
         path = tuple(match[1].split("/"))
         if path[0] not in DESCRIPTIONS:
             raise ConfigError(
-                f"training.stop_on: {text!r}: no metric {match[1]} in metrics.jsonl (docs/metrics.md lists them)"
+                f"{field}: {text!r}: no metric {match[1]} in metrics.jsonl (docs/metrics.md lists them)"
             )
         return StopCondition(text.strip(), path, match[2] == ">", value, bool(match[4]))
 
