@@ -19,6 +19,7 @@ _BINARY = {
 }
 _BOX = re.compile(r"\\boxed\{(-?[0-9]+)\}")
 _PROGRAM = re.compile(r"[0-9(][-+*/() 0-9]*[0-9)]")
+_STEP = re.compile(r"([0-9]+)([-+*])([0-9]+)=")
 _LARGEST = 10**12
 
 
@@ -33,6 +34,28 @@ def run(node: ast.AST) -> int:
         if abs(value) <= _LARGEST:
             return int(value)
     raise ValueError("not an arithmetic program")
+
+
+def read_program(response: str) -> str | None:
+    """Return the arithmetic program of a worked solution, None if it has none or does not run.
+
+    Lines `2*3=6` and `6+18=24` are the program 2*3+18: the values that the model wrote do not matter.
+    """
+    steps = _STEP.findall(response)
+    if len(steps) < 2:
+        return None
+    (first, operation, second), (_, next_operation, third), *_ = steps
+    program = f"{first}{operation}{second}{next_operation}{third}"
+    try:
+        run(ast.parse(program, mode="eval"))
+    except (ValueError, SyntaxError):  # also a number with a leading zero
+        return None
+    return program
+
+
+def proposal(response: str, question: str, answer: str | None) -> float:
+    """Return 1 for a response with a program that runs, else 0."""
+    return float(read_program(response) is not None)
 
 
 def reward(response: str, question: str, answer: str | None) -> float:

@@ -1,6 +1,8 @@
 """Every example runs as its first line says."""
 
 import os
+import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -64,3 +66,27 @@ def test_reading_a_run(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "run", metrics=[make_metrics(i) for i in range(3)], after=answers)
     out = run(sys.executable, "examples/read_run.py", folder)
     assert "mean_length" in out and "after:" in out
+
+
+@pytest.mark.parametrize(
+    ("response", "program"),
+    [
+        ("2*3=6\nNext 6+18=24\n\\boxed{24}", "2*3+18"),
+        ("8-11=7\n7+17=24\n24+1=25", "8-11+17"),
+        ("2*3=6", None),
+        ("02+3=5\n5+1=6", None),
+        ("no idea", None),
+    ],
+)
+def test_a_program_is_read_from_a_solution(response: str, program: str | None) -> None:
+    place = {"run_name": "program_reward"}
+    read_program = runpy.run_path(str(ROOT / "examples" / "program_reward.py"), **place)["read_program"]
+    assert read_program(response) == program
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)  # three runs
+def test_proposing_and_solving(tmp_path: Path) -> None:
+    out = run(sys.executable, "examples/propose_and_solve.py", tmp_path, "--rounds", "1")
+    assert re.search(r"round 0: 0\.\d+ of the proposals run, \d+ different ones; solved 0\.\d+", out)
+    assert (tmp_path / "round_0" / "rank" / "export" / "config.json").is_file()
