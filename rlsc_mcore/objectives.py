@@ -39,7 +39,7 @@ class Objective:
     defaults: tuple[
         str, ...
     ] = ()  # flags that this objective sets where neither file nor command line gives them
-    is_control: bool = False  # answers what a gain is due to; `rlsc compare` trains it only where it is named
+    is_control: bool = False  # answers what a gain is due to; not among the default ones of `rlsc compare`
     variants: Mapping[str, tuple[str, ...]] = field(
         default_factory=dict
     )  # settings that `rlsc compare` offers -> their flags

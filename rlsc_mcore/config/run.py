@@ -62,6 +62,10 @@ class Config:
         )
         one_stage = f"1 with algorithm.objective {name}, whose teacher needs all layers; use parallel.tp"
         check(self.parallel.pp == 1, "parallel.pp", one_stage, self.parallel.pp)
+        updates = self.training.updates_per_rollout
+        unbiased = updates == 1 or not self.distill.penalty
+        reason = "1 with distill.penalty, whose term has no importance ratio"
+        check(unbiased, "training.updates_per_rollout", reason, updates)
 
     @property
     def policy_model(self) -> ModelConfig:

@@ -97,6 +97,10 @@ def test_the_teacher_batch_has_the_distilled_sequences_in_the_same_order():
         (["--distill.min-share", "2"], "distill.min_share: expected between 0 and 1"),
         (["--distill.clip", "0"], "distill.clip: expected more than 0"),
         (["--distill.penalty", "1"], "distill.penalty: expected 0 unless distill.tokens is agreeing"),
+        (
+            ["--distill.penalty=1", "--distill.tokens=agreeing", "--training.updates-per-rollout=2"],
+            "training.updates_per_rollout: expected 1 with distill.penalty",
+        ),
     ],
 )
 def test_what_cannot_be_trained_is_refused_in_one_line(flags, message):
