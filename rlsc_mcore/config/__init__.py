@@ -1,6 +1,6 @@
 """Declare the configuration: one frozen dataclass per section, validated field by field. Imports no torch."""
 
-from rlsc_mcore.config.errors import CollectiveRunError, ConfigError, RunError
+from rlsc_mcore.config.errors import CollectiveRunError, ConfigError, RunError, one_line
 from rlsc_mcore.config.machine import ObservabilityConfig, OpsConfig
 from rlsc_mcore.config.model import LORA_TARGETS, LoraConfig, ModelConfig
 from rlsc_mcore.config.objective import AlgorithmConfig, Confidence, DistillConfig
@@ -36,4 +36,5 @@ __all__ = [
     "RunError",
     "TrainingConfig",
     "check_answers_per_step",
+    "one_line",
 ]

@@ -23,6 +23,11 @@ def check(condition: bool, name: str, expected: str, value: object) -> None:
         raise ConfigError(f"{name}: expected {expected}, got {value!r}")
 
 
+def one_line(error: object, limit: int = 200) -> str:
+    """Return the text of a library's error on one line of at most `limit` characters, for a message of ours."""
+    return " ".join(str(error).split())[:limit]
+
+
 def is_given(text: str) -> bool:
     """Return whether a required text is set. `null` in a YAML file arrives as the text `None`."""
     return bool(text.strip()) and text != "None"

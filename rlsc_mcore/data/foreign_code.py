@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-from rlsc_mcore.config import ConfigError
+from rlsc_mcore.config import ConfigError, one_line
 
 SECONDS = 5.0  # limit per prompt
 MORE_MEMORY_BYTES = 1 << 30  # in addition to the memory that the process has mapped
@@ -47,7 +47,7 @@ def foreign_code(name: str) -> Iterator[None]:
     except RecursionError:
         raise ConfigError(f"data.template: {name} calls itself without end; use another template") from None
     except Exception as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error)
         raise ConfigError(
             f"data.template: {name} failed ({type(error).__name__}: {reason}); use another template"
         ) from None

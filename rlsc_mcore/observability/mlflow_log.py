@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from rlsc_mcore.config import ConfigError
+from rlsc_mcore.config import ConfigError, one_line
 from rlsc_mcore.run.files import write_atomically
 
 ID_FILE = "mlflow_id"
@@ -41,7 +41,7 @@ class MlflowRun:
         try:
             self._send()
         except Exception as error:  # of MLflow, requests or the server's database
-            self._warn(f"MLflow: step {step + 1} is not logged yet: {_one_line(error)}")
+            self._warn(f"MLflow: step {step + 1} is not logged yet: {one_line(error, 300)}")
 
     def finish(self) -> None:
         """Send what is left and mark the run as finished."""
@@ -50,7 +50,7 @@ class MlflowRun:
             self._client.set_terminated(self._run_id)
         except Exception as error:
             lost = f"{len(self._unsent)} steps are only in metrics.jsonl"
-            self._warn(f"MLflow: the run could not be finished ({lost}): {_one_line(error)}")
+            self._warn(f"MLflow: the run could not be finished ({lost}): {one_line(error, 300)}")
 
     def _send(self) -> None:
         from mlflow.entities import Metric
@@ -91,7 +91,7 @@ def open_mlflow(
             client.log_batch(run_id, params=parameters[start : start + _LARGEST_BATCH])
     except Exception as error:  # no server, no login, an unknown kind of address
         raise ConfigError(
-            f"{_FIELD}: cannot start: {_one_line(error)}; set MLFLOW_TRACKING_URI to a server that answers"
+            f"{_FIELD}: cannot start: {one_line(error, 300)}; set MLFLOW_TRACKING_URI to a server that answers"
         ) from None
     write_atomically(file, run_id)
     return MlflowRun(client, run_id, warn)
@@ -104,7 +104,3 @@ def _flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
             yield from _flat(value, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", str(value)
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300]

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from rlsc_mcore.config import ConfigError
+from rlsc_mcore.config import ConfigError, one_line
 from rlsc_mcore.run.files import write_atomically
 
 ID_FILE = "wandb_id"
@@ -48,7 +48,7 @@ def open_wandb(project: str | None, run_dir: Path, settings: Mapping[str, Any]) 
             settings=wandb.Settings(console="off"),  # do not capture the terminal output
         )
     except wandb.Error as error:
-        said = " ".join(str(error).split())
+        said = one_line(error, 1000)
         raise ConfigError(
             f"{_FIELD}: cannot start: {said}; `wandb login`, or set WANDB_MODE=offline and `wandb sync` later"
         ) from None

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from rlsc_mcore.config import CollectiveRunError, ConfigError, RunError
+from rlsc_mcore.config import CollectiveRunError, ConfigError, RunError, one_line
 from rlsc_mcore.parallel.messages import restrict_unpickling
 
 TIMEOUT_VARIABLE, DEFAULT_TIMEOUT_S = "RLSC_RENDEZVOUS_TIMEOUT_S", 120.0
@@ -146,7 +146,7 @@ def _open_store(address: str, port: int, rank: int, world: int, timeout_s: float
         OSError,
         ValueError,
     ) as error:  # torch's DistNetworkError and DistStoreError are RuntimeErrors
-        reason = " ".join(str(error).split())
+        reason = one_line(error, 1000)
         if "EADDRINUSE" in reason or "already in use" in reason:
             raise _port_is_taken(address, port) from None
         who = (
@@ -195,7 +195,7 @@ def _wait_for_all(store: Any, place: str, rank: int, world: int, timeout_s: floa
                 break
             time.sleep(_POLL_S)
     except (RuntimeError, OSError) as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error)
         raise RunError(
             f"rendezvous at {place}: the store of rank 0 does not answer rank {rank}: {reason}"
         ) from None

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from rlsc_mcore.config import ConfigError
+from rlsc_mcore.config import ConfigError, one_line
 from rlsc_mcore.run.status import Phase
 
 DEAD_VARIABLE, DEFAULT_DEAD_AFTER_S = "RLSC_DEAD_AFTER_S", 60.0
@@ -123,7 +123,11 @@ class Watchdog:
                 # The store closes at the end of the run: wait to see whether this rank ends normally.
                 if self._closed.wait(2 * self._interval_s):
                     return
-                text = f"the ranks' meeting point ({os.environ['MASTER_ADDR']}, rank 0's process or torchrun's) is gone: {_one_line(error)}"
+                address = os.environ["MASTER_ADDR"]
+                text = (
+                    f"the ranks' meeting point ({address}, rank 0's process or torchrun's) is gone: "
+                    f"{_with_type(error)}"
+                )
                 self._exit(f"{text}; rank {self._rank} was in phase {self._doing()}", is_mine=self._rank <= 1)
 
     def _watch_alone(self) -> None:
@@ -276,5 +280,5 @@ def _where(thread: int | None) -> tuple[str, str]:
     return collective, place or "code outside of rlsc_mcore"
 
 
-def _one_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+def _with_type(error: BaseException) -> str:
+    return f"{type(error).__name__}: {one_line(error)}"

@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
-from rlsc_mcore.config import ConfigError, RunError
+from rlsc_mcore.config import ConfigError, RunError, one_line
 from rlsc_mcore.run.machine_errors import explain
 from rlsc_mcore.run.owner import FolderInUse, FolderLost, Owner
 from rlsc_mcore.run.printable import without_secrets
@@ -129,7 +129,7 @@ def recorded_end(run_dir: Path) -> Iterator[None]:
             "" if isinstance(error, RunError) else f"{type(error).__name__}: "
         )  # the message of a RunError needs no type name
         text = explain(error) or kind + str(error)
-        write_end(run_dir, "crash", message=" ".join(text.split())[:500])
+        write_end(run_dir, "crash", message=one_line(text, 500))
         raise
 
 

@@ -28,6 +28,7 @@ from megatron.core.dist_checkpointing import serialization
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from torch.distributed.checkpoint.api import CheckpointException
 
+from rlsc_mcore.config import one_line
 from rlsc_mcore.model.lora import ADAPTERS
 from rlsc_mcore.parallel.groups import Groups
 from rlsc_mcore.parallel.megatron_versions import COMMON_STATE_WRITER, SAVE_OPTIONS
@@ -306,7 +307,7 @@ def load_checkpoint(checkpoint: Path, trainer: Trainer) -> RunState:
                 or isinstance(error, (MemoryError, torch.OutOfMemoryError))
             ):
                 raise
-            text = " ".join(str(error).split())[:300]
+            text = one_line(error, 300)
             raise CheckpointError(
                 f"{checkpoint}: its files are as they were saved, but do not load: {text}"
             ) from error

@@ -22,7 +22,7 @@ from torch.distributed.checkpoint import filesystem
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
-from rlsc_mcore.config import CollectiveRunError, ConfigError
+from rlsc_mcore.config import CollectiveRunError, ConfigError, one_line
 from rlsc_mcore.parallel.megatron_versions import common_state_as
 from rlsc_mcore.parallel.messages import from_json, to_json
 from rlsc_mcore.run.folder import MANIFEST, all_checkpoints, checkpoint_step
@@ -376,9 +376,7 @@ def read_common(checkpoint: Path) -> Any:
         _raise_unless_damage(error, file)
         raise CheckpointError(f"{file}: not readable: {error.strerror}") from None
     except (ValueError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        raise CheckpointError(
-            f"{file if file.exists() else old}: not readable: {' '.join(str(error).split())[:200]}"
-        ) from None
+        raise CheckpointError(f"{file if file.exists() else old}: not readable: {one_line(error)}") from None
     if not isinstance(values, dict):
         raise CheckpointError(f"{file}: not readable: expected an object, got {type(values).__name__}")
     return values
