@@ -2,17 +2,19 @@
 
 One model, one set of sequences, one process; the objectives take their steps in turn, round after round. An
 objective costs its passes: a pass that trains is one forward and one backward, and objectives that need their
-question's samples or a reference score them first without gradients. Sampling and grading are not part of the
-measured step; objectives that distil from a teacher or compare with the starting weights are left out. On a
-CPU the processor time counts. Before anything is timed, each objective must change the weights and give a
-finite loss. `ratio` is a step's time over that of `rlsc`; quote only the ratios.
+question's samples, a reference or a teacher score sequences without gradients first. `scored_tokens` counts
+these tokens in units of the trained ones. A teacher's prompt is as long as the student's here, and
+self-distillation distils one of two samples. Sampling and grading are not part of the measured step. On a CPU
+the processor time counts. Before anything is timed, each objective must change the weights and give a finite
+loss. `ratio` is a step's time over that of `rlsc`; quote only the ratios.
 """
 
 import argparse
 import json
 import math
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from rlsc_mcore.observability.console import quiet_libraries
@@ -22,18 +24,27 @@ quiet_libraries()
 from benchmarks.harness import Task, command_line, leave, measure, process_clock, save  # noqa: E402
 from rlsc_mcore.config_file import parse_config  # noqa: E402
 from rlsc_mcore.data.packing import pack  # noqa: E402
+from rlsc_mcore.model.build import PolicyModel  # noqa: E402
 from rlsc_mcore.model.hf_checkpoint import resolve_model_folder  # noqa: E402
-from rlsc_mcore.objectives import OBJECTIVES  # noqa: E402
+from rlsc_mcore.objectives import OBJECTIVES, Objective  # noqa: E402
 from rlsc_mcore.parallel.backend import get_backend  # noqa: E402
 from rlsc_mcore.parallel.groups import initialize_groups  # noqa: E402
+from rlsc_mcore.training.starting_weights import StartingWeights  # noqa: E402
 from rlsc_mcore.training.step import Trainer  # noqa: E402
+from rlsc_mcore.training.teaching import Teacher  # noqa: E402
 from rlsc_mcore.types import PackedBatch, Rollout, UniqueSequence  # noqa: E402
 
 REFERENCE = "rlsc"
 
 
-def make_batches(options: argparse.Namespace, vocab_size: int, multiple_of: int) -> list[PackedBatch]:
-    """Return packed random answers with advantages 1 and -1, two per question."""
+def make_batches(
+    options: argparse.Namespace, vocab_size: int, multiple_of: int, row: Objective
+) -> list[PackedBatch]:
+    """Return packed random answers, two per question, with advantages 1 and -1.
+
+    Answers that a teacher sees have a teacher's prompt: the first of a question for self-distillation, all of
+    them, with advantage 1, for an objective with a careless prompt.
+    """
     stream = random.Random(0)
     sequences = []
     for number in range(options.sequences):
@@ -41,8 +52,9 @@ def make_batches(options: argparse.Namespace, vocab_size: int, multiple_of: int)
         prompt = tuple(stream.randrange(1, vocab_size) for _ in range(options.prompt_tokens))
         answer = tuple(stream.randrange(1, vocab_size) for _ in range(length))
         rollout = Rollout(number // 2, number % 2, prompt, answer, (-5.0,) * length, "stop", 0)
-        advantage = 1.0 if number % 2 == 0 else -1.0
-        sequences.append(UniqueSequence(rollout, number // 2, 1, (True,) * length, advantage))
+        advantage = 1.0 if row.needs_careless or number % 2 == 0 else -1.0
+        taught = prompt[::-1] if row.needs_careless or row.distills else ()
+        sequences.append(UniqueSequence(rollout, number // 2, 1, (True,) * length, advantage, taught))
     return pack(sequences, options.tokens_per_micro_batch, multiple_of=multiple_of)
 
 
@@ -63,28 +75,33 @@ def main() -> None:
     configs = {
         name: parse_config([*required, "--model.dtype", "float32", "--optimizer.lr", "1e-9", *row.flags])
         for name, row in OBJECTIVES.items()
-        if not row.distills and not row.needs_start
     }
     trainer = Trainer(configs[REFERENCE], resolve_model_folder(options.model), backend, groups)
-    batches = make_batches(options, trainer.policy.architecture.vocab_size, trainer.token_multiple)
+    teacher, start = Teacher(trainer.policy.model, keeps_start=False), StartingWeights(trainer.policy)
+    vocab_size, multiple = trainer.policy.architecture.vocab_size, trainer.token_multiple
+    batches = {name: make_batches(options, vocab_size, multiple, OBJECTIVES[name]) for name in configs}
+
+    num_tokens = sum(len(batch.token_ids) for batch in batches[REFERENCE])
 
     def step(name: str) -> Any:
         trainer.config = configs[name]
-        return trainer.step(batches, 0, options.sequences)
+        trainer.teacher = teacher if OBJECTIVES[name].distills else None
+        trainer.start = start if configs[name].compares_with_start else None
+        return trainer.step(batches[name], 0, options.sequences)
 
-    rows = {name: {"passes_without_gradient": check(name, trainer, step)} for name in configs}
+    rows = {name: {"scored_tokens": check(name, trainer, step, num_tokens)} for name in configs}
     tasks = {name: Task(lambda name=name: step(name)) for name in configs}
-    tasks["scoring"] = Task(lambda: trainer.token_log_probs(batches))
+    tasks["scoring"] = Task(lambda: trainer.token_log_probs(batches[REFERENCE]))
     clock, _ = process_clock(backend.device)
     timings = measure(tasks, backend.device, options.seconds, clock=clock)
     ratios = {name: timing.median_ms / timings[REFERENCE].median_ms for name, timing in timings.items()}
     for name, row in rows.items():
         row["ratio"] = ratios[name]
-        row["expected_ratio"] = 1.0 + row["passes_without_gradient"] * ratios["scoring"]
+        row["expected_ratio"] = 1.0 + row["scored_tokens"] * ratios["scoring"]
         row["rounds"] = timings[name].rounds
     result = {
         "model": options.model,
-        "tokens_per_step": sum(len(batch.token_ids) for batch in batches),
+        "tokens_per_step": num_tokens,
         "scoring": {"ratio": ratios["scoring"]},
         "objectives": rows,
     }
@@ -93,21 +110,33 @@ def main() -> None:
     leave()
 
 
-def check(name: str, trainer: Trainer, step: Callable[[str], Any]) -> int:
-    """Take a step and return its number of passes without gradient. Ends the program if the step has no
-    finite loss or changes nothing."""
-    passes, score = [0], trainer.token_values
+def check(name: str, trainer: Trainer, step: Callable[[str], Any], num_tokens: int) -> float:
+    """Take a step and return the tokens that it scores without gradient, in units of `num_tokens`.
 
-    def counted(*arguments: Any, **named: Any) -> Any:
-        passes[0] += 1
-        return score(*arguments, **named)
-
-    trainer.token_values = counted
-    outcome = step(name)
-    del trainer.token_values
+    Ends the program if the step has no finite loss or changes nothing.
+    """
+    passed: list[int] = []
+    with counted(trainer.policy.model, passed):
+        outcome = step(name)
     if not (math.isfinite(outcome.loss) and outcome.grad_norm > 0 and outcome.updated):
         raise SystemExit(f"{name}: loss {outcome.loss}, gradient norm {outcome.grad_norm}")
-    return passes[0]
+    return sum(passed) / num_tokens
+
+
+@contextmanager
+def counted(model: PolicyModel, passed: list[int]) -> Iterator[None]:
+    """Inside the block, append the number of tokens of each pass without gradient to `passed`."""
+    score = model.score
+
+    def scored(batch: PackedBatch, head: Any) -> Any:
+        passed.append(len(batch.token_ids))
+        return score(batch, head)
+
+    model.score = scored
+    try:
+        yield
+    finally:
+        del model.score
 
 
 if __name__ == "__main__":

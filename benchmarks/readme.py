@@ -63,6 +63,7 @@ def render(text: str) -> str:
         "quickstart_short": quickstart_lines(SHORT_ROWS),
         "comparison": comparison_lines(),
         "three_modes": three_modes_lines(),
+        "objective_steps": objective_steps_lines(),
         "cpu": cpu_lines(),
         "train_step": train_step_lines(),
         "weight_swap": weight_swap_lines(),
@@ -126,9 +127,26 @@ def comparison_lines() -> list[str]:
     return table([_size(result), *columns.values()], rows, source)
 
 
+def objective_steps_lines() -> list[str]:
+    """Return the step time of every objective relative to RLSC, beside that of its passes."""
+    result = _read("objectives")
+    rows = (
+        [
+            COLUMN_NAMES[name],
+            f"{row['scored_tokens']:.2f}",
+            f"{row['expected_ratio']:.2f}",
+            f"{row['ratio']:.2f}",
+        ]
+        for name, row in result["objectives"].items()
+    )
+    head = ["training step", "tokens scored first / trained", "time of the passes", "time of the step"]
+    source = f"{_commands([result])}, {_versions(result['about'])}: `benchmarks/results/cpu/objectives.json`"
+    return table(head, rows, source)
+
+
 def cpu_lines() -> list[str]:
     """Return ratios and shares of the end-to-end benchmark on a CPU."""
-    measured = [_read(f"end_to_end{variant}") for variant in ("", "_avx2", "_smollm2")]
+    measured = [_read(f"end_to_end{variant}") for variant in ("_avx512", "_avx2", "_smollm2_avx512")]
     peers = _read("peers")
     trl = f"TRL {peers['about']['trl']}'s GRPO ({peers['sampler_of_trl']})"
     rows = [

@@ -67,7 +67,7 @@ def test_nothing_is_claimed_without_results(tmp_path: Path) -> None:
 def test_results_of_a_cpu_are_no_gpu_s(tmp_path: Path) -> None:
     for file in CPU.glob("*.json"):
         put(tmp_path, file.stem, json.loads(file.read_text()))
-    put(tmp_path, "end_to_end_1.5b", json.loads((CPU / "end_to_end.json").read_text()))
+    put(tmp_path, "end_to_end_1.5b", json.loads((CPU / "end_to_end_avx512.json").read_text()))
     lines = judge(tmp_path)
     assert {line["outcome"] for line in lines} == {NOT_MEASURED}
     assert any("log_prob.json is of x86_64" in line["measured"] for line in lines)
@@ -143,7 +143,7 @@ def test_memory_of_the_head(tmp_path: Path, whole: float | None, outcome: str) -
 
 
 def test_the_loop(tmp_path: Path) -> None:
-    content = real("end_to_end")
+    content = real("end_to_end_avx512")
     claims = [claim.text for claim in CLAIMS if claim.part == "loop"]
     put(tmp_path, "end_to_end_1.5b", content)
     rollout, share = content["rollout"]["ratio"], content["phases"]["share"]
@@ -160,7 +160,7 @@ def test_the_loop(tmp_path: Path) -> None:
 
 
 def test_the_whole_loop_at_7b(tmp_path: Path) -> None:
-    content = real("end_to_end")
+    content = real("end_to_end_avx512")
     content["phases"]["peak_device_bytes"] = 121.5 * GIB
     content["phases"]["median_seconds"]["whole_step"] = 24.04
     put(tmp_path, "end_to_end_7b", content)

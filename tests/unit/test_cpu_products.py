@@ -35,11 +35,18 @@ def _products() -> Iterator[None]:
 
 
 @pytest.mark.parametrize(
-    ("capability", "library"), [("AVX512", "onednn"), ("AVX2", "blas"), ("DEFAULT", "blas")]
+    ("capability", "vendor_is_intel", "library"),
+    [
+        ("AVX512", False, "onednn"),
+        ("AVX512", True, "blas"),
+        ("AVX2", False, "blas"),
+        ("DEFAULT", True, "blas"),
+    ],
 )
 def test_the_default_follows_the_processor(
-    capability: str, library: str, monkeypatch: pytest.MonkeyPatch
+    capability: str, vendor_is_intel: bool, library: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(cpu_products, "is_intel", lambda: vendor_is_intel)
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
     assert cpu_products.products_in_use() == CpuProducts(library, library)  # type: ignore[arg-type]
 
