@@ -1,7 +1,7 @@
-"""Measure what the caches of prepared kernels cost and save on a CPU: `python -m benchmarks.bench_shape_caches`.
+"""Measure the caches of prepared kernels on a CPU: `python -m benchmarks.bench_shape_caches`.
 
-torch (LRU_CACHE_CAPACITY) and oneDNN (ONEDNN_PRIMITIVE_CACHE_CAPACITY) keep one prepared kernel per shape of a
-float32 product, and every number of tokens is a new shape. Each round trains the embedded model once per
+torch (LRU_CACHE_CAPACITY) and oneDNN (ONEDNN_PRIMITIVE_CACHE_CAPACITY) keep one prepared kernel per shape of
+a float32 product, and every number of tokens is a new shape. Each round trains the embedded model once per
 capacity and library of the products, in a process of its own. Reported are the resident memory of the process
 at the first and the last step, and the CPU time of the whole process. First checks that the capacity changes
 neither losses nor gradient norms. `ratio` is the CPU time with torch's default capacity over that of a

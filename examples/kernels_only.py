@@ -1,6 +1,7 @@
 """Use only the fused head in a plain transformers loop: `python examples/kernels_only.py [MODEL_FOLDER]`.
 
-The loss and both gradients come out of one pass over chunks of tokens. Logits never exist as [tokens, vocabulary].
+The loss and both gradients come out of one pass over chunks of tokens. Logits never exist as [tokens,
+vocabulary].
 """
 
 import sys

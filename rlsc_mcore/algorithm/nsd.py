@@ -8,8 +8,8 @@ p is the policy, p0 are the starting weights, and n is a prompt that asks for a 
 
     c_t = beta p0 - G_t p / (2 - p)^2
 
-A token that the careless prompt makes likelier becomes less likely, and the second term holds the policy at p0.
-One sample per question is enough, without labels, votes or rewards. beta is `algorithm.nsd_kl`.
+A token that the careless prompt makes likelier becomes less likely, and the second term holds the policy at
+p0. One sample per question is enough, without labels, votes or rewards. beta is `algorithm.nsd_kl`.
 """
 
 import torch

@@ -38,16 +38,16 @@ class PassReward(GroupReward):
 
 
 def means_in_groups(values_S: torch.Tensor, samples: GroupSamples) -> torch.Tensor:
-    """Return for each sequence the mean of the values over the samples of its question, float64 [S]; a sequence
-    sampled k times counts k times. Padding gets 0."""
+    """Return for each sequence the mean of the values over the samples of its question, float64 [S]; a
+    sequence sampled k times counts k times. Padding gets 0."""
     return _sums_in_groups(values_S, samples) / _sums_in_groups(torch.ones_like(values_S), samples).clamp(
         min=1.0
     )
 
 
 def centered_in_groups(rewards_S: torch.Tensor, samples: GroupSamples, *, standardize: bool) -> torch.Tensor:
-    """Return each reward minus the mean of its question, float64 [S]; with `standardize` divided by the sample
-    standard deviation (n - 1). Padding gets 0."""
+    """Return each reward minus the mean of its question, float64 [S]; with `standardize` divided by the
+    sample standard deviation (n - 1). Padding gets 0."""
     is_real_S = samples.group_ids_S >= 0
     centered_S = torch.where(is_real_S, rewards_S - means_in_groups(rewards_S, samples), 0.0)
     if not standardize:

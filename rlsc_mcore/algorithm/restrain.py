@@ -1,7 +1,7 @@
 """RESTRAIN (arXiv 2510.02172): train on every answer of a question as a pseudo-label, weighted by its share.
 
-With f_j the share of the question's samples whose answer is a_j, and A_j(y) the GRPO advantage (mean subtracted,
-divided by the standard deviation) of the reward 1[answer of y = a_j]:
+With f_j the share of the question's samples whose answer is a_j, and A_j(y) the GRPO advantage (mean
+subtracted, divided by the standard deviation) of the reward 1[answer of y = a_j]:
 
     w_j = g(f_j) / sum_i g(f_i),   g(f) = exp(-(f - CENTER)^2 / (2 WIDTH^2))
     A(y) = sum_j w_j A_j(y)   if the largest share is at least FEWEST, else  A(y) = -PENALTY

@@ -26,8 +26,8 @@ _ROUNDING = 1e-9  # of shares that are compared with a constant
 
 
 def votes(responses: Sequence[str], question: Question | None = None, answers: str = "boxed") -> list[float]:
-    """Return 2 * label + share for each response, with label the number of its answer among those of the question
-    and share in (0, 1] the share of the responses with this answer; -1 without an answer."""
+    """Return 2 * label + share for each response, with label the number of its answer among those of the
+    question and share in (0, 1] the share of the responses with this answer; -1 without an answer."""
     labels, shares = answer_shares(responses, question, answers)
     return [2 * label + share if label >= 0 else -1.0 for label, share in zip(labels, shares, strict=True)]
 

@@ -1,4 +1,5 @@
-"""Soft frequency with an outcome mask (OM-GRPO, arXiv 2608.03119): reward agreement, do not train the answer itself.
+"""Soft frequency with an outcome mask (OM-GRPO, arXiv 2608.03119): reward agreement, do not train the answer
+itself.
 
     u(y) = share of the question's samples with the same answer as y, 0 without an answer in a box
 

@@ -30,12 +30,15 @@ ALL = "all"
 
 DESCRIPTION = """Train and evaluate several objectives on the same questions and seeds.
 
-A comparison that was stopped goes on with the same command. Every other option is one of `rlsc train` and holds for all runs.
-`lower_temperature` trains nothing: it is the base model, answering at `--temperature-factor` times each temperature.
+A comparison that was stopped goes on with the same command.
+Every other option is one of `rlsc train` and holds for all runs.
+`lower_temperature` trains nothing: it is the base model, answering at `--temperature-factor` times each
+temperature.
 
   rlsc compare --runs RUN_OR_FOLDER RUN_OR_FOLDER ...
 
-compares finished runs (after training) or folders of `rlsc eval` in pairs, question by question, and trains nothing."""
+compares finished runs (after training) or folders of `rlsc eval` in pairs, question by question, and trains
+nothing."""
 
 
 def run_compare(arguments: Sequence[str]) -> int:

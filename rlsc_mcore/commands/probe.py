@@ -29,8 +29,9 @@ DESCRIPTION = f"""Train for a while without evaluation, and report when each col
   rlsc probe --config FILE --steps {STEPS}            train one run per seed, then report
   rlsc probe --runs RUN [RUN ...]                 report on runs that there are
 
-A condition is one of `training.stop_on`. To end a run by it, give `rlsc train` the same condition. A probe that was stopped goes on
-with the same command. Every other option is one of `rlsc train` and holds for all runs."""
+A condition is one of `training.stop_on`. To end a run by it, give `rlsc train` the same condition.
+A probe that was stopped goes on with the same command. Every other option is one of `rlsc train` and holds
+for all runs."""
 
 
 def run_probe(arguments: Sequence[str]) -> int:

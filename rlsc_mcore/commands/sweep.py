@@ -15,7 +15,8 @@ DESCRIPTION = """Train every combination of the swept values and compare what ca
 
   rlsc sweep --config FILE --over algorithm.alpha=0,0.01,0.1,1 --over rollout.num_samples=4,16,64
 
-A sweep that was stopped goes on with the same command. Every other option is one of `rlsc train` and holds for all runs."""
+A sweep that was stopped goes on with the same command.
+Every other option is one of `rlsc train` and holds for all runs."""
 
 
 def run_sweep(arguments: Sequence[str]) -> int:

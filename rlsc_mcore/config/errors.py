@@ -24,7 +24,8 @@ def check(condition: bool, name: str, expected: str, value: object) -> None:
 
 
 def one_line(error: object, limit: int = 200) -> str:
-    """Return the text of a library's error on one line of at most `limit` characters, for a message of ours."""
+    """Return the text of a library's error on one line of at most `limit` characters, for a message of
+    ours."""
     return " ".join(str(error).split())[:limit]
 
 

@@ -1,4 +1,5 @@
-"""Read answers from a file instead of sampling them: `prompt, chosen, rejected` or `prompt, response, reward`."""
+"""Read answers from a file instead of sampling them: `prompt, chosen, rejected` or `prompt, response,
+reward`."""
 
 import math
 from collections.abc import Mapping, Sequence

@@ -1,4 +1,5 @@
-"""Score the evaluations of one run by group of question families, and print them before and after training."""
+"""Score the evaluations of one run by group of question families, and print them before and after
+training."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path

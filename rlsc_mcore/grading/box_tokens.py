@@ -8,7 +8,8 @@ _FIRST_WINDOW = 32  # tokens; answers end in their box
 
 
 def box_tokens(response_ids: Sequence[int], decode: Callable[[Sequence[int]], str]) -> range:
-    """Return the positions of the tokens that hold any character of the last box's content; empty without a box.
+    """Return the positions of the tokens that hold any character of the last box's content; empty without a
+    box.
 
     `decode` turns token ids into the text that is graded. Only ends of the response are decoded: windows that
     grow until they hold the whole box, then halves of that window.
@@ -36,7 +37,8 @@ def box_tokens(response_ids: Sequence[int], decode: Callable[[Sequence[int]], st
 
 
 def _first(low: int, high: int, holds: Callable[[int], bool]) -> int:
-    """Return the first of the positions [low, high) from which on a monotonic property holds; `high` if none."""
+    """Return the first of the positions [low, high) from which on a monotonic property holds; `high` if
+    none."""
     while low < high:
         middle = (low + high) // 2
         low, high = (low, middle) if holds(middle) else (middle + 1, high)

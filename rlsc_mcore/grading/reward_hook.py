@@ -1,4 +1,5 @@
-"""Reward answers by a user's function, `file.py:function`, in worker processes with limits on time and memory.
+"""Reward answers by a user's function, `file.py:function`, in worker processes with limits on time and
+memory.
 
 The function gets (response, question, answer), texts of which `answer` may be None, and returns a number. It
 must depend on these arguments only. A call that exceeds a limit gives reward 0; any other error ends the run
@@ -31,7 +32,8 @@ _FIELD = "algorithm.reward_function"
 
 
 class RewardWorker:
-    """A process that calls the function; thread-safe. It is started at its first call, and again after a limit."""
+    """A process that calls the function; thread-safe. It is started at its first call, and again after a
+    limit."""
 
     def __init__(
         self, path: str, cpu_seconds: float = CPU_SECONDS, wall_seconds: float = _WALL_SECONDS

@@ -1,7 +1,7 @@
 """Run the worker process of reward_hook.py: call a user's reward function, one JSON line per response.
 
-This file imports nothing from this package. The kernel ends the process if a call exceeds its CPU time; memory
-is limited for the whole process.
+This file imports nothing from this package. The kernel ends the process if a call exceeds its CPU time;
+memory is limited for the whole process.
 """
 
 import importlib.util
@@ -36,7 +36,8 @@ def load_function(file: str, name: str) -> Callable[..., Any]:
 
 
 def describe(error: BaseException, file: str) -> str:
-    """Return the type and text of an error in one line, with the last line of `file` that it passed through."""
+    """Return the type and text of an error in one line, with the last line of `file` that it passed
+    through."""
     frames = traceback.extract_tb(error.__traceback__)
     lines = [frame.lineno for frame in frames if frame.filename == file]
     place = f"line {lines[-1]}: " if lines else ""

@@ -1,4 +1,4 @@
-"""LoRA on merged weights: the parameter that trainer and engine share holds W = W0 + s B A, with s = alpha / r.
+"""LoRA on merged weights: the parameter that trainer and engine share holds W = W0 + s B A, s = alpha / r.
 
 Forward is one product with W, as without adapters, so the engine and the hot swap stay as they are. Backward
 computes dB = s dy^T (x A^T) and dA = s (dy B)^T x, never a gradient of W. After each update W is written
@@ -274,8 +274,8 @@ def attach_adapters(
     """Freeze `model` and give the target projections adapters; returns them.
 
     The weights must be loaded: W0 is copied from them, to page-locked host memory if `on_host`. The initial A
-    depends on `seed` and the projection only, not on the parallel layout. Mutates `model`: it gets hooks and the child
-    `adapters`.
+    depends on `seed` and the projection only, not on the parallel layout. Mutates `model`: it gets hooks and
+    the child `adapters`.
     """
     model.requires_grad_(False)
     linears = []

@@ -1,8 +1,8 @@
 """Measure without labels how a policy's answers agree: within a question, and across different questions.
 
 The answers of a step are sampled before the step trains on them. In the first pass over the questions the
-agreement is therefore that on questions the policy has not seen. Agreement within a question rises as a policy
-sharpens; the same answer to different questions, or no answer at all, is collapse.
+agreement is therefore that on questions the policy has not seen. Agreement within a question rises as a
+policy sharpens; the same answer to different questions, or no answer at all, is collapse.
 """
 
 import hashlib

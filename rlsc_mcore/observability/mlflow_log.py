@@ -36,7 +36,8 @@ class MlflowRun:
         self._unsent: list[tuple[dict[str, float], int, int]] = []  # numbers, step, Unix time in ms
 
     def log(self, data: dict[str, float], step: int) -> None:
-        """Send the numbers of one step. An error of the server is a warning, since a run must not end by it."""
+        """Send the numbers of one step. An error of the server is a warning, since a run must not end by
+        it."""
         self._unsent.append((data, step, int(time.time() * 1000)))
         try:
             self._send()

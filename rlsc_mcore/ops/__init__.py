@@ -1,5 +1,5 @@
-"""Fused token log-probabilities and weighted losses of a language-model head: masked, vocab-parallel, and exact
-where p -> 1."""
+"""Fused token log-probabilities and weighted losses of a language-model head: masked, vocab-parallel, and
+exact where p -> 1."""
 
 from rlsc_mcore.ops.dispatch import Choice, describe_backends
 from rlsc_mcore.ops.linear_kl import linear_kl_loss

@@ -238,7 +238,8 @@ def deliver_weight_grad(
 
 
 def saved_gradients(ctx: Any, grad_loss: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-    """Return the gradients of hidden states and weight that a forward pass saved, times the upstream gradient.
+    """Return the gradients of hidden states and weight that a forward pass saved, times the upstream
+    gradient.
 
     `ctx` holds them as `saved_tensors` and the weight as `weight`; the inputs 0 and 1 are hidden states and
     weight. (None, None) if the loss has no gradient.

@@ -276,12 +276,13 @@ def linear_kl_loss(
 ) -> tuple[Tensor, Tensor]:
     """Compute loss = sum_t c_t min(D_t, clip) over the tokens in the mask and both gradients of the student.
 
-    D_t is the forward KL(teacher || student) over the full vocabulary, or with 0 < `beta` < 1 the JSD (Agarwal
-    et al., arXiv 2306.13649, equation 1), both at `temperature`. A token with D_t > `clip` has no gradient.
+    D_t is the forward KL(teacher || student) over the full vocabulary, or with 0 < `beta` < 1 the JSD
+    (Agarwal et al., arXiv 2306.13649, equation 1), both at `temperature`. A token with D_t > `clip` has no
+    gradient.
 
-    hidden_student_TH: [T, H], or this rank's [T / tp, H] under `sequence_parallel`. hidden_teacher_NH: [N, H],
-    one row per token in the mask, in their order, whole on every rank; no gradient. weight_VpH: [Vp, H], same
-    dtype, this rank's rows from `vocab_start`; rows at or beyond `vocab_size` are padding.
+    hidden_student_TH: [T, H], or this rank's [T / tp, H] under `sequence_parallel`. hidden_teacher_NH:
+    [N, H], one row per token in the mask, in their order, whole on every rank; no gradient. weight_VpH:
+    [Vp, H], same dtype, this rank's rows from `vocab_start`; rows at or beyond `vocab_size` are padding.
     `teacher_weight_VpH`: the teacher's output weight with the same rows, default `weight_VpH`. coefficients_T
     float [T] and mask_T bool [T] hold all tokens on every rank. `chunk_tokens`: maximum number of rows of
     logits at once (default: a fixed workspace). `num_live`: number of tokens in the mask, on the host; avoids

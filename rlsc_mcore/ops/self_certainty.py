@@ -1,11 +1,14 @@
-"""Compute the self-certainty of tokens, KL(U || p), from hidden states and log-probs that were computed before.
+"""Compute the self-certainty of tokens, KL(U || p), from hidden states and log-probs that were computed
+before.
 
 U is uniform over the V vocabulary columns, z = hidden weight^T / temperature, y is the target:
 
-    KL(U || p) = -log V - mean_v log p_v = logsumexp(z) - mean_v z_v - log V = z_y - mean_v z_v - log p_y - log V
+    KL(U || p) = -log V - mean_v log p_v
+               = logsumexp(z) - mean_v z_v - log V
+               = z_y - mean_v z_v - log p_y - log V
 
-The mean of the logits is the product with one row, the mean of the weight's rows, so no logits are computed: a
-token costs two rows of the hidden size.
+The mean of the logits is the product with one row, the mean of the weight's rows, so no logits are computed:
+a token costs two rows of the hidden size.
 
 Shape suffixes: T all tokens, N live tokens (those in the mask), C tokens of a piece, H hidden size, Vp
 vocabulary rows of this rank with padding.
@@ -42,9 +45,9 @@ def linear_self_certainty(
 ) -> Tensor:
     """Return KL(U || p) of each token in nats, 0 outside the mask: float32 [T] (float64 for float64 inputs).
 
-    The arguments are those of `linear_token_log_probs`, and `log_probs_T` is its result. `num_live` counts the
-    tokens of the mask. Without gradients. Collectives over `group`: one all-gather of hidden under sequence
-    parallelism, and one all-reduce of 4 bytes per token of the mask.
+    The arguments are those of `linear_token_log_probs`, and `log_probs_T` is its result. `num_live` counts
+    the tokens of the mask. Without gradients. Collectives over `group`: one all-gather of hidden under
+    sequence parallelism, and one all-reduce of 4 bytes per token of the mask.
     """
     check_head(hidden_TH, weight_VpH, target_ids_T, mask_T, vocab_start, group, sequence_parallel)
     shard = VocabShard.of(weight_VpH.shape[0], vocab_size, vocab_start, temperature)

@@ -138,8 +138,8 @@ class CheckpointSaver:
 
         Returns the final path. When every rank has written its part, one rename creates that folder and
         `latest` names it. With `asynchronous` the call returns before that and training may continue.
-        `scores` (by steps done) determine the best checkpoint. Raises `CheckpointError` if this save or the one
-        before it cannot be written (for example on a full disk); the last complete checkpoint stays
+        `scores` (by steps done) determine the best checkpoint. Raises `CheckpointError` if this save or the
+        one before it cannot be written (for example on a full disk); the last complete checkpoint stays
         unchanged.
         """
         self.finish()

@@ -1,4 +1,5 @@
-"""Take the answers of a step from a file, with their log-probs by the starting weights (the reference policy).
+"""Take the answers of a step from a file, with their log-probs by the starting weights (the reference
+policy).
 
 The reference is computed in one pass over the file before training and written to RUN/reference.jsonl, one
 line per record. A resumed run reads that file, so it continues bit for bit.

@@ -41,8 +41,8 @@ class StepProgress:
     def enter(self, phase: Phase, steps_done: int | None = None) -> None:
         """Report that `phase` begins; `steps_done` is as before if it is not given.
 
-        No effect if the phase already goes on. Raises `FolderLost` if the folder of the run is gone or belongs
-        to another process.
+        No effect if the phase already goes on. Raises `FolderLost` if the folder of the run is gone or
+        belongs to another process.
         """
         entered = (phase, self._entered[1] if steps_done is None else steps_done)
         if entered != self._entered:

@@ -37,7 +37,8 @@ def mask() -> torch.Tensor:
 
 
 def _trainer(**options: Any) -> Any:
-    """Return what TRL's loss methods read from their trainer: options, and one process that gathers nothing."""
+    """Return what TRL's loss methods read from their trainer: options, and one process that gathers
+    nothing."""
 
     def same(value: Any, **_: Any) -> Any:
         return value

@@ -2,8 +2,8 @@
 
 Copies the stack's versions from the table into its extra in pyproject.toml and into its lists in `launch/`,
 prints every package whose version differs from the last commit, reads the names in use from the new wheels
-(GPU stacks), and runs the contract tests. For a CPU stack it then runs the test suite in an environment of its
-own (`.venv-STACK`). The last lines name each part and its outcome; the exit code is 1 if one failed.
+(GPU stacks), and runs the contract tests. For a CPU stack it then runs the test suite in an environment of
+its own (`.venv-STACK`). The last lines name each part and its outcome; the exit code is 1 if one failed.
 """
 
 import argparse

@@ -1,5 +1,5 @@
-"""The audit of pinned packages: what pip-audit is asked, and what is refused. pip-audit is replaced by a program
-that records its call, since the database needs a network."""
+"""The audit of pinned packages: what pip-audit is asked, and what is refused. pip-audit is replaced by a
+program that records its call, since the database needs a network."""
 
 import os
 import shutil

@@ -1,4 +1,5 @@
-"""The clipped loss and DPO against TRL's own on the same batch: recorded losses, and TRL itself if installed."""
+"""The clipped loss and DPO against TRL's own on the same batch: recorded losses, and TRL itself if
+installed."""
 
 import importlib.util
 import json
@@ -16,7 +17,8 @@ RECORDED = json.loads(FILE.read_text(encoding="utf-8"))["cases"]
 
 
 def gradient(case: dict[str, Any]) -> torch.Tensor:
-    """Our gradient with respect to the current log-probs, [4, 7], 0 at padding; the mean over pairs for DPO."""
+    """Our gradient with respect to the current log-probs, [4, 7], 0 at padding; the mean over pairs for
+    DPO."""
     old, current = batch(case["seed"])
     live = mask().bool()
     options = AlgorithmConfig(objective=case["objective"], reduction="sum", **case["options"])

@@ -96,7 +96,8 @@ def test_scrl(answers: list[int | None], seed: int) -> None:
 
 
 def test_scrl_counts_the_votes_that_are_not_trained() -> None:
-    """The two largest shares differ by less than the margin among all votes, by more among the trained ones."""
+    """The two largest shares differ by less than the margin among all votes, by more among the trained
+    ones."""
     answers: list[int | None] = [1, 1, 1, 2, 1, 2, 2, 2]
     entropies = [0.5] * 4
     trained = group(entropies, [2] * 4, [1] * 4, votes(boxed(answers))[:4])
@@ -133,7 +134,8 @@ def test_soft_frequency_rewards_shares_of_the_votes() -> None:
 def first_step(
     folder: str, tp: int, objective: str, flags: list[str]
 ) -> tuple[float, list[float], dict[str, torch.Tensor]]:
-    """Loss, weights per sequence (one data-parallel rank) and gradients of one batch, by Hugging Face names."""
+    """Loss, weights per sequence (one data-parallel rank) and gradients of one batch, by Hugging Face
+    names."""
     from rlsc_mcore.algorithm.objective import WeightedObjective
     from rlsc_mcore.data.packing import merge_identical, pack
     from rlsc_mcore.model.weight_map import export_weights
@@ -166,7 +168,8 @@ def first_step(
 
 @pytest.mark.parametrize("objective", ["self_certainty", "rent"])
 def test_a_step_equals_a_plain_model(tmp_path: Path, objective: str) -> None:
-    """Rewards and gradient from all logits of a transformers model, each sample its own pass; then 2 ranks."""
+    """Rewards and gradient from all logits of a transformers model, each sample its own pass; then 2
+    ranks."""
     from transformers import Qwen2ForCausalLM
 
     folder = str(make_model_folder(tmp_path / "model"))

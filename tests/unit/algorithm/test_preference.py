@@ -1,4 +1,5 @@
-"""DPO's coefficients against autograd of the published loss in float64, ScPO's pairs by hand, and bad input."""
+"""DPO's coefficients against autograd of the published loss in float64, ScPO's pairs by hand, and bad
+input."""
 
 import pytest
 import torch
