@@ -77,7 +77,7 @@ def main() -> None:
         for name, row in OBJECTIVES.items()
     }
     trainer = Trainer(configs[REFERENCE], resolve_model_folder(options.model), backend, groups)
-    teacher, start = Teacher(trainer.policy.model, keeps_start=False), StartingWeights(trainer.policy)
+    teacher, start = Teacher(trainer.policy, keeps_start=False), StartingWeights(trainer.policy)
     vocab_size, multiple = trainer.policy.architecture.vocab_size, trainer.token_multiple
     batches = {name: make_batches(options, vocab_size, multiple, OBJECTIVES[name]) for name in configs}
 

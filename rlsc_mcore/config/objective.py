@@ -122,8 +122,8 @@ class DistillConfig:
     """Teacher and loss of `algorithm.objective self_distill`; other objectives ignore them."""
 
     teacher: Literal["current", "start"] = "current"
-    """Weights of the teacher. `current`: the policy's (U-OPSD). `start`: those before training (CANON), which
-    need one more copy of the weights."""
+    """Weights of the teacher. `current`: the policy's (U-OPSD). `start`: those before training (CANON),
+    which need one more copy of the weights without LoRA."""
     context: Literal["longest", "most_likely"] = "longest"
     """Sample of the most frequent answer that the teacher sees. `longest` (U-OPSD), or the one with the
     highest mean log p (`most_likely`, CANON)."""

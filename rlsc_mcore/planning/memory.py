@@ -322,7 +322,7 @@ def config_layout(config: Config, tp: int, dp: int) -> Layout:
         pp=config.parallel.pp,
         stage_layers=config.parallel.stage_layers,
         lora=config.lora,
-        keeps_start=config.teaches_with_start or (config.compares_with_start and not config.lora.is_on),
+        keeps_start=(config.teaches_with_start or config.compares_with_start) and not config.lora.is_on,
     )
 
 

@@ -83,7 +83,7 @@ class Trainer:
         self.optimizer = build_optimizer(config, self.ddp, backend)
         self.teacher: Teacher | None = None
         if OBJECTIVES[config.algorithm.objective].distills:
-            self.teacher = Teacher(self.policy.model, keeps_start=config.teaches_with_start)
+            self.teacher = Teacher(self.policy, keeps_start=config.teaches_with_start)
         self.start = StartingWeights(self.policy) if config.compares_with_start else None
         self.offload: StateOffload | None = None
         if config.optimizer.offload_during_rollout:
@@ -172,9 +172,9 @@ class Trainer:
         model, device = self.policy.model, self.backend.device
         base = self.policy.adapters.base_tensors() if self.policy.adapters is not None else []
         on_device = [tensor for tensor in base if tensor.device == device]
-        start = [] if self.teacher is None or self.teacher.start is None else self.teacher.start.values()
-        copies = [] if self.start is None else self.start.tensors()
-        weights = storages([*model.parameters(), *model.buffers(), *on_device, *start, *copies])
+        kept = [self.start, None if self.teacher is None else self.teacher.start]
+        copies = [tensor for start in kept if start is not None for tensor in start.tensors()]
+        weights = storages([*model.parameters(), *model.buffers(), *on_device, *copies])
         buffers = [*self.ddp.buffers, *self.ddp.expert_parallel_buffers]
         gradients = storages(buffer.grad_data for buffer in buffers)
         return {

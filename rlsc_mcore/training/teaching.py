@@ -6,18 +6,18 @@ from datetime import datetime
 from typing import Any
 
 import torch
-from torch.func import functional_call
 
 from rlsc_mcore.algorithm.self_distill import teach
 from rlsc_mcore.config import Config
 from rlsc_mcore.data.questions import Asked
 from rlsc_mcore.data.templates import render_prompt
 from rlsc_mcore.grading.rewards import classes_of_answers
-from rlsc_mcore.model.build import PolicyModel
+from rlsc_mcore.model.build import Policy
 from rlsc_mcore.ops.chunks import live_tokens
 from rlsc_mcore.ops.head import gather_hidden
 from rlsc_mcore.parallel.groups import Groups
 from rlsc_mcore.training.inputs import RunInputs
+from rlsc_mcore.training.starting_weights import StartingWeights
 from rlsc_mcore.types import PackedBatch, Rollout
 
 
@@ -98,14 +98,12 @@ def teacher_prompt(config: Config, inputs: RunInputs, text: str, answer_tokens: 
 
 
 class Teacher:
-    """The weights that teach: the policy's current ones or a copy of those that it was built with."""
+    """The weights that teach: the policy's current ones or those that it was built with."""
 
-    def __init__(self, model: PolicyModel, *, keeps_start: bool) -> None:
-        """Copy the weights of `model` if `keeps_start`: one more set of weights on the device."""
-        self._model = model
-        self.start: dict[str, torch.Tensor] | None = None
-        if keeps_start:
-            self.start = {name: weight.detach().clone() for name, weight in model.named_parameters()}
+    def __init__(self, policy: Policy, *, keeps_start: bool) -> None:
+        """Keep the starting weights of `policy` if `keeps_start`."""
+        self._model = policy.model
+        self.start = StartingWeights(policy) if keeps_start else None
 
     @torch.no_grad()
     def states(
@@ -124,8 +122,11 @@ class Teacher:
         def head(hidden: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
             whole = gather_hidden(hidden, options["group"], options["sequence_parallel"])
             live = live_tokens(teacher.response_mask, None, teacher.trained_lengths)
-            return whole.index_select(0, live.positions), weight
+            # `weight` is a parameter, whose data changes after the pass with the starting weights.
+            return whole.index_select(0, live.positions), weight.detach()
 
         if self.start is None:
             return self._model.score(teacher, head)[0], None
-        return functional_call(self._model, self.start, (teacher,), {"head": head})
+        with self.start.in_use():
+            states, weight = self._model.score(teacher, head)
+        return states, weight
