@@ -43,7 +43,7 @@ class Layout:
     engine_tp: int | None = None  # tensor-parallel size of an engine; None: the trainer's
     offload_during_rollout: bool = False  # the optimizer state is on the host during the rollout
     grad_dtype: str = "float32"
-    fused_swiglu: bool = True  # SwiGLU is fused on a GPU
+    fused_swiglu: bool = True  # a GPU computes silu(gate) again in the backward pass
     pp: int = 1  # pipeline stages
     stage_layers: tuple[int, ...] | None = None  # layers per stage; None: balanced by compute time
     lora: LoraConfig = field(default_factory=LoraConfig)  # rank 0: all weights are trained
@@ -160,13 +160,13 @@ def activation_bytes(shape: Architecture, layout: Layout, stage: int = 0) -> int
 
     Elements per token and layer: 7.5 hidden states (inputs and outputs of norms, residuals, dropout of rate
     0), four times the queries and three times the keys and values (projected, rotated, attended), and 3 MLP
-    widths (gate, up, product), or 5 if SwiGLU is not fused. `selective` recomputes the MLP, so its
+    widths (gate, up, product), or 4 on a CPU, which keeps silu(gate) too. `selective` recomputes the MLP, so its
     activations are in memory for one layer at a time. Sequence parallelism shards all of these. The rotary
     factors are computed once per token.
     """
     hidden, queries = shape.hidden_size, shape.num_heads * shape.head_dim
     keys = shape.num_kv_heads * shape.head_dim
-    mlp = (3 if layout.fused_swiglu else 5) * shape.ffn_hidden_size / layout.tp
+    mlp = (3 if layout.fused_swiglu else 4) * shape.ffn_hidden_size / layout.tp
     layer = (7.5 * hidden + 4 * queries + 3 * keys) / layout.tp + mlp
     ends = 5 * hidden / layout.tp + 2 * shape.head_dim
     num_layers, in_flight = layout.layers_of(shape)[stage], layout.pp - stage
