@@ -115,8 +115,8 @@ def play(folder: Path, number: int, model: str, flags: list[str]) -> str:
     runs = sum(program is not None for program in found) / len(found)
     first, last = (sum(values) / len(values) for values in shares)
     print(
-        f"round {number}: {runs:.2f} of the proposals run, {len(programs)} different ones; solved {first:.2f} "
-        f"at the first and {last:.2f} at the last step; mean reward of a proposal {mean:.2f}",
+        f"round {number}: {runs:.2f} of the proposals run, {len(programs)} different ones; "
+        f"solved {first:.2f} at the first and {last:.2f} at the last step; mean reward of a proposal {mean:.2f}",
         flush=True,
     )
     return model

@@ -1,4 +1,4 @@
-"""Self-certainty (Intuitor, arXiv 2505.19590): reward an answer by how far its tokens are from a uniform guess.
+"""Self-certainty (Intuitor, arXiv 2505.19590): reward an answer by the distance of its tokens from uniform.
 
     u(y) = 1/|y| sum_t KL(U || p(.|x, y_<t)) = 1/|y| sum_t [logsumexp_v z_v - mean_v z_v - log V]
 

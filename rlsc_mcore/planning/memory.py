@@ -160,8 +160,8 @@ def activation_bytes(shape: Architecture, layout: Layout, stage: int = 0) -> int
 
     Elements per token and layer: 7.5 hidden states (inputs and outputs of norms, residuals, dropout of rate
     0), four times the queries and three times the keys and values (projected, rotated, attended), and 3 MLP
-    widths (gate, up, product), or 4 on a CPU, which keeps silu(gate) too. `selective` recomputes the MLP, so its
-    activations are in memory for one layer at a time. Sequence parallelism shards all of these. The rotary
+    widths (gate, up, product), or 4 on a CPU, which keeps silu(gate) too. `selective` recomputes the MLP, so
+    its activations are in memory for one layer at a time. Sequence parallelism shards all of these. The rotary
     factors are computed once per token.
     """
     hidden, queries = shape.hidden_size, shape.num_heads * shape.head_dim

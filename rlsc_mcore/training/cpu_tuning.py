@@ -32,8 +32,8 @@ ELEMENTS_PER_THREAD = 200_000
 CLEARLY_FASTER, CLEARLY_FASTER_SMALL = 1.2, 1.5
 """Ratio of times from which a measurement replaces the default; the second for models whose weights have
 fewer than `ELEMENTS_PER_THREAD` elements. The default is torch's BLAS, but for larger weights that of
-`default_library`. A smaller difference may be noise, above all of products that take microseconds. A choice that
-changes from run to run would change the results in their last bits."""
+`default_library`. A smaller difference may be noise, above all of products that take microseconds. A choice
+that changes from run to run would change the results in their last bits."""
 
 _FLOPS_PER_TRIAL = 2e8  # about 5 ms of one core
 _TRIALS = 7

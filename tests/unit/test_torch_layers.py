@@ -11,7 +11,8 @@ from rlsc_mcore.model.torch_layers import RotaryFactors, SDPACoreAttention, SwiG
 
 
 def swiglu(gate_up: torch.Tensor) -> torch.Tensor:
-    return SwiGLU(SimpleNamespace(gated_linear_unit=True, activation_func=silu))(gate_up)  # type: ignore[arg-type]
+    config: Any = SimpleNamespace(gated_linear_unit=True, activation_func=silu)
+    return SwiGLU(config)(gate_up)
 
 
 def attention(scale: float = 0.5) -> SDPACoreAttention:
