@@ -63,6 +63,7 @@ def render(text: str) -> str:
         "quickstart_short": quickstart_lines(SHORT_ROWS),
         "comparison": comparison_lines(),
         "three_modes": three_modes_lines(),
+        "objectives": objectives_lines(),
         "objective_steps": objective_steps_lines(),
         "cpu": cpu_lines(),
         "train_step": train_step_lines(),
@@ -125,6 +126,31 @@ def comparison_lines() -> list[str]:
     command = " ".join(["rlsc compare --config configs/tiny_cpu.yaml", *result["settings"]["flags"]])
     source = f"`{command}`; intervals and per-seed values: `benchmarks/results/cpu/comparison.json`"
     return table([_size(result), *columns.values()], rows, source)
+
+
+def objectives_lines() -> list[str]:
+    """Return accuracy at T = 1 by author for every objective with its best learning rate."""
+    result = _read("three_modes_objectives")
+    families, key = result["families"], "accuracy_t1"
+    rows = []
+    for name, scores in result["rows"].items():
+        rate, cost = result["learning_rates"].get(name), result["costs"].get(name)
+        rows.append(
+            [
+                COLUMN_NAMES.get(name, name),
+                "-" if rate is None else rate["rate"],
+                *(f"{by_name[name][key]['mean']:.2f}" for by_name in families.values()),
+                _mean_and_error(key, scores[key]),
+                _mean_and_error("accuracy_t0.5", scores["accuracy_t0.5"]),
+                f"{scores['confidence_f']['mean']:.2f}",
+                "-" if cost is None else f"{cost['relative_step_time']:.1f}",
+            ]
+        )
+    head = [_size(result), "rate", *families, "all", "all, T = 0.5", "F", "step time"]
+    source = (
+        f"`{result['command']}`, {_versions(result)}: `benchmarks/results/cpu/three_modes_objectives.json`"
+    )
+    return table(head, rows, source)
 
 
 def objective_steps_lines() -> list[str]:
