@@ -362,7 +362,8 @@ def _means(row: dict[str, Any], columns: Iterable[str]) -> list[str]:
 
 
 def _size(result: dict[str, Any]) -> str:
-    return f"{result['questions']} test questions, {len(result['seeds'])} seeds"
+    seeds = len(result["seeds"])
+    return f"{result['questions']} test questions, {seeds} seed{'s' if seeds != 1 else ''}"
 
 
 def _commands(results: Iterable[dict[str, Any]]) -> str:

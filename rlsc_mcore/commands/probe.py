@@ -89,12 +89,8 @@ def run_probe(arguments: Sequence[str]) -> int:
 
 def first_step(rows: Rows, condition: StopCondition, stop_after: int) -> int | None:
     """Return the index of the first step that ends `stop_after` steps in a row in which `condition` holds."""
-    held = 0
-    for row in rows:
-        held = held + 1 if condition.holds(row, rows[0]) else 0
-        if held == stop_after:
-            return int(row["step"])
-    return None
+    ends = (end for end in range(1, len(rows) + 1) if condition.held(rows[:end], stop_after))
+    return next((int(rows[end - 1]["step"]) for end in ends), None)
 
 
 def _print(
@@ -107,7 +103,7 @@ def _print(
         if not rows:
             raise ConfigError(f"--runs {run}: no steps in its metrics.jsonl")
         table = Table(title=f"{run}: {len(rows)} steps")
-        for column in ("condition", "at the first step", "at the last step", "held from step"):
+        for column in ("condition", "at the first step", "at the last step", "held from step (index)"):
             table.add_column(column, justify="left" if column == "condition" else "right")
         steps = {condition.text: first_step(rows, condition, stop_after) for condition in conditions}
         for condition in conditions:
@@ -118,7 +114,7 @@ def _print(
         report.console.print(table)
         collapsed = [step for step in steps.values() if step is not None]
         report.line(
-            f"{run}: training.stop_on would end it after step {min(collapsed)}"
+            f"{run}: training.stop_on would end it after {min(collapsed) + 1} steps"
             if collapsed
             else f"{run}: no collapse in {len(rows)} steps"
         )

@@ -113,6 +113,11 @@ class StopCondition:
             return False
         return value > limit if self.is_upper else value < limit
 
+    def held(self, rows: Rows, stop_after: int) -> bool:
+        """Return whether the condition holds in each of the last `stop_after` rows of a run."""
+        last = rows[-stop_after:]
+        return len(last) == stop_after and all(self.holds(row, rows[0]) for row in last)
+
 
 def stop_conditions(config: Config) -> list[StopCondition]:
     """Return the conditions of `training.stop_on`; raises ConfigError that names the first wrong one."""
@@ -124,10 +129,5 @@ def met_condition(rows: Rows, config: Config) -> str | None:
 
     The rows are equal on all ranks, and so is the result.
     """
-    last = rows[-config.training.stop_after :]
-    if len(last) < config.training.stop_after:
-        return None
-    for condition in stop_conditions(config):
-        if all(condition.holds(row, rows[0]) for row in last):
-            return condition.text
-    return None
+    held = (each for each in stop_conditions(config) if each.held(rows, config.training.stop_after))
+    return next((condition.text for condition in held), None)

@@ -31,7 +31,7 @@ def test_runs_are_reported_each_with_its_step(tmp_path: Path, capsys):
     command = ["--runs", str(tmp_path / "falls"), str(tmp_path / "stays"), "--conditions", "mean_length<0.5x"]
     assert run_probe(command) == 0
     printed = " ".join(capsys.readouterr().out.split())
-    assert f"{tmp_path / 'falls'}: training.stop_on would end it after step 4" in printed
+    assert f"{tmp_path / 'falls'}: training.stop_on would end it after 5 steps" in printed
     assert f"{tmp_path / 'stays'}: no collapse in 5 steps" in printed
 
 
